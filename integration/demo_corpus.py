@@ -1,0 +1,381 @@
+"""Rebuilds `llama_index_genret/demo_data`: 100 emoji pictures with captions, questions and held-out queries.
+
+    python -m integration.demo_corpus [FOLDER]
+
+Needs npm for the download, Pillow and numpy. The same packages and the same Pillow give the same bytes.
+Knows npm packages, pixels and words; nothing of identifiers, models or training.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from llama_index_genret.errors import CorpusError
+
+DEMO_DATA = Path(__file__).resolve().parents[1] / "llama_index_genret" / "demo_data"
+SIDE = 160
+TRAINED_TAGS = 2
+FITS_AT_MOST = 4  # a word that fits more pictures than this is no query for any of them
+TAG_QUERIES_PER_PICTURE = 3
+GROUNDING_PAIRS = 40
+
+WHAT, KIND, COLOR = "What is in the picture?", "What kind of thing is it?", "What is its main color?"
+
+PICTURES = {
+    "animal": "🐶 🐈 🦊 🐘 🐧 🦉 🐢 🐙 🦋 🐸",
+    "food": "🍕 🍔 🌮 🍣 🍩 🎂 🥐 🍿 🧀 🍦",
+    "fruit": "🍎 🍌 🍇 🍉 🍓 🍍",
+    "drink": "☕ 🍺 🍹 🍷",
+    "vehicle": "🚒 🚕 🚲 🚂 🚁 🚀 ⛵ 🚜 ✈ 🛵",
+    "place": "🏰 🏠 🗽 🎡 🌋 🏝 🎪 ⛩ 🕌 🏭",
+    "plant": "🌻 🌵 🌹 🍀 🍁",
+    "weather": "☀ 🌈 🌪 ❄ 🌩",
+    "sport": "⚽ 🏀 🏈 🎾 🥊 🎳 🏓 ⛸ 🎣 🤿",
+    "object": "⏰ 📷 ✂ 🔑 💡 📚 🔭 🧲 ☂ 💻",
+    "instrument": "🎸 🎻 🎺 🥁 🎹 🪗",
+    "clothing": "👗 👖 🎩 🧦",
+    "face": "😎 😭 😴 🤠",
+    "person": "🧑‍🚀 🧑‍🍳 🕵",
+    "creature": "👻 👽 🧜‍♀",
+}
+# The label of emojibase where the picture shows something else, or where nobody would say it so.
+LABELS = {"🐶": "dog", "🎾": "tennis racket", "🎳": "bowling pins", "🏓": "ping pong paddle"}
+# Where the most frequent hue is not what a person would call the picture.
+COLORS_BY_EYE: dict[str, str] = {}
+# Keywords that say nothing of the picture, name a brand, are misspelt, or do not fit the artwork.
+NOT_A_QUERY = frozenset(
+    """
+    photo activity entertainment mojito th contact staffmode smallest shape u kod instructment accordian
+    """.split()
+)
+# Training uses "{}", "a picture of {}", "find {}" and "image: {}"; these are never trained.
+CARRIERS = (
+    "show me the {}",
+    "I'm looking for a photo of the {}",
+    "could you find the {} please",
+    "where is the image with the {}?",
+    "which picture shows the {}?",
+    "I would like to see the {}",
+    "do you have anything with the {} in it?",
+    "please bring up the {}",
+)
+
+
+@dataclass(frozen=True)
+class Package:
+    """One version of one npm package; `sha256` is that of the packed tarball."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+ART = Package(
+    "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
+)
+LABELS_AND_TAGS = Package(
+    "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"
+)
+KEYWORDS = Package("emojilib", "4.0.3", "7f9a6b43cff31d18985b7d65d11faba5bd971cbcc60020cf6d09322fbaaaf303")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One emoji: its artwork and every word that the two word packages have for it."""
+
+    emoji: str
+    label: str
+    kind: str
+    group: str
+    subgroup: str
+    tags: tuple[str, ...]
+    keywords: tuple[str, ...]
+    artwork: Image.Image
+
+    @property
+    def file_name(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-") + ".webp"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.tags + self.keywords))
+
+    @cached_property
+    def color(self) -> str:
+        return COLORS_BY_EYE.get(plain(self.emoji)) or main_color(self.artwork)
+
+    @property
+    def answers(self) -> dict[str, str]:
+        return {WHAT: self.label, KIND: self.kind, COLOR: self.color}
+
+
+def plain(emoji: str) -> str:
+    """Without variation selectors, which the packages set differently."""
+    return emoji.replace("\ufe0f", "")
+
+
+def clean(words: Iterable[str]) -> tuple[str, ...]:
+    """Lower case, spaces for underscores; smileys, numbers and empty words are left out."""
+    spaced = (re.sub(r"[_\s]+", " ", word).strip().lower() for word in words)
+    return tuple(dict.fromkeys(word for word in spaced if re.fullmatch(r"[a-z][a-z -]+", word)))
+
+
+# --- packages -------------------------------------------------------------------------------------------------------
+
+
+def download(package: Package, folder: Path) -> tarfile.TarFile:
+    """Raises CorpusError when the tarball is not the one this script was written for."""
+    spec = f"{package.name}@{package.version}"
+    command = ["npm", "pack", spec, "--silent", "--pack-destination", str(folder)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    path = folder / output.split()[-1]
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sha256 != package.sha256:
+        raise CorpusError(f"{spec} has sha256 {sha256}, expected {package.sha256}: the registry serves another file.")
+    return tarfile.open(path)
+
+
+def read(package: tarfile.TarFile, path: str) -> bytes:
+    member = package.extractfile(f"package/{path}")
+    if member is None:
+        raise CorpusError(f"{path} in {package.name} is not a file.")
+    return member.read()
+
+
+def read_pictures(art: tarfile.TarFile, emojibase: tarfile.TarFile, emojilib: tarfile.TarFile) -> list[Picture]:
+    entries = {plain(entry["emoji"]): entry for entry in json.loads(read(emojibase, "en/data.json"))}
+    messages = json.loads(read(emojibase, "en/messages.json"))
+    groups = {group["order"]: group["message"] for group in messages["groups"]}
+    # The message of the subgroup "food-marine" shares its order with "food-sweet"; none of ours is seafood.
+    subgroups = {subgroup["order"]: subgroup["message"] for subgroup in messages["subgroups"]}
+    keywords = {plain(emoji): words for emoji, words in json.loads(read(emojilib, "dist/emoji-en-US.json")).items()}
+    artworks = {name.replace("-fe0f", ""): name for name in art.getnames()}
+
+    def picture(emoji: str, kind: str) -> Picture:
+        entry = entries[emoji]
+        codes = "-".join(f"{ord(character):04x}" for character in emoji)
+        webp = art.extractfile(artworks[f"package/assets/{codes}.webp"])
+        return Picture(
+            emoji=entry["emoji"],
+            label=LABELS.get(emoji, entry["label"]),
+            kind=kind,
+            group=groups[entry["group"]],
+            subgroup=subgroups[entry["subgroup"]],
+            tags=clean(entry.get("tags", ())),
+            keywords=clean(keywords[emoji]),
+            artwork=Image.open(webp).convert("RGBA"),
+        )
+
+    return [picture(emoji, kind) for kind, emojis in PICTURES.items() for emoji in emojis.split()]
+
+
+# --- pixels ---------------------------------------------------------------------------------------------------------
+
+
+def on_white(artwork: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", artwork.size, "white")
+    white.alpha_composite(artwork)
+    return white.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+def main_color(artwork: Image.Image) -> str:
+    """The color word that most of the opaque pixels vote for; the background has no vote."""
+    rgba = np.asarray(artwork)
+    opaque = rgba[..., 3] > 127
+    hue, saturation, value = np.moveaxis(np.asarray(artwork.convert("RGB").convert("HSV"))[opaque], -1, 0) / 255.0
+    hue = hue * 360
+    votes = np.select(
+        [
+            value < 0.28,
+            (saturation < 0.16) & (value > 0.82),
+            saturation < 0.16,
+            ((hue < 40) | (hue > 340)) & (value < 0.62),
+            (hue < 14) | (hue >= 342),
+            hue < 38,
+            hue < 66,
+            hue < 168,
+            hue < 256,
+            hue < 300,
+        ],
+        ["black", "white", "gray", "brown", "red", "orange", "yellow", "green", "blue", "purple"],
+        default="pink",
+    )
+    return str(Counter(votes.tolist()).most_common(1)[0][0])
+
+
+# --- words ----------------------------------------------------------------------------------------------------------
+
+
+def overlaps(word: str, text: str) -> bool:
+    """Whether a part of `word` is in a part of `text`: "taxicab" gives "taxi" away, "bike" does not give "bicycle"."""
+    parts, known = re.findall(r"[a-z]+", word.lower()), re.findall(r"[a-z]+", text.lower())
+    return any(part in other or (len(other) > 2 and other in part) for part in parts for other in known)
+
+
+def captions(picture: Picture, shared: Counter[str]) -> list[str]:
+    """The label, then the label with the tags that most other pictures share: what is special stays held out."""
+    tags = [tag for tag in picture.tags if tag not in NOT_A_QUERY and not overlaps(tag, picture.label)]
+    chosen = sorted(tags, key=lambda tag: (-shared[tag], tag))[:TRAINED_TAGS] or [picture.kind]
+    return [picture.label, ", ".join([picture.label, *chosen])]
+
+
+def training_captions(pictures: list[Picture]) -> dict[str, list[str]]:
+    shared = Counter(tag for picture in pictures for tag in picture.tags)
+    return {picture.file_name: captions(picture, shared) for picture in pictures}
+
+
+def tag_queries(pictures: list[Picture], trained: dict[str, list[str]]) -> Iterator[dict[str, object]]:
+    """Words of the two packages that no caption of any picture has, with all the pictures that they fit."""
+    taken = {part for texts in trained.values() for text in texts for part in text.lower().split(", ")}
+    taken |= {word for part in taken for word in part.split()} | NOT_A_QUERY | set(PICTURES)
+    taken |= {picture.color for picture in pictures}
+    fits: dict[str, list[str]] = {}
+    for picture in pictures:
+        for word in picture.words:
+            fits.setdefault(word, []).append(picture.file_name)
+
+    def usable(word: str) -> bool:
+        given_away = any(overlaps(word, " ".join(trained[name])) for name in fits[word])
+        return word not in taken and not given_away and len(fits[word]) <= FITS_AT_MOST
+
+    asked: set[str] = set()
+    for picture in pictures:
+        words = sorted((word for word in picture.words if usable(word)), key=lambda word: len(fits[word]))
+        for word in words[:TAG_QUERIES_PER_PICTURE]:
+            if word not in asked:
+                asked.add(word)
+                names = fits[word]
+                yield {"query": word, "file_name": names if len(names) > 1 else names[0], "kind": "tag"}
+
+
+def phrasing_queries(pictures: list[Picture]) -> Iterator[dict[str, object]]:
+    for place, picture in enumerate(pictures):
+        query = CARRIERS[place % len(CARRIERS)].format(picture.label)
+        yield {"query": query, "file_name": picture.file_name, "kind": "phrasing"}
+
+
+def grounding_pairs(pictures: list[Picture]) -> Iterator[dict[str, str]]:
+    """The same question of two pictures of different groups, whose answers differ: who does not look, fails."""
+    asked = (WHAT, WHAT, KIND, WHAT, COLOR)
+    for turn in range(GROUNDING_PAIRS):
+        question, place = asked[turn % len(asked)], turn * len(pictures) // GROUNDING_PAIRS
+        picture, start = pictures[place], place + 37
+        other = next(
+            other
+            for other in pictures[start % len(pictures) :] + pictures
+            if other.group != picture.group and other.answers[question] != picture.answers[question]
+        )
+        yield {
+            "file_name": picture.file_name,
+            "question": question,
+            "answer": picture.answers[question],
+            "other_file_name": other.file_name,
+            "other_answer": other.answers[question],
+        }
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def metadata(picture: Picture, text: list[str]) -> dict[str, object]:
+    return {
+        "file_name": picture.file_name,
+        "text": text,
+        "group": picture.group,
+        "subgroup": picture.subgroup,
+        "emoji": picture.emoji,
+        "questions": [{"question": question, "answer": answer} for question, answer in picture.answers.items()],
+    }
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, object]] | Iterable[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def licenses(emojibase: tarfile.TarFile, emojilib: tarfile.TarFile) -> str:
+    """The art package names its licence but ships no text of it: the words of the MIT licence are emojibase's copy."""
+    words, keywords = read(emojibase, "LICENSE").decode(), read(emojilib, "LICENSE").decode()
+    permission = words[words.index("Permission is hereby granted") :].strip()
+    copyrights = [next(line for line in text.splitlines() if "Copyright" in line) for text in (words, keywords)]
+    return f"""The pictures in images/ are Microsoft Fluent Emoji, taken from the npm package {ART.name} {ART.version}
+(MIT, Copyright (c) 2023 LobeHub), scaled to {SIDE}x{SIDE} on white.
+
+MIT License
+
+Copyright (c) Microsoft Corporation.
+
+{permission}
+
+----------------------------------------------------------------------------------------------------------------
+
+The words in images/metadata.jsonl, queries.jsonl and grounding.jsonl come from two packages under the same licence,
+the MIT License, whose permission notice above applies to each:
+
+{LABELS_AND_TAGS.name} {LABELS_AND_TAGS.version} (labels, tags, groups): {copyrights[0]}
+{KEYWORDS.name} {KEYWORDS.version} (keywords): {copyrights[1]}
+"""
+
+
+def readme(pictures: int, tags: int) -> str:
+    return f"""# The demo's pictures
+Generated by `python -m integration.demo_corpus` (needs npm); do not edit by hand.
+
+| file | what |
+|---|---|
+| `images/` | {pictures} emoji, {SIDE}x{SIDE} WebP, with `metadata.jsonl`: captions, group, questions with answers |
+| `queries.jsonl` | {tags} tags and {pictures} phrasings, held out: nothing here is ever trained |
+| `grounding.jsonl` | {GROUNDING_PAIRS} questions asked of two pictures whose answers differ |
+
+| npm package | version | licence | gives |
+|---|---|---|---|
+| `{ART.name}` | {ART.version} | MIT | the art: Microsoft Fluent Emoji, MIT |
+| `{LABELS_AND_TAGS.name}` | {LABELS_AND_TAGS.version} | MIT | labels, tags, groups |
+| `{KEYWORDS.name}` | {KEYWORDS.version} | MIT | keywords of another community, for held-out queries |
+
+`LICENSE-fluent-emoji.txt` has the licence text and the copyright lines. A few labels were reworded to fit the art.
+"""
+
+
+def build(folder: Path, downloads: Path) -> None:
+    art, emojibase, emojilib = (download(package, downloads) for package in (ART, LABELS_AND_TAGS, KEYWORDS))
+    pictures = read_pictures(art, emojibase, emojilib)
+    trained = training_captions(pictures)
+    tags = list(tag_queries(pictures, trained))
+    images = folder / "images"
+    images.mkdir(parents=True)
+    for picture in pictures:
+        on_white(picture.artwork).save(images / picture.file_name, quality=90, method=6)
+    write_lines(images / "metadata.jsonl", (metadata(picture, trained[picture.file_name]) for picture in pictures))
+    write_lines(folder / "queries.jsonl", [*tags, *phrasing_queries(pictures)])
+    write_lines(folder / "grounding.jsonl", grounding_pairs(pictures))
+    (folder / "LICENSE-fluent-emoji.txt").write_text(licenses(emojibase, emojilib), encoding="utf-8")
+    (folder / "README.md").write_text(readme(len(pictures), len(tags)), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Rebuild the demo's pictures, captions and held-out queries.")
+    parser.add_argument("folder", nargs="?", type=Path, default=DEMO_DATA, help="replaced as a whole")
+    folder = parser.parse_args().folder
+    with tempfile.TemporaryDirectory() as scratch:
+        build(Path(scratch) / "demo_data", Path(scratch))
+        if folder.exists():
+            shutil.rmtree(folder)
+        shutil.move(Path(scratch) / "demo_data", folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Opens a report in headless Chromium, as a phone and as a desktop, light and dark.
+
+GENRET_SCREENSHOTS=FOLDER keeps what the browser painted, to be looked at.
+"""
+
+import colorsys
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from llama_index_genret.report import Figure, ReportAnswer, ReportHit, ReportQuery, write_report
+
+DEMO_IMAGES = Path(__file__).resolve().parents[1] / "llama_index_genret" / "demo_data" / "images"
+LONG_WORD = "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft"
+HITS = 10
+
+BACKGROUND_SIZES = """async () => Promise.all(
+  [...document.querySelectorAll(".picture:not(.absent)")].map(async (element) => {
+    const image = new Image();
+    image.src = getComputedStyle(element).backgroundImage.slice(5, -2);
+    await image.decode();
+    const box = element.getBoundingClientRect();
+    return Math.min(image.naturalWidth, image.naturalHeight, box.width, box.height);
+  }))"""
+TOO_WIDE = """() => [...document.body.querySelectorAll("*")]
+  .filter((element) => element.getBoundingClientRect().right > innerWidth + 0.5 || element.scrollWidth > innerWidth)
+  .map((element) => element.outerHTML.slice(0, 120))"""
+
+
+@dataclass
+class Visit:
+    """A loaded page and what the browser complained of or asked for on the way."""
+
+    page: Page
+    complaints: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+
+def drawn_pictures(folder: Path) -> list[tuple[Path, str]]:
+    """(path, caption) of 100 generated pictures: for a checkout without the demo's images."""
+    pictures = []
+    for number in range(100):
+        red, green, blue = (int(255 * part) for part in colorsys.hsv_to_rgb(number / 100, 0.7, 0.9))
+        image = Image.new("RGB", (200 + number, 240 - number), "white")
+        ImageDraw.Draw(image).ellipse((20, 20, 170, 120), fill=(red, green, blue))
+        path = folder / f"ellipse-{number}.webp"
+        image.save(path)
+        pictures.append((path, f"an ellipse of hue {number}, on white"))
+    return pictures
+
+
+def demo_pictures() -> list[tuple[Path, str]]:
+    lines = (DEMO_IMAGES / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    return [(DEMO_IMAGES / row["file_name"], row["text"][-1]) for row in map(json.loads, lines)]
+
+
+def example_queries(pictures: list[tuple[Path, str]]) -> list[ReportQuery]:
+    """Of each five, three are right first, one right at rank 3 and one missed."""
+    queries = []
+    for place, (path, caption) in enumerate(pictures):
+        right_rank = (0, 0, 0, 2, None)[place % 5]
+        nearby = [pictures[(place + 7 * step) % len(pictures)] for step in range(1, HITS + 1)]
+        if right_rank is not None:
+            nearby[right_rank] = (path, caption)
+        hits = tuple(
+            ReportHit(shown.stem, shown, text, 0.93 / (4**rank), shown == path)
+            for rank, (shown, text) in enumerate(nearby)
+        )
+        kind = "captions" if place % 2 else "phrasing"
+        queries.append(ReportQuery(f"could you find {caption.split(',')[0]}, please?", kind, (path.stem,), hits))
+    return queries
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    pictures = demo_pictures() if (DEMO_IMAGES / "metadata.jsonl").is_file() else drawn_pictures(folder)
+    queries = example_queries(pictures)
+    gone = ReportHit("gone", folder / "a-file-that-is-gone.png", LONG_WORD, 0.000031, False)
+    awkward = ReportQuery(f"{LONG_WORD}?", "awkward", ("gone", "never-heard-of"), (gone, *queries[0].hits[1:3]))
+    answers = [
+        ReportAnswer("What is in the picture?", caption.split(",")[0], queries[3 * place].hits[: 1 + place % 3])
+        for place, (_, caption) in enumerate(pictures[::3][:9])
+    ]
+    path = folder / "report.html"
+    write_report(
+        path,
+        title="What the model recalls",
+        subtitle=f"{len(pictures)} pictures, structured identifiers; a test of the page, not a measurement.",
+        figures=[
+            Figure("recall@1 on captions", "0.97", "goal 0.95"),
+            Figure("recall@10 on held-out tags", "0.71", "goal 0.60; BM25 0.00, dense peer 0.66"),
+            Figure("latency p50", "38 ms"),
+        ],
+        queries=[*queries, awkward, ReportQuery("nothing at all", "awkward", (), ())],
+        answers=[*answers, ReportAnswer(f"What is a {LONG_WORD}?", f"Nobody knows.\nNot even {LONG_WORD}.", ())],
+        images={path.stem: path for path, _ in pictures},
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.fail("no `chromium` on the PATH; install it with `apt-get install chromium`")
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield running
+        running.close()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(390, "light"), (390, "dark"), (1440, "light"), (1440, "dark")],
+    ids=lambda param: f"{param[0]}px-{param[1]}",
+)
+def visit(request, browser, report) -> Iterator[Visit]:
+    width, scheme = request.param
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    visit = Visit(context.new_page())
+    visit.page.on("console", lambda message: visit.complaints.append(f"{message.type}: {message.text}"))
+    visit.page.on("pageerror", lambda error: visit.complaints.append(str(error)))
+    visit.page.on("request", lambda asked: visit.requests.append(asked.url))
+    visit.page.goto(report.as_uri())
+    if folder := os.environ.get("GENRET_SCREENSHOTS"):
+        visit.page.screenshot(path=Path(folder) / f"report-{width}-{scheme}.png", full_page=True)
+    yield visit
+    context.close()
+
+
+def test_the_browser_has_nothing_to_complain_of_and_asks_for_no_other_file(visit, report):
+    assert visit.complaints == []
+    assert [url for url in visit.requests if not url.startswith("data:")] == [report.as_uri()]
+
+
+def test_every_thumbnail_has_a_decoded_picture_and_a_place(visit):
+    sizes = visit.page.evaluate(BACKGROUND_SIZES)
+    assert len(sizes) > 100
+    assert min(sizes) >= 40
+
+
+def test_a_thumbnail_is_painted(visit):
+    painted = Image.open(BytesIO(visit.page.locator(".hit .picture:not(.absent)").first.screenshot()))
+    assert len(painted.convert("RGB").getcolors(1 << 24) or ()) > 20
+
+
+def test_nothing_is_wider_than_the_screen(visit):
+    assert visit.page.evaluate(TOO_WIDE) == []
+
+
+def test_the_color_scheme_is_followed(visit):
+    wanted = "dark" if visit.page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches") else "light"
+    background = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = sum(int(part) for part in background[4:-1].split(",")) / 3
+    assert ("dark" if brightness < 80 else "light") == wanted
+
+
+def test_the_filter_leaves_only_misses_and_gives_all_back(visit):
+    rows, misses = visit.page.locator(".row"), visit.page.locator(".row.missed")
+    everything, missed = rows.count(), misses.count()
+
+    visit.page.get_by_label("Only misses").check()
+    shown = visit.page.locator(".row:visible")
+    assert shown.count() == missed < everything
+    assert misses.first.is_visible()
+    assert visit.page.evaluate(TOO_WIDE) == []
+
+    visit.page.get_by_label("Not first").check()
+    assert shown.count() == visit.page.locator(".row:not(.first)").count()
+    visit.page.get_by_label("All").check()
+    assert shown.count() == everything

@@ -1,0 +1,340 @@
+"""`genret`: a thin shell over the library. The only module that prints or reads the environment.
+
+Results go to stdout, as tables or, with `--json`, as one machine-readable object; logs and bars go to stderr.
+Exit code 0, 1 (failed: one line on stderr) or 2 (usage).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from llama_index_genret.errors import FilterError, GenretError
+from llama_index_genret.store import Index, load_index
+
+app = typer.Typer(
+    help="A multimodal LLM that has memorised your images.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+log = Console(stderr=True)
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"
+
+IndexDir = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder of the index.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Server = Annotated[str | None, typer.Option(help="Address of a vLLM server that serves the index: http://HOST:PORT/v1")]
+Model = Annotated[str, typer.Option("--model", help="Local folder or hub id of an image-text-to-text model.")]
+Filters = Annotated[list[str] | None, typer.Option("--filter", help="key=value; repeat for several, all must hold.")]
+TopK = Annotated[int, typer.Option("-k", min=1, help="Images wanted.")]
+
+
+def _bar(label: str) -> Any:
+    def progress(items: Iterable[Any]) -> Iterator[Any]:
+        yield from track(items, description=label, console=log, transient=True)
+
+    return progress
+
+
+def _emit(as_json: bool, value: dict[str, Any], table: Table) -> None:
+    if as_json:
+        print(json.dumps(value, ensure_ascii=False))
+    else:
+        Console().print(table)
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+@app.command()
+def index(
+    images: Annotated[Path, typer.Argument(help="Folder of images, with metadata.jsonl or without.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new index.")],
+    scheme: Annotated[str, typer.Option(help="structured or numeric.")] = "structured",
+    model: Model = DEFAULT_MODEL,
+    skip_broken: Annotated[bool, typer.Option(help="Leave broken images out, and list them.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Name every image of a folder, with the model's own vision tower."""
+    from llama_index_genret.corpus import read_corpus
+    from llama_index_genret.indexing import build_index
+    from llama_index_genret.modeling import load_mllm
+
+    corpus = read_corpus(images, skip_broken=skip_broken, progress=_bar("Reading"))
+    for skipped in corpus.skipped:
+        log.print(f"left out: {skipped}", style="yellow", markup=False)
+    built = build_index(corpus, out, load_mllm(model, device=device), scheme=scheme, progress=_bar("Encoding"))
+    _emit(as_json, {**_facts(built), "skipped": len(corpus.skipped)}, _facts_table(built))
+
+
+@app.command()
+def train(
+    index_dir: IndexDir,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the captions.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    seed: int = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Teach the model the index's identifiers. Killed, the same command goes on from its last checkpoint."""
+    from llama_index_genret.training.recipe import TrainOptions, train
+
+    if epochs is not None and max_steps is not None:
+        raise typer.BadParameter("give --epochs or --max-steps, not both")
+    given: dict[str, Any] = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "seed": seed}
+    options = TrainOptions(**{name: value for name, value in given.items() if value is not None})
+    trained = train(load_index(index_dir), options, device=device)
+    _emit(as_json, _facts(trained), _facts_table(trained))
+
+
+@app.command()
+def query(
+    index_dir: IndexDir,
+    text: Annotated[str, typer.Argument(help="What the image shows.")],
+    k: TopK = 5,
+    filters: Filters = None,
+    server: Server = None,
+    model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Recall images for a text."""
+    from llama_index_genret.scorers.base import recall
+
+    loaded = load_index(index_dir)
+    allowed = loaded.equals_filter(_parse_filters(filters)) if filters else None
+    prompt = loaded.prompts.for_query(loaded.tokenizer, text)
+    (hits,) = recall(_scorer(loaded, server, model, device), loaded.trie, [prompt], k=k, allowed=allowed)
+    table = _table("image", "caption", "score", "log p", "identifier", title=text)
+    rows = []
+    for hit in hits:
+        record, identifier = loaded.record_of(hit), loaded.identifier_of(hit)
+        rows.append(
+            {
+                "image_id": record.image_id,
+                "file_name": record.file_name,
+                "score": hit.score,
+                "log_prob": hit.log_prob,
+                "identifier": identifier,
+            }
+        )
+        table.add_row(record.file_name, *record.captions[:1], f"{hit.score:.4f}", f"{hit.log_prob:.3f}", identifier)
+    _emit(as_json, {"query": text, "hits": rows}, table)
+
+
+@app.command()
+def ask(
+    index_dir: IndexDir,
+    question: Annotated[str, typer.Argument(help="A question about your images.")],
+    k: TopK = 3,
+    server: Server = None,
+    model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Recall images, let the same model look at them, and answer; the sources are named."""
+    from llama_index_genret.llms import InProcessLLM, genret_llm
+    from llama_index_genret.query_engine import image_query_engine
+    from llama_index_genret.retriever import GenerativeImageRetriever
+
+    loaded = load_index(index_dir)
+    if server:
+        from llama_index_genret.scorers.vllm import VllmScorer
+
+        scorer: Any = VllmScorer(server)
+        llm: Any = genret_llm(server, model=scorer.served_model())
+    else:
+        from llama_index_genret.modeling import load_trained
+        from llama_index_genret.scorers.transformers import TransformersScorer
+
+        mllm = load_trained(loaded, device=device, base=model)
+        scorer, llm = TransformersScorer(mllm), InProcessLLM(mllm)
+    engine = image_query_engine(GenerativeImageRetriever(loaded, scorer, similarity_top_k=k), llm)
+    response = engine.query(question)
+    sources = [node.node.metadata["image_id"] for node in response.source_nodes]
+    table = _table("answer", "sources", title=question)
+    table.add_row(str(response), "\n".join(sources))
+    hits = [
+        {
+            "image_id": node.node.metadata["image_id"],
+            "file_name": loaded.records[loaded.rows_by_id[node.node.metadata["image_id"]]].file_name,
+            "score": node.score,
+            "log_prob": node.node.metadata["genret_log_prob"],
+            "identifier": node.node.metadata["genret_identifier"],
+        }
+        for node in response.source_nodes
+    ]
+    _emit(as_json, {"query": question, "hits": hits, "answer": str(response), "sources": sources}, table)
+
+
+@app.command(name="eval")
+def evaluate_command(
+    index_dir: IndexDir,
+    queries: Annotated[Path, typer.Argument(metavar="QUERIES.jsonl")],
+    server: Server = None,
+    baselines: Annotated[str, typer.Option(help="Comma-separated, of: bm25, tfidf.")] = "",
+    report: Annotated[Path | None, typer.Option(help="Write one HTML page with the pictures.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure recall on held-out queries."""
+    from llama_index_genret.evaluation import baseline, evaluate, read_queries, write_evaluation_report
+
+    loaded = load_index(index_dir)
+    wanted = read_queries(queries, loaded.records)
+    peers = {name: baseline(name, loaded.records, wanted) for name in filter(None, baselines.split(","))}
+    evaluation = evaluate(loaded, _scorer(loaded, server, model, device), wanted, progress=_bar("Recalling"))
+    figures = evaluation.figures()
+    table = _table("", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", title=f"{figures['n']} queries")
+    for name, row in {"generative": figures, **{n: p.figures() for n, p in peers.items()}}.items():
+        table.add_row(name, *(f"{row[c]:.3f}" for c in ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")))
+    if report:
+        write_evaluation_report(report, loaded, evaluation)
+        log.print(f"report: {report}", markup=False)
+    _emit(as_json, {**figures, "baselines": {name: peer.figures() for name, peer in peers.items()}}, table)
+
+
+@app.command()
+def export(
+    index_dir: IndexDir,
+    out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Write the trained model, merged, as a checkpoint that plain vLLM serves."""
+    from llama_index_genret.export import export_checkpoint
+
+    written = export_checkpoint(load_index(index_dir), out, dtype=dtype)
+    table = _table("checkpoint", "serve with")
+    table.add_row(str(written), f"vllm serve {written} --max-logprobs -1")
+    _emit(as_json, {"checkpoint": str(written)}, table)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    index_dir: IndexDir,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Serve the index's model with vLLM. What stands after `--` goes to vLLM as it is."""
+    from llama_index_genret.serving import serve_command, served_checkpoint
+
+    checkpoint = served_checkpoint(load_index(index_dir), dtype=dtype)
+    command = serve_command(checkpoint, host=host, port=port, vllm_flags=context.args)
+    if as_json:
+        print(json.dumps({"api_base": f"http://{host}:{port}/v1", "checkpoint": str(checkpoint)}), flush=True)
+    log.print(" ".join(command), style="dim", markup=False)
+    os.execv(command[0], command)
+
+
+@app.command()
+def inspect(index_dir: IndexDir, as_json: Json = False) -> None:
+    """Show what an index holds: scheme, sizes, fan-out per level, health."""
+    loaded = load_index(index_dir)
+    for name in loaded.manifest.files:
+        loaded.file(name)
+    _emit(as_json, _facts(loaded), _facts_table(loaded))
+
+
+@app.command()
+def demo(
+    model: Model = DEFAULT_MODEL,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Recall and answer through a vLLM server.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the index and report.html.")] = Path("demo-out"),
+    as_json: Json = False,
+) -> None:
+    """The whole path on the images in the package: index, train, recall, grounded answer, report."""
+    from llama_index_genret.demo import figure_rows, run_demo
+
+    result = run_demo(model, out, vllm=vllm, progress=_bar("Encoding"), say=lambda text: log.print(text, markup=False))
+    evaluation = result.evaluation
+    shown = _table("kind", "query", "recalled images, best first", "")
+    for kind in ("caption", "phrasing", "tag"):
+        part = evaluation.of_kind(kind)
+        for wanted, ranked in list(zip(part.queries, part.ranked, strict=True))[:: max(1, len(part.queries) // 6)][:6]:
+            shown.add_row(kind, wanted.text, ", ".join(ranked[:3]), "✓" if ranked[0] in wanted.image_ids else "")
+    figures = _table("figure", "value", "note")
+    for row in figure_rows(result.figures):
+        figures.add_row(*row)
+    answer = dataclasses.asdict(result.answer)
+    if not as_json:
+        Console().print(shown)
+        Console().print(f"[bold]{result.answer.question}[/bold]  {result.answer.answer}  ← {answer['sources']}")
+    _emit(as_json, {**dataclasses.asdict(result.figures), "answer": answer, "report": str(result.report)}, figures)
+    log.print(f"report: {result.report}", markup=False)
+
+
+def _scorer(loaded: Index, server: str | None, model: str | None, device: str) -> Any:
+    if server:
+        from llama_index_genret.scorers.vllm import VllmScorer
+
+        return VllmScorer(server)
+    from llama_index_genret.modeling import load_trained
+    from llama_index_genret.scorers.transformers import TransformersScorer
+
+    return TransformersScorer(load_trained(loaded, device=device, base=model))
+
+
+def _parse_filters(filters: list[str]) -> dict[str, str]:
+    wanted = {}
+    for text in filters:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise FilterError(f"the filter {text!r} must read key=value.")
+        wanted[key] = value
+    return wanted
+
+
+def _facts(loaded: Index) -> dict[str, Any]:
+    trie = loaded.trie
+    return {
+        "index": str(loaded.folder),
+        "images": len(loaded.records),
+        "scheme": loaded.manifest.scheme,
+        "scheme_options": loaded.manifest.scheme_options,
+        "identifier_length": trie.depth,
+        "nodes_per_level": list(trie.level_sizes),
+        "mean_fan_out_per_level": [
+            round(below / above, 2) for above, below in zip((1, *trie.level_sizes), trie.level_sizes, strict=False)
+        ],
+        "model": loaded.manifest.model.name_or_path,
+        "trained": loaded.is_trained,
+        "training": loaded.manifest.training,
+        "missing_images": [r.file_name for r in loaded.records if not r.path.is_file()],
+    }
+
+
+def _facts_table(loaded: Index) -> Table:
+    table = _table("", "")
+    for key, value in _facts(loaded).items():
+        table.add_row(key.replace("_", " "), str(value))
+    return table
+
+
+def main() -> NoReturn:
+    """Entry point: turns errors of ours into one line on stderr and exit code 1."""
+    try:
+        app(standalone_mode=True)
+    except GenretError as error:
+        log.print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)
+    sys.exit(0)

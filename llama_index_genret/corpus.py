@@ -1,0 +1,459 @@
+"""The images and what is known of each, read from a folder that is laid out as a Hugging Face imagefolder.
+
+Knows files, Pillow and the metadata format; nothing of identifiers, models or LlamaIndex.
+Format: https://huggingface.co/docs/datasets/image_dataset#imagefolder
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NoReturn
+
+import filetype
+import numpy as np
+from PIL import Image, ImageOps
+
+from llama_index_genret.errors import CorpusError, DuplicateImage, ImageError, MetadataError, UnsafePath
+
+Scalar = str | int | float | bool | None
+
+# The sniffed type decides which one decoder of Pillow sees a file. Left out are those that run programs or weakly
+# recognise their own files (EPS calls Ghostscript, TGA has no signature).
+_DECODERS = {
+    "image/avif": "AVIF",
+    "image/bmp": "BMP",
+    "image/gif": "GIF",
+    "image/jpeg": "JPEG",
+    "image/jpx": "JPEG2000",
+    "image/png": "PNG",
+    "image/tiff": "TIFF",
+    "image/webp": "WEBP",
+    "image/x-icon": "ICO",
+    "image/x-portable-anymap": "PPM",
+}
+# What a bare folder is searched for. The second line needs converting: an error, so that no picture vanishes silently.
+_PICTURE = re.compile(
+    r"\.(apng|avif|bmp|gif|ico|jfif|jp2|jpe|jpeg|jpg|mpo|pbm|pgm|png|pnm|ppm|tiff?|webp"
+    r"|heic|heif|jxl|svgz?)\Z",
+    re.IGNORECASE,
+)
+_METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+_OWN_COLUMNS = frozenset({"file_name", "image_id", "text", "questions"})
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about one image, and its answer."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image and what is known of it; the image itself stays in its file."""
+
+    image_id: str
+    path: Path
+    """Absolute."""
+    file_name: str
+    """Relative to the image folder, with forward slashes."""
+    sha256: str
+    captions: tuple[str, ...] = ()
+    metadata: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
+    questions: tuple[Question, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        """The record as JSON values; the path is left out, so that the folder may move."""
+        return {
+            "image_id": self.image_id,
+            "file_name": self.file_name,
+            "sha256": self.sha256,
+            "captions": list(self.captions),
+            "metadata": dict(self.metadata),
+            "questions": [asdict(question) for question in self.questions],
+        }
+
+    @classmethod
+    def from_json(cls, obj: object, folder: Path) -> Record:
+        """The inverse of `to_json`, for images that lie in `folder`; looks at no file.
+
+        Raises:
+            MetadataError: a key is missing or unknown, or a value has the wrong type.
+            UnsafePath: the file name leaves the folder.
+        """
+        where = f"a record stored for {folder}: "
+        keys = ["captions", "file_name", "image_id", "metadata", "questions", "sha256"]
+        if not isinstance(obj, Mapping) or sorted(map(str, obj)) != keys:
+            raise MetadataError(f"{where}expected an object with the keys {keys}, not {obj!r:.200}.")
+        file_name = _relative(obj["file_name"], where)
+        return cls(
+            image_id=_text(obj["image_id"], "image_id", where),
+            path=Path(folder).absolute() / file_name,
+            file_name=file_name,
+            sha256=_text(obj["sha256"], "sha256", where),
+            captions=_captions(obj["captions"], where),
+            metadata=_flat(obj["metadata"], where),
+            questions=_questions(obj["questions"], where),
+        )
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image or a line that `skip_broken` left out."""
+
+    file_name: str
+    """The image's; the metadata file's where the line names none."""
+    line: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The records of one image folder, in the order of its metadata, and what was left out of them."""
+
+    folder: Path
+    records: tuple[Record, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.by_id) != len(self.records):
+            raise DuplicateImage(f"the records of {self.folder} share image ids: give each image its own.")
+
+    @cached_property
+    def by_id(self) -> Mapping[str, Record]:
+        """Each record under its `image_id`."""
+        return {record.image_id: record for record in self.records}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One image as it is listed; parsed late, so that a broken line is an error of that line only."""
+
+    where: str
+    line: int | None
+    source: str
+    parse: Callable[[], Mapping[str, object]]
+
+
+def read_corpus(
+    folder: Path | str,
+    *,
+    skip_broken: bool = False,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+) -> Corpus:
+    """Read a folder of images, with a `metadata.jsonl` or `metadata.csv` or bare; decode every image once.
+
+    Columns: `file_name`; `text` (a caption, in JSON also a list of them); `image_id` (else the file name without
+    its suffix); `questions` (JSON only: a list of {"question", "answer"}). All others are metadata: flat, and text in
+    a CSV, where an empty cell is a missing value. In a bare folder hidden files and linked folders are left alone.
+
+    Args:
+        skip_broken: leave broken images and lines out, and list them in `skipped`.
+        progress: wraps the rows as they are read, as `tqdm.tqdm` does.
+    Raises:
+        MetadataError: a line is broken; or, always, the metadata file as a whole is.
+        ImageError: a file is missing, damaged, too large, or no raster image.
+        UnsafePath: a file name or a link leaves the folder.
+        DuplicateImage: two images have one `image_id`.
+        CorpusError: the folder does not exist, or no image is (left) in it.
+    """
+    root = _existing_folder(Path(folder))
+    rows = _list_rows(root)
+    records: list[Record] = []
+    skipped: list[Skipped] = []
+    places: dict[str, str] = {}
+    for row in rows if progress is None else progress(rows):
+        file_name = row.source
+        try:
+            fields = row.parse()
+            file_name = str(fields.get("file_name") or file_name)
+            record = _read_record(root, fields, row.where, places)
+        except CorpusError as error:
+            if not skip_broken:
+                raise
+            skipped.append(Skipped(file_name, row.line, str(error)))
+            continue
+        places[record.image_id] = repr(file_name) if row.line is None else f"line {row.line} ({file_name!r})"
+        records.append(record)
+    if not records:
+        why = f"all {len(skipped)} are broken, the first: {skipped[0].reason}" if skipped else "none is listed."
+        raise CorpusError(f"{root} has no usable image: {why} Give a folder of images such as .jpg, .png or .webp.")
+    return Corpus(root, tuple(records), tuple(skipped))
+
+
+def load_image(path: Path | str) -> Image.Image:
+    """The image as RGB, 8 bits a channel: upright (EXIF), transparency on white, the first frame of an animation.
+
+    16-bit grey is scaled by 255/65535. Wider integers and floats define no white: their range is stretched.
+
+    Raises:
+        ImageError: the file is missing, damaged, too large (`PIL.Image.MAX_IMAGE_PIXELS`), or no raster image.
+    """
+    return _decode(Path(path), "")
+
+
+def sniff_mime(path: Path | str) -> str:
+    """The type of a file by its content, whatever its suffix; `application/octet-stream` if unknown.
+
+    Raises:
+        ImageError: the file is missing or cannot be read.
+    """
+    return _sniff(Path(path), "")
+
+
+def image_sha256(path: Path | str) -> str:
+    """Sha256 of the file's bytes, as 64 hex digits, read in pieces."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _existing_folder(folder: Path) -> Path:
+    if not folder.exists():
+        raise CorpusError(f"the image folder {folder} does not exist: check the path.")
+    if not folder.is_dir():
+        raise CorpusError(f"{folder} is not a folder: give the folder that holds the images ({folder.parent}).")
+    return folder.resolve()
+
+
+def _list_rows(root: Path) -> Iterable[_Row]:
+    present = [name for name in _METADATA_FILES if (root / name).exists()]
+    if len(present) > 1:
+        raise MetadataError(f"{root} has both {' and '.join(present)}: remove the one that is not meant.")
+    if present:
+        return (_json_rows if present[0].endswith("jsonl") else _csv_rows)(root / present[0])
+    return [_Row("", None, name, partial(dict, file_name=name)) for name in _image_files(root)]
+
+
+def _image_files(root: Path) -> list[str]:
+    """Relative names of the pictures below `root`, and of linked folders that leave it, sorted."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise CorpusError(f"{root} cannot be listed: {error}. Make it readable.") from error
+
+    names = []
+    for parent, folders, files in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [name for name in folders if not (Path(parent) / name).resolve().is_relative_to(root)]
+        for name in files:
+            if name in _METADATA_FILES or name == "metadata.parquet":
+                raise MetadataError(
+                    f"{Path(parent) / name} would not be read: only a metadata.jsonl or metadata.csv directly in "
+                    f"{root} is. Give its own folder instead, or write its rows to {root / 'metadata.jsonl'}."
+                )
+        pictures = [name for name in files if _PICTURE.search(name) and not name.startswith(".")]
+        names += [(Path(parent) / name).relative_to(root).as_posix() for name in pictures + links]
+    return sorted(names)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open("rb") as file:
+            for line, raw in enumerate(file, 1):
+                try:
+                    yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise MetadataError(f"{path}, line {line}: not UTF-8 ({error}). Save the file as UTF-8.") from error
+    except OSError as error:
+        raise MetadataError(f"{path} cannot be read: {error}. Make it a readable file.") from error
+
+
+def _json_rows(path: Path) -> Iterator[_Row]:
+    for line, text in enumerate(_lines(path), 1):
+        if text.strip():
+            where = f"{path}, line {line}: "
+            yield _Row(where, line, path.name, partial(_parse_json, text, where))
+
+
+def _parse_json(text: str, where: str) -> dict[str, object]:
+    try:
+        fields = json.loads(text, object_pairs_hook=_without_repeated_keys)
+        # What cannot be written again (NaN, 1e999, half a surrogate pair) would break the stored index much later.
+        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise MetadataError(f"{where}no valid JSON: {error}. Write one JSON object a line.") from error
+    if not isinstance(fields, dict):
+        raise MetadataError(f'{where}a {type(fields).__name__}, not an object. Write {{"file_name": ...}}, one a line.')
+    return fields
+
+
+def _without_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError(f"a key is given twice among {[key for key, _ in pairs]}")
+    return fields
+
+
+def _csv_rows(path: Path) -> Iterator[_Row]:
+    reader = csv.reader(_lines(path), strict=True)
+    try:
+        columns = next(reader, [])
+        _check_columns(columns, path)
+        line = reader.line_num + 1
+        for cells in reader:
+            where = f"{path}, line {line}: "
+            if cells:
+                yield _Row(where, line, path.name, partial(_parse_cells, columns, cells, where))
+            line = reader.line_num + 1
+    except csv.Error as error:  # where the next row begins is unknown from here on
+        raise MetadataError(f"{path}, line {reader.line_num}: no valid CSV: {error}. Check its quotes.") from error
+
+
+def _check_columns(columns: list[str], path: Path) -> None:
+    where = f"{path}, line 1: the columns are {columns}"
+    if "file_name" not in columns:
+        raise MetadataError(f"{where}, but 'file_name' is needed. Separate them with commas.")
+    if len(set(columns)) != len(columns) or "" in columns:
+        raise MetadataError(f"{where}, but each needs a name of its own.")
+    if "questions" in columns:
+        raise MetadataError(f"{where}, but a CSV cannot hold 'questions'. Write a metadata.jsonl.")
+
+
+def _parse_cells(columns: list[str], cells: list[str], where: str) -> dict[str, object]:
+    if len(cells) != len(columns):
+        raise MetadataError(f"{where}{len(cells)} cells for {len(columns)} columns. Put text with commas in quotes.")
+    return {column: cell or None for column, cell in zip(columns, cells, strict=True)}
+
+
+def _read_record(root: Path, fields: Mapping[str, object], where: str, places: Mapping[str, str]) -> Record:
+    file_name = _relative(fields.get("file_name"), where)
+    path = _inside(root, file_name, where)
+    image_id = file_name.removesuffix(PurePosixPath(file_name).suffix)
+    if fields.get("image_id") is not None:
+        image_id = _text(fields["image_id"], "image_id", where)
+    if image_id in places:
+        raise DuplicateImage(
+            f"{where}{file_name!r} has the image_id {image_id!r}, which {places[image_id]} already has. Give each its "
+            "own in the column image_id; several captions of one image go into one line, as a list in text."
+        )
+    captions = _captions(fields.get("text"), where)
+    questions = _questions(fields.get("questions"), where)
+    metadata = _flat({key: value for key, value in fields.items() if key not in _OWN_COLUMNS}, where)
+    _decode(path, where)
+    return Record(image_id, path, file_name, image_sha256(path), captions, metadata, questions)
+
+
+def _text(value: object, name: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise MetadataError(f"{where}{name} must be text and not empty, not {value!r:.200}.")
+    return value
+
+
+def _captions(value: object, where: str) -> tuple[str, ...]:
+    captions = [] if value is None else value if isinstance(value, list) else [value]
+    return tuple(_text(caption, "text (a caption, or each in a list)", where) for caption in captions)
+
+
+def _questions(value: object, where: str) -> tuple[Question, ...]:
+    questions = [] if value is None else value
+    if not isinstance(questions, list) or not all(isinstance(q, Mapping) for q in questions):
+        raise MetadataError(f"{where}questions must be a list of {{'question', 'answer'}}, not {value!r:.200}.")
+    if wrong := [sorted(q) for q in questions if set(q) != {"question", "answer"}]:
+        raise MetadataError(f"{where}questions need the keys ['answer', 'question'], not {wrong[0]}.")
+    return tuple(
+        Question(_text(q["question"], "a question", where), _text(q["answer"], "an answer", where)) for q in questions
+    )
+
+
+def _flat(value: object, where: str) -> dict[str, Scalar]:
+    if not isinstance(value, Mapping):
+        raise MetadataError(f"{where}metadata must be an object, not {value!r:.200}.")
+    for key, item in value.items():
+        if not isinstance(item, Scalar):
+            raise MetadataError(
+                f"{where}the metadata {key!r} is a {type(item).__name__}, but must be text, a number, true, false or "
+                "null. Flatten it into several columns."
+            )
+    return dict(value)
+
+
+def _relative(value: object, where: str) -> str:
+    """The checked file name; read as a Windows path, which knows both separators and drives."""
+    name = _text(value, "file_name", where)
+    parts = PureWindowsPath(name)
+    if parts.anchor or ".." in parts.parts or "\0" in name:
+        raise UnsafePath(f"{where}{name!r} leads out of the image folder. Name files relative to it, without '..'.")
+    return PurePosixPath(name).as_posix()
+
+
+def _inside(root: Path, file_name: str, where: str) -> Path:
+    path = root / file_name
+    try:
+        file_name.encode()
+        target = path.resolve()
+    except (OSError, RuntimeError, UnicodeError) as error:
+        raise ImageError(f"{where}{file_name!r} cannot be opened: {error}. Rename it, or mend its links.") from error
+    if not target.is_relative_to(root):
+        raise UnsafePath(f"{where}{file_name!r} is a link out of the folder {root}. Copy its target into the folder.")
+    return path
+
+
+def _sniff(path: Path, where: str) -> str:
+    try:
+        if not path.is_file():
+            raise ImageError(f"{where}{path} is missing or no regular file: restore it, or remove its entry.")
+        with path.open("rb") as file:
+            head = file.read(8192)
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{where}{str(path)!r} cannot be read: {error}. Check its name and permissions.") from error
+    if head[:1] == b"P" and head[1:2] in {b"1", b"2", b"3", b"4", b"5", b"6"} and head[2:3].isspace():
+        return "image/x-portable-anymap"
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<" and b"<svg" in head.lower():
+        return "image/svg+xml"
+    kind = filetype.guess(head) if head else None
+    mime = str(kind.mime) if kind else "application/octet-stream"
+    return "image/png" if mime == "image/apng" else mime
+
+
+def _decode(path: Path, where: str) -> Image.Image:
+    mime = _sniff(path, where)
+    if mime not in _DECODERS:
+        raise ImageError(
+            f"{where}{path} is no raster image that can be read: by its content ({path.stat().st_size} bytes) it is "
+            f"{mime}. Convert it to PNG or JPEG, or remove it."
+        )
+    too_large = f"{where}{path} has more than {Image.MAX_IMAGE_PIXELS} pixels (PIL.Image.MAX_IMAGE_PIXELS): shrink it."
+    try:
+        with Image.open(path, formats=[_DECODERS[mime]]) as image:
+            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ImageError(too_large)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(too_large) from error
+    except Exception as error:  # a decoder that reads garbage raises almost anything
+        raise ImageError(
+            f"{where}{path} does not decode as {mime}: {type(error).__name__}: {error}. Restore it, or remove it."
+        ) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in {"I", "F"} or image.mode.startswith("I;16"):
+        values = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0, neginf=0.0)
+        low, high = values.min(), values.max()
+        if image.mode != "F" and low >= 0 and high <= 65535:
+            low, high = 0, 65535
+        image = Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
+    if image.mode in {"LA", "P", "PA", "RGBA"} or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

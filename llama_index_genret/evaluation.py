@@ -1,0 +1,224 @@
+"""Measuring recall on held-out queries, beside text baselines over the same captions.
+
+Every query of the file counts, an unanswerable one as a miss. Knows scorers; nothing of LlamaIndex.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_index_genret.corpus import Record
+from llama_index_genret.errors import CorpusError, MissingExtra, QueryError
+from llama_index_genret.metrics import mean_reciprocal_rank, ndcg_at, recall_at
+from llama_index_genret.prompts import Prompt
+from llama_index_genret.report import Figure, ReportAnswer, ReportHit, ReportQuery, write_report
+from llama_index_genret.scorers.base import Scorer, recall
+from llama_index_genret.search import Hit, Normalise
+from llama_index_genret.store import Index
+
+DEPTH = 10
+"""Results looked at for each query."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query and the images that are right for it. kind: free text by which figures are parted."""
+
+    text: str
+    image_ids: frozenset[str]
+    kind: str = "query"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Ranked image ids of every query, and what follows from them.
+
+    hits: of a generative recall, as many as `ranked`. latency_ms: of each query alone, where it was measured.
+    """
+
+    queries: tuple[Query, ...]
+    ranked: tuple[tuple[str, ...], ...]
+    hits: tuple[tuple[Hit, ...], ...] = ()
+    latency_ms: tuple[float, ...] = ()
+
+    def figures(self) -> dict[str, Any]:
+        """n, recall@1/5/10, mrr, ndcg@10, and latency percentiles where it was measured."""
+        expected = [query.image_ids for query in self.queries]
+        figures: dict[str, Any] = {"n": len(self.queries)}
+        figures |= {f"recall@{k}": recall_at(self.ranked, expected, k) for k in (1, 5, 10)}
+        figures |= {"mrr": mean_reciprocal_rank(self.ranked, expected), "ndcg@10": ndcg_at(self.ranked, expected, 10)}
+        if self.latency_ms:
+            p50, p95 = np.percentile(self.latency_ms, [50, 95])
+            figures["latency_ms"] = {"p50": round(float(p50), 1), "p95": round(float(p95), 1)}
+        return figures
+
+    def of_kind(self, kind: str) -> Evaluation:
+        """The part with queries of one kind."""
+        rows = [row for row, query in enumerate(self.queries) if query.kind == kind]
+        return Evaluation(
+            tuple(self.queries[row] for row in rows),
+            tuple(self.ranked[row] for row in rows),
+            tuple(self.hits[row] for row in rows) if self.hits else (),
+            tuple(self.latency_ms[row] for row in rows) if self.latency_ms else (),
+        )
+
+
+def read_queries(path: Path, records: Sequence[Record]) -> list[Query]:
+    """Read QUERIES.jsonl: `{"query": ..., "file_name" | "image_id": one or a list, "kind": optional}` a line.
+
+    Raises:
+        CorpusError: a line is broken or names an image that the index lacks; names file and line.
+    """
+    names: dict[str, str] = {record.file_name: record.image_id for record in records}
+    ids = {record.image_id for record in records}
+    queries = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+            text, key = row["query"], next(k for k in ("image_id", "file_name") if k in row)
+        except (json.JSONDecodeError, KeyError, TypeError, StopIteration) as error:
+            raise CorpusError(
+                f'{where}: want {{"query": "...", "file_name": "..."}} (or "image_id"), found {line[:80]!r}.'
+            ) from error
+        wanted = row[key] if isinstance(row[key], list) else [row[key]]
+        known = ids if key == "image_id" else names.keys()
+        missing = [name for name in wanted if name not in known]
+        if missing or not wanted or not isinstance(text, str):
+            raise CorpusError(f"{where}: the index has no image {missing or wanted!r}. Correct {key}, or index it.")
+        image_ids = frozenset(wanted if key == "image_id" else (names[name] for name in wanted))
+        queries.append(Query(text, image_ids, str(row.get("kind", "query"))))
+    if not queries:
+        raise CorpusError(f"{path} has no queries.")
+    return queries
+
+
+def evaluate(
+    index: Index,
+    scorer: Scorer,
+    queries: Sequence[Query],
+    *,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    width: int | None = None,
+    normalise: Normalise = Normalise.CHILDREN,
+) -> Evaluation:
+    """Recall every query, one at a time, and time each. A query that is refused has no results: a miss."""
+    found, latency_ms = [], []
+    for query in progress(queries):
+        start = time.perf_counter()
+        try:
+            prompt = index.prompts.for_query(index.tokenizer, query.text)
+            (hits,) = recall(scorer, index.trie, [prompt], k=DEPTH, width=width, normalise=normalise)
+        except QueryError:
+            hits = []
+        latency_ms.append((time.perf_counter() - start) * 1e3)
+        found.append(hits)
+    return evaluation_of(index, queries, found, latency_ms)
+
+
+def evaluation_of(
+    index: Index, queries: Sequence[Query], hits: Sequence[Sequence[Hit]], latency_ms: Sequence[float] = ()
+) -> Evaluation:
+    """What the hits of the queries amount to."""
+    ranked = tuple(tuple(index.record_of(hit).image_id for hit in found) for found in hits)
+    return Evaluation(tuple(queries), ranked, tuple(map(tuple, hits)), tuple(latency_ms))
+
+
+def write_evaluation_report(
+    path: Path,
+    index: Index,
+    evaluation: Evaluation,
+    *,
+    figures: Sequence[Figure] = (),
+    answers: Sequence[ReportAnswer] = (),
+) -> None:
+    """Write one self-contained HTML page: the figures, and every query with the images that it recalled."""
+    queries = []
+    for query, hits in zip(evaluation.queries, evaluation.hits, strict=True):
+        shown = tuple(shown_hit(index.record_of(hit), hit.score, query.image_ids) for hit in hits[:5])
+        queries.append(ReportQuery(query.text, query.kind, tuple(sorted(query.image_ids)), shown))
+    write_report(
+        path,
+        title="Images recalled by a model that has memorised them",
+        subtitle=f"{len(index.records)} images, scheme {index.manifest.scheme!r}: query left, recalled images right.",
+        figures=figures or [Figure(name, str(value)) for name, value in evaluation.figures().items()],
+        queries=queries,
+        answers=answers,
+        images={record.image_id: record.path for record in index.records},
+    )
+
+
+def shown_hit(record: Record, score: float, right: Collection[str]) -> ReportHit:
+    """A recalled image as the report shows it."""
+    caption = record.captions[0] if record.captions else record.file_name
+    return ReportHit(record.image_id, record.path, caption, score, record.image_id in right)
+
+
+def recall_in_batches(
+    index: Index,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    *,
+    k: int = DEPTH,
+    batch: int = 32,
+    normalise: Normalise = Normalise.CHILDREN,
+) -> list[list[Hit]]:
+    """Hits of many prompts, `batch` at a time in one search."""
+    hits: list[list[Hit]] = []
+    for start in range(0, len(prompts), batch):
+        hits += recall(scorer, index.trie, prompts[start : start + batch], k=k, normalise=normalise)
+    return hits
+
+
+def baseline(name: str, records: Sequence[Record], queries: Sequence[Query]) -> Evaluation:
+    """The same queries by a text index over the captions: `tfidf` (character 2- to 4-grams) or `bm25`.
+
+    Ties are counted against: the right image comes after all images of equal score.
+    Raises:
+        QueryError: no such baseline. MissingExtra: its library is not installed.
+    """
+    texts = [" ".join(record.captions) for record in records]
+    scores = {"tfidf": _tfidf, "bm25": _bm25}.get(name)
+    if scores is None:
+        raise QueryError(f"there is no baseline {name!r}: choose of bm25, tfidf.")
+    matrix = scores(texts, [query.text for query in queries])
+    ids = [record.image_id for record in records]
+    ranked = []
+    for row, query in zip(matrix, queries, strict=True):
+        right = np.array([image_id in query.image_ids for image_id in ids])
+        ranked.append(tuple(ids[i] for i in np.lexsort((right, -row))[:DEPTH]))
+    return Evaluation(tuple(queries), tuple(ranked))
+
+
+def _tfidf(texts: Sequence[str], queries: Sequence[str]) -> NDArray[np.float64]:
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+    except ImportError as error:
+        raise MissingExtra("the tfidf baseline needs scikit-learn: pip install 'llama-index-genret[train]'.") from error
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True)
+    return np.asarray((vectorizer.fit_transform(texts) @ vectorizer.transform(queries).T).T.toarray(), np.float64)
+
+
+def _bm25(texts: Sequence[str], queries: Sequence[str]) -> NDArray[np.float64]:
+    try:
+        import bm25s
+    except ImportError as error:
+        raise MissingExtra("the bm25 baseline needs bm25s: pip install 'llama-index-genret[eval]'.") from error
+    retriever = bm25s.BM25()
+    retriever.index(bm25s.tokenize(list(texts), show_progress=False), show_progress=False)
+    words = bm25s.tokenize(list(queries), return_ids=False, show_progress=False)
+    return np.stack([retriever.get_scores(query) if query else np.zeros(len(texts)) for query in words])

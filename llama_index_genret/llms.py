@@ -1,0 +1,144 @@
+"""The two LLMs that answer from recalled images: a vLLM server's, and the same model in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from threading import Thread
+from typing import Any
+
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseGen,
+    ImageBlock,
+    LLMMetadata,
+    MessageRole,
+    TextBlock,
+)
+from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.custom import CustomLLM
+from llama_index.llms.openai_like import OpenAILike
+
+from llama_index_genret.corpus import load_image
+from llama_index_genret.errors import ModelError
+
+
+def genret_llm(
+    api_base: str, *, model: str = "genret", context_window: int = 8192, max_tokens: int = 64, **kwargs: Any
+) -> OpenAILike:
+    """The `OpenAILike` with the settings without which images do not arrive at a vLLM server.
+
+    Args:
+        context_window: keep it above 2,125 for each image, which LlamaIndex counts an image as; below, it
+            asks once for each image instead of once for all.
+    """
+    options: dict[str, Any] = {"api_key": "EMPTY", "is_chat_model": True, "temperature": 0.0, **kwargs}
+    return OpenAILike(model=model, api_base=api_base, context_window=context_window, max_tokens=max_tokens, **options)
+
+
+class InProcessLLM(CustomLLM):
+    """A chat LLM over an `Mllm` in this process, images included. Greedy."""
+
+    max_tokens: int = 64
+    context_window: int = 8192
+    _mllm: Any = PrivateAttr()
+
+    def __init__(self, mllm: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._mllm = mllm
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name in LlamaIndex's events."""
+        return "genret_in_process_llm"
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """See `LLM.metadata`."""
+        return LLMMetadata(
+            context_window=self.context_window,
+            num_output=self.max_tokens,
+            is_chat_model=True,
+            model_name=self._mllm.name_or_path,
+        )
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """See `LLM.chat`."""
+        inputs = self._inputs(messages)
+        output = self._mllm.model.generate(**inputs, **self._generation(kwargs))
+        return _response(self._decode(output[0, inputs["input_ids"].shape[1] :]))
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """See `LLM.stream_chat`."""
+        from transformers import TextIteratorStreamer
+
+        streamer = TextIteratorStreamer(self._mllm.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        arguments = {**self._inputs(messages), **self._generation(kwargs), "streamer": streamer}
+        thread = Thread(target=self._mllm.model.generate, kwargs=arguments)
+        thread.start()
+
+        def deltas() -> ChatResponseGen:
+            text = ""
+            for delta in streamer:
+                text += delta
+                yield _response(text, delta)
+            thread.join()
+
+        return deltas()
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """See `LLM.achat`: computes in a thread."""
+        return await asyncio.to_thread(self.chat, messages, **kwargs)
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """See `LLM.complete`: the prompt as one user message."""
+        return CompletionResponse(text=self.chat([_user(prompt)], **kwargs).message.content or "")
+
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        """See `LLM.stream_complete`."""
+        for part in self.stream_chat([_user(prompt)], **kwargs):
+            yield CompletionResponse(text=part.message.content or "", delta=part.delta)
+
+    def _generation(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {"max_new_tokens": kwargs.get("max_tokens", self.max_tokens), "do_sample": False}
+
+    def _inputs(self, messages: Sequence[ChatMessage]) -> dict[str, Any]:
+        images = [
+            load_image(block.resolve_image())
+            for message in messages
+            for block in message.blocks
+            if isinstance(block, ImageBlock)
+        ]
+        chat = [{"role": m.role.value, "content": [_part(block) for block in m.blocks]} for m in messages]
+        processor = self._mllm.processor
+        text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        inputs = processor(text=[text], images=[images] if images else None, return_tensors="pt")
+        return {key: value.to(self._mllm.model.device) for key, value in inputs.items()}
+
+    def _decode(self, token_ids: Any) -> str:
+        return str(self._mllm.processor.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
+
+
+def _part(block: Any) -> dict[str, str]:
+    if isinstance(block, ImageBlock):
+        return {"type": "image"}
+    if isinstance(block, TextBlock):
+        return {"type": "text", "text": block.text}
+    raise ModelError(f"a {type(block).__name__} cannot be read by this model: text and images only.")
+
+
+def _user(text: str) -> ChatMessage:
+    return ChatMessage(role=MessageRole.USER, content=text)
+
+
+def _response(text: str, delta: str | None = None) -> ChatResponse:
+    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=delta)

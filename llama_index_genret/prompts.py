@@ -1,0 +1,86 @@
+"""What the model is asked in each task, and how a query becomes token ids.
+
+Knows the tokenizer; nothing of models. The chat template of the base model is rendered once, when an index is
+made (`modeling.render_prompts`), and stored as text before and after the blank: a client then needs no template
+engine, and no text of a user is ever parsed as markup.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from llama_index_genret.errors import QueryError
+from llama_index_genret.tokenization import IndexTokenizer
+
+MAX_QUERY_TOKENS = 256
+"""A longer query is refused, not cut."""
+
+RETRIEVE = "Find: {}"
+MEMORISE = "Name this image."
+DESCRIBE = "Describe {}"
+ANSWER = "{}"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an identifier is asked with.
+
+    token_ids: of the whole prompt; of an image prompt, before the placeholder is expanded.
+    text, image: set for an image prompt only: the rendered chat text with the model's placeholder, and the file.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str = ""
+    image: Path | None = None
+
+
+class Blank(BaseModel):
+    """Rendered chat text around the one place that changes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    before: str
+    after: str
+
+    def fill_text(self, tokenizer: IndexTokenizer, text: str) -> list[int]:
+        """Token ids with plain `text` in the blank."""
+        before, after = tokenizer.encode_markup(self.before), tokenizer.encode_markup(self.after)
+        return before + tokenizer.encode_text(text) + after
+
+
+class PromptSet(BaseModel):
+    """The rendered prompts of the four tasks. `end` closes the model's turn."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    retrieve: Blank
+    memorise: str
+    describe: Blank
+    answer: Blank
+    end: str
+
+    def for_query(self, tokenizer: IndexTokenizer, query: str) -> Prompt:
+        """The prompt that retrieves for a text query.
+
+        Raises:
+            QueryError: the query is empty, is not valid Unicode, or has more than MAX_QUERY_TOKENS tokens.
+        """
+        words = query.strip()
+        if not words:
+            raise QueryError("the query is empty: write what the image shows.")
+        try:
+            words.encode()
+        except UnicodeEncodeError as error:
+            raise QueryError(f"the query is not valid Unicode at character {error.start}: {error.reason}.") from error
+        n_tokens = len(tokenizer.encode_text(words))
+        if n_tokens > MAX_QUERY_TOKENS:
+            raise QueryError(
+                f"the query has {n_tokens} tokens ({len(words)} characters), at most {MAX_QUERY_TOKENS} are read. "
+                "Shorten it: it is refused, not cut."
+            )
+        return Prompt(tuple(self.retrieve.fill_text(tokenizer, words)))
+
+    def for_image(self, tokenizer: IndexTokenizer, image: Path) -> Prompt:
+        """The prompt that names an image."""
+        return Prompt(tuple(tokenizer.encode_markup(self.memorise)), self.memorise, image)

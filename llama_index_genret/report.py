@@ -1,0 +1,179 @@
+"""One self-contained HTML page that shows what was recalled: each query, and the pictures that it found.
+
+Knows pictures, words and HTML; nothing of indexes, models or metrics: figures arrive as text.
+"""
+
+import os
+from base64 import b64encode
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Literal
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from PIL import Image, ImageOps
+
+SIDE_PX = 112
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a bad file
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of the evaluation, as it shall be read: ("recall@1 on captions", "0.97", "goal 0.95")."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ReportHit:
+    """One recalled image. `path` is read when the report is written; a file that is gone becomes a placeholder."""
+
+    image_id: str
+    path: Path
+    caption: str
+    score: float
+    is_right: bool
+
+
+@dataclass(frozen=True)
+class ReportQuery:
+    """One query with its hits, best first. `expected` are image ids; `kind` is the group that shows the query."""
+
+    query: str
+    kind: str
+    expected: tuple[str, ...]
+    hits: tuple[ReportHit, ...]
+
+    @property
+    def right_rank(self) -> int | None:
+        """Of the best right hit, counted from 1; None for a miss."""
+        return next((rank for rank, hit in enumerate(self.hits, start=1) if hit.is_right), None)
+
+    @property
+    def outcome(self) -> Literal["first", "later", "missed"]:
+        if self.right_rank is None:
+            return "missed"
+        return "first" if self.right_rank == 1 else "later"
+
+
+@dataclass(frozen=True)
+class ReportAnswer:
+    """One question, answered from recalled images."""
+
+    question: str
+    answer: str
+    sources: tuple[ReportHit, ...]
+
+
+@dataclass(frozen=True)
+class QueryGroup:
+    """All queries of one kind, in the order given."""
+
+    kind: str
+    queries: tuple[ReportQuery, ...]
+
+    def count(self, outcome: str) -> int:
+        return sum(query.outcome == outcome for query in self.queries)
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    subtitle: str,
+    figures: Sequence[Figure],
+    queries: Sequence[ReportQuery],
+    answers: Sequence[ReportAnswer],
+    images: Mapping[str, Path] | None = None,
+) -> None:
+    """Write the page whole or not at all; it needs no other file and makes no request.
+
+    Args:
+        path: an existing report is replaced, a missing folder is made.
+        images: image id -> path, for expected images that no query recalled. Without it they are shown by id.
+    Raises:
+        OSError: the page cannot be written. An image that cannot be read is no error: the page names it.
+    """
+    hits = [hit for query in queries for hit in query.hits] + [hit for answer in answers for hit in answer.sources]
+    missed = {image_id for query in queries if query.outcome == "missed" for image_id in query.expected}
+    known = {hit.image_id: hit.path for hit in hits} | dict(images or {})
+    expected_paths = {image_id: known[image_id] for image_id in missed if image_id in known}
+    urls = data_urls([*(hit.path for hit in hits), *(expected_paths[name] for name in sorted(expected_paths))])
+    css_classes = {url: f"p{number}" for number, url in enumerate(dict.fromkeys(urls.values()))}
+    page = _template().render(
+        title=title,
+        subtitle=subtitle,
+        figures=figures,
+        all_queries=QueryGroup("all", tuple(queries)),
+        groups=grouped(queries),
+        answers=answers,
+        expected_paths=expected_paths,
+        css_classes=css_classes,
+        class_of_path={image: css_classes[url] for image, url in urls.items()},
+    )
+    _write_whole(path, page)
+
+
+def grouped(queries: Iterable[ReportQuery]) -> list[QueryGroup]:
+    """In the order in which the kinds first appear."""
+    by_kind: dict[str, list[ReportQuery]] = {}
+    for query in queries:
+        by_kind.setdefault(query.kind, []).append(query)
+    return [QueryGroup(kind, tuple(members)) for kind, members in by_kind.items()]
+
+
+def data_urls(paths: Iterable[Path]) -> dict[Path, str]:
+    """A thumbnail of every picture that can be read; the others have no entry."""
+    urls = {}
+    for path in dict.fromkeys(paths):
+        try:
+            urls[path] = thumbnail_url(path)
+        except UNREADABLE:
+            continue
+    return urls
+
+
+def thumbnail_url(path: Path) -> str:
+    """The picture as a WebP of at most `SIDE_PX` a side, upright, transparency kept."""
+    with Image.open(path) as image:
+        image.draft("RGB", (2 * SIDE_PX, 2 * SIDE_PX))  # a JPEG is decoded at a fraction of its size
+        thumbnail = ImageOps.exif_transpose(image).convert("RGBA")
+    thumbnail.thumbnail((SIDE_PX, SIDE_PX))
+    webp = BytesIO()
+    thumbnail.save(webp, "WEBP", quality=80)
+    return f"data:image/webp;base64,{b64encode(webp.getvalue()).decode('ascii')}"
+
+
+def score_text(score: float) -> str:
+    """Three decimals, or the magnitude where three decimals would read as zero."""
+    return f"{score:.3f}" if score == 0 or abs(score) >= 0.001 else f"{score:.0e}"
+
+
+def count_text(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("llama_index_genret", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"score": score_text, "count": count_text}
+    return environment.get_template("report.html.jinja")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # A caption read from JSON may hold half a surrogate pair, which UTF-8 cannot: it is shown as its escape.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,160 @@
+"""`GenerativeImageRetriever`: a LlamaIndex retriever whose index is a model that has memorised the images.
+
+Knows LlamaIndex's contract and one `Scorer`; nothing of how it scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.constants import DEFAULT_SIMILARITY_TOP_K
+from llama_index.core.schema import ImageNode, NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo
+from llama_index.core.vector_stores.types import FilterCondition, MetadataFilters
+from llama_index.core.vector_stores.utils import build_metadata_filter_fn
+
+from llama_index_genret.corpus import sniff_mime
+from llama_index_genret.errors import FilterError
+from llama_index_genret.prompts import Prompt
+from llama_index_genret.scorers.base import Scorer, arecall, recall
+from llama_index_genret.search import Hit, Normalise
+from llama_index_genret.store import Index, load_index
+from llama_index_genret.trie import LeafFilter
+
+
+class GenerativeImageRetriever(BaseRetriever):
+    """Recalls images by generating their identifiers.
+
+    Every result is an `ImageNode` of a real image of the index: its `image_path` exists and its mime type is read
+    from the file, `text` is its first caption, and the metadata are the record's own, flat, with `image_id`,
+    `file_path`, `content_sha256`, `genret_identifier`, `genret_log_prob` and `genret_rank`. None of the metadata is
+    shown to the answering model unless `llm_metadata_keys` names it: it looks at the picture.
+    Scores are probabilities in (0, 1]. Nodes are made fresh for each call; their ids are the image ids.
+
+    Args:
+        index: from `load_index`.
+        scorer: a `TransformersScorer`, a `VllmScorer`, or your own.
+        similarity_top_k: results of a query; fewer come back only where fewer images pass the filters.
+        filters: metadata filters, nested ones included, applied inside the search.
+        beam_width: beams kept after each step, 10 if not given.
+        normalise: which of the two scores; see `search.Normalise`.
+    Source: GRACE (arXiv:2402.10805).
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        scorer: Scorer,
+        *,
+        similarity_top_k: int = DEFAULT_SIMILARITY_TOP_K,
+        filters: MetadataFilters | None = None,
+        beam_width: int | None = None,
+        normalise: Normalise = Normalise.CHILDREN,
+        llm_metadata_keys: tuple[str, ...] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.index = index
+        self.similarity_top_k = similarity_top_k
+        self.filters = filters
+        self._scorer = scorer
+        self._allowed = None if filters is None else _leaf_filter(index, filters)
+        self._search: dict[str, Any] = {"width": beam_width, "normalise": normalise, "allowed": self._allowed}
+        self._llm_metadata_keys = llm_metadata_keys
+
+    @classmethod
+    def from_index_dir(
+        cls, index_dir: str | Path, *, model: str | None = None, device: str = "auto", **kwargs: Any
+    ) -> GenerativeImageRetriever:
+        """With the index's own model, loaded into this process.
+
+        Args:
+            model: another place of the same base model, if it has moved.
+        """
+        from llama_index_genret.modeling import load_trained
+        from llama_index_genret.scorers.transformers import TransformersScorer
+
+        index = load_index(Path(index_dir))
+        return cls(index, TransformersScorer(load_trained(index, device=device, base=model)), **kwargs)
+
+    @classmethod
+    def from_server(
+        cls,
+        index_dir: str | Path,
+        api_base: str,
+        *,
+        model: str | None = None,
+        api_key: str = "EMPTY",
+        timeout_s: float = 60.0,
+        **kwargs: Any,
+    ) -> GenerativeImageRetriever:
+        """With a vLLM server that serves the index's exported model (`genret serve`). Needs no torch here."""
+        from llama_index_genret.scorers.vllm import VllmScorer
+
+        scorer = VllmScorer(api_base, model=model, api_key=api_key, timeout_s=timeout_s)
+        return cls(load_index(Path(index_dir)), scorer, **kwargs)
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        prompt = self._prompt(query_bundle)
+        (hits,) = recall(self._scorer, self.index.trie, [prompt], k=self.similarity_top_k, **self._search)
+        return [self._node(hit, rank) for rank, hit in enumerate(hits, start=1)]
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        prompt = self._prompt(query_bundle)
+        (hits,) = await arecall(self._scorer, self.index.trie, [prompt], k=self.similarity_top_k, **self._search)
+        return [self._node(hit, rank) for rank, hit in enumerate(hits, start=1)]
+
+    def _prompt(self, query_bundle: QueryBundle) -> Prompt:
+        if query_bundle.image_path:
+            return self.index.prompts.for_image(self.index.tokenizer, Path(query_bundle.image_path))
+        return self.index.prompts.for_query(self.index.tokenizer, query_bundle.query_str)
+
+    def _node(self, hit: Hit, rank: int) -> NodeWithScore:
+        record = self.index.record_of(hit)
+        metadata = {
+            **record.metadata,
+            "image_id": record.image_id,
+            "file_path": str(record.path),
+            "content_sha256": record.sha256,
+            "genret_identifier": self.index.identifier_of(hit),
+            "genret_log_prob": hit.log_prob,
+            "genret_rank": rank,
+        }
+        node = ImageNode(
+            id_=record.image_id,
+            text=record.captions[0] if record.captions else "",
+            image_path=str(record.path),
+            image_mimetype=sniff_mime(record.path),
+            metadata=metadata,
+            excluded_llm_metadata_keys=[key for key in metadata if key not in self._llm_metadata_keys],
+            excluded_embed_metadata_keys=[key for key in metadata if key not in record.metadata],
+            relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id=record.image_id)},
+        )
+        return NodeWithScore(node=node, score=hit.score)
+
+
+def _leaf_filter(index: Index, filters: MetadataFilters) -> LeafFilter:
+    """The leaves that pass LlamaIndex filters, evaluated by LlamaIndex's own operators."""
+    metadata = {record.image_id: dict(record.metadata) for record in index.records}
+    try:
+        passes = _predicate(metadata.__getitem__, filters)
+        return index.leaf_filter(lambda record: passes(record.image_id))
+    except (ValueError, TypeError) as error:
+        raise FilterError(f"the filters {filters!r} cannot be applied: {error}") from error
+
+
+def _predicate(lookup: Callable[[str], dict[str, Any]], filters: MetadataFilters) -> Callable[[str], bool]:
+    """LlamaIndex's evaluator refuses nested filters: recurse into them here."""
+    parts = [
+        _predicate(lookup, part)
+        if isinstance(part, MetadataFilters)
+        else build_metadata_filter_fn(lookup, MetadataFilters(filters=[part]))
+        for part in filters.filters
+    ]
+    if filters.condition == FilterCondition.OR:
+        return lambda image_id: any(part(image_id) for part in parts)
+    if filters.condition == FilterCondition.NOT:
+        return lambda image_id: not any(part(image_id) for part in parts)
+    return lambda image_id: all(part(image_id) for part in parts)

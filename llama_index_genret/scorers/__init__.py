@@ -1,0 +1,4 @@
+"""Whatever can score the next token of an identifier: a model in this process, or a vLLM server.
+
+`base` has the protocol and the two drivers; `fake` serves tests; `transformers` and `vllm` load on first use.
+"""

@@ -1,0 +1,92 @@
+"""What a scorer promises, and the two drivers that run a search with one.
+
+Knows searches and prompts; nothing of models or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_index_genret.prompts import Prompt
+from llama_index_genret.search import Hit, Normalise, Row, beam_search
+from llama_index_genret.trie import LeafFilter, Trie
+
+Scores = list[NDArray[np.float64]]
+
+
+class Session(Protocol):
+    """One search's hold on a scorer, which may keep what its rows share (a KV cache)."""
+
+    def score(self, rows: Sequence[Row]) -> Scores:
+        """(m,) float64 for each row, in the order of its `token_ids`; see `search.beam_search` for the meaning."""
+
+
+class AsyncSession(Protocol):
+    """The same for an event loop; it never blocks it."""
+
+    async def score(self, rows: Sequence[Row]) -> Scores:
+        """As `Session.score`."""
+
+
+class Scorer(Protocol):
+    """Gives log-probabilities of next tokens.
+
+    `normalise` tells a session what its search will do: under CHILDREN it may answer raw logits.
+    A search's prompts are known when its session opens; its rows name them by position.
+    """
+
+    def session(self, prompts: Sequence[Prompt], normalise: Normalise) -> AbstractContextManager[Session]:
+        """Open a session."""
+
+    def async_session(
+        self, prompts: Sequence[Prompt], normalise: Normalise
+    ) -> AbstractAsyncContextManager[AsyncSession]:
+        """Open a session inside the running event loop."""
+
+
+def recall(
+    scorer: Scorer,
+    trie: Trie,
+    prompts: Sequence[Prompt],
+    *,
+    k: int,
+    width: int | None = None,
+    normalise: Normalise = Normalise.CHILDREN,
+    allowed: LeafFilter | None = None,
+) -> list[list[Hit]]:
+    """The best `k` identifiers for each prompt; arguments and errors of `search.beam_search`."""
+    steps = beam_search(trie, n_queries=len(prompts), k=k, width=width, normalise=normalise, allowed=allowed)
+    with scorer.session(prompts, normalise) as session:
+        answer: Any = None
+        try:
+            while True:
+                answer = session.score(steps.send(answer))
+        except StopIteration as stop:
+            return list(stop.value)
+
+
+async def arecall(
+    scorer: Scorer,
+    trie: Trie,
+    prompts: Sequence[Prompt],
+    *,
+    k: int,
+    width: int | None = None,
+    normalise: Normalise = Normalise.CHILDREN,
+    allowed: LeafFilter | None = None,
+) -> list[list[Hit]]:
+    """`recall` for an event loop: the same steps, each awaited."""
+    steps = beam_search(trie, n_queries=len(prompts), k=k, width=width, normalise=normalise, allowed=allowed)
+    async with scorer.async_session(prompts, normalise) as session:
+        answer: Any = None
+        while True:
+            try:
+                rows = steps.send(answer)
+            except StopIteration as stop:
+                return list(stop.value)
+            answer = await session.score(rows)

@@ -1,0 +1,75 @@
+"""A scorer without a model: deterministic, table-driven, for tests and documentation.
+
+Knows nothing but numbers. Yours to use in your own tests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llama_index_genret.prompts import Prompt
+from llama_index_genret.scorers.base import AsyncSession, Scores, Session
+from llama_index_genret.search import Normalise, Row
+
+
+@dataclass(frozen=True)
+class FakeScorer:
+    """Log-probabilities from a table where it has an entry, else from a hash of prompt and prefix.
+
+    table: (prompt token ids, identifier prefix) -> {token id: logit}, overriding the hash's logits.
+    seed: another seed is another model.
+    spread: standard deviation of the hash's logits.
+    """
+
+    vocab_size: int
+    seed: int = 0
+    spread: float = 1.0
+    table: Mapping[tuple[tuple[int, ...], tuple[int, ...]], Mapping[int, float]] = field(default_factory=dict)
+
+    def logits(self, prompt: Prompt, prefix: tuple[int, ...]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """(vocab_size,) float64: the whole answer, of which a row asks a part."""
+        key = repr((self.seed, prompt.token_ids, str(prompt.image or ""), prefix)).encode()
+        rng = np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
+        logits = rng.normal(scale=self.spread, size=self.vocab_size)
+        for token, logit in self.table.get((prompt.token_ids, prefix), {}).items():
+            logits[token] = logit
+        return logits
+
+    @contextmanager
+    def session(self, prompts: Sequence[Prompt], normalise: Normalise) -> Iterator[Session]:
+        """See `Scorer.session`."""
+        yield _FakeSession(self, tuple(prompts), normalise)
+
+    @asynccontextmanager
+    async def async_session(self, prompts: Sequence[Prompt], normalise: Normalise) -> AsyncIterator[AsyncSession]:
+        """See `Scorer.async_session`."""
+        yield _AsyncFakeSession(_FakeSession(self, tuple(prompts), normalise))
+
+
+@dataclass(frozen=True)
+class _FakeSession:
+    scorer: FakeScorer
+    prompts: tuple[Prompt, ...]
+    normalise: Normalise
+
+    def score(self, rows: Sequence[Row]) -> Scores:
+        scores = []
+        for row in rows:
+            logits = self.scorer.logits(self.prompts[row.query], row.prefix)
+            if self.normalise is Normalise.VOCABULARY:
+                logits = logits - np.logaddexp.reduce(logits)
+            scores.append(logits[row.token_ids])
+        return scores
+
+
+@dataclass(frozen=True)
+class _AsyncFakeSession:
+    sync: _FakeSession
+
+    async def score(self, rows: Sequence[Row]) -> Scores:
+        return self.sync.score(rows)

@@ -1,0 +1,90 @@
+"""Text to token ids and back, the same on a client, in training and on a server.
+
+Knows the `tokenizers` library; nothing of models. What a user typed never becomes a special token or a symbol
+of an identifier, whatever it spells: markup and text are encoded apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer
+
+from llama_index_genret.errors import IdentifierError, ModelError
+
+
+class IndexTokenizer:
+    """An immutable tokenizer, with the symbols of an index added to its vocabulary."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        serialized = json.loads(tokenizer.to_str())
+        serialized["padding"] = serialized["truncation"] = None
+        self._json = json.dumps(serialized, ensure_ascii=False, sort_keys=False)
+        self._markup = Tokenizer.from_str(self._json)
+        self._text = Tokenizer.from_str(self._json)
+        self._text.encode_special_tokens = True
+
+    @classmethod
+    def from_file(cls, path: Path) -> IndexTokenizer:
+        """Read a `tokenizer.json`.
+
+        Raises:
+            ModelError: the file is missing or is no tokenizer.
+        """
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises a bare Exception
+            raise ModelError(
+                f"{path} cannot be read as a fast tokenizer: {error}. Save one with "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+            ) from error
+
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json`."""
+        return self._json
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 of everything that decides token ids."""
+        return hashlib.sha256(self._json.encode()).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of entries, added tokens counted."""
+        return int(self._markup.get_vocab_size(with_added_tokens=True))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of plain text: a special token's name in it is spelled out like any other word."""
+        return list(self._text.encode(text, add_special_tokens=False).ids)
+
+    def encode_markup(self, text: str) -> list[int]:
+        """Token ids of text of ours, in which special tokens and symbols are recognised."""
+        return list(self._markup.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens and symbols shown."""
+        return str(self._markup.decode(list(token_ids), skip_special_tokens=False))
+
+    def symbol_id(self, symbol: str) -> int:
+        """The one token of `symbol`.
+
+        Raises:
+            IdentifierError: the tokenizer spells it with several tokens, or none.
+        """
+        token_id = self._markup.token_to_id(symbol)
+        ids = [token_id] if token_id is not None else self.encode_markup(symbol)
+        if len(ids) != 1:
+            raise IdentifierError(
+                f"the symbol {symbol!r} takes {len(ids)} tokens {ids}, but must be one. "
+                "Add it to the tokenizer (with_symbols), or choose a scheme whose symbols it has."
+            )
+        return int(ids[0])
+
+    def with_symbols(self, symbols: Sequence[str]) -> IndexTokenizer:
+        """A tokenizer that also has `symbols`, each as one special token at the end of the vocabulary."""
+        grown = Tokenizer.from_str(self._json)
+        grown.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in symbols])
+        return IndexTokenizer(grown)

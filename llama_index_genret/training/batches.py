@@ -1,0 +1,90 @@
+"""Examples as padded tensors, for any model's processor.
+
+Image inputs are concatenated along their first dimension whatever their names; text is padded on the left, so that
+all targets end at the right edge and the loss needs the last few positions only.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_index_genret.corpus import load_image
+from llama_index_genret.modeling import Mllm
+from llama_index_genret.store import Index
+from llama_index_genret.training.examples import Example, Interleaved
+
+IGNORED = -100
+"""Label of a position without loss, as in transformers."""
+
+CACHED_IMAGES = 1024
+"""Processed images kept in memory."""
+
+
+class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
+    """Item i: `input_ids` (t,), `labels` (t,) and the processor's image tensors of the i-th example."""
+
+    def __init__(self, index: Index, mllm: Mllm, examples: Interleaved) -> None:
+        self._index = index
+        self._mllm = mllm
+        self._examples = examples
+        self._end = index.tokenizer.encode_markup(index.prompts.end)
+        self._images: OrderedDict[Path, Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        example = self._examples[i]
+        item, target = self._prompt(example), self._target(example) + self._end
+        sequence = item["input_ids"]
+        item["input_ids"] = torch.cat([sequence, torch.tensor(target)])
+        item["labels"] = torch.cat([torch.full_like(sequence, IGNORED), torch.tensor(target)])
+        return item
+
+    def _target(self, example: Example) -> list[int]:
+        if example.target is None:
+            return list(self._index.token_ids(example.row))
+        return self._index.tokenizer.encode_text(example.target)
+
+    def _prompt(self, example: Example) -> dict[str, Any]:
+        prompts, tokenizer = self._index.prompts, self._index.tokenizer
+        if example.task == "retrieve":
+            return {"input_ids": torch.tensor(prompts.retrieve.fill_text(tokenizer, example.text))}
+        if example.task == "describe":
+            text = prompts.describe.before + example.text + prompts.describe.after
+            return {"input_ids": torch.tensor(tokenizer.encode_markup(text))}
+        text = prompts.memorise
+        if example.task == "answer":
+            text = prompts.answer.before + example.text + prompts.answer.after
+        image = self._image(self._index.records[example.row].path)
+        inputs = self._mllm.processor(text=[text], images=[[image]], return_tensors="pt")
+        sequence = inputs["input_ids"]
+        per_token = {k for k, v in inputs.items() if v.shape == sequence.shape}
+        return {"input_ids": sequence[0]} | {k: v for k, v in inputs.items() if k not in per_token}
+
+    def _image(self, path: Path) -> Any:
+        if path not in self._images:
+            self._images[path] = load_image(path)
+            if len(self._images) > CACHED_IMAGES:
+                self._images.popitem(last=False)
+        return self._images[path]
+
+
+def collate(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, torch.Tensor]:
+    """Left-padded `input_ids`, `attention_mask`, `labels` (rows, t), and the images of all items in order."""
+    length = max(len(item["input_ids"]) for item in items)
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        rows = [item[name] for item in items]
+        return torch.stack([torch.cat([row.new_full((length - len(row),), value), row]) for row in rows])
+
+    ones = [{"mask": torch.ones_like(item["input_ids"])} for item in items]
+    mask = torch.stack([torch.cat([o["mask"].new_zeros(length - len(o["mask"])), o["mask"]]) for o in ones])
+    batch = {"input_ids": padded("input_ids", pad), "attention_mask": mask, "labels": padded("labels", IGNORED)}
+    names = dict.fromkeys(name for item in items for name in item if name not in ("input_ids", "labels"))
+    return batch | {name: torch.cat([item[name] for item in items if name in item]) for name in names}

@@ -1,0 +1,101 @@
+"""The training tasks as text, and their interleaving.
+
+Knows the index; nothing of torch. Example `i` is a function of the seed and `i` alone, so that a resumed run, and
+any number of processes, see the same stream.
+
+Source: memorise and retrieve are GRACE's two tasks (arXiv:2402.10805), mixed in every batch rather than phased;
+describe and answer keep the model able to speak of the image behind a name, and of a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from llama_index_genret.corpus import Record
+from llama_index_genret.errors import TrainingError
+from llama_index_genret.store import Index
+
+Task = Literal["memorise", "retrieve", "describe", "answer"]
+
+CARRIERS = ("{}", "a picture of {}", "find {}", "image: {}")
+"""How a caption is put as a query while training."""
+
+MIX: dict[Task, int] = {"retrieve": 10, "memorise": 4, "describe": 2, "answer": 4}
+"""Examples of each task in every twenty."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One input and its target.
+
+    row: of the record. text: what fills the task's blank; empty for memorise. target: None for the identifier.
+    """
+
+    task: Task
+    row: int
+    text: str
+    target: str | None
+
+
+def examples_of(index: Index) -> dict[Task, list[Example]]:
+    """All examples of every task that the records allow, in the order of the records.
+
+    Raises:
+        TrainingError: no record has a caption, so that nothing teaches query -> identifier.
+    """
+    tasks: dict[Task, list[Example]] = {"memorise": [], "retrieve": [], "describe": [], "answer": []}
+    for row, record in enumerate(index.records):
+        tasks["memorise"].append(Example("memorise", row, "", None))
+        for caption in record.captions:
+            tasks["retrieve"] += [Example("retrieve", row, carrier.format(caption), None) for carrier in CARRIERS]
+            tasks["describe"].append(Example("describe", row, "".join(index.identifiers[row]), caption))
+        tasks["answer"] += [Example("answer", row, question, answer) for question, answer in _questions(record)]
+    if not tasks["retrieve"]:
+        raise TrainingError(
+            f"no image of {index.folder} has a caption, so nothing teaches which query means which image. "
+            "Give captions in metadata.jsonl ('text') and index again."
+        )
+    return {task: examples for task, examples in tasks.items() if examples}
+
+
+def _questions(record: Record) -> list[tuple[str, str]]:
+    """The record's own questions, or what its first caption answers."""
+    if record.questions:
+        return [(q.question, q.answer) for q in record.questions]
+    return [("What is in the picture?", record.captions[0])] if record.captions else []
+
+
+class Interleaved(Sequence[Example]):
+    """`n_examples` examples: every block of sum(mix) holds each task in its share, each task in its own shuffles.
+
+    for block: tasks = shuffle(mix); for task in tasks: next example of that task's current shuffle
+    """
+
+    def __init__(self, tasks: dict[Task, list[Example]], n_examples: int, *, seed: int) -> None:
+        self._tasks = tasks
+        self._n_examples = n_examples
+        self._seed = seed
+        self._block = [task for task, count in MIX.items() for _ in range(count) if task in tasks]
+        self._per_block = {task: self._block.count(task) for task in tasks}
+
+    def __len__(self) -> int:
+        return self._n_examples
+
+    def __getitem__(self, i):  # type: ignore[no-untyped-def]  # Sequence's overloads: only int is used
+        if not 0 <= i < self._n_examples:
+            raise IndexError(i)
+        block, place = divmod(i, len(self._block))
+        order = np.random.default_rng((self._seed, 0, block)).permutation(len(self._block))
+        task = self._block[order[place]]
+        earlier = sum(self._block[j] == task for j in order[:place])
+        epoch, position = divmod(block * self._per_block[task] + earlier, len(self._tasks[task]))
+        shuffle = np.random.default_rng((self._seed, 1 + list(MIX).index(task), epoch))
+        return self._tasks[task][int(shuffle.permutation(len(self._tasks[task]))[position])]
+
+    def epoch_length(self) -> int:
+        """Examples until every retrieve example was seen once."""
+        return int(np.ceil(len(self._tasks["retrieve"]) * len(self._block) / self._per_block["retrieve"]))

@@ -1,0 +1,224 @@
+"""The training recipe, readable from top to bottom: LoRA on the language model, rows for the new symbols, and the
+connector, by Hugging Face's `Trainer`.
+
+The vision tower is frozen, and its features are computed once per image. The loss is taken at the targets only.
+A run that was killed goes on from its last checkpoint when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from llama_index_genret.errors import MissingExtra, TrainingError
+from llama_index_genret.modeling import Mllm, load_base
+from llama_index_genret.store import Index, store_adapter
+from llama_index_genret.training.batches import IGNORED, ExampleTensors, collate
+from llama_index_genret.training.examples import Interleaved, examples_of
+
+try:
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+    from transformers.trainer_utils import get_last_checkpoint
+except ImportError as error:
+    raise MissingExtra("training needs peft and accelerate: pip install 'llama-index-genret[train]'.") from error
+
+CONNECTORS = ("connector", "multi_modal_projector")
+"""Names of the module between vision tower and language model, in the models that have one of their own."""
+
+CACHED_FEATURES = 2048
+"""Images whose vision-tower features are kept in memory while training (0.4 MB each for 256 patches x 384)."""
+
+WORK = "training"
+"""Folder of a run's checkpoints, inside the index; removed when the run is complete."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What can be chosen of a run. A changed option is another run: its checkpoints are not those of this one.
+
+    epochs: passes over the retrieve examples; max_steps overrides it.
+    learning_rate: of the LoRA matrices and the connector; symbol_learning_rate: of the new symbols' rows.
+    """
+
+    epochs: float = 10.0
+    max_steps: int | None = None
+    batch_size: int = 20
+    learning_rate: float = 2e-3
+    symbol_learning_rate: float = 1e-2
+    lora_rank: int = 32
+    checkpoint_every: int = 100
+    seed: int = 0
+
+
+def train(
+    index: Index, options: TrainOptions | None = None, *, device: str = "auto", show_progress: bool = True
+) -> Index:
+    """Teach the index's base model its identifiers and store the trained weights in the index.
+
+    Returns:
+        The index as stored, trained.
+    Raises:
+        TrainingError: no captions, or the loss is not a number. ModelMismatch: the base model has changed.
+    """
+    options = options or TrainOptions()
+    torch.manual_seed(options.seed)
+    tasks = examples_of(index)
+    mllm = load_base(index, device=device)
+    examples = Interleaved(tasks, 10**12, seed=options.seed)
+    steps = options.max_steps or max(1, round(options.epochs * examples.epoch_length() / options.batch_size))
+    examples = Interleaved(tasks, steps * options.batch_size, seed=options.seed)
+
+    work = index.folder / WORK / _run_key(index, options)
+    model = _adapted(index, mllm, options)
+    with _cached_tower(mllm.model):
+        trainer = _LabelTrainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=str(work),
+                max_steps=steps,
+                per_device_train_batch_size=options.batch_size,
+                train_sampling_strategy="sequential",
+                lr_scheduler_type="cosine",
+                warmup_steps=max(1, steps // 20),
+                max_grad_norm=1.0,
+                save_steps=options.checkpoint_every,
+                save_total_limit=1,
+                logging_steps=max(1, min(20, steps // 5)),
+                report_to=[],
+                remove_unused_columns=False,
+                use_cpu=mllm.model.device.type == "cpu",
+                bf16=mllm.model.device.type != "cpu",
+                disable_tqdm=not show_progress,
+                seed=options.seed,
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=ExampleTensors(index, mllm, examples),
+            data_collator=partial(collate, pad=mllm.processor.tokenizer.pad_token_id or 0),
+            optimizers=(_optimizer(model, options), None),
+        )
+        result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.is_dir() else None)
+    if not np.isfinite(result.training_loss):
+        raise TrainingError(f"the loss became {result.training_loss} after {steps} steps: lower the learning rate.")
+
+    final = work / "final"
+    model.save_pretrained(final, save_embedding_layers=False)
+    trained = store_adapter(index, final, dataclasses.asdict(options) | {"steps": steps, "loss": result.training_loss})
+    shutil.rmtree(index.folder / WORK)
+    return trained
+
+
+def _run_key(index: Index, options: TrainOptions) -> str:
+    """Names a run by all that decides its course, so that only the same run resumes."""
+    identity = {
+        "options": dataclasses.asdict(options),
+        "tokenizer": index.manifest.tokenizer,
+        "records": index.manifest.files["records.jsonl"].sha256,
+        "model": index.manifest.model.fingerprint,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _adapted(index: Index, mllm: Mllm, options: TrainOptions) -> Any:
+    """The model with trainable LoRA matrices, symbol rows and connector; all else frozen."""
+    model = mllm.model
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    linears = [n for n, m in model.named_modules() if id(m) in decoder and isinstance(m, torch.nn.Linear)]
+    connectors = [name for name in CONNECTORS if any(n.rpartition(".")[2] == name for n, _ in model.named_modules())]
+    symbols = sorted({i for row in range(len(index.records)) for i in index.token_ids(row)})
+    new_symbols = [i for i in symbols if i >= _base_vocab_size(index)]
+    embedding = model.get_input_embeddings()
+    _spread_rows(embedding.weight, new_symbols, seed=options.seed)
+    name = next(n for n, m in model.named_modules() if m is embedding)
+    config = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=2 * options.lora_rank,
+        target_modules=linears,
+        modules_to_save=connectors or None,
+        trainable_token_indices={name.rpartition(".")[2]: new_symbols} if new_symbols else None,
+    )
+    return get_peft_model(model, config)
+
+
+def _base_vocab_size(index: Index) -> int:
+    return index.tokenizer.vocab_size - len(index.scheme().new_symbols())
+
+
+@torch.no_grad()
+def _spread_rows(weight: torch.Tensor, rows: list[int], *, seed: int) -> None:
+    """Start each new symbol at its own place, spread like the trained rows: equal rows learn nothing apart."""
+    if not rows:
+        return
+    trained = weight[: min(rows)].float()
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn((len(rows), weight.shape[1]), generator=generator).to(weight.device)
+    weight[rows] = (trained.mean(0) + noise * trained.std(0)).to(weight.dtype)
+
+
+def _optimizer(model: Any, options: TrainOptions) -> torch.optim.Optimizer:
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    symbols = [p for name, p in named if "trainable_tokens" in name]
+    others = [p for name, p in named if "trainable_tokens" not in name]
+    groups = [{"params": others, "lr": options.learning_rate}]
+    if symbols:
+        groups.append({"params": symbols, "lr": options.symbol_learning_rate})
+    return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99))
+
+
+class _LabelTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
+    """Computes the LM head at the positions of the targets only, which stand at the right edge of a batch."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        labels = inputs.pop("labels")
+        reach = int((labels != IGNORED).any(0).flip(0).nonzero().max()) + 1
+        output = model(**inputs, logits_to_keep=reach + 1, use_cache=False)
+        logits, targets = output.logits[:, :-1].float(), labels[:, -reach:]
+        loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        return (loss, output) if return_outputs else loss
+
+
+@contextlib.contextmanager
+def _cached_tower(model: Any) -> Any:
+    """While inside, the frozen vision tower's features are computed once per distinct image.
+
+    Only towers that take (images, channels, height, width) are cached; others run as they are.
+    """
+    core = getattr(model, "model", model)
+    tower = getattr(core, "vision_model", None) or getattr(core, "vision_tower", None)
+    if tower is None:
+        yield
+        return
+    cache: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+    original = tower.forward
+
+    def forward(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if pixel_values.ndim != 4:
+            return original(pixel_values, *args, **kwargs)
+        keys = [hashlib.blake2b(image.cpu().numpy().tobytes()).digest() for image in pixel_values]
+        for i, key in enumerate(keys):
+            if key not in cache:
+                one = {name: v[i : i + 1] if isinstance(v, torch.Tensor) else v for name, v in kwargs.items()}
+                with torch.no_grad():
+                    cache[key] = original(pixel_values[i : i + 1], *args, **one).last_hidden_state[0]
+        features = torch.stack([cache[key] for key in keys])
+        while len(cache) > CACHED_FEATURES:
+            cache.popitem(last=False)
+        return BaseModelOutputWithPooling(last_hidden_state=features)
+
+    tower.forward = forward
+    try:
+        yield
+    finally:
+        tower.forward = original

@@ -1,0 +1,66 @@
+"""A random multimodal LLM of 67,000 weights, made in a second: the architecture and file layout of the base model.
+
+Knows the builder of the base model; nothing of the package under test.
+"""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
+from integration.base_model import SPECIAL_TOKENS, build_model, build_processor, save
+
+SIDE, PATCH, SCALE_FACTOR = 32, 8, 2
+VOCABULARY = 320
+# Weights as wide as this make what the model says depend visibly on what it reads and sees.
+WIDTH_OF_WEIGHTS = 0.2
+TEXT = """What is in the picture? A red apple on a wooden table. Find: a dog that runs on the beach. Name this image.
+The user asks, the assistant answers. Describe the yellow bus in front of the house. It is green and small."""
+
+
+def make_tiny_model(directory: Path, *, seed: int = 0) -> Path:
+    """Write a model that `AutoProcessor`, `AutoModelForImageTextToText` and vLLM load; its images take 4 tokens.
+
+    The same seed gives the same weights; the tokenizer is the same for all seeds.
+    """
+    processor = build_processor(_byte_pairs(), side=SIDE, image_tokens=(SIDE // PATCH // SCALE_FACTOR) ** 2)
+    model = build_model(
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "head_dim": 32,  # the smallest that vLLM's attention takes on a CPU
+            "max_position_embeddings": 2048,
+            "initializer_range": WIDTH_OF_WEIGHTS,
+        },
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": SIDE,
+            "patch_size": PATCH,
+            "initializer_range": WIDTH_OF_WEIGHTS,
+        },
+        scale_factor=SCALE_FACTOR,
+        seed=seed,
+    )
+    save(model, processor, directory)
+    return directory
+
+
+def _byte_pairs() -> BPE:
+    """All bytes, and the most frequent pairs of a few sentences."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return tokenizer.model
