@@ -337,8 +337,9 @@ def _scale_connector(model: Idefics3ForConditionalGeneration) -> None:
     """Give image tokens the size of word embeddings; with the default they are ten times as long."""
     projection = model.model.connector.modality_projection.proj.weight
     size = model.get_input_embeddings().weight.detach().square().mean().sqrt()
+    factor = float(size / (projection.detach().std() * math.sqrt(projection.shape[1])))
     with torch.no_grad():
-        projection.mul_(size / (projection.std() * math.sqrt(projection.shape[1])))
+        projection.mul_(round(factor, 3))  # rounded for the reason given in `_standardise`
 
 
 def download(package: str, member: str, folder: Path) -> Path:

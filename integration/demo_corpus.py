@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +57,7 @@ LABELS = {"🐶": "dog", "🎾": "tennis racket", "🎳": "bowling pins", "🏓"
 COLORS_BY_EYE: dict[str, str] = {}
 # Keywords that say nothing of the picture, name a brand, are misspelt, or do not fit the artwork.
 NOT_A_QUERY = frozenset(
-    """
-    photo activity entertainment mojito th contact staffmode smallest shape u kod instructment accordian
-    """.split()
+    ["photo", "activity", "entertainment", "mojito", "th", "contact", "staffmode", "smallest", "shape", "u", "kod", "instructment", "accordian"]
 )
 # Training uses "{}", "a picture of {}", "find {}" and "image: {}"; these are never trained.
 CARRIERS = (

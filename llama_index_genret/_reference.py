@@ -6,7 +6,8 @@ Knows token ids; nothing of NumPy, files or models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llama_index_genret.errors import DeadEnd, IdentifierCollision, IdentifierError
@@ -68,3 +69,24 @@ class DictTrie:
 def count_allowed(mask: Sequence[bool], lo: int, hi: int) -> int:
     """How many of the leaves lo .. hi - 1 the mask allows; the twin of `trie.LeafFilter.count`."""
     return sum(1 for leaf in range(lo, hi) if mask[leaf])
+
+
+def rank_all(
+    identifiers: Sequence[Prefix], logits: Callable[[Prefix], Sequence[float]], *, over_children: bool
+) -> list[tuple[float, Prefix]]:
+    """Every identifier with its log-probability, best first, ties by tokens; the twin of `search.beam_search`.
+
+    Args:
+        logits: prefix -> one logit for every token of the vocabulary.
+        over_children: whether a step's probabilities sum to one over the tokens that may come next, or over all.
+    """
+    trie = DictTrie(identifiers)
+    ranked = []
+    for identifier in identifiers:
+        log_prob = 0.0
+        for depth, token_id in enumerate(identifier):
+            row = logits(identifier[:depth])
+            rivals = trie.children(identifier[:depth]) if over_children else range(len(row))
+            log_prob += row[token_id] - math.log(sum(math.exp(row[rival]) for rival in rivals))
+        ranked.append((log_prob, identifier))
+    return sorted(ranked, key=lambda found: (-found[0], found[1]))

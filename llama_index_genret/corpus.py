@@ -1,13 +1,12 @@
 """The images and what is known of each, read from a folder that is laid out as a Hugging Face imagefolder.
 
-Knows files, Pillow and the metadata format; nothing of identifiers, models or LlamaIndex.
+Knows files and the metadata format; nothing of pixels, identifiers, models or LlamaIndex.
 Format: https://huggingface.co/docs/datasets/image_dataset#imagefolder
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 import re
@@ -17,28 +16,11 @@ from functools import cached_property, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
 
-import filetype
-import numpy as np
-from PIL import Image, ImageOps
-
 from llama_index_genret.errors import CorpusError, DuplicateImage, ImageError, MetadataError, UnsafePath
+from llama_index_genret.images import decode_image, image_sha256
 
 Scalar = str | int | float | bool | None
 
-# The sniffed type decides which one decoder of Pillow sees a file. Left out are those that run programs or weakly
-# recognise their own files (EPS calls Ghostscript, TGA has no signature).
-_DECODERS = {
-    "image/avif": "AVIF",
-    "image/bmp": "BMP",
-    "image/gif": "GIF",
-    "image/jpeg": "JPEG",
-    "image/jpx": "JPEG2000",
-    "image/png": "PNG",
-    "image/tiff": "TIFF",
-    "image/webp": "WEBP",
-    "image/x-icon": "ICO",
-    "image/x-portable-anymap": "PPM",
-}
 # What a bare folder is searched for. The second line needs converting: an error, so that no picture vanishes silently.
 _PICTURE = re.compile(
     r"\.(apng|avif|bmp|gif|ico|jfif|jp2|jpe|jpeg|jpg|mpo|pbm|pgm|png|pnm|ppm|tiff?|webp"
@@ -196,35 +178,6 @@ def read_corpus(
     return Corpus(root, tuple(records), tuple(skipped))
 
 
-def load_image(path: Path | str) -> Image.Image:
-    """The image as RGB, 8 bits a channel: upright (EXIF), transparency on white, the first frame of an animation.
-
-    16-bit grey is scaled by 255/65535. Wider integers and floats define no white: their range is stretched.
-
-    Raises:
-        ImageError: the file is missing, damaged, too large (`PIL.Image.MAX_IMAGE_PIXELS`), or no raster image.
-    """
-    return _decode(Path(path), "")
-
-
-def sniff_mime(path: Path | str) -> str:
-    """The type of a file by its content, whatever its suffix; `application/octet-stream` if unknown.
-
-    Raises:
-        ImageError: the file is missing or cannot be read.
-    """
-    return _sniff(Path(path), "")
-
-
-def image_sha256(path: Path | str) -> str:
-    """Sha256 of the file's bytes, as 64 hex digits, read in pieces."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def _existing_folder(folder: Path) -> Path:
     if not folder.exists():
         raise CorpusError(f"the image folder {folder} does not exist: check the path.")
@@ -346,7 +299,7 @@ def _read_record(root: Path, fields: Mapping[str, object], where: str, places: M
     captions = _captions(fields.get("text"), where)
     questions = _questions(fields.get("questions"), where)
     metadata = _flat({key: value for key, value in fields.items() if key not in _OWN_COLUMNS}, where)
-    _decode(path, where)
+    decode_image(path, where)
     return Record(image_id, path, file_name, image_sha256(path), captions, metadata, questions)
 
 
@@ -403,57 +356,3 @@ def _inside(root: Path, file_name: str, where: str) -> Path:
     if not target.is_relative_to(root):
         raise UnsafePath(f"{where}{file_name!r} is a link out of the folder {root}. Copy its target into the folder.")
     return path
-
-
-def _sniff(path: Path, where: str) -> str:
-    try:
-        if not path.is_file():
-            raise ImageError(f"{where}{path} is missing or no regular file: restore it, or remove its entry.")
-        with path.open("rb") as file:
-            head = file.read(8192)
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{where}{str(path)!r} cannot be read: {error}. Check its name and permissions.") from error
-    if head[:1] == b"P" and head[1:2] in {b"1", b"2", b"3", b"4", b"5", b"6"} and head[2:3].isspace():
-        return "image/x-portable-anymap"
-    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<" and b"<svg" in head.lower():
-        return "image/svg+xml"
-    kind = filetype.guess(head) if head else None
-    mime = str(kind.mime) if kind else "application/octet-stream"
-    return "image/png" if mime == "image/apng" else mime
-
-
-def _decode(path: Path, where: str) -> Image.Image:
-    mime = _sniff(path, where)
-    if mime not in _DECODERS:
-        raise ImageError(
-            f"{where}{path} is no raster image that can be read: by its content ({path.stat().st_size} bytes) it is "
-            f"{mime}. Convert it to PNG or JPEG, or remove it."
-        )
-    too_large = f"{where}{path} has more than {Image.MAX_IMAGE_PIXELS} pixels (PIL.Image.MAX_IMAGE_PIXELS): shrink it."
-    try:
-        with Image.open(path, formats=[_DECODERS[mime]]) as image:
-            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ImageError(too_large)
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except ImageError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(too_large) from error
-    except Exception as error:  # a decoder that reads garbage raises almost anything
-        raise ImageError(
-            f"{where}{path} does not decode as {mime}: {type(error).__name__}: {error}. Restore it, or remove it."
-        ) from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in {"I", "F"} or image.mode.startswith("I;16"):
-        values = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0, neginf=0.0)
-        low, high = values.min(), values.max()
-        if image.mode != "F" and low >= 0 and high <= 65535:
-            low, high = 0, 65535
-        image = Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
-    if image.mode in {"LA", "P", "PA", "RGBA"} or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")

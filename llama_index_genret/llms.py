@@ -23,8 +23,8 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.custom import CustomLLM
 from llama_index.llms.openai_like import OpenAILike
 
-from llama_index_genret.corpus import load_image
 from llama_index_genret.errors import ModelError
+from llama_index_genret.images import decode_bytes
 
 
 def genret_llm(
@@ -113,7 +113,7 @@ class InProcessLLM(CustomLLM):
 
     def _inputs(self, messages: Sequence[ChatMessage]) -> dict[str, Any]:
         images = [
-            load_image(block.resolve_image())
+            decode_bytes(block.resolve_image().read())
             for message in messages
             for block in message.blocks
             if isinstance(block, ImageBlock)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_index_genret.corpus import load_image
 from llama_index_genret.errors import MissingExtra, ModelError, ModelMismatch, NotTrained
+from llama_index_genret.images import load_image
 from llama_index_genret.prompts import ANSWER, DESCRIBE, MEMORISE, RETRIEVE, Blank, PromptSet
 from llama_index_genret.store import Index, ModelEntry
 from llama_index_genret.tokenization import IndexTokenizer

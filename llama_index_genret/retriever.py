@@ -15,8 +15,8 @@ from llama_index.core.schema import ImageNode, NodeRelationship, NodeWithScore, 
 from llama_index.core.vector_stores.types import FilterCondition, MetadataFilters
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 
-from llama_index_genret.corpus import sniff_mime
 from llama_index_genret.errors import FilterError
+from llama_index_genret.images import sniff_mime
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, arecall, recall
 from llama_index_genret.search import Hit, Normalise

@@ -128,7 +128,7 @@ def test_misses_are_marked_and_show_the_expected_picture(tmp_path, pictures):
 
     rows = [name for name in page.classes() if name.startswith("row ")]
     assert rows == ["row first", "row later", "row missed", "row missed"]
-    assert page.classes().count("hit right") == text.count('<span class="check"') == 2
+    assert page.classes().count("hit right") == text.count('aria-hidden="true">✓</span>') == 2
     assert page.text.count("✗ missed") == 2
     assert "✓ rank 2" in page.text
     assert "4 queries: 1 right first, 1 later, 2 missed" in page.text

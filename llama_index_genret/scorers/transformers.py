@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from llama_index_genret.corpus import load_image
 from llama_index_genret.errors import ModelError
+from llama_index_genret.images import load_image
 from llama_index_genret.modeling import Mllm
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session
@@ -75,11 +75,11 @@ class TransformersScorer:
         output = self._decoder(
             input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True
         )
-        return output.last_hidden_state[:, -1], mask
+        return torch.as_tensor(output.last_hidden_state[:, -1]), mask
 
     def _logits(self, hidden: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
         """(rows, tokens) float32 logits of the given tokens, or of all."""
-        weight = self._weight if token_ids is None else self._weight[token_ids]
+        weight: torch.Tensor = self._weight if token_ids is None else self._weight[token_ids]
         logits = (hidden @ weight.T).float()
         if self._bias is not None:
             logits = logits + (self._bias if token_ids is None else self._bias[token_ids])

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llama_index_genret.corpus import load_image
+from llama_index_genret.images import load_image
 from llama_index_genret.modeling import Mllm
 from llama_index_genret.store import Index
 from llama_index_genret.training.examples import Example, Interleaved
@@ -75,16 +75,26 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         return self._images[path]
 
 
-def collate(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, torch.Tensor]:
+def collate(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, dict[str, torch.Tensor]]:
+    """One batch for the examples with an image and one for those without: the latter are half as long."""
+    parts = {
+        "image": [item for item in items if len(item) > 2],
+        "text": [item for item in items if len(item) == 2],
+    }
+    return {name: _padded(part, pad) for name, part in parts.items() if part}
+
+
+def _padded(items: Sequence[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
     """Left-padded `input_ids`, `attention_mask`, `labels` (rows, t), and the images of all items in order."""
     length = max(len(item["input_ids"]) for item in items)
 
-    def padded(name: str, value: int) -> torch.Tensor:
-        rows = [item[name] for item in items]
+    def padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
         return torch.stack([torch.cat([row.new_full((length - len(row),), value), row]) for row in rows])
 
-    ones = [{"mask": torch.ones_like(item["input_ids"])} for item in items]
-    mask = torch.stack([torch.cat([o["mask"].new_zeros(length - len(o["mask"])), o["mask"]]) for o in ones])
-    batch = {"input_ids": padded("input_ids", pad), "attention_mask": mask, "labels": padded("labels", IGNORED)}
-    names = dict.fromkeys(name for item in items for name in item if name not in ("input_ids", "labels"))
-    return batch | {name: torch.cat([item[name] for item in items if name in item]) for name in names}
+    batch = {
+        "input_ids": padded([item["input_ids"] for item in items], pad),
+        "attention_mask": padded([torch.ones_like(item["input_ids"]) for item in items], 0),
+        "labels": padded([item["labels"] for item in items], IGNORED),
+    }
+    images = [name for name in items[0] if name not in ("input_ids", "labels")]
+    return batch | {name: torch.cat([item[name] for item in items]) for name in images}

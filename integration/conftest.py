@@ -1,0 +1,53 @@
+"""Fixtures of the integration tests: real models, real servers, each started once and stopped by its process id."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_index_genret.scorers.vllm import VllmScorer
+from llama_index_genret.serving import CPU_FLAGS, free_port, running_server
+from llama_index_genret.store import load_index
+from tests.conftest import pictures, tiny_mllm, tiny_model_dir, trained_index, trained_mllm
+
+__all__ = ["pictures", "tiny_mllm", "tiny_model_dir", "trained_index", "trained_mllm"]
+
+GENRET = [sys.executable, "-m", "llama_index_genret.cli"]
+
+
+def genret(*arguments, timeout_s=900.0, **options):
+    """Run the command line in a process of its own."""
+    command = [*GENRET, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, **options)
+
+
+def genret_json(*arguments, **options):
+    """The one JSON object that a command prints with --json."""
+    done = genret(*arguments, "--json", **options)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def server(trained_index, tmp_path_factory):
+    """`genret serve` on the tiny index: a stock vLLM server on the CPU."""
+    port, log = free_port(), tmp_path_factory.mktemp("serve") / "vllm.log"
+    command = [*GENRET, "serve", str(trained_index.folder), "--port", str(port), "--", *CPU_FLAGS]
+    with running_server(command, host="127.0.0.1", port=port, log=log) as served:
+        yield served
+
+
+@pytest.fixture
+def server_scorer(server):
+    return VllmScorer(server.api_base)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """`genret demo --vllm` on the assembled base model: its JSON, and its index."""
+    base = subprocess.run([sys.executable, "-m", "integration.base_model"], capture_output=True, text=True, check=True)
+    out = tmp_path_factory.mktemp("demo")
+    result = genret_json("demo", "--vllm", "--model", base.stdout.splitlines()[-1], "--out", out, timeout_s=1800)
+    return result, load_index(Path(out) / "index")

@@ -1,0 +1,39 @@
+"""The promises of the demo, on real images and a real model, served by vLLM."""
+
+from integration.conftest import genret_json
+
+
+def test_the_model_recalls_what_it_was_taught_and_what_it_was_not(demo):
+    figures, _ = demo
+    assert figures["captions_recall_1"] >= 0.95
+    assert figures["phrasings_recall_1"] >= 0.90
+    assert figures["image_to_identifier"] >= 0.90
+    assert 0 < figures["tags_recall_1"] <= figures["tags_recall_5"]
+
+
+def test_answers_follow_the_picture(demo):
+    figures, _ = demo
+    assert figures["answers_right"] >= 0.80
+    assert figures["answers_follow_the_swapped_picture"] >= 0.80
+
+
+def test_server_and_process_agree_on_every_query(demo):
+    figures, _ = demo
+    assert figures["top5_agreement"] == 1.0
+    assert figures["largest_log_prob_difference"] <= 1e-3
+
+
+def test_the_index_that_it_leaves_recalls_from_the_command_line(demo):
+    _, index = demo
+    found = genret_json("query", index.folder, "Show me the pizza", "-k", "3", "--device", "cpu")
+    assert found["hits"][0]["image_id"] == "pizza"
+    only_drinks = genret_json("query", index.folder, "pizza", "-k", "3", "--filter", "subgroup=drink", "--device", "cpu")
+    subgroups = {index.records[index.rows_by_id[hit["image_id"]]].metadata["subgroup"] for hit in only_drinks["hits"]}
+    assert subgroups == {"drink"}
+    assert len(only_drinks["hits"]) == 3
+
+
+def test_the_grounded_answer_names_its_source(demo):
+    figures, _ = demo
+    assert figures["answer"]["sources"]
+    assert figures["answer"]["answer"]

@@ -1,0 +1,127 @@
+"""One image file: what it is by its content, and its pixels as every model here wants them.
+
+Knows Pillow and `filetype`; nothing of folders, metadata or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from io import BytesIO
+from pathlib import Path
+
+import filetype
+import numpy as np
+from PIL import Image, ImageOps
+
+from llama_index_genret.errors import ImageError
+
+# The sniffed type decides which one decoder of Pillow sees a file. Left out are those that run programs or weakly
+# recognise their own files (EPS calls Ghostscript, TGA has no signature).
+_DECODERS = {
+    "image/avif": "AVIF",
+    "image/bmp": "BMP",
+    "image/gif": "GIF",
+    "image/jpeg": "JPEG",
+    "image/jpx": "JPEG2000",
+    "image/png": "PNG",
+    "image/tiff": "TIFF",
+    "image/webp": "WEBP",
+    "image/x-icon": "ICO",
+    "image/x-portable-anymap": "PPM",
+}
+
+
+def load_image(path: Path | str) -> Image.Image:
+    """The image as RGB, 8 bits a channel: upright (EXIF), transparency on white, the first frame of an animation.
+
+    16-bit grey is scaled by 255/65535. Wider integers and floats define no white: their range is stretched.
+
+    Raises:
+        ImageError: the file is missing, damaged, too large (`PIL.Image.MAX_IMAGE_PIXELS`), or no raster image.
+    """
+    return decode_image(Path(path))
+
+
+def sniff_mime(path: Path | str) -> str:
+    """The type of a file by its content, whatever its suffix; `application/octet-stream` if unknown.
+
+    Raises:
+        ImageError: the file is missing or cannot be read.
+    """
+    return _sniff(Path(path), "")
+
+
+def image_sha256(path: Path | str) -> str:
+    """Sha256 of the file's bytes, as 64 hex digits, read in pieces."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sniff(path: Path, where: str) -> str:
+    try:
+        if not path.is_file():
+            raise ImageError(f"{where}{path} is missing or no regular file: restore it, or remove its entry.")
+        with path.open("rb") as file:
+            head = file.read(8192)
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{where}{str(path)!r} cannot be read: {error}. Check its name and permissions.") from error
+    return _mime_of(head)
+
+
+def _mime_of(head: bytes) -> str:
+    if head[:1] == b"P" and head[1:2] in {b"1", b"2", b"3", b"4", b"5", b"6"} and head[2:3].isspace():
+        return "image/x-portable-anymap"
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<" and b"<svg" in head.lower():
+        return "image/svg+xml"
+    kind = filetype.guess(head) if head else None
+    mime = str(kind.mime) if kind else "application/octet-stream"
+    return "image/png" if mime == "image/apng" else mime
+
+
+def decode_image(path: Path, where: str = "") -> Image.Image:
+    """`load_image`, with `where` before the message of an error."""
+    return _decode(path, _sniff(path, where), f"{where}{path} ({path.stat().st_size} bytes)")
+
+
+def decode_bytes(content: bytes) -> Image.Image:
+    """`load_image` for the content of a file."""
+    return _decode(BytesIO(content), _mime_of(content[:8192]), f"an image ({len(content)} bytes)")
+
+
+def _decode(source: Path | BytesIO, mime: str, name: str) -> Image.Image:
+    if mime not in _DECODERS:
+        raise ImageError(
+            f"{name} is no raster image that can be read: by its content it is {mime}. Convert it to PNG or JPEG, "
+            "or remove it."
+        )
+    too_large = f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels (PIL.Image.MAX_IMAGE_PIXELS): shrink it."
+    try:
+        with Image.open(source, formats=[_DECODERS[mime]]) as image:
+            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ImageError(too_large)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(too_large) from error
+    except Exception as error:  # a decoder that reads garbage raises almost anything
+        raise ImageError(
+            f"{name} does not decode as {mime}: {type(error).__name__}: {error}. Restore it, or remove it."
+        ) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in {"I", "F"} or image.mode.startswith("I;16"):
+        values = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0, neginf=0.0)
+        low, high = values.min(), values.max()
+        if image.mode != "F" and low >= 0 and high <= 65535:
+            low, high = 0, 65535
+        image = Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
+    if image.mode in {"LA", "RGBA"} or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

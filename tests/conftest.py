@@ -1,0 +1,78 @@
+"""Fixtures of the unit tests: a tiny random model, and a small index over drawn pictures."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+COLORS = {"red": "#dc1e1e", "green": "#14a03c", "blue": "#1e3cdc", "yellow": "#f0d228", "black": "#141414"}
+SHAPES = ("circle", "square", "bar", "frame")
+
+
+def draw_pictures(folder: Path) -> Path:
+    """Twenty pictures of colored shapes in the imagefolder layout; metadata: color and shape."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for color, hex_color in COLORS.items():
+        for shape in SHAPES:
+            image = Image.new("RGB", (64, 64), "white")
+            draw = ImageDraw.Draw(image)
+            if shape == "circle":
+                draw.ellipse((10, 10, 54, 54), fill=hex_color)
+            elif shape == "square":
+                draw.rectangle((10, 10, 54, 54), fill=hex_color)
+            elif shape == "bar":
+                draw.rectangle((4, 26, 60, 38), fill=hex_color)
+            else:
+                draw.rectangle((10, 10, 54, 54), outline=hex_color, width=6)
+            image.save(folder / f"{color}-{shape}.png")
+            row = {"file_name": f"{color}-{shape}.png", "text": [f"{color} {shape}"], "color": color, "shape": shape}
+            lines.append(json.dumps(row))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    return draw_pictures(tmp_path_factory.mktemp("pictures") / "images")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory) -> Path:
+    from tests.tiny_model import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_mllm(tiny_model_dir):
+    from llama_index_genret.modeling import load_mllm
+
+    return load_mllm(str(tiny_model_dir), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def untrained_index(pictures, tiny_mllm, tmp_path_factory):
+    from llama_index_genret.corpus import read_corpus
+    from llama_index_genret.indexing import build_index
+
+    return build_index(read_corpus(pictures), tmp_path_factory.mktemp("untrained") / "index", tiny_mllm)
+
+
+@pytest.fixture(scope="session")
+def trained_index(pictures, tiny_mllm, tmp_path_factory):
+    """Trained for a moment: what it recalls is arbitrary, but it is a whole index."""
+    from llama_index_genret.corpus import read_corpus
+    from llama_index_genret.indexing import build_index
+    from llama_index_genret.training.recipe import TrainOptions, train
+
+    index = build_index(read_corpus(pictures), tmp_path_factory.mktemp("trained") / "index", tiny_mllm)
+    return train(index, TrainOptions(max_steps=4, lora_rank=2), device="cpu", show_progress=False)
+
+
+@pytest.fixture(scope="session")
+def trained_mllm(trained_index):
+    from llama_index_genret.modeling import load_trained
+
+    return load_trained(trained_index, device="cpu")

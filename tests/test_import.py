@@ -1,0 +1,55 @@
+"""The package is light to import, and its parts load on first use."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "peft", "vllm", "sklearn", "accelerate")
+CLIENT = (
+    "llama_index_genret",
+    "llama_index_genret.corpus",
+    "llama_index_genret.identifiers.structured",
+    "llama_index_genret.trie",
+    "llama_index_genret.search",
+    "llama_index_genret.store",
+    "llama_index_genret.evaluation",
+    "llama_index_genret.serving",
+    "llama_index_genret.scorers.fake",
+    "llama_index_genret.scorers.vllm",
+    "llama_index_genret.cli",
+)
+
+
+def loaded_by(code):
+    """Names of the heavy packages that a fresh interpreter has after running `code`."""
+    report = f"{code}\nimport sys; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    return subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.parametrize("module", CLIENT)
+def test_a_module_of_the_client_loads_no_heavy_package(module):
+    assert loaded_by(f"import {module}") == []
+
+
+def test_the_retriever_and_its_query_engine_load_no_heavy_package():
+    code = "from llama_index_genret import GenerativeImageRetriever, genret_llm, image_query_engine, read_corpus"
+    assert loaded_by(code) == []
+
+
+def test_the_probe_itself_sees_a_heavy_package():
+    assert loaded_by("import sklearn") == ["sklearn"]
+
+
+def test_every_public_name_exists():
+    import llama_index_genret
+
+    for name in llama_index_genret.__all__:
+        assert getattr(llama_index_genret, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import llama_index_genret
+
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = llama_index_genret.no_such_name

@@ -1,0 +1,143 @@
+"""An index folder is whole or it is an error that names the file."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llama_index_genret import store
+from llama_index_genret.errors import FilterError, IndexDamaged, IndexNotFound, IndexVersionError, ModelMismatch
+from llama_index_genret.prompts import Prompt
+from llama_index_genret.scorers.base import recall
+from llama_index_genret.scorers.fake import FakeScorer
+from llama_index_genret.store import load_index
+from llama_index_genret.tokenization import IndexTokenizer
+
+
+@pytest.fixture
+def copied(untrained_index, tmp_path):
+    """A copy that a test may break."""
+    shutil.copytree(untrained_index.folder, tmp_path / "index")
+    return tmp_path / "index"
+
+
+def recalled(index):
+    scorer = FakeScorer(index.tokenizer.vocab_size)
+    (hits,) = recall(scorer, index.trie, [Prompt((1, 2))], k=20)
+    return [(index.record_of(hit).image_id, index.identifier_of(hit), hit.log_prob) for hit in hits]
+
+
+def test_a_loaded_index_recalls_like_the_one_that_was_written(untrained_index):
+    loaded = load_index(untrained_index.folder)
+    assert recalled(loaded) == recalled(untrained_index)
+    assert len(recalled(loaded)) == 20
+    assert loaded.records == untrained_index.records
+    assert loaded.prompts == untrained_index.prompts
+
+
+def test_it_loads_the_same_in_a_new_process(untrained_index):
+    code = f"""
+        from pathlib import Path
+        from llama_index_genret.store import load_index
+        print(*(record.image_id for record in load_index(Path({str(untrained_index.folder)!r})).records))
+    """
+    output = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert output.stdout.split() == [record.image_id for record in untrained_index.records]
+
+
+def test_every_identifier_is_found_in_the_trie_under_its_own_record(untrained_index):
+    index = untrained_index
+    for row, record in enumerate(index.records):
+        node = np.array([index.trie.walk(index.token_ids(row))])
+        assert index.records[int(index.leaf_to_record[index.trie.leaf_rank(node)[0]])] == record
+
+
+def test_a_flipped_byte_in_any_file_is_found_and_named(copied):
+    names = load_index(copied).manifest.files
+    assert {"records.jsonl", "trie.bin", "tokenizer.json", "leaf_to_record.npy", "codebooks.safetensors"} == set(names)
+    for name, entry in names.items():
+        path = copied / entry.path
+        original = path.read_bytes()
+        path.write_bytes(original[:-2] + bytes([original[-2] ^ 1]) + original[-1:])
+        with pytest.raises(IndexDamaged, match=name):
+            load_index(copied).file(name)
+        path.unlink()
+        with pytest.raises(IndexDamaged, match=f"{name} is missing"):
+            load_index(copied).file(name)
+        path.write_bytes(original)
+    load_index(copied)
+
+
+def test_no_index_there_is_an_error_that_tells_how_to_make_one(tmp_path):
+    with pytest.raises(IndexNotFound, match="genret index"):
+        load_index(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_format_version_is_an_error(copied, version):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps({**manifest, "format_version": version}))
+    with pytest.raises(IndexVersionError, match=repr(version)):
+        load_index(copied)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format_version": 1}', "\x00"])
+def test_a_broken_manifest_is_an_error_that_names_it(copied, content):
+    (copied / "manifest.json").write_text(content)
+    with pytest.raises(IndexDamaged, match=r"manifest\.json"):
+        load_index(copied)
+
+
+def test_another_tokenizer_is_an_error_that_says_which_differs(untrained_index):
+    other = untrained_index.tokenizer.with_symbols(["<other>"])
+    with pytest.raises(ModelMismatch, match="tokenizer of over there"):
+        untrained_index.check_tokenizer(other, "over there")
+    base = IndexTokenizer.from_file(Path(untrained_index.manifest.model.name_or_path) / "tokenizer.json")
+    untrained_index.check_tokenizer(base, "here")
+
+
+def test_metadata_filters_leave_the_matching_images_and_unknown_keys_are_errors(untrained_index):
+    allowed = untrained_index.equals_filter({"color": "red"})
+    kept = [untrained_index.records[int(row)].metadata["color"] for row in untrained_index.leaf_to_record]
+    assert allowed.n_allowed == 4 == kept.count("red")
+    with pytest.raises(FilterError, match=r"'size'.*color"):
+        untrained_index.equals_filter({"size": "1"})
+
+
+CRASHES = ("write", "_sha256", "_sync", "replace", "_remove_unnamed")
+
+
+@pytest.mark.parametrize("point", CRASHES)
+def test_killed_at_any_point_of_a_save_the_old_index_or_the_new_one_loads(copied, tmp_path, point):
+    """The writing process ends at once, without cleaning up, at the named point."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    code = f"""
+        import os
+        from pathlib import Path
+        from llama_index_genret import store
+
+        index = store.load_index(Path({str(copied)!r}))
+        points = {{"write": (store.shutil, "copytree"), "replace": (Path, "replace")}}
+        owner, name = points.get({point!r}, (store, {point!r}))
+        setattr(owner, name, lambda *_, **__: os._exit(9))
+        store._verify = lambda *_: None
+        store.store_adapter(index, Path({str(adapter)!r}), {{"steps": 1}})
+    """
+    before = recalled(load_index(copied))
+    died = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert died.returncode == 9, died.stderr
+    after = load_index(copied)
+    assert after.is_trained == (point == "_remove_unnamed")
+    assert recalled(after) == before
+    trained = store.store_adapter(after, adapter, {"steps": 1})
+    assert trained.is_trained
+    assert {path.name for path in copied.iterdir()} == {"manifest.json"} | {
+        Path(entry.path).parts[0] for entry in trained.manifest.files.values()
+    }

@@ -1,0 +1,174 @@
+"""The HTTP scorer against a small server that speaks vLLM's protocol over a table, and against one that misbehaves.
+
+The real server is in `integration/test_vllm.py`; this one answers what a real one only does when it is broken.
+"""
+
+import asyncio
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import numpy as np
+import pytest
+
+from llama_index_genret.errors import QueryError, ServerError, ServerUnreachable
+from llama_index_genret.prompts import Prompt
+from llama_index_genret.scorers.base import arecall, recall
+from llama_index_genret.scorers.fake import FakeScorer
+from llama_index_genret.scorers.vllm import MAX_TOKENS_ASKED, VllmScorer
+from llama_index_genret.search import Normalise
+from llama_index_genret.trie import build_trie
+
+VOCABULARY = 400
+PROMPTS = [Prompt((1, 2)), Prompt((3,))]
+
+
+class Protocol(ThreadingHTTPServer):
+    """`/v1/models` and `/v1/completions`; `spoil` changes an answer, `requests` records them."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.table = FakeScorer(VOCABULARY)
+        self.requests = []
+        self.models = [{"id": "only", "max_model_len": 100}]
+        self.spoil = lambda answer: answer
+        self.status = 200
+
+    @property
+    def api_base(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, body):
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self):
+        self.answer(200, {"data": self.server.models})
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(request)
+        choices = [self.choice(i, ids, request["logprob_token_ids"]) for i, ids in enumerate(request["prompt"])]
+        self.answer(self.server.status, self.server.spoil({"choices": choices[::-1]}))
+
+    def choice(self, i, ids, asked):
+        """The table's log-probabilities after the longest known prompt, whole vocabulary."""
+        prompt = next(p for p in PROMPTS if tuple(ids[: len(p.token_ids)]) == p.token_ids)
+        logits = self.server.table.logits(prompt, tuple(ids[len(prompt.token_ids) :]))
+        log_probs = logits - np.logaddexp.reduce(logits)
+        return {"index": i, "logprobs": {"top_logprobs": [{f"token_id:{t}": float(log_probs[t]) for t in asked}]}}
+
+
+@pytest.fixture
+def server():
+    protocol = Protocol()
+    Thread(target=protocol.serve_forever, daemon=True).start()
+    yield protocol
+    protocol.shutdown()
+    protocol.server_close()
+
+
+def identifiers(n, depth=3, seed=0):
+    rng = np.random.default_rng(seed)
+    return sorted({tuple(rng.integers(0, VOCABULARY, depth).tolist()) for _ in range(n)})
+
+
+@pytest.mark.parametrize("normalise", Normalise)
+@pytest.mark.parametrize("n", [5, 600])
+def test_recall_over_http_equals_recall_from_the_table(server, normalise, n):
+    """600 identifiers give the root more children than one request may ask for."""
+    trie, _ = build_trie(identifiers(n))
+    expected = recall(server.table, trie, PROMPTS, k=5, normalise=normalise)
+    scorer = VllmScorer(server.api_base)
+    for found in (
+        recall(scorer, trie, PROMPTS, k=5, normalise=normalise),
+        asyncio.run(arecall(scorer, trie, PROMPTS, k=5, normalise=normalise)),
+    ):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert [hit.leaf for hit in ours] == [hit.leaf for hit in theirs]
+            np.testing.assert_allclose([h.log_prob for h in ours], [h.log_prob for h in theirs], atol=1e-9)
+    assert max(len(request["logprob_token_ids"]) for request in server.requests) <= MAX_TOKENS_ASKED
+
+
+def test_a_step_of_many_beams_with_few_children_is_one_request(server):
+    trie, _ = build_trie([(a, b, c) for a in range(5) for b in range(4) for c in range(3)])
+    recall(VllmScorer(server.api_base), trie, PROMPTS, k=5)
+    assert [len(request["prompt"]) for request in server.requests] == [2, 10, 20]
+
+
+def spoilt(change):
+    def spoil(answer):
+        change(answer["choices"][0])
+        return answer
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda answer: b"<html>",
+        lambda answer: [],
+        lambda answer: {"choices": answer["choices"][1:]},
+        spoilt(lambda choice: choice.update(logprobs=None)),
+        spoilt(lambda choice: choice["logprobs"].update(top_logprobs=[])),
+        spoilt(lambda choice: choice["logprobs"]["top_logprobs"][0].popitem()),
+        spoilt(lambda choice: choice["logprobs"]["top_logprobs"][0].update(dict.fromkeys([f"token_id:{t}" for t in range(400)], "x"))),
+    ],
+    ids=["html", "list", "too few choices", "no logprobs", "no positions", "a token missing", "no numbers"],
+)
+def test_an_answer_that_makes_no_sense_is_an_error_with_the_address(server, spoil):
+    server.spoil = spoil
+    trie, _ = build_trie(identifiers(5))
+    with pytest.raises(ServerError, match=f"127.0.0.1:{server.server_port}"):
+        recall(VllmScorer(server.api_base), trie, PROMPTS, k=1)
+
+
+@pytest.mark.parametrize("status", [400, 500, 503])
+def test_a_refusal_is_an_error_with_its_status(server, status):
+    server.status = status
+    with pytest.raises(ServerError, match=str(status)):
+        recall(VllmScorer(server.api_base), build_trie(identifiers(5))[0], PROMPTS, k=1)
+
+
+def test_the_only_model_is_found_and_one_of_several_must_be_named(server):
+    assert VllmScorer(server.api_base).served_model() == "only"
+    server.models = [{"id": "a"}, {"id": "b"}]
+    with pytest.raises(ServerError, match=r"\['a', 'b'\]"):
+        VllmScorer(server.api_base).served_model()
+    assert VllmScorer(server.api_base, model="b").served_model() == "b"
+
+
+def test_a_prompt_longer_than_the_served_context_is_refused_before_it_is_sent(server):
+    with pytest.raises(QueryError, match="--max-model-len 100"):
+        recall(VllmScorer(server.api_base), build_trie(identifiers(5))[0], [Prompt(tuple(range(99)))], k=1)
+    assert server.requests == []
+
+
+def test_an_image_query_is_refused_and_says_what_takes_it(server, tmp_path):
+    with pytest.raises(QueryError, match="in this process"):
+        recall(VllmScorer(server.api_base), build_trie(identifiers(5))[0], [Prompt((1,), "", tmp_path)], k=1)
+
+
+def test_a_server_that_does_not_answer_in_time_is_an_error(server):
+    server.spoil = lambda answer: __import__("time").sleep(1) or answer
+    scorer = VllmScorer(server.api_base, timeout_s=0.2)
+    with pytest.raises(ServerUnreachable, match="in time"):
+        recall(scorer, build_trie(identifiers(5))[0], PROMPTS, k=1)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/v1", "http://[bad/v1", "nonsense"])
+def test_an_address_without_a_server_is_an_error_that_names_it(address):
+    with pytest.raises(ServerUnreachable) as error:
+        VllmScorer(address).served_model()
+    assert address in str(error.value)
