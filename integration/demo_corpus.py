@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +53,33 @@ PICTURES = {
     "creature": "👻 👽 🧜‍♀",
 }
 # The label of emojibase where the picture shows something else, or where nobody would say it so.
-LABELS = {"🐶": "dog", "🎾": "tennis racket", "🎳": "bowling pins", "🏓": "ping pong paddle"}
+LABELS = {"🐶": "dog", "🎾": "tennis racket", "🎳": "bowling pins", "🏓": "ping pong paddle", "🤠": "cowboy"}
 # Where the most frequent hue is not what a person would call the picture.
-COLORS_BY_EYE: dict[str, str] = {}
-# Keywords that say nothing of the picture, name a brand, are misspelt, or do not fit the artwork.
-NOT_A_QUERY = frozenset(
-    ["photo", "activity", "entertainment", "mojito", "th", "contact", "staffmode", "smallest", "shape", "u", "kod", "instructment", "accordian"]
-)
+COLORS_BY_EYE = {
+    emoji: color
+    for color, emojis in {
+        "red": "🍿 🚲 🎪 🍁 🤿 ✂ 🎸 🥁 🪗",
+        "orange": "🦋 ⛵ 🏀",
+        "yellow": "🍌 🍺 🎺 😎 😭 😴 🤠",
+        "brown": "🐶 🍩",
+        "pink": "🐙",
+        "purple": "🍷",
+        "black": "🚂 🎹 🎩",
+        "gray": "🏰",
+        "multicolored": "🌈 📚",
+    }.items()
+    for emoji in emojis.split()
+}
+# Tags and keywords that say nothing of the picture, only repeat another one, are misspelt, or do not fit the art.
+UNUSED_WORDS_TEXT = """
+accordian activity adorbs big black booze bowl box bro ca chadder class club colada comic contact department dionysus
+disaster drama drive eat entertainment et excited external extraterrestrial eye fairy fast feature friend fun gang gay
+genderqueer glbt glbtq gold good heart heels hot hrs human hungry instructment kod lesbian lgbtqia londoneye mai major
+mojito negative new ny open or paul personal photo pina play positive potassium private resort restaurant roflcopter
+sasha serve service shape side smallest snap spin spring staffmode strat super tai tale tbt ten th trip u vegetable
+waiting weird whatever york
+"""
+UNUSED_WORDS = frozenset(UNUSED_WORDS_TEXT.split())
 # Training uses "{}", "a picture of {}", "find {}" and "image: {}"; these are never trained.
 CARRIERS = (
     "show me the {}",
@@ -81,9 +102,7 @@ class Package:
     sha256: str
 
 
-ART = Package(
-    "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
-)
+ART = Package("@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58")
 LABELS_AND_TAGS = Package(
     "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"
 )
@@ -149,7 +168,7 @@ def download(package: Package, folder: Path) -> tarfile.TarFile:
 def read(package: tarfile.TarFile, path: str) -> bytes:
     member = package.extractfile(f"package/{path}")
     if member is None:
-        raise CorpusError(f"{path} in {package.name} is not a file.")
+        raise CorpusError(f"package/{path} is a folder, a file was expected.")
     return member.read()
 
 
@@ -160,12 +179,12 @@ def read_pictures(art: tarfile.TarFile, emojibase: tarfile.TarFile, emojilib: ta
     # The message of the subgroup "food-marine" shares its order with "food-sweet"; none of ours is seafood.
     subgroups = {subgroup["order"]: subgroup["message"] for subgroup in messages["subgroups"]}
     keywords = {plain(emoji): words for emoji, words in json.loads(read(emojilib, "dist/emoji-en-US.json")).items()}
-    artworks = {name.replace("-fe0f", ""): name for name in art.getnames()}
+    artworks = {name.replace("-fe0f", ""): name for name in (path.removeprefix("package/") for path in art.getnames())}
 
     def picture(emoji: str, kind: str) -> Picture:
         entry = entries[emoji]
         codes = "-".join(f"{ord(character):04x}" for character in emoji)
-        webp = art.extractfile(artworks[f"package/assets/{codes}.webp"])
+        webp = read(art, artworks[f"assets/{codes}.webp"])
         return Picture(
             emoji=entry["emoji"],
             label=LABELS.get(emoji, entry["label"]),
@@ -174,7 +193,7 @@ def read_pictures(art: tarfile.TarFile, emojibase: tarfile.TarFile, emojilib: ta
             subgroup=subgroups[entry["subgroup"]],
             tags=clean(entry.get("tags", ())),
             keywords=clean(keywords[emoji]),
-            artwork=Image.open(webp).convert("RGBA"),
+            artwork=Image.open(BytesIO(webp)).convert("RGBA"),
         )
 
     return [picture(emoji, kind) for kind, emojis in PICTURES.items() for emoji in emojis.split()]
@@ -225,20 +244,22 @@ def overlaps(word: str, text: str) -> bool:
 
 def captions(picture: Picture, shared: Counter[str]) -> list[str]:
     """The label, then the label with the tags that most other pictures share: what is special stays held out."""
-    tags = [tag for tag in picture.tags if tag not in NOT_A_QUERY and not overlaps(tag, picture.label)]
+    words = [word for word in picture.words if word not in UNUSED_WORDS and not overlaps(word, picture.label)]
+    special = [word for word in words if shared[word] < 2]
+    tags = [word for word in words if word in picture.tags and (word not in special or len(special) > TRAINED_TAGS)]
     chosen = sorted(tags, key=lambda tag: (-shared[tag], tag))[:TRAINED_TAGS] or [picture.kind]
     return [picture.label, ", ".join([picture.label, *chosen])]
 
 
 def training_captions(pictures: list[Picture]) -> dict[str, list[str]]:
-    shared = Counter(tag for picture in pictures for tag in picture.tags)
+    shared = Counter(word for picture in pictures for word in picture.words)
     return {picture.file_name: captions(picture, shared) for picture in pictures}
 
 
 def tag_queries(pictures: list[Picture], trained: dict[str, list[str]]) -> Iterator[dict[str, object]]:
     """Words of the two packages that no caption of any picture has, with all the pictures that they fit."""
     taken = {part for texts in trained.values() for text in texts for part in text.lower().split(", ")}
-    taken |= {word for part in taken for word in part.split()} | NOT_A_QUERY | set(PICTURES)
+    taken |= {word for part in taken for word in part.split()} | UNUSED_WORDS | set(PICTURES)
     taken |= {picture.color for picture in pictures}
     fits: dict[str, list[str]] = {}
     for picture in pictures:
@@ -348,8 +369,13 @@ Generated by `python -m integration.demo_corpus` (needs npm); do not edit by han
 
 
 def build(folder: Path, downloads: Path) -> None:
-    art, emojibase, emojilib = (download(package, downloads) for package in (ART, LABELS_AND_TAGS, KEYWORDS))
-    pictures = read_pictures(art, emojibase, emojilib)
+    with (
+        download(ART, downloads) as art,
+        download(LABELS_AND_TAGS, downloads) as emojibase,
+        download(KEYWORDS, downloads) as emojilib,
+    ):
+        pictures = read_pictures(art, emojibase, emojilib)
+        license_text = licenses(emojibase, emojilib)
     trained = training_captions(pictures)
     tags = list(tag_queries(pictures, trained))
     images = folder / "images"
@@ -359,7 +385,7 @@ def build(folder: Path, downloads: Path) -> None:
     write_lines(images / "metadata.jsonl", (metadata(picture, trained[picture.file_name]) for picture in pictures))
     write_lines(folder / "queries.jsonl", [*tags, *phrasing_queries(pictures)])
     write_lines(folder / "grounding.jsonl", grounding_pairs(pictures))
-    (folder / "LICENSE-fluent-emoji.txt").write_text(licenses(emojibase, emojilib), encoding="utf-8")
+    (folder / "LICENSE-fluent-emoji.txt").write_text(license_text, encoding="utf-8")
     (folder / "README.md").write_text(readme(len(pictures), len(tags)), encoding="utf-8")
 
 

@@ -27,7 +27,9 @@ def test_the_index_that_it_leaves_recalls_from_the_command_line(demo):
     _, index = demo
     found = genret_json("query", index.folder, "Show me the pizza", "-k", "3", "--device", "cpu")
     assert found["hits"][0]["image_id"] == "pizza"
-    only_drinks = genret_json("query", index.folder, "pizza", "-k", "3", "--filter", "subgroup=drink", "--device", "cpu")
+    only_drinks = genret_json(
+        "query", index.folder, "pizza", "-k", "3", "--filter", "subgroup=drink", "--device", "cpu"
+    )
     subgroups = {index.records[index.rows_by_id[hit["image_id"]]].metadata["subgroup"] for hit in only_drinks["hits"]}
     assert subgroups == {"drink"}
     assert len(only_drinks["hits"]) == 3

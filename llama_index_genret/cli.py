@@ -338,3 +338,7 @@ def main() -> NoReturn:
         log.print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(1)
     sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -123,7 +123,11 @@ def spoilt(change):
         spoilt(lambda choice: choice.update(logprobs=None)),
         spoilt(lambda choice: choice["logprobs"].update(top_logprobs=[])),
         spoilt(lambda choice: choice["logprobs"]["top_logprobs"][0].popitem()),
-        spoilt(lambda choice: choice["logprobs"]["top_logprobs"][0].update(dict.fromkeys([f"token_id:{t}" for t in range(400)], "x"))),
+        spoilt(
+            lambda choice: choice["logprobs"]["top_logprobs"][0].update(
+                dict.fromkeys([f"token_id:{t}" for t in range(400)], "x")
+            )
+        ),
     ],
     ids=["html", "list", "too few choices", "no logprobs", "no positions", "a token missing", "no numbers"],
 )

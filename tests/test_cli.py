@@ -1,0 +1,90 @@
+"""The command line: its JSON, its exit codes, its errors. Each command in a process of its own."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+
+def genret(*arguments):
+    command = [sys.executable, "-m", "llama_index_genret.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def genret_json(*arguments):
+    done = genret(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_from_a_folder_to_an_answer(pictures, tiny_model_dir, tmp_path):
+    """index, train, inspect, query, ask, eval, export: one user's session."""
+    folder = tmp_path / "index"
+    made = genret_json("index", pictures, "--out", folder, "--model", tiny_model_dir, "--device", "cpu")
+    assert (made["images"], made["scheme"], made["trained"]) == (20, "structured", False)
+    untrained = genret("query", folder, "red circle")
+    assert untrained.returncode == 1
+    assert "genret train" in untrained.stderr
+    assert genret_json("train", folder, "--max-steps", 2, "--device", "cpu")["training"]["steps"] == 2
+    facts = genret_json("inspect", folder)
+    assert facts["trained"]
+    assert facts["nodes_per_level"][-1] <= 20
+    found = genret_json("query", folder, "red circle", "-k", 3, "--filter", "color=red", "--device", "cpu")
+    assert found["query"] == "red circle"
+    assert [hit["file_name"].split("-")[0] for hit in found["hits"]] == ["red"] * 3
+    assert set(found["hits"][0]) == {"image_id", "file_name", "score", "log_prob", "identifier"}
+    asked = genret_json("ask", folder, "What is it?", "-k", 2, "--device", "cpu")
+    assert asked["sources"] == [hit["image_id"] for hit in asked["hits"]]
+    assert len(asked["sources"]) == 2
+    queries = tmp_path / "queries.jsonl"
+    queries.write_text('{"query": "red circle", "file_name": "red-circle.png"}\n')
+    report = tmp_path / "report.html"
+    figures = genret_json("eval", folder, queries, "--baselines", "tfidf", "--report", report, "--device", "cpu")
+    assert figures["n"] == 1
+    assert figures["baselines"]["tfidf"]["recall@1"] == 1.0
+    assert "red circle" in report.read_text()
+    checkpoint = tmp_path / "checkpoint"
+    assert genret_json("export", folder, "--out", checkpoint)["checkpoint"] == str(checkpoint)
+    assert (checkpoint / "model.safetensors").is_file()
+
+
+def test_an_index_of_another_tokenizer_is_refused_by_name(trained_index, tiny_model_dir, tmp_path):
+    other = shutil.copytree(tiny_model_dir, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    done = genret("query", trained_index.folder, "red circle", "--model", other, "--device", "cpu")
+    assert done.returncode == 1
+    assert f"the tokenizer of {other}" in done.stderr.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["query", "nowhere", "x"], "no index in nowhere"),
+        (["inspect", "nowhere"], "no index in nowhere"),
+        (["index", "nowhere", "--out", "unused", "--model", "unused"], "nowhere"),
+    ],
+)
+def test_a_failure_is_one_clear_message_and_exit_code_1(arguments, words, tmp_path):
+    done = genret(*arguments)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["query"], ["nonsense"], ["query", "a", "b", "-k", "0"], ["train", "x", "--epochs", "1", "--max-steps", "1"]],
+)
+def test_wrong_usage_is_exit_code_2(arguments):
+    assert genret(*arguments).returncode == 2
+
+
+def test_a_bad_filter_says_what_it_must_look_like(trained_index):
+    done = genret("query", trained_index.folder, "x", "--filter", "color", "--device", "cpu")
+    assert done.returncode == 1
+    assert "key=value" in done.stderr

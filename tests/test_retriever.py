@@ -1,0 +1,187 @@
+"""The retriever in LlamaIndex's own engines, with a scorer from a table."""
+
+import asyncio
+
+import pytest
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.llms import MockLLM
+from llama_index.core.postprocessor import SimilarityPostprocessor
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.retrievers import QueryFusionRetriever
+from llama_index.core.schema import ImageNode, MetadataMode, QueryBundle
+from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
+
+from llama_index_genret import FakeScorer, GenerativeImageRetriever, InProcessLLM, image_query_engine
+from llama_index_genret.errors import FilterError, QueryError
+from llama_index_genret.scorers.transformers import TransformersScorer
+
+
+@pytest.fixture(scope="module")
+def scorer(untrained_index):
+    return FakeScorer(untrained_index.tokenizer.vocab_size)
+
+
+def make(index, scorer, **options):
+    return GenerativeImageRetriever(index, scorer, **{"similarity_top_k": 4, **options})
+
+
+def ids(nodes):
+    return [node.node.node_id for node in nodes]
+
+
+def test_it_is_a_retriever_of_llama_index(untrained_index, scorer):
+    assert "BaseRetriever" in [cls.__name__ for cls in GenerativeImageRetriever.__mro__]
+    assert isinstance(make(untrained_index, scorer), BaseRetriever)
+
+
+def test_nodes_are_image_nodes_with_caption_flat_metadata_and_scores_in_order(untrained_index, scorer):
+    nodes = make(untrained_index, scorer).retrieve("red circle")
+    assert len(nodes) == 4
+    for rank, found in enumerate(nodes, start=1):
+        node = found.node
+        record = untrained_index.records[untrained_index.rows_by_id[node.node_id]]
+        assert isinstance(node, ImageNode)
+        assert (node.image_path, node.image_mimetype, node.text) == (str(record.path), "image/png", record.captions[0])
+        assert node.metadata["color"] == record.metadata["color"]
+        assert node.metadata["image_id"] == record.image_id == node.ref_doc_id
+        assert node.metadata["genret_rank"] == rank
+        assert all(value is None or isinstance(value, str | int | float) for value in node.metadata.values())
+        assert 0 < found.score <= 1
+    assert [n.score for n in nodes] == sorted((n.score for n in nodes), reverse=True)
+
+
+def test_metadata_reach_the_answering_model_only_where_they_are_named(untrained_index, scorer):
+    silent = make(untrained_index, scorer).retrieve("x")[0].node
+    assert silent.get_metadata_str(MetadataMode.LLM) == ""
+    named = make(untrained_index, scorer, llm_metadata_keys=("color",)).retrieve("x")[0].node
+    assert named.get_metadata_str(MetadataMode.LLM) == f"color: {named.metadata['color']}"
+
+
+def test_every_call_gives_fresh_nodes_that_a_user_may_change(untrained_index, scorer):
+    retriever = make(untrained_index, scorer)
+    first = retriever.retrieve("red circle")
+    for node in first:
+        node.score = 0.0
+        node.node.metadata.clear()
+    again = retriever.retrieve("red circle")
+    assert ids(again) == ids(first)
+    assert all(node.score > 0 and node.node.metadata for node in again)
+
+
+def test_async_finds_the_same_in_three_event_loops(untrained_index, scorer):
+    retriever = make(untrained_index, scorer)
+    expected = ids(retriever.retrieve("red circle"))
+    for _ in range(3):
+        assert ids(asyncio.run(retriever.aretrieve("red circle"))) == expected
+
+
+async def test_it_fuses_inside_a_running_loop(untrained_index, scorer):
+    retrievers = [make(untrained_index, scorer), make(untrained_index, FakeScorer(scorer.vocab_size, seed=9))]
+    fusion = QueryFusionRetriever(retrievers, llm=MockLLM(), num_queries=1, similarity_top_k=8)
+    expected = {i for retriever in retrievers for i in ids(retriever.retrieve("red circle"))}
+    assert set(ids(fusion.retrieve("red circle"))) <= expected
+    assert set(ids(await fusion.aretrieve("red circle"))) <= expected
+
+
+def test_the_stock_cutoff_keeps_every_hit(untrained_index, scorer):
+    engine = RetrieverQueryEngine.from_args(
+        make(untrained_index, scorer), llm=MockLLM(), node_postprocessors=[SimilarityPostprocessor()]
+    )
+    assert len(engine.retrieve(QueryBundle("red circle"))) == 4
+
+
+def one(key, value, operator=FilterOperator.EQ):
+    return MetadataFilters(filters=[MetadataFilter(key=key, value=value, operator=operator)])
+
+
+FILTERS = {
+    "eq": (one("color", "red"), lambda m: m["color"] == "red"),
+    "ne": (one("color", "red", FilterOperator.NE), lambda m: m["color"] != "red"),
+    "in": (one("color", ["red", "blue"], FilterOperator.IN), lambda m: m["color"] in ("red", "blue")),
+    "nin": (one("color", ["red"], FilterOperator.NIN), lambda m: m["color"] != "red"),
+    "gt": (one("color", "green", FilterOperator.GT), lambda m: m["color"] > "green"),
+    "text": (one("shape", "squ", FilterOperator.TEXT_MATCH), lambda m: "squ" in m["shape"]),
+    "or": (
+        MetadataFilters(
+            filters=[*one("color", "red").filters, *one("shape", "bar").filters], condition=FilterCondition.OR
+        ),
+        lambda m: m["color"] == "red" or m["shape"] == "bar",
+    ),
+    "nested": (
+        MetadataFilters(
+            filters=[
+                one("shape", "bar"),
+                MetadataFilters(filters=[one("color", "red"), one("color", "blue")], condition=FilterCondition.OR),
+            ]
+        ),
+        lambda m: m["shape"] == "bar" and m["color"] in ("red", "blue"),
+    ),
+    "not": (
+        MetadataFilters(filters=[one("color", "red")], condition=FilterCondition.NOT),
+        lambda m: m["color"] != "red",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_filter_leaves_exactly_the_images_that_pass_with_their_scores(untrained_index, scorer, name):
+    filters, passes = FILTERS[name]
+    everything = {n.node.node_id: n.score for n in make(untrained_index, scorer, similarity_top_k=20).retrieve("x")}
+    found = make(untrained_index, scorer, similarity_top_k=20, filters=filters).retrieve("x")
+    assert {n.node.node_id for n in found} == {r.image_id for r in untrained_index.records if passes(r.metadata)}
+    assert all(n.score == pytest.approx(everything[n.node.node_id]) for n in found)
+
+
+def test_a_filter_that_nothing_passes_gives_nothing(untrained_index, scorer):
+    assert make(untrained_index, scorer, filters=one("color", "mauve")).retrieve("x") == []
+
+
+def test_a_filter_that_cannot_be_applied_is_an_error(untrained_index, scorer):
+    with pytest.raises(FilterError, match="cannot be applied"):
+        make(untrained_index, scorer, filters=one("color", 3, FilterOperator.GT))
+
+
+def test_more_results_than_images_are_all_images_once(untrained_index, scorer):
+    found = ids(make(untrained_index, scorer, similarity_top_k=100).retrieve("x"))
+    assert len(found) == len(set(found)) == len(untrained_index.records)
+
+
+def test_an_empty_query_is_refused(untrained_index, scorer):
+    with pytest.raises(QueryError, match="empty"):
+        make(untrained_index, scorer).retrieve(" ")
+
+
+def test_an_image_is_a_query(untrained_index, tiny_mllm):
+    from llama_index_genret.modeling import load_base
+
+    retriever = make(untrained_index, TransformersScorer(load_base(untrained_index, device="cpu")))
+    paths = [str(record.path) for record in untrained_index.records]
+    found = [retriever.retrieve(QueryBundle("", image_path=path)) for path in paths[:6]]
+    assert all(len(nodes) == 4 for nodes in found)
+    assert len({tuple(n.score for n in nodes) for nodes in found}) > 1
+
+
+def test_the_same_model_answers_in_process_sync_async_and_streaming(trained_index, trained_mllm):
+    retriever = make(trained_index, TransformersScorer(trained_mllm), similarity_top_k=2)
+    llm = InProcessLLM(trained_mllm, max_tokens=6)
+    answer = image_query_engine(retriever, llm).query("What is in the picture?")
+    assert ids(answer.source_nodes) == ids(retriever.retrieve("What is in the picture?"))
+    assert str(asyncio.run(image_query_engine(retriever, llm).aquery("What is in the picture?"))) == str(answer)
+    stream = image_query_engine(retriever, llm, streaming=True).query("What is in the picture?")
+    assert "".join(stream.response_gen).strip() == str(answer)
+
+
+def test_the_question_and_only_the_pictures_are_what_the_model_is_shown(trained_index, trained_mllm, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        InProcessLLM, "_inputs", lambda self, messages: seen.append(messages) or original(self, messages)
+    )
+    retriever = make(trained_index, TransformersScorer(trained_mllm), similarity_top_k=2)
+    image_query_engine(retriever, InProcessLLM(trained_mllm, max_tokens=2)).query("What is in the picture?")
+    (messages,) = seen
+    (message,) = messages
+    assert [block.block_type for block in message.blocks] == ["image", "image", "text"]
+    assert message.blocks[-1].text == "What is in the picture?"
+
+
+original = InProcessLLM._inputs

@@ -1,0 +1,240 @@
+"""The recipe: what it learns from, that it learns, that it resumes, and what it leaves behind."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llama_index_genret.corpus import read_corpus
+from llama_index_genret.errors import ModelError, ModelMismatch, NotTrained, TrainingError
+from llama_index_genret.export import export_checkpoint
+from llama_index_genret.indexing import build_index
+from llama_index_genret.modeling import fingerprint, load_base, load_mllm, load_trained
+from llama_index_genret.prompts import Prompt
+from llama_index_genret.scorers.base import recall
+from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.store import load_index
+from llama_index_genret.training.batches import IGNORED, ExampleTensors, collate
+from llama_index_genret.training.examples import MIX, Interleaved, examples_of
+from llama_index_genret.training.recipe import (
+    TrainOptions,
+    _cached_tower,
+    _fast_symbol_rows,
+    _adapted,
+    _summed_loss,
+    train,
+)
+from tests.conftest import draw_pictures
+from tests.tiny_model import make_tiny_model
+
+
+@pytest.fixture
+def fresh_index(pictures, tiny_mllm, tmp_path):
+    return build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm)
+
+
+def test_every_block_holds_each_task_in_its_share_and_every_pass_each_example_once(untrained_index):
+    tasks = examples_of(untrained_index)
+    stream = Interleaved(tasks, 4000, seed=3)
+    block = sum(MIX.values())
+    for start in (0, 7 * block):
+        assert Counter(stream[start + i].task for i in range(block)) == Counter(MIX)
+    retrieve = [e for e in stream if e.task == "retrieve"][: len(tasks["retrieve"])]
+    assert set(retrieve) == set(tasks["retrieve"])
+
+
+def test_an_example_depends_on_the_seed_and_its_number_alone(untrained_index):
+    tasks = examples_of(untrained_index)
+    short, long = Interleaved(tasks, 100, seed=3), Interleaved(tasks, 4000, seed=3)
+    assert [short[i] for i in range(100)] == [long[i] for i in range(100)]
+    assert [Interleaved(tasks, 100, seed=4)[i] for i in range(100)] != list(short)
+
+
+def test_an_index_without_captions_cannot_be_trained_and_says_why(pictures, tiny_mllm, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("red-circle.png", "blue-bar.png"):
+        (bare / name).write_bytes((pictures / name).read_bytes())
+    index = build_index(read_corpus(bare), tmp_path / "index", tiny_mllm, scheme="numeric")
+    with pytest.raises(TrainingError, match=r"metadata\.jsonl"):
+        train(index, TrainOptions(max_steps=1), device="cpu", show_progress=False)
+
+
+def test_only_the_target_and_the_end_of_the_turn_are_learned(untrained_index, tiny_mllm):
+    index = untrained_index
+    tensors = ExampleTensors(index, tiny_mllm, Interleaved(examples_of(index), 60, seed=0))
+    for i in range(60):
+        item, example = tensors[i], Interleaved(examples_of(index), 60, seed=0)[i]
+        target = [int(t) for t in item["labels"] if t != IGNORED]
+        named = "".join(index.identifiers[example.row]) if example.target is None else example.target
+        assert index.tokenizer.decode(target) == named + "<|im_end|>"
+        assert ("pixel_values" in item) == (example.task in ("memorise", "answer"))
+
+
+def test_what_is_trained_as_a_query_is_what_is_asked_as_one(untrained_index, tiny_mllm):
+    index = untrained_index
+    tensors = ExampleTensors(index, tiny_mllm, Interleaved(examples_of(index), 60, seed=0))
+    stream = Interleaved(examples_of(index), 60, seed=0)
+    i = next(i for i in range(60) if stream[i].task == "retrieve")
+    prompt = index.prompts.for_query(index.tokenizer, stream[i].text)
+    assert tensors[i]["input_ids"].tolist()[: len(prompt.token_ids)] == list(prompt.token_ids)
+
+
+def test_the_loss_of_a_padded_batch_is_the_sum_of_the_losses_alone(fresh_index):
+    mllm = load_base(fresh_index, device="cpu")
+    tensors = ExampleTensors(fresh_index, mllm, Interleaved(examples_of(fresh_index), 20, seed=0))
+    items = [tensors[i] for i in range(20)]
+    with torch.no_grad():
+        together = [_summed_loss(mllm.model, dict(part)) for part in collate(items, pad=0).values()]
+        alone = [_summed_loss(mllm.model, dict(part)) for item in items for part in collate([item], pad=0).values()]
+    assert sum(n for _, n in together) == sum(n for _, n in alone)
+    assert float(sum(loss for loss, _ in together)) == pytest.approx(float(sum(loss for loss, _ in alone)), rel=1e-4)
+
+
+def test_cached_features_and_fast_rows_change_neither_loss_nor_gradients(fresh_index):
+    mllm = load_base(fresh_index, device="cpu")
+    model = _adapted(fresh_index, mllm, TrainOptions(lora_rank=2))
+    tensors = ExampleTensors(fresh_index, mllm, Interleaved(examples_of(fresh_index), 20, seed=0))
+    batch = collate([tensors[i] for i in range(20)], pad=0)
+
+    def loss_and_gradients():
+        model.zero_grad()
+        loss = sum(_summed_loss(model, dict(part))[0] for part in batch.values())
+        loss.backward()
+        return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    plain_loss, plain = loss_and_gradients()
+    with _cached_tower(mllm.model), _fast_symbol_rows(model):
+        for _ in range(2):
+            fast_loss, fast = loss_and_gradients()
+            assert fast_loss == pytest.approx(plain_loss, rel=1e-5)
+            assert fast.keys() == plain.keys()
+            assert any("trainable_tokens" in name for name in fast)
+            for name, gradient in plain.items():
+                torch.testing.assert_close(fast[name], gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_training_teaches_the_training_captions(pictures, tiny_mllm, tmp_path):
+    """Even the tiny model learns five images by heart in a minute."""
+    few = tmp_path / "few"
+    draw_pictures(few)
+    lines = (few / "metadata.jsonl").read_text().splitlines()[::4]
+    (few / "metadata.jsonl").write_text("\n".join(lines))
+    index = build_index(read_corpus(few), tmp_path / "index", tiny_mllm)
+    options = TrainOptions(max_steps=150, lora_rank=16, learning_rate=2e-2, symbol_learning_rate=5e-2)
+    index = train(index, options, device="cpu", show_progress=False)
+    scorer = TransformersScorer(load_trained(index, device="cpu"))
+    prompts = [index.prompts.for_query(index.tokenizer, record.captions[0]) for record in index.records]
+    found = [index.record_of(hits[0]).image_id for hits in recall(scorer, index.trie, prompts, k=1)]
+    right = np.mean([image_id == record.image_id for image_id, record in zip(found, index.records, strict=True)])
+    assert right >= 0.8
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(fresh_index, tmp_path):
+    """The same command, killed after its second checkpoint and given again."""
+    folder = fresh_index.folder
+    code = f"""
+from pathlib import Path
+from llama_index_genret.store import load_index
+from llama_index_genret.training.recipe import TrainOptions, train
+train(load_index(Path({str(folder)!r})), TrainOptions(max_steps=STEPS, lora_rank=2, checkpoint_every=2), device="cpu", show_progress=False)
+"""
+    steps = 12
+    process = subprocess.Popen([sys.executable, "-c", code.replace("STEPS", str(steps))], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("training/*/checkpoint-[4-9]*/trainer_state.json")):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not load_index(folder).is_trained
+    resumed = subprocess.run(
+        [sys.executable, "-c", code.replace("STEPS", str(steps))], capture_output=True, text=True, check=True
+    )
+    assert "checkpoint" in resumed.stderr or load_index(folder).is_trained
+    straight = build_index_like(fresh_index, tmp_path / "straight")
+    straight = train(
+        straight, TrainOptions(max_steps=steps, lora_rank=2, checkpoint_every=2), device="cpu", show_progress=False
+    )
+    interrupted, uninterrupted = (load_trained(load_index(f), device="cpu").model for f in (folder, straight.folder))
+    for (name, ours), theirs in zip(interrupted.state_dict().items(), uninterrupted.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
+    assert not (folder / "training").exists()
+
+
+def build_index_like(index, out):
+    import shutil
+
+    shutil.copytree(index.folder, out, ignore=shutil.ignore_patterns("training", "data-*adapter*"))
+    manifest = index.manifest.model_dump_json(indent=1)
+    (out / "manifest.json").write_text(manifest)
+    return load_index(out)
+
+
+def test_an_untrained_index_has_no_model_to_recall_with(untrained_index):
+    with pytest.raises(NotTrained, match="genret train"):
+        load_trained(untrained_index, device="cpu")
+
+
+def test_another_model_is_an_error_that_says_which_differs(trained_index, tmp_path):
+    other = make_tiny_model(tmp_path / "other", seed=1)
+    with pytest.raises(ModelMismatch, match="weights of .*other"):
+        load_base(trained_index, device="cpu", base=str(other))
+
+
+def test_a_model_with_another_tokenizer_is_an_error_that_says_so(trained_index, tiny_model_dir, tmp_path):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model_dir, other)
+    path = other / "tokenizer.json"
+    path.write_text(
+        path.read_text().replace('"continuing_subword_prefix": null', '"continuing_subword_prefix": null', 1)
+    )
+    from tokenizers import Tokenizer
+
+    grown = Tokenizer.from_file(str(path))
+    grown.add_tokens(["another"])
+    grown.save(str(path))
+    with pytest.raises(ModelMismatch, match="tokenizer of .*other"):
+        load_base(trained_index, device="cpu", base=str(other))
+
+
+def test_the_same_model_elsewhere_is_welcome(trained_index, tiny_model_dir, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_model_dir, tmp_path / "moved")
+    load_trained(trained_index, device="cpu", base=str(tmp_path / "moved"))
+
+
+def test_a_folder_without_a_model_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        load_mllm(str(tmp_path), device="cpu")
+
+
+def test_an_exported_checkpoint_scores_like_the_index(trained_index, trained_mllm, tmp_path):
+    exported = load_mllm(str(export_checkpoint(trained_index, tmp_path / "checkpoint")), device="cpu")
+    ids = trained_index.tokenizer.encode_markup("<g0_1><g1_0> a red circle")
+    assert exported.processor.tokenizer("<g0_1><g1_0> a red circle", add_special_tokens=False).input_ids == ids
+    prompts = [Prompt(tuple(ids)), Prompt((5, 60))]
+    expected, found = (
+        recall(TransformersScorer(mllm), trained_index.trie, prompts, k=20) for mllm in (trained_mllm, exported)
+    )
+    for ours, theirs in zip(expected, found, strict=True):
+        assert [hit.leaf for hit in ours] == [hit.leaf for hit in theirs]
+        np.testing.assert_allclose([h.log_prob for h in ours], [h.log_prob for h in theirs], atol=1e-4)
+    assert fingerprint(exported.model) == fingerprint(trained_mllm.model)
+
+
+def test_an_export_overwrites_nothing(trained_index, tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    with pytest.raises(ModelError, match="not empty"):
+        export_checkpoint(trained_index, tmp_path)
+    assert [p.name for p in Path(tmp_path).iterdir()] == ["mine"]
