@@ -46,7 +46,7 @@ from llama_index_genret.training.recipe import TrainOptions, train
 
 DATA = Path(__file__).parent / "demo_data"
 QUESTION = "What kind of thing is the pizza?"
-OPTIONS = TrainOptions()
+OPTIONS = TrainOptions(max_steps=260)
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 Say = Callable[[str], None]

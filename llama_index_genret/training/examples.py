@@ -21,10 +21,10 @@ from llama_index_genret.store import Index
 
 Task = Literal["memorise", "retrieve", "describe", "answer"]
 
-CARRIERS = ("{}", "a picture of {}", "find {}", "image: {}")
-"""How a caption is put as a query while training."""
+CARRIERS = ("{}", "a picture of {}", "find {}", "image: {}", "what is the {} like?", "tell me about the {}")
+"""How a caption is put as a query while training; the last two because a question is a query too (`genret ask`)."""
 
-MIX: dict[Task, int] = {"retrieve": 10, "memorise": 4, "describe": 2, "answer": 4}
+MIX: dict[Task, int] = {"retrieve": 8, "memorise": 3, "describe": 1, "answer": 8}
 """Examples of each task in every twenty."""
 
 

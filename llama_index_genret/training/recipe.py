@@ -113,13 +113,19 @@ def train(
             data_collator=partial(collate, pad=mllm.processor.tokenizer.pad_token_id or 0),
             optimizers=(_optimizer(model, options), None),
         )
-        result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.is_dir() else None)
+        checkpoint = get_last_checkpoint(str(work)) if work.is_dir() else None
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     if not np.isfinite(result.training_loss):
         raise TrainingError(f"the loss became {result.training_loss} after {steps} steps: lower the learning rate.")
 
     final = work / "final"
     model.save_pretrained(final, save_embedding_layers=False)
-    trained = store_adapter(index, final, dataclasses.asdict(options) | {"steps": steps, "loss": result.training_loss})
+    course = {
+        "steps": steps,
+        "resumed_at_step": int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
+        "final_loss": next(e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e),
+    }
+    trained = store_adapter(index, final, dataclasses.asdict(options) | course)
     shutil.rmtree(index.folder / WORK)
     return trained
 
