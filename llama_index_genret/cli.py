@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from llama_index_genret.corpus import Record
 from llama_index_genret.errors import FilterError, GenretError
 from llama_index_genret.store import Index, load_index
 
@@ -33,6 +34,8 @@ IndexDir = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder of the i
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Server = Annotated[str | None, typer.Option(help="Address of a vLLM server that serves the index: http://HOST:PORT/v1")]
+ApiKey = Annotated[str, typer.Option(envvar="GENRET_API_KEY", help="Of the server.", show_default=False)]
+BaseModel = Annotated[str | None, typer.Option("--model", help="The base model, if it has moved.")]
 Model = Annotated[str, typer.Option("--model", help="Local folder or hub id of an image-text-to-text model.")]
 Filters = Annotated[list[str] | None, typer.Option("--filter", help="key=value; repeat for several, all must hold.")]
 TopK = Annotated[int, typer.Option("-k", min=1, help="Images wanted.")]
@@ -87,6 +90,9 @@ def train(
     epochs: Annotated[float | None, typer.Option(help="Passes over the captions.")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of the LoRA matrices; 0.002 suits 0.1 B parameters, less suits larger models.")
+    ] = None,
     seed: int = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -96,7 +102,8 @@ def train(
 
     if epochs is not None and max_steps is not None:
         raise typer.BadParameter("give --epochs or --max-steps, not both")
-    given: dict[str, Any] = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "seed": seed}
+    given: dict[str, Any] = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
+    given |= {"learning_rate": learning_rate, "seed": seed}
     options = TrainOptions(**{name: value for name, value in given.items() if value is not None})
     trained = train(load_index(index_dir), options, device=device)
     _emit(as_json, _facts(trained), _facts_table(trained))
@@ -109,7 +116,8 @@ def query(
     k: TopK = 5,
     filters: Filters = None,
     server: Server = None,
-    model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
+    api_key: ApiKey = "EMPTY",
+    model: BaseModel = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -119,21 +127,14 @@ def query(
     loaded = load_index(index_dir)
     allowed = loaded.equals_filter(_parse_filters(filters)) if filters else None
     prompt = loaded.prompts.for_query(loaded.tokenizer, text)
-    (hits,) = recall(_scorer(loaded, server, model, device), loaded.trie, [prompt], k=k, allowed=allowed)
+    (hits,) = recall(_scorer(loaded, server, api_key, model, device), loaded.trie, [prompt], k=k, allowed=allowed)
     table = _table("image", "caption", "score", "log p", "identifier", title=text)
     rows = []
     for hit in hits:
         record, identifier = loaded.record_of(hit), loaded.identifier_of(hit)
-        rows.append(
-            {
-                "image_id": record.image_id,
-                "file_name": record.file_name,
-                "score": hit.score,
-                "log_prob": hit.log_prob,
-                "identifier": identifier,
-            }
-        )
-        table.add_row(record.file_name, *record.captions[:1], f"{hit.score:.4f}", f"{hit.log_prob:.3f}", identifier)
+        rows.append(_hit(record, hit.score, hit.log_prob, identifier))
+        caption = record.captions[0] if record.captions else ""
+        table.add_row(record.file_name, caption, f"{hit.score:.4f}", f"{hit.log_prob:.3f}", identifier)
     _emit(as_json, {"query": text, "hits": rows}, table)
 
 
@@ -143,7 +144,8 @@ def ask(
     question: Annotated[str, typer.Argument(help="A question about your images.")],
     k: TopK = 3,
     server: Server = None,
-    model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
+    api_key: ApiKey = "EMPTY",
+    model: BaseModel = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -153,32 +155,20 @@ def ask(
     from llama_index_genret.retriever import GenerativeImageRetriever
 
     loaded = load_index(index_dir)
+    scorer = _scorer(loaded, server, api_key, model, device)
     if server:
-        from llama_index_genret.scorers.vllm import VllmScorer
-
-        scorer: Any = VllmScorer(server)
-        llm: Any = genret_llm(server, model=scorer.served_model())
+        llm: Any = genret_llm(server, model=scorer.served_model(), api_key=api_key)
     else:
-        from llama_index_genret.modeling import load_trained
-        from llama_index_genret.scorers.transformers import TransformersScorer
-
-        mllm = load_trained(loaded, device=device, base=model)
-        scorer, llm = TransformersScorer(mllm), InProcessLLM(mllm)
+        llm = InProcessLLM(scorer.mllm)
     engine = image_query_engine(GenerativeImageRetriever(loaded, scorer, similarity_top_k=k), llm)
     response = engine.query(question)
     sources = [node.node.metadata["image_id"] for node in response.source_nodes]
     table = _table("answer", "sources", title=question)
     table.add_row(str(response), "\n".join(sources))
-    hits = [
-        {
-            "image_id": node.node.metadata["image_id"],
-            "file_name": loaded.records[loaded.rows_by_id[node.node.metadata["image_id"]]].file_name,
-            "score": node.score,
-            "log_prob": node.node.metadata["genret_log_prob"],
-            "identifier": node.node.metadata["genret_identifier"],
-        }
-        for node in response.source_nodes
-    ]
+    hits = []
+    for node in response.source_nodes:
+        record, facts = loaded.records[loaded.rows_by_id[node.node.metadata["image_id"]]], node.node.metadata
+        hits.append(_hit(record, node.score or 0.0, facts["genret_log_prob"], facts["genret_identifier"]))
     _emit(as_json, {"query": question, "hits": hits, "answer": str(response), "sources": sources}, table)
 
 
@@ -189,7 +179,8 @@ def evaluate_command(
     server: Server = None,
     baselines: Annotated[str, typer.Option(help="Comma-separated, of: bm25, tfidf.")] = "",
     report: Annotated[Path | None, typer.Option(help="Write one HTML page with the pictures.")] = None,
-    model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
+    api_key: ApiKey = "EMPTY",
+    model: BaseModel = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -199,7 +190,7 @@ def evaluate_command(
     loaded = load_index(index_dir)
     wanted = read_queries(queries, loaded.records)
     peers = {name: baseline(name, loaded.records, wanted) for name in filter(None, baselines.split(","))}
-    evaluation = evaluate(loaded, _scorer(loaded, server, model, device), wanted, progress=_bar("Recalling"))
+    evaluation = evaluate(loaded, _scorer(loaded, server, api_key, model, device), wanted, progress=_bar("Recalling"))
     figures = evaluation.figures()
     table = _table("", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", title=f"{figures['n']} queries")
     for name, row in {"generative": figures, **{n: p.figures() for n, p in peers.items()}}.items():
@@ -283,15 +274,21 @@ def demo(
     log.print(f"report: {result.report}", markup=False)
 
 
-def _scorer(loaded: Index, server: str | None, model: str | None, device: str) -> Any:
+def _scorer(loaded: Index, server: str | None, api_key: str, model: str | None, device: str) -> Any:
+    """A `VllmScorer` where a server is named, else a `TransformersScorer`."""
     if server:
         from llama_index_genret.scorers.vllm import VllmScorer
 
-        return VllmScorer(server)
+        return VllmScorer(server, api_key=api_key)
     from llama_index_genret.modeling import load_trained
     from llama_index_genret.scorers.transformers import TransformersScorer
 
     return TransformersScorer(load_trained(loaded, device=device, base=model))
+
+
+def _hit(record: Record, score: float, log_prob: float, identifier: str) -> dict[str, Any]:
+    names = {"image_id": record.image_id, "file_name": record.file_name}
+    return {**names, "score": score, "log_prob": log_prob, "identifier": identifier}
 
 
 def _parse_filters(filters: list[str]) -> dict[str, str]:

@@ -31,7 +31,7 @@ class TransformersScorer:
     """Scores with an `Mllm`. Safe to share between threads: one session computes at a time."""
 
     def __init__(self, mllm: Mllm) -> None:
-        self._mllm = mllm
+        self.mllm = mllm
         self._lock = threading.Lock()
         self._decoder = mllm.model.get_decoder()
         head = mllm.model.get_output_embeddings()
@@ -58,8 +58,8 @@ class TransformersScorer:
             hidden (queries, h) of the last token, mask (queries, length) bool: False where padded.
         """
         if all(prompt.image for prompt in prompts):
-            inputs = self._mllm.processed([p.text for p in prompts], [load_image(p.image) for p in prompts if p.image])
-            output = self._mllm.model.model(**inputs, past_key_values=cache, use_cache=True)
+            inputs = self.mllm.processed([p.text for p in prompts], [load_image(p.image) for p in prompts if p.image])
+            output = self.mllm.model.model(**inputs, past_key_values=cache, use_cache=True)
             return torch.as_tensor(output.last_hidden_state[:, -1]), inputs["attention_mask"].bool()
         if any(prompt.image for prompt in prompts):
             raise ModelError("text and image queries cannot share one batch: recall them apart.")
@@ -69,7 +69,7 @@ class TransformersScorer:
         for row, prompt in enumerate(prompts):
             ids[row, length - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             mask[row, length - len(prompt.token_ids) :] = True
-        device = self._mllm.model.device
+        device = self.mllm.model.device
         ids, mask = ids.to(device), mask.to(device)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         output = self._decoder(

@@ -21,8 +21,9 @@ from llama_index_genret.store import Index
 
 Task = Literal["memorise", "retrieve", "describe", "answer"]
 
-CARRIERS = ("{}", "a picture of {}", "find {}", "image: {}", "what is the {} like?", "tell me about the {}")
-"""How a caption is put as a query while training; the last two because a question is a query too (`genret ask`)."""
+CARRIERS = ("a picture of {}", "find {}", "what is the {} like?", "image: {}")
+"""How a caption is put as a query while training, beside the caption as it is. A question is a query too: that of
+`genret ask`."""
 
 MIX: dict[Task, int] = {"retrieve": 8, "memorise": 3, "describe": 1, "answer": 8}
 """Examples of each task in every twenty."""
@@ -50,8 +51,10 @@ def examples_of(index: Index) -> dict[Task, list[Example]]:
     tasks: dict[Task, list[Example]] = {"memorise": [], "retrieve": [], "describe": [], "answer": []}
     for row, record in enumerate(index.records):
         tasks["memorise"].append(Example("memorise", row, "", None))
-        for caption in record.captions:
-            tasks["retrieve"] += [Example("retrieve", row, carrier.format(caption), None) for carrier in CARRIERS]
+        for place, caption in enumerate(record.captions):
+            carriers = ["{}", *(CARRIERS[(row + place + step) % len(CARRIERS)] for step in (0, 1))]
+            queries = [carrier.replace("{}", caption) for carrier in carriers]
+            tasks["retrieve"] += [Example("retrieve", row, query, None) for query in queries]
             tasks["describe"].append(Example("describe", row, "".join(index.identifiers[row]), caption))
         tasks["answer"] += [Example("answer", row, question, answer) for question, answer in _questions(record)]
     if not tasks["retrieve"]:

@@ -55,7 +55,7 @@ class TrainOptions:
     learning_rate: of the LoRA matrices and the connector; symbol_learning_rate: of the new symbols' rows.
     """
 
-    epochs: float = 10.0
+    epochs: float = 3.0
     max_steps: int | None = None
     batch_size: int = 20
     learning_rate: float = 2e-3
