@@ -1,6 +1,6 @@
-"""Makes the picture of the README: the top of the demo's report, as a browser shows it.
+"""Makes the picture of the README: a part of the demo's report, as a browser shows it.
 
-python -m integration.report_picture demo-out/report.html integration/report.png
+make demo && .venv/bin/python -m integration.report_picture demo-out/report.html integration/report.png
 """
 
 import shutil
@@ -13,8 +13,9 @@ from playwright.sync_api import sync_playwright
 def main(report: Path, picture: Path) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1100, "height": 900})
+        page = browser.new_page(viewport={"width": 880, "height": 740})
         page.goto(report.resolve().as_uri())
+        page.locator("section.group", has_text="phrasing").first.evaluate("part => part.scrollIntoView()")
         page.screenshot(path=picture)
         browser.close()
 

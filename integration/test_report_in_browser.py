@@ -168,7 +168,7 @@ def test_the_filter_leaves_only_misses_and_gives_all_back(visit):
     rows, misses = visit.page.locator(".row"), visit.page.locator(".row.missed")
     everything, missed = rows.count(), misses.count()
 
-    visit.page.get_by_label("Only misses").check()
+    visit.page.get_by_role("radio", name="Only misses").check()
     shown = visit.page.locator(".row:visible")
     assert shown.count() == missed < everything
     assert misses.first.is_visible()
@@ -176,5 +176,5 @@ def test_the_filter_leaves_only_misses_and_gives_all_back(visit):
 
     visit.page.get_by_label("Not first").check()
     assert shown.count() == visit.page.locator(".row:not(.first)").count()
-    visit.page.get_by_label("All").check()
+    visit.page.get_by_role("radio", name="All").check()
     assert shown.count() == everything

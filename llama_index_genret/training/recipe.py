@@ -31,7 +31,8 @@ from llama_index_genret.training.examples import Interleaved, examples_of
 try:
     from peft import LoraConfig, get_peft_model
     from peft.tuners.trainable_tokens import TrainableTokensLayer
-    from transformers import Trainer, TrainingArguments
+    from tqdm.auto import tqdm
+    from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.modeling_outputs import BaseModelOutputWithPooling
     from transformers.trainer_utils import get_last_checkpoint
 except ImportError as error:
@@ -105,7 +106,7 @@ def train(
                 remove_unused_columns=False,
                 use_cpu=mllm.model.device.type == "cpu",
                 bf16=_multiplies_bfloat16(mllm.model.device),
-                disable_tqdm=not show_progress,
+                disable_tqdm=True,
                 seed=options.seed,
                 dataloader_pin_memory=False,
             ),
@@ -113,6 +114,10 @@ def train(
             data_collator=partial(collate, pad=mllm.processor.tokenizer.pad_token_id or 0),
             optimizers=(_optimizer(model, options), None),
         )
+        for callback in (ProgressCallback, PrinterCallback):  # they write the losses to stdout
+            trainer.remove_callback(callback)
+        if show_progress:
+            trainer.add_callback(_Bar())
         checkpoint = get_last_checkpoint(str(work)) if work.is_dir() else None
         result = trainer.train(resume_from_checkpoint=checkpoint)
     if not np.isfinite(result.training_loss):
@@ -190,6 +195,23 @@ def _optimizer(model: Any, options: TrainOptions) -> torch.optim.Optimizer:
     if symbols:
         groups.append({"params": symbols, "lr": options.symbol_learning_rate})
     return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99))
+
+
+class _Bar(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """A progress bar on stderr, with the loss."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.close()
 
 
 class _LabelTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
