@@ -121,6 +121,11 @@ def test_the_query_engine_answers_from_the_server_sync_async_and_streaming(train
     assert answer.source_nodes[0].node.metadata["image_id"] in trained_index.rows_by_id
 
 
+def said(response):
+    """The random model ends in the middle of characters, of which vLLM shows nothing and transformers a mark."""
+    return "" if str(response) == "Empty Response" else str(response).replace("\ufffd", "")
+
+
 def test_the_answer_of_the_server_is_the_answer_of_the_process(trained_index, trained_mllm, server):
     """The picture itself arrives: with another picture the same question gets another answer."""
     retriever = GenerativeImageRetriever.from_server(trained_index.folder, server.api_base, similarity_top_k=20)
@@ -130,10 +135,7 @@ def test_the_answer_of_the_server_is_the_answer_of_the_process(trained_index, tr
         image_query_engine(retriever, InProcessLLM(trained_mllm, max_tokens=4)),
     ]
     question = QueryBundle("What is in the picture?")
-    # The random model ends in the middle of characters, of which vLLM shows nothing and transformers a mark.
-    theirs, ours = (
-        [str(engine.synthesize(question, [node])).replace("\ufffd", "") for node in nodes[:8]] for engine in engines
-    )
+    theirs, ours = ([said(engine.synthesize(question, [node])) for node in nodes[:8]] for engine in engines)
     assert theirs == ours
     assert len(set(theirs)) > 1
 

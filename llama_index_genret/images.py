@@ -83,19 +83,19 @@ def _mime_of(head: bytes) -> str:
 
 def decode_image(path: Path, where: str = "") -> Image.Image:
     """`load_image`, with `where` before the message of an error."""
-    return _decode(path, _sniff(path, where), f"{where}{path} ({path.stat().st_size} bytes)")
+    return _decode(path, _sniff(path, where), f"{where}{path}", path.stat().st_size)
 
 
 def decode_bytes(content: bytes) -> Image.Image:
     """`load_image` for the content of a file."""
-    return _decode(BytesIO(content), _mime_of(content[:8192]), f"an image ({len(content)} bytes)")
+    return _decode(BytesIO(content), _mime_of(content[:8192]), "an image", len(content))
 
 
-def _decode(source: Path | BytesIO, mime: str, name: str) -> Image.Image:
+def _decode(source: Path | BytesIO, mime: str, name: str, size: int) -> Image.Image:
     if mime not in _DECODERS:
         raise ImageError(
-            f"{name} is no raster image that can be read: by its content it is {mime}. Convert it to PNG or JPEG, "
-            "or remove it."
+            f"{name} is no raster image that can be read: by its content ({size} bytes) it is {mime}. "
+            "Convert it to PNG or JPEG, or remove it."
         )
     too_large = f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels (PIL.Image.MAX_IMAGE_PIXELS): shrink it."
     try:
