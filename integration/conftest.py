@@ -1,11 +1,13 @@
 """Fixtures of the integration tests: real models, real servers, each started once and stopped by its process id."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 from llama_index_genret.scorers.vllm import VllmScorer
 from llama_index_genret.serving import CPU_FLAGS, free_port, running_server
@@ -42,6 +44,18 @@ def server(trained_index, tmp_path_factory):
 @pytest.fixture
 def server_scorer(server):
     return VllmScorer(server.api_base)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.fail("no `chromium` on the PATH; install it with `apt-get install chromium`")
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield running
+        running.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,9 @@
 """The promises of the demo, on real images and a real model, served by vLLM."""
 
+from pathlib import Path
+
 from integration.conftest import genret_json
+from integration.test_report_in_browser import BACKGROUND_SIZES, TOO_WIDE
 
 
 def test_the_model_recalls_what_it_was_taught_and_what_it_was_not(demo):
@@ -39,3 +42,15 @@ def test_the_grounded_answer_names_its_source(demo):
     figures, _ = demo
     assert figures["answer"]["sources"]
     assert figures["answer"]["answer"]
+
+
+def test_the_report_that_it_writes_opens_whole_on_a_phone(demo, browser):
+    figures, index = demo
+    complaints, page = [], browser.new_page(viewport={"width": 390, "height": 800})
+    page.on("console", lambda message: complaints.append(message.text))
+    page.goto(Path(figures["report"]).resolve().as_uri())
+    sizes = page.evaluate(BACKGROUND_SIZES)
+    assert len(sizes) > len(index.records)
+    assert min(sizes) > 0
+    assert page.evaluate(TOO_WIDE) == complaints == []
+    page.close()

@@ -3,18 +3,16 @@
 GENRET_SCREENSHOTS=FOLDER keeps what the browser painted, to be looked at.
 """
 
-import colorsys
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageDraw
-from playwright.sync_api import Browser, Page, sync_playwright
+from PIL import Image
+from playwright.sync_api import Page
 
 from llama_index_genret.report import Figure, ReportAnswer, ReportHit, ReportQuery, write_report
 
@@ -44,19 +42,6 @@ class Visit:
     requests: list[str] = field(default_factory=list)
 
 
-def drawn_pictures(folder: Path) -> list[tuple[Path, str]]:
-    """(path, caption) of 100 generated pictures: for a checkout without the demo's images."""
-    pictures = []
-    for number in range(100):
-        red, green, blue = (int(255 * part) for part in colorsys.hsv_to_rgb(number / 100, 0.7, 0.9))
-        image = Image.new("RGB", (200 + number, 240 - number), "white")
-        ImageDraw.Draw(image).ellipse((20, 20, 170, 120), fill=(red, green, blue))
-        path = folder / f"ellipse-{number}.webp"
-        image.save(path)
-        pictures.append((path, f"an ellipse of hue {number}, on white"))
-    return pictures
-
-
 def demo_pictures() -> list[tuple[Path, str]]:
     lines = (DEMO_IMAGES / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     return [(DEMO_IMAGES / row["file_name"], row["text"][-1]) for row in map(json.loads, lines)]
@@ -82,7 +67,7 @@ def example_queries(pictures: list[tuple[Path, str]]) -> list[ReportQuery]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    pictures = demo_pictures() if (DEMO_IMAGES / "metadata.jsonl").is_file() else drawn_pictures(folder)
+    pictures = demo_pictures()
     queries = example_queries(pictures)
     gone = ReportHit("gone", folder / "a-file-that-is-gone.png", LONG_WORD, 0.000031, False)
     awkward = ReportQuery(f"{LONG_WORD}?", "awkward", ("gone", "never-heard-of"), (gone, *queries[0].hits[1:3]))
@@ -105,17 +90,6 @@ def report(tmp_path_factory) -> Path:
         images={path.stem: path for path, _ in pictures},
     )
     return path
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.fail("no `chromium` on the PATH; install it with `apt-get install chromium`")
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        yield running
-        running.close()
 
 
 @pytest.fixture(

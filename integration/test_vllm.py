@@ -115,7 +115,14 @@ def test_the_query_engine_answers_from_the_server_sync_async_and_streaming(train
     llm = genret_llm(server.api_base, max_tokens=8)
     engine = image_query_engine(retriever, llm)
     answer = engine.query("What is in the picture?")
-    assert str(asyncio.run(engine.aquery("What is in the picture?"))) == str(answer)
+
+    async def asked():
+        try:
+            return str(await engine.aquery("What is in the picture?"))
+        finally:
+            await llm._get_aclient().close()  # LlamaIndex leaves it to the end of the process
+
+    assert asyncio.run(asked()) == str(answer)
     streamed = image_query_engine(retriever, llm, streaming=True).query("What is in the picture?")
     assert "".join(streamed.response_gen).strip() == str(answer).strip()
     assert answer.source_nodes[0].node.metadata["image_id"] in trained_index.rows_by_id
@@ -186,6 +193,6 @@ def test_an_address_that_is_no_vllm_server_is_a_clear_error(trained_index, serve
         retriever.retrieve("red circle")
 
 
-def test_the_server_answers_to_plain_openai_clients_too(server):
+def test_the_server_answers_to_plain_openai_clients_too(trained_index, server):
     models = httpx.get(f"{server.api_base}/models").json()
-    assert [model["id"] for model in models["data"]] == ["genret"]
+    assert [model["id"] for model in models["data"]] == ["genret", f"genret-{trained_index.weights_id}"]

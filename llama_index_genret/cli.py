@@ -21,7 +21,7 @@ from rich.table import Table
 
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import FilterError, GenretError
-from llama_index_genret.store import Index, load_index
+from llama_index_genret.store import Index, check_free, load_index
 
 app = typer.Typer(
     help="A multimodal LLM that has memorised your images.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -69,6 +69,7 @@ def index(
     scheme: Annotated[str, typer.Option(help="structured or numeric.")] = "structured",
     model: Model = DEFAULT_MODEL,
     skip_broken: Annotated[bool, typer.Option(help="Leave broken images out, and list them.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an index that is there, trained weights included.")] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -77,10 +78,12 @@ def index(
     from llama_index_genret.indexing import build_index
     from llama_index_genret.modeling import load_mllm
 
+    check_free(out, overwrite=overwrite)
     corpus = read_corpus(images, skip_broken=skip_broken, progress=_bar("Reading"))
     for skipped in corpus.skipped:
         log.print(f"left out: {skipped}", style="yellow", markup=False)
-    built = build_index(corpus, out, load_mllm(model, device=device), scheme=scheme, progress=_bar("Encoding"))
+    mllm = load_mllm(model, device=device)
+    built = build_index(corpus, out, mllm, scheme=scheme, overwrite=overwrite, progress=_bar("Encoding"))
     _emit(as_json, {**_facts(built), "skipped": len(corpus.skipped)}, _facts_table(built))
 
 
@@ -227,12 +230,11 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve the index's model with vLLM. What stands after `--` goes to vLLM as it is."""
-    from llama_index_genret.serving import serve_command, served_checkpoint
+    from llama_index_genret.serving import serve_command
 
-    checkpoint = served_checkpoint(load_index(index_dir), dtype=dtype)
-    command = serve_command(checkpoint, host=host, port=port, vllm_flags=context.args)
+    command = serve_command(load_index(index_dir), host=host, port=port, dtype=dtype, vllm_flags=context.args)
     if as_json:
-        print(json.dumps({"api_base": f"http://{host}:{port}/v1", "checkpoint": str(checkpoint)}), flush=True)
+        print(json.dumps({"api_base": f"http://{host}:{port}/v1", "command": command}), flush=True)
     log.print(" ".join(command), style="dim", markup=False)
     os.execv(command[0], command)
 
@@ -279,7 +281,7 @@ def _scorer(loaded: Index, server: str | None, api_key: str, model: str | None, 
     if server:
         from llama_index_genret.scorers.vllm import VllmScorer
 
-        return VllmScorer(server, api_key=api_key)
+        return VllmScorer(server, api_key=api_key, weights_id=loaded.weights_id)
     from llama_index_genret.modeling import load_trained
     from llama_index_genret.scorers.transformers import TransformersScorer
 

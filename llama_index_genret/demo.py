@@ -40,7 +40,7 @@ from llama_index_genret.scorers.base import Scorer
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.scorers.vllm import VllmScorer
 from llama_index_genret.search import Hit
-from llama_index_genret.serving import CPU_FLAGS, free_port, running_server, serve_command, served_checkpoint
+from llama_index_genret.serving import CPU_FLAGS, free_port, running_server, serve_command
 from llama_index_genret.store import Index
 from llama_index_genret.training.recipe import TrainOptions, train
 
@@ -99,7 +99,7 @@ def run_demo(
     """
     say(f"Indexing {DATA / 'images'}")
     mllm = load_mllm(model)
-    index = build_index(read_corpus(DATA / "images"), out / "index", mllm, progress=progress)
+    index = build_index(read_corpus(DATA / "images"), out / "index", mllm, overwrite=True, progress=progress)
     say("Training: memorise, retrieve, describe and answer, interleaved")
     index = train(index, options)
     mllm = load_trained(index)
@@ -109,7 +109,7 @@ def run_demo(
         say("Recalling and answering in this process")
         return _measure(index, local, InProcessLLM(mllm), queries, out)
     say("Starting a vLLM server, recalling and answering through it")
-    with _server(served_checkpoint(index), out / "vllm.log") as (scorer, llm):
+    with _server(index, out / "vllm.log") as (scorer, llm):
         result = _measure(index, scorer, llm, queries, out, images_by=local)
         agreement, difference = agreement_of(_recall(index, local, queries), result.evaluation.hits)
     figures = replace(result.figures, top5_agreement=agreement, largest_log_prob_difference=difference)
@@ -117,11 +117,11 @@ def run_demo(
 
 
 @contextmanager
-def _server(checkpoint: Path, log: Path) -> Iterator[tuple[Scorer, LLM]]:
+def _server(index: Index, log: Path) -> Iterator[tuple[Scorer, LLM]]:
     port = free_port()
-    command = serve_command(checkpoint, host="127.0.0.1", port=port, vllm_flags=CPU_FLAGS)
+    command = serve_command(index, host="127.0.0.1", port=port, vllm_flags=CPU_FLAGS)
     with running_server(command, host="127.0.0.1", port=port, log=log) as served:
-        yield VllmScorer(served.api_base), genret_llm(served.api_base, model=served.model)
+        yield VllmScorer(served.api_base, weights_id=index.weights_id), genret_llm(served.api_base, model=served.model)
 
 
 def _captions(records: Sequence[Record]) -> list[Query]:

@@ -14,6 +14,7 @@
     │   └── DeadEnd                 a finished identifier was asked for its next token
     ├── StoreError                  an index folder is missing, damaged or of another version
     │   ├── IndexNotFound
+    │   ├── IndexExists             a folder is not free for a new index
     │   ├── IndexDamaged            a checksum or a length differs; names the file
     │   ├── IndexVersionError       written by another format version
     │   └── ModelMismatch           model or tokenizer are not those the index was made with
@@ -83,6 +84,10 @@ class StoreError(GenretError):
 
 class IndexNotFound(StoreError):
     """There is no index in the folder."""
+
+
+class IndexExists(StoreError):
+    """A folder is not free for a new index."""
 
 
 class IndexDamaged(StoreError):

@@ -93,8 +93,9 @@ class GenerativeImageRetriever(BaseRetriever):
         """With a vLLM server that serves the index's exported model (`genret serve`). Needs no torch here."""
         from llama_index_genret.scorers.vllm import VllmScorer
 
-        scorer = VllmScorer(api_base, model=model, api_key=api_key, timeout_s=timeout_s)
-        return cls(load_index(Path(index_dir)), scorer, **kwargs)
+        index = load_index(Path(index_dir))
+        options: dict[str, Any] = {"model": model, "api_key": api_key, "timeout_s": timeout_s}
+        return cls(index, VllmScorer(api_base, weights_id=index.weights_id, **options), **kwargs)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         prompt = self._prompt(query_bundle)

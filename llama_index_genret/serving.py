@@ -46,9 +46,7 @@ def served_checkpoint(index: Index, *, dtype: str = "float32") -> Path:
     Raises:
         NotTrained: the index has no trained weights.
     """
-    weights = index.manifest.files.get("adapter/adapter_model.safetensors")
-    name = f"{weights.sha256[:12]}-{dtype}" if weights else "untrained"
-    out = index.folder / SERVED / name
+    out = index.folder / SERVED / f"{index.weights_id}-{dtype}"
     if not out.is_dir():
         from llama_index_genret.export import export_checkpoint
 
@@ -66,11 +64,18 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
-def serve_command(checkpoint: Path, *, host: str, port: int, vllm_flags: Sequence[str] = ()) -> list[str]:
-    """The command line that serves a checkpoint; `vllm_flags` come last and so win."""
+def serve_command(
+    index: Index, *, host: str, port: int, dtype: str = "float32", vllm_flags: Sequence[str] = ()
+) -> list[str]:
+    """The command line that serves an index; `vllm_flags` come last and so win.
+
+    The model answers to two names, `genret` and `genret-<weights id>`: by the second, a client notices a server that
+    holds other weights than its index.
+    """
+    checkpoint = served_checkpoint(index, dtype=dtype)
     return [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(checkpoint), "--served-model-name", SERVED_NAME),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)),
+        *("--served-model-name", SERVED_NAME, f"{SERVED_NAME}-{index.weights_id}"),
         *("--host", host, "--port", str(port), "--max-logprobs", "-1"),
         *vllm_flags,
     ]

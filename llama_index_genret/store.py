@@ -1,7 +1,7 @@
 """The persisted index: one folder, whole or not at all.
 
     INDEX/manifest.json      the commit point: versions, scheme, fingerprints, and the checksum of every file
-    INDEX/data-<token>/      what one write added: records.jsonl, trie.bin, tokenizer.json, codebooks.safetensors,
+    INDEX/data-<12 hex>/     what one write added: records.jsonl, trie.bin, tokenizer.json, codebooks.safetensors,
                              adapter/...; files of earlier writes stay where they are while the manifest names them
 
 A write puts new files into a new folder, syncs them, and then replaces the manifest in one rename: a crash at any
@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.numpy import load_file, save_file
 
 from llama_index_genret.corpus import Record
-from llama_index_genret.errors import FilterError, IndexDamaged, IndexNotFound, IndexVersionError, ModelMismatch
+from llama_index_genret.errors import (
+    FilterError,
+    IndexDamaged,
+    IndexExists,
+    IndexNotFound,
+    IndexVersionError,
+    ModelMismatch,
+)
 from llama_index_genret.identifiers import Identifier, Scheme, get_scheme
 from llama_index_genret.prompts import PromptSet
 from llama_index_genret.search import Hit
@@ -38,6 +46,8 @@ from llama_index_genret.trie import LeafFilter, Trie, build_trie, open_trie
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+_DATA_FOLDER = re.compile(r"data-[0-9a-f]{12}")
+_TEMPORARY_MANIFEST = re.compile(re.escape(MANIFEST) + r"\.[0-9a-f]{12}")
 ADAPTER = "adapter/"
 """Prefix of the logical names of the trained weights' files."""
 
@@ -99,6 +109,12 @@ class Index:
     def is_trained(self) -> bool:
         """Whether trained weights are stored."""
         return any(name.startswith(ADAPTER) for name in self.manifest.files)
+
+    @property
+    def weights_id(self) -> str | None:
+        """Twelve hex digits that name the trained weights, None without them. A server of theirs carries it."""
+        entry = self.manifest.files.get(f"{ADAPTER}adapter_model.safetensors")
+        return entry.sha256[:12] if entry else None
 
     @cached_property
     def rows_by_id(self) -> dict[str, int]:
@@ -176,14 +192,18 @@ def create_index(
     tokenizer: IndexTokenizer,
     model: ModelEntry,
     prompts: PromptSet,
+    overwrite: bool = False,
 ) -> Index:
-    """Write a new index, untrained, in place of any that was there.
+    """Write a new index, untrained.
 
     Args:
         tokenizer: with the scheme's symbols added.
+        overwrite: whether an index that is there already may be replaced, its trained weights included.
     Raises:
+        IndexExists: there is an index in `folder` already, or something else.
         IdentifierError: identifiers are not unique, or a symbol is not one token.
     """
+    check_free(folder, overwrite=overwrite)
     token_ids = [[tokenizer.symbol_id(symbol) for symbol in identifier] for identifier in identifiers]
     trie, order = build_trie(token_ids)
 
@@ -212,6 +232,16 @@ def create_index(
     folder.mkdir(parents=True, exist_ok=True)
     _commit(folder, manifest, write, keep=lambda name: False)
     return load_index(folder)
+
+
+def check_free(folder: Path, *, overwrite: bool = False) -> None:
+    """Raise IndexExists unless an index may be written to `folder`."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / MANIFEST).is_file():
+        raise IndexExists(f"{folder} exists and holds something that is no index: name a new folder.")
+    if not overwrite:
+        raise IndexExists(f"{folder} holds an index already: name a new folder, or pass --overwrite to replace it.")
 
 
 def store_adapter(index: Index, source: Path, training: Mapping[str, Any]) -> Index:
@@ -300,11 +330,11 @@ def _commit(folder: Path, manifest: Manifest, write: Callable[[Path], None], *, 
 
 
 def _remove_unnamed(folder: Path, named: set[str]) -> None:
-    for path in folder.glob("data-*"):
-        if path.name not in named:
+    for path in folder.iterdir():
+        if _DATA_FOLDER.fullmatch(path.name) and path.name not in named:
             shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(f"{MANIFEST}.*"):
-        path.unlink(missing_ok=True)
+        elif _TEMPORARY_MANIFEST.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _verify(path: Path, entry: FileEntry) -> None:

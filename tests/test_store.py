@@ -11,11 +11,18 @@ import numpy as np
 import pytest
 
 from llama_index_genret import store
-from llama_index_genret.errors import FilterError, IndexDamaged, IndexNotFound, IndexVersionError, ModelMismatch
+from llama_index_genret.errors import (
+    FilterError,
+    IndexDamaged,
+    IndexExists,
+    IndexNotFound,
+    IndexVersionError,
+    ModelMismatch,
+)
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
-from llama_index_genret.store import load_index
+from llama_index_genret.store import check_free, load_index
 from llama_index_genret.tokenization import IndexTokenizer
 
 
@@ -43,7 +50,7 @@ def test_a_loaded_index_recalls_like_the_one_that_was_written(untrained_index):
 def test_it_loads_the_same_in_a_new_process(untrained_index):
     code = f"""
         from pathlib import Path
-        from llama_index_genret.store import load_index
+        from llama_index_genret.store import check_free, load_index
         print(*(record.image_id for record in load_index(Path({str(untrained_index.folder)!r})).records))
     """
     output = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
@@ -107,6 +114,25 @@ def test_metadata_filters_leave_the_matching_images_and_unknown_keys_are_errors(
     assert allowed.n_allowed == 4 == kept.count("red")
     with pytest.raises(FilterError, match=r"'size'.*color"):
         untrained_index.equals_filter({"size": "1"})
+
+
+def test_an_index_is_replaced_only_when_asked_and_nothing_else_ever(untrained_index, copied, tmp_path):
+    check_free(tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    check_free(tmp_path / "empty")
+    with pytest.raises(IndexExists, match="--overwrite"):
+        check_free(copied)
+    check_free(copied, overwrite=True)
+    (tmp_path / "photos" / "data-2024").mkdir(parents=True)
+    with pytest.raises(IndexExists, match="no index"):
+        check_free(tmp_path / "photos", overwrite=True)
+
+
+def test_a_folder_of_the_users_beside_the_index_files_survives_a_write(copied, tmp_path):
+    (copied / "data-2024").mkdir()
+    (tmp_path / "adapter").mkdir()
+    store.store_adapter(load_index(copied), tmp_path / "adapter", {})
+    assert (copied / "data-2024").is_dir()
 
 
 CRASHES = ("write", "_sha256", "_sync", "replace", "_remove_unnamed")

@@ -170,6 +170,14 @@ train(load_index(Path({str(folder)!r})), options, device="cpu", show_progress=Fa
     assert not (folder / "training").exists()
 
 
+def test_a_run_that_diverges_is_an_error_and_leaves_no_checkpoint_to_resume(fresh_index):
+    options = TrainOptions(max_steps=6, lora_rank=2, learning_rate=1e30, checkpoint_every=1)
+    with pytest.raises(TrainingError, match="lower the learning rate"):
+        train(fresh_index, options, device="cpu", show_progress=False)
+    assert not load_index(fresh_index.folder).is_trained
+    assert list(fresh_index.folder.glob("training/*")) == []
+
+
 def test_an_untrained_index_has_no_model_to_recall_with(untrained_index):
     with pytest.raises(NotTrained, match="genret train"):
         load_trained(untrained_index, device="cpu")

@@ -153,6 +153,13 @@ def test_the_only_model_is_found_and_one_of_several_must_be_named(server):
     assert VllmScorer(server.api_base, model="b").served_model() == "b"
 
 
+def test_a_server_with_other_weights_than_the_index_is_refused(server):
+    server.models = [{"id": "genret"}, {"id": "genret-0123456789ab"}]
+    assert VllmScorer(server.api_base, weights_id="0123456789ab").served_model() == "genret"
+    with pytest.raises(ServerError, match=r"0123456789ab.*the index has ffffffffffff"):
+        VllmScorer(server.api_base, weights_id="ffffffffffff").served_model()
+
+
 def test_a_prompt_longer_than_the_served_context_is_refused_before_it_is_sent(server):
     with pytest.raises(QueryError, match="--max-model-len 100"):
         recall(VllmScorer(server.api_base), build_trie(identifiers(5))[0], [Prompt(tuple(range(99)))], k=1)

@@ -24,6 +24,9 @@ from llama_index_genret.search import Normalise, Row
 MAX_TOKENS_ASKED = 128
 """vLLM's limit of `logprob_token_ids` in one request."""
 
+ROOM_FOR_IDENTIFIER = 16
+"""Tokens of the served context kept free behind the prompt."""
+
 MAX_PROMPTS = 256
 """Prompts in one request; a server's queue holds more, its body limit may not."""
 
@@ -46,6 +49,7 @@ class VllmScorer:
         model: the served name; the server's only model if not given.
         timeout_s: of one request, connecting included.
         headers: sent with every request.
+        weights_id: `Index.weights_id`; a server started by `genret serve` with other weights is then refused.
     """
 
     def __init__(
@@ -56,9 +60,11 @@ class VllmScorer:
         api_key: str = "EMPTY",
         timeout_s: float = 60.0,
         headers: dict[str, str] | None = None,
+        weights_id: str | None = None,
     ) -> None:
         self.api_base = api_base.rstrip("/")
         self._model = model
+        self._weights_id = weights_id
         self._served: tuple[str, int | None] | None = None
         self._options: dict[str, Any] = {
             "timeout": timeout_s,
@@ -89,7 +95,7 @@ class VllmScorer:
         ) as client:
             with _server_errors(self.api_base):
                 if self._served is None:
-                    self._served = _choose_model(client.get(f"{self.api_base}/models"), self._model, self.api_base)
+                    self._served = self._choose_model(client.get(f"{self.api_base}/models"))
             _check_prompts(prompts, *self._served)
             yield _HttpSession(client, f"{self.api_base}/completions", self._served[0], prompts)
 
@@ -101,9 +107,26 @@ class VllmScorer:
             if self._served is None:
                 with _server_errors(self.api_base):
                     answer = await client.get(f"{self.api_base}/models")
-                self._served = _choose_model(answer, self._model, self.api_base)
+                self._served = self._choose_model(answer)
             _check_prompts(prompts, *self._served)
             yield _AsyncHttpSession(client, f"{self.api_base}/completions", self._served[0], prompts)
+
+    def _choose_model(self, response: httpx.Response) -> tuple[str, int | None]:
+        """Name and context length of the served model."""
+        models = {m.get("id"): m.get("max_model_len") for m in _json(response).get("data", []) if isinstance(m, dict)}
+        ids = {str(name).removeprefix("genret-") for name in models if str(name).startswith("genret-")}
+        if self._weights_id and ids and self._weights_id not in ids:
+            raise ServerError(
+                f"{self.api_base} serves the weights {sorted(ids)}, the index has {self._weights_id}: it was trained "
+                "again, or is another one. Restart `genret serve` on this index."
+            )
+        ours = [name for name in models if not str(name).startswith("genret-")]
+        name = self._model or (ours[0] if len(ours) == 1 else None)
+        if name not in models:
+            raise ServerError(
+                f"{self.api_base} serves {sorted(map(str, ours))}, not {name!r}: name one of them as model."
+            )
+        return str(name), models[name]
 
 
 @dataclass(frozen=True)
@@ -151,22 +174,13 @@ def _server_errors(url: str) -> Iterator[None]:
         raise ServerUnreachable(f"the connection to {url} failed: {error!r}.") from error
 
 
-def _choose_model(response: httpx.Response, wanted: str | None, api_base: str) -> tuple[str, int | None]:
-    """Name and context length of the served model."""
-    models = {m.get("id"): m.get("max_model_len") for m in _json(response).get("data", []) if isinstance(m, dict)}
-    name = wanted or (next(iter(models)) if len(models) == 1 else None)
-    if name not in models:
-        raise ServerError(f"{api_base} serves {sorted(map(str, models))}, not {wanted!r}: name one of them as model.")
-    return str(name), models[name]
-
-
 def _check_prompts(prompts: Sequence[Prompt], model: str, max_model_len: int | None) -> None:
     for prompt in prompts:
         if prompt.image is not None:
             raise QueryError(
                 "a stock vLLM server cannot score image queries: recall them with a model in this process."
             )
-        if max_model_len and len(prompt.token_ids) >= max_model_len - 16:
+        if max_model_len and len(prompt.token_ids) > max_model_len - ROOM_FOR_IDENTIFIER:
             raise QueryError(
                 f"the query's prompt has {len(prompt.token_ids)} tokens, but {model!r} is served with "
                 f"--max-model-len {max_model_len}: shorten the query or raise it."

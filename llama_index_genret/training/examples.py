@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import TrainingError
@@ -83,7 +85,6 @@ class Interleaved(Sequence[Example]):
         self._n_examples = n_examples
         self._seed = seed
         self._block = [task for task, count in MIX.items() for _ in range(count) if task in tasks]
-        self._per_block = {task: self._block.count(task) for task in tasks}
 
     def __len__(self) -> int:
         return self._n_examples
@@ -92,13 +93,20 @@ class Interleaved(Sequence[Example]):
         if not 0 <= i < self._n_examples:
             raise IndexError(i)
         block, place = divmod(i, len(self._block))
-        order = np.random.default_rng((self._seed, 0, block)).permutation(len(self._block))
+        order = _permutation(len(self._block), self._seed, 0, block)
         task = self._block[order[place]]
         earlier = sum(self._block[j] == task for j in order[:place])
-        epoch, position = divmod(block * self._per_block[task] + earlier, len(self._tasks[task]))
-        shuffle = np.random.default_rng((self._seed, 1 + list(MIX).index(task), epoch))
-        return self._tasks[task][int(shuffle.permutation(len(self._tasks[task]))[position])]
+        epoch, position = divmod(block * self._block.count(task) + earlier, len(self._tasks[task]))
+        shuffle = _permutation(len(self._tasks[task]), self._seed, 1 + list(MIX).index(task), epoch)
+        return self._tasks[task][int(shuffle[position])]
 
-    def epoch_length(self) -> int:
-        """Examples until every retrieve example was seen once."""
-        return int(np.ceil(len(self._tasks["retrieve"]) * len(self._block) / self._per_block["retrieve"]))
+
+def epoch_length(tasks: dict[Task, list[Example]]) -> int:
+    """Interleaved examples until every retrieve example was seen once."""
+    block = sum(MIX[task] for task in tasks)
+    return int(np.ceil(len(tasks["retrieve"]) * block / MIX["retrieve"]))
+
+
+@lru_cache(maxsize=16)
+def _permutation(n: int, *seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).permutation(n)

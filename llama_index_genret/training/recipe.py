@@ -26,7 +26,7 @@ from llama_index_genret.errors import MissingExtra, TrainingError
 from llama_index_genret.modeling import Mllm, load_base
 from llama_index_genret.store import Index, store_adapter
 from llama_index_genret.training.batches import IGNORED, ExampleTensors, collate
-from llama_index_genret.training.examples import Interleaved, examples_of
+from llama_index_genret.training.examples import Interleaved, epoch_length, examples_of
 
 try:
     from peft import LoraConfig, get_peft_model
@@ -80,8 +80,7 @@ def train(
     torch.manual_seed(options.seed)
     tasks = examples_of(index)
     mllm = load_base(index, device=device)
-    examples = Interleaved(tasks, 10**12, seed=options.seed)
-    steps = options.max_steps or max(1, round(options.epochs * examples.epoch_length() / options.batch_size))
+    steps = options.max_steps or max(1, round(options.epochs * epoch_length(tasks) / options.batch_size))
     examples = Interleaved(tasks, steps * options.batch_size, seed=options.seed)
 
     if mllm.model.device.type == "cpu":  # short rows: PyTorch's fused attention is the slower one there
@@ -102,6 +101,7 @@ def train(
                 save_steps=options.checkpoint_every,
                 save_total_limit=1,
                 logging_steps=max(1, min(20, steps // 5)),
+                logging_nan_inf_filter=False,
                 report_to=[],
                 remove_unused_columns=False,
                 use_cpu=mllm.model.device.type == "cpu",
@@ -121,6 +121,7 @@ def train(
         checkpoint = get_last_checkpoint(str(work)) if work.is_dir() else None
         result = trainer.train(resume_from_checkpoint=checkpoint)
     if not np.isfinite(result.training_loss):
+        shutil.rmtree(work)
         raise TrainingError(f"the loss became {result.training_loss} after {steps} steps: lower the learning rate.")
 
     final = work / "final"
@@ -164,7 +165,11 @@ def _adapted(index: Index, mllm: Mllm, options: TrainOptions) -> Any:
         modules_to_save=connectors or None,
         trainable_token_indices={name.rpartition(".")[2]: new_symbols} if new_symbols else None,
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # a bfloat16 base lends its type to copies of its modules
+            parameter.data = parameter.data.float()
+    return adapted
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
