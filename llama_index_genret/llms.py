@@ -80,7 +80,16 @@ class InProcessLLM(CustomLLM):
 
         streamer = TextIteratorStreamer(self._mllm.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         arguments = {**self._inputs(messages), **self._generation(kwargs), "streamer": streamer}
-        thread = Thread(target=self._mllm.model.generate, kwargs=arguments)
+        failures: list[Exception] = []
+
+        def generate() -> None:
+            try:
+                self._mllm.model.generate(**arguments)
+            except Exception as error:  # handed to the reader of the stream, who would wait for ever
+                failures.append(error)
+                streamer.end()
+
+        thread = Thread(target=generate)
         thread.start()
 
         def deltas() -> ChatResponseGen:
@@ -89,6 +98,8 @@ class InProcessLLM(CustomLLM):
                 text += delta
                 yield _response(text, delta)
             thread.join()
+            for failure in failures:
+                raise failure
 
         return deltas()
 
@@ -118,22 +129,25 @@ class InProcessLLM(CustomLLM):
             for block in message.blocks
             if isinstance(block, ImageBlock)
         ]
-        chat = [{"role": m.role.value, "content": [_part(block) for block in m.blocks]} for m in messages]
+        chat = [{"role": m.role.value, "content": [self._part(block) for block in m.blocks]} for m in messages]
         processor = self._mllm.processor
         text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         inputs = processor(text=[text], images=[images] if images else None, return_tensors="pt")
         return {key: value.to(self._mllm.model.device) for key, value in inputs.items()}
 
+    def _part(self, block: Any) -> dict[str, str]:
+        """A block as the chat template reads it. Markup in a text is broken up, so that it stays text."""
+        if isinstance(block, ImageBlock):
+            return {"type": "image"}
+        if not isinstance(block, TextBlock):
+            raise ModelError(f"a {type(block).__name__} cannot be read by this model: text and images only.")
+        text = block.text
+        for token in self._mllm.processor.tokenizer.added_tokens_encoder:
+            text = text.replace(token, f"{token[:1]}\u200b{token[1:]}")
+        return {"type": "text", "text": text}
+
     def _decode(self, token_ids: Any) -> str:
         return str(self._mllm.processor.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
-
-
-def _part(block: Any) -> dict[str, str]:
-    if isinstance(block, ImageBlock):
-        return {"type": "image"}
-    if isinstance(block, TextBlock):
-        return {"type": "text", "text": block.text}
-    raise ModelError(f"a {type(block).__name__} cannot be read by this model: text and images only.")
 
 
 def _user(text: str) -> ChatMessage:

@@ -70,7 +70,7 @@ class StructuredScheme:
     def encode(self, features: NDArray[np.float32]) -> NDArray[np.int64]:
         """(n, levels) codes of (n, d) features by the frozen codebooks: the nearest centroid, level by level.
 
-        for row, level: codes[row, level] = argmax_c unit(features[row]) · codebook[level][path of row, c]
+        for row, level: codes[row, level] = argmin_c |unit(features[row]) - codebook[level][path of row, c]|
         """
         unit = _unit(features)
         node = np.zeros(len(unit), np.int64)
@@ -91,7 +91,7 @@ class StructuredScheme:
         return {"levels": self.levels, "size": self.size}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """`level{l}`: (size**l, size, d) float32 unit centroids, NaN where unused; `n_suffix_symbols`: (1,) int64."""
+        """`level{l}`: (size**l, size, d) float32 centroids, NaN where unused; `n_suffix_symbols`: (1,) int64."""
         arrays: dict[str, NDArray[Any]] = {f"level{i}": codebook for i, codebook in enumerate(self._codebooks)}
         return arrays | {"n_suffix_symbols": np.array([self._n_suffix_symbols], np.int64)}
 
