@@ -46,9 +46,9 @@ def server_scorer(server):
     return VllmScorer(server.api_base)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Headless Chromium."""
+    """Headless Chromium. Closed with its module: Playwright holds an event loop, and other tests run their own."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.fail("no `chromium` on the PATH; install it with `apt-get install chromium`")
