@@ -167,6 +167,7 @@ def test_a_corpus_made_by_hand_must_have_unique_ids(folder):
 
 
 def test_records_are_hashable_and_can_be_pickled(folder):
+    """Between the processes of a data loader; no index is ever stored as a pickle."""
     write_jsonl(folder, {"file_name": "a.png", "year": 1999})
     (record,) = read_corpus(folder)
     assert pickle.loads(pickle.dumps(record)) == record

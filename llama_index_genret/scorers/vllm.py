@@ -48,7 +48,6 @@ class VllmScorer:
         api_base: address up to `/v1`, for example `http://127.0.0.1:8000/v1`.
         model: the served name; the server's only model if not given.
         timeout_s: of one request, connecting included.
-        headers: sent with every request.
         weights_id: `Index.weights_id`; a server started by `genret serve` with other weights is then refused.
     """
 
@@ -59,7 +58,6 @@ class VllmScorer:
         model: str | None = None,
         api_key: str = "EMPTY",
         timeout_s: float = 60.0,
-        headers: dict[str, str] | None = None,
         weights_id: str | None = None,
     ) -> None:
         self.api_base = api_base.rstrip("/")
@@ -68,7 +66,7 @@ class VllmScorer:
         self._served: tuple[str, int | None] | None = None
         self._options: dict[str, Any] = {
             "timeout": timeout_s,
-            "headers": {"Authorization": f"Bearer {api_key}", **(headers or {})},
+            "headers": {"Authorization": f"Bearer {api_key}"},
             "verify": httpx.create_ssl_context() if self.api_base.startswith("https") else False,
         }
 
