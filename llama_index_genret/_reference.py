@@ -74,7 +74,7 @@ def count_allowed(mask: Sequence[bool], lo: int, hi: int) -> int:
 def rank_all(
     identifiers: Sequence[Prefix], logits: Callable[[Prefix], Sequence[float]], *, over_children: bool
 ) -> list[tuple[float, Prefix]]:
-    """Every identifier with its log-probability, best first, ties by tokens; the twin of `search.beam_search`.
+    """Every identifier with its log-probability, best first, ties by tokens; the twin of `search.search`.
 
     Args:
         logits: prefix -> one logit for every token of the vocabulary.

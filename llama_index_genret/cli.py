@@ -118,6 +118,7 @@ def query(
     text: Annotated[str, typer.Argument(help="What the image shows.")],
     k: TopK = 5,
     filters: Filters = None,
+    exact: Annotated[bool, typer.Option(help="Search until the best are certain, instead of with a beam.")] = False,
     server: Server = None,
     api_key: ApiKey = "EMPTY",
     model: BaseModel = None,
@@ -130,15 +131,18 @@ def query(
     loaded = load_index(index_dir)
     allowed = loaded.equals_filter(_parse_filters(filters)) if filters else None
     prompt = loaded.prompts.for_query(loaded.tokenizer, text)
-    (hits,) = recall(_scorer(loaded, server, api_key, model, device), loaded.trie, [prompt], k=k, allowed=allowed)
+    scorer = _scorer(loaded, server, api_key, model, device)
+    budget = None if exact else 0
+    (ranking,) = recall(scorer, loaded.trie, [prompt], k=k, allowed=allowed, budget=budget)
     table = _table("image", "caption", "score", "log p", "identifier", title=text)
     rows = []
-    for hit in hits:
+    for hit in ranking.hits:
         record, identifier = loaded.record_of(hit), loaded.identifier_of(hit)
         rows.append(_hit(record, hit.score, hit.log_prob, identifier))
         caption = record.captions[0] if record.captions else ""
         table.add_row(record.file_name, caption, f"{hit.score:.4f}", f"{hit.log_prob:.3f}", identifier)
-    _emit(as_json, {"query": text, "hits": rows}, table)
+    certificate = {"exact": ranking.exact, "nodes_expanded": ranking.nodes_expanded}
+    _emit(as_json, {"query": text, "hits": rows, **certificate}, table)
 
 
 @app.command()
@@ -304,7 +308,7 @@ def _parse_filters(filters: list[str]) -> dict[str, str]:
 
 
 def _facts(loaded: Index) -> dict[str, Any]:
-    trie = loaded.trie
+    trie = loaded.trie.base
     return {
         "index": str(loaded.folder),
         "images": len(loaded.records),

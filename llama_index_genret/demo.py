@@ -128,7 +128,7 @@ def _captions(records: Sequence[Record]) -> list[Query]:
     return [Query(caption, frozenset([r.image_id]), "caption") for r in records for caption in r.captions]
 
 
-def _recall(index: Index, scorer: Scorer, queries: Sequence[Query]) -> list[list[Hit]]:
+def _recall(index: Index, scorer: Scorer, queries: Sequence[Query]) -> list[tuple[Hit, ...]]:
     prompts = [index.prompts.for_query(index.tokenizer, query.text) for query in queries]
     return recall_in_batches(index, scorer, prompts)
 

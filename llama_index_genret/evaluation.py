@@ -122,9 +122,10 @@ def evaluate(
         start = time.perf_counter()
         try:
             prompt = index.prompts.for_query(index.tokenizer, query.text)
-            (hits,) = recall(scorer, index.trie, [prompt], k=DEPTH, width=width, normalise=normalise)
+            (ranking,) = recall(scorer, index.trie, [prompt], k=DEPTH, width=width, normalise=normalise)
+            hits = ranking.hits
         except QueryError:
-            hits = []
+            hits = ()
         latency_ms.append((time.perf_counter() - start) * 1e3)
         found.append(hits)
     return evaluation_of(index, queries, found, latency_ms)
@@ -176,11 +177,12 @@ def recall_in_batches(
     k: int = DEPTH,
     batch: int = 32,
     normalise: Normalise = Normalise.CHILDREN,
-) -> list[list[Hit]]:
+) -> list[tuple[Hit, ...]]:
     """Hits of many prompts, `batch` at a time in one search."""
-    hits: list[list[Hit]] = []
+    hits: list[tuple[Hit, ...]] = []
     for start in range(0, len(prompts), batch):
-        hits += recall(scorer, index.trie, prompts[start : start + batch], k=k, normalise=normalise)
+        rankings = recall(scorer, index.trie, prompts[start : start + batch], k=k, normalise=normalise)
+        hits += [ranking.hits for ranking in rankings]
     return hits
 
 

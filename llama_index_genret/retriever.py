@@ -29,7 +29,7 @@ class GenerativeImageRetriever(BaseRetriever):
 
     Every result is an `ImageNode` of a real image of the index: its `image_path` exists and its mime type is read
     from the file, `text` is its first caption, and the metadata are the record's own, flat, with `image_id`,
-    `file_path`, `content_sha256`, `genret_identifier`, `genret_log_prob` and `genret_rank`. None of the metadata is
+    `file_path`, `content_sha256`, `genret_identifier`, `genret_log_prob`, `genret_rank` and `genret_exact`. None of the metadata is
     shown to the answering model unless `llm_metadata_keys` names it: it looks at the picture.
     Scores are probabilities in (0, 1]. Nodes are made fresh for each call; their ids are the image ids.
 
@@ -40,6 +40,8 @@ class GenerativeImageRetriever(BaseRetriever):
         filters: metadata filters, nested ones included, applied inside the search.
         beam_width: beams kept after each step, 10 if not given.
         normalise: which of the two scores; see `search.Normalise`.
+        search_budget: 0 for a beam search; None until the best are certain; a number for at most about so many
+            expanded prefixes before it goes on as a beam. `genret_exact` in the metadata says which came out.
     Source: GRACE (arXiv:2402.10805).
     """
 
@@ -52,6 +54,7 @@ class GenerativeImageRetriever(BaseRetriever):
         filters: MetadataFilters | None = None,
         beam_width: int | None = None,
         normalise: Normalise = Normalise.CHILDREN,
+        search_budget: int | None = 0,
         llm_metadata_keys: tuple[str, ...] = (),
         **kwargs: Any,
     ) -> None:
@@ -62,6 +65,7 @@ class GenerativeImageRetriever(BaseRetriever):
         self._scorer = scorer
         self._allowed = None if filters is None else _leaf_filter(index, filters)
         self._search: dict[str, Any] = {"width": beam_width, "normalise": normalise, "allowed": self._allowed}
+        self._search["budget"] = search_budget
         self._llm_metadata_keys = llm_metadata_keys
 
     @classmethod
@@ -99,20 +103,20 @@ class GenerativeImageRetriever(BaseRetriever):
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         prompt = self._prompt(query_bundle)
-        (hits,) = recall(self._scorer, self.index.trie, [prompt], k=self.similarity_top_k, **self._search)
-        return [self._node(hit, rank) for rank, hit in enumerate(hits, start=1)]
+        (ranking,) = recall(self._scorer, self.index.trie, [prompt], k=self.similarity_top_k, **self._search)
+        return [self._node(hit, rank, ranking.exact) for rank, hit in enumerate(ranking.hits, start=1)]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         prompt = self._prompt(query_bundle)
-        (hits,) = await arecall(self._scorer, self.index.trie, [prompt], k=self.similarity_top_k, **self._search)
-        return [self._node(hit, rank) for rank, hit in enumerate(hits, start=1)]
+        (ranking,) = await arecall(self._scorer, self.index.trie, [prompt], k=self.similarity_top_k, **self._search)
+        return [self._node(hit, rank, ranking.exact) for rank, hit in enumerate(ranking.hits, start=1)]
 
     def _prompt(self, query_bundle: QueryBundle) -> Prompt:
         if query_bundle.image_path:
             return self.index.prompts.for_image(self.index.tokenizer, Path(query_bundle.image_path))
         return self.index.prompts.for_query(self.index.tokenizer, query_bundle.query_str)
 
-    def _node(self, hit: Hit, rank: int) -> NodeWithScore:
+    def _node(self, hit: Hit, rank: int, exact: bool) -> NodeWithScore:
         record = self.index.record_of(hit)
         metadata = {
             **record.metadata,
@@ -122,6 +126,7 @@ class GenerativeImageRetriever(BaseRetriever):
             "genret_identifier": self.index.identifier_of(hit),
             "genret_log_prob": hit.log_prob,
             "genret_rank": rank,
+            "genret_exact": exact,
         }
         node = ImageNode(
             id_=record.image_id,

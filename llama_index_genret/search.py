@@ -1,8 +1,13 @@
-"""Constrained beam search over the identifiers of a trie, for many queries at once.
+"""Search for the most probable identifiers of a trie, for many queries at once: beam search, or exact.
 
-Knows the trie and numbers; nothing of text, models or servers. A search is a pure generator: it yields
-the rows that must be scored and receives their scores, so that sync and async drivers share one logic
-(`scorers.base` has both). The slow twin is `_reference.rank_all`; the tests hold the two equal.
+Knows the trie and numbers; nothing of text, models or servers. A search is a pure generator: it yields the rows that
+must be scored and receives their scores, so that sync and async drivers share one logic (`scorers.base` has both).
+The slow twin is `_reference.rank_all`; the tests hold the two equal.
+
+A prefix's probability bounds those of all its identifiers. So expanding the most probable prefixes first, until k
+identifiers beat every prefix that is left, finds the k most probable ones for certain (best-first search with an
+admissible bound, A* without a heuristic). A beam is the same search that keeps the best `width` prefixes only; what
+it dropped tells whether its result is certain all the same.
 
 Source: constrained beam search of GENRE (arXiv:2010.00904) and GRACE (arXiv:2402.10805).
 """
@@ -13,12 +18,17 @@ import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_index_genret.errors import FilterError, SearchError
-from llama_index_genret.trie import LeafFilter, Trie
+from llama_index_genret.errors import SearchError
+from llama_index_genret.trie import Expansion, LeafFilter, LiveTrie, Nodes, Trie
+
+Int64 = NDArray[np.int64]
+Float64 = NDArray[np.float64]
 
 
 class Normalise(str, Enum):
@@ -45,17 +55,60 @@ class Row:
 
     query: int
     prefix: tuple[int, ...]
-    token_ids: NDArray[np.int64]
+    token_ids: Int64
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Sequence[Row]):
+    """The n rows of one step over all queries: a sequence of `Row`, and the same as arrays.
+
+    query: (n,) int64, ascending. prefixes: (n, depth) int32, -1 after the end. token_ids: (m,) int64, of all rows,
+    one after another; those of row i are the entries offsets[i] .. offsets[i + 1].
+    """
+
+    query: Int64
+    prefixes: NDArray[np.int32]
+    token_ids: Int64
+    offsets: Int64
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Rows:
+        """The arrays of some rows: for asking a scorer by hand."""
+        prefixes = np.full((len(rows), max((len(row.prefix) for row in rows), default=0) + 1), -1, np.int32)
+        for i, row in enumerate(rows):
+            prefixes[i, : len(row.prefix)] = row.prefix
+        token_ids = np.concatenate([row.token_ids for row in rows]) if rows else np.zeros(0, np.int64)
+        offsets = np.cumsum([0, *(len(row.token_ids) for row in rows)])
+        return cls(np.array([row.query for row in rows], np.int64), prefixes, token_ids, offsets)
+
+    def split(self, scores: Float64) -> list[Float64]:
+        """The scores of each row."""
+        return np.split(scores, self.offsets[1:-1])
+
+    def __len__(self) -> int:
+        return len(self.query)
+
+    @overload
+    def __getitem__(self, i: int) -> Row: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Row]: ...
+    def __getitem__(self, i: int | slice) -> Row | list[Row]:
+        if isinstance(i, slice):
+            return [self[place] for place in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        prefix = tuple(token for token in self.prefixes[i].tolist() if token >= 0)
+        return Row(int(self.query[i]), prefix, self.token_ids[self.offsets[i] : self.offsets[i + 1]])
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One image found. `leaf` is the rank of its identifier in the trie.
+    """One image found. `leaf` is its leaf number in the trie that was searched, `key` what the leaf stands for.
 
     log_prob: natural logarithm, <= 0, under the search's `Normalise`.
     """
 
     leaf: int
+    key: int
     token_ids: tuple[int, ...]
     log_prob: float
 
@@ -65,162 +118,247 @@ class Hit:
         return max(float(np.exp(min(self.log_prob, 0.0))), sys.float_info.min)
 
 
-Steps = Generator[list[Row], Sequence[NDArray[np.float64]], list[list[Hit]]]
+@dataclass(frozen=True)
+class Ranking:
+    """What a search found for one query, best first; ties in the order of the identifiers' token ids.
+
+    exact: whether these are for certain the best of all identifiers, as scoring every one would rank them.
+    nodes_expanded: prefixes whose children were scored.
+    """
+
+    hits: tuple[Hit, ...]
+    exact: bool
+    nodes_expanded: int
+
+
+Steps = Generator[Rows, Float64, list[Ranking]]
 
 
 @dataclass(frozen=True)
 class _Beams:
-    """All beams of all queries, parallel arrays of length n."""
+    """Prefixes of all queries, parallel arrays of length n. order: ascends like the token ids."""
 
-    query: NDArray[np.int64]
-    node: NDArray[np.int64]
-    log_prob: NDArray[np.float64]
-    prefix: list[tuple[int, ...]]
+    query: Int64
+    log_prob: Float64
+    order: Int64
+    nodes: Nodes
+    prefixes: NDArray[np.int32]
 
-    def take(self, rows: NDArray[np.int64]) -> _Beams:
-        prefix = [self.prefix[row] for row in rows.tolist()]
-        return _Beams(self.query[rows], self.node[rows], self.log_prob[rows], prefix)
+    def take(self, rows: Int64) -> _Beams:
+        return _Beams(
+            self.query[rows], self.log_prob[rows], self.order[rows], self.nodes.take(rows), self.prefixes[rows]
+        )
+
+    def __add__(self, other: _Beams) -> _Beams:
+        return _Beams(
+            np.concatenate([self.query, other.query]),
+            np.concatenate([self.log_prob, other.log_prob]),
+            np.concatenate([self.order, other.order]),
+            self.nodes + other.nodes,
+            np.concatenate([self.prefixes, other.prefixes]),
+        )
+
+    def ranked(self) -> tuple[_Beams, Int64]:
+        """Sorted by query, the best first; and the place of each within its query."""
+        best = self.take(np.lexsort((self.order, -self.log_prob, self.query)))
+        return best, np.arange(len(best.query)) - np.searchsorted(best.query, best.query, side="left")
 
 
-def beam_search(
-    trie: Trie,
+def search(
+    trie: Trie | LiveTrie,
     *,
     n_queries: int,
     k: int,
     width: int | None = None,
     normalise: Normalise = Normalise.CHILDREN,
     allowed: LeafFilter | None = None,
+    budget: int | None = 0,
 ) -> Steps:
     """Rank the identifiers of `trie` for `n_queries` prompts.
 
-    Yields the rows of one step over all queries (none is ever a finished identifier). Expects, for each row,
-    (m,) float64 scores of its `token_ids`: natural-log probabilities over the vocabulary if `normalise` is
-    VOCABULARY; else anything that differs from them by a constant per row, such as raw logits.
+    Yields the rows of one step over all queries (none is ever a finished identifier). Expects (m,) float64 scores of
+    their `token_ids`: natural-log probabilities over the vocabulary if `normalise` is VOCABULARY; else anything that
+    differs from them by a constant per row, such as raw logits.
 
     Args:
         k: results wanted for each query; fewer come back only where fewer identifiers are allowed.
-        width: beams kept for each query after each step; never less than `k`, 10 if not given.
+        width: prefixes that are expanded together for each query; never less than `k`, 10 if not given.
         allowed: leaves that may be returned. It prunes, and leaves the scores of the others unchanged.
+        budget: for each query, prefixes to expand before all but the best `width` are dropped. 0: a beam search.
+            None: never, the result is exact.
     Returns:
-        For each query its hits, best first; ties in the order of the identifiers' token ids.
+        One ranking for each query.
     Raises:
-        SearchError: k < 1, width < 1, or a score that is not a number.
-        FilterError: `allowed` was made for a trie of another size.
+        SearchError: k < 1, width < 1, budget < 0, or a score that is not a number.
+        FilterError: `allowed` was made for another trie.
     """
-    width = _check(trie, k, width, allowed)
-    if allowed is not None and allowed.n_allowed == 0:
-        return [[] for _ in range(n_queries)]
-    finished = _Beams(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), [])
-    beams = _Beams(np.arange(n_queries), np.zeros(n_queries, np.int64), np.zeros(n_queries), [()] * n_queries)
+    width = _width(k, width, budget)
+    live = trie if isinstance(trie, LiveTrie) else LiveTrie(trie)
+    allowed = None if allowed is None else live.restrict(allowed)
+    if (live.n_live if allowed is None else allowed.n_allowed) == 0:
+        return [Ranking((), exact=True, nodes_expanded=0)] * n_queries
+    pool, finished = _roots(live, n_queries), _roots(live, 0)
+    expanded, dropped = np.zeros(n_queries, np.int64), _Dropped.none(n_queries)
     while True:
-        if normalise is Normalise.CHILDREN:
-            beams = _follow_forced_moves(trie, beams)
-        finished, beams = _select(trie, finished, beams, width)
-        beams = _drop_hopeless(finished, beams, k, n_queries)
-        if len(beams.node) == 0:
+        spent = np.zeros(n_queries, np.bool_) if budget is None else expanded >= budget
+        pool, place = pool.ranked()
+        dropped.note(pool, np.flatnonzero((place == width) & spent[pool.query]))
+        pool = pool.take(np.flatnonzero((place < width) | ~spent[pool.query]))
+        pool, finished = _set_finished_aside(live, pool, finished, k)
+        pool, place = _drop_beaten(pool, finished, k, n_queries).ranked()
+        chosen, rest = pool.take(np.flatnonzero(place < width)), pool.take(np.flatnonzero(place >= width))
+        if not len(chosen.query):
             break
-        children = trie.children(beams.node)
-        rows = [
-            Row(query, prefix, children.token_ids[lo:hi])
-            for query, prefix, lo, hi in zip(
-                beams.query.tolist(), beams.prefix, children.offsets[:-1], children.offsets[1:], strict=True
-            )
-        ]
-        steps = _as_steps((yield rows), rows, children.offsets, normalise)
-        kept = np.arange(len(steps))
-        if allowed is not None:
-            kept = kept[allowed.count(*trie.leaf_range(children.node)) > 0]
-        parent = children.row[kept]
-        prefix = [
-            (*beams.prefix[row], token)
-            for row, token in zip(parent.tolist(), children.token_ids[kept].tolist(), strict=True)
-        ]
-        beams = _Beams(beams.query[parent], children.node[kept], beams.log_prob[parent] + steps[kept], prefix)
-    return _hits(trie, finished, k, n_queries)
+        expansion = live.expand(chosen.nodes)
+        if normalise is Normalise.CHILDREN and (forced := np.flatnonzero(np.diff(expansion.offsets) == 1)).size:
+            pool = _follow(chosen, forced, expansion) + rest
+            continue
+        rows = Rows(chosen.query, chosen.prefixes, expansion.token_ids, expansion.offsets)
+        log_probs = _child_log_probs((yield rows), expansion, chosen.log_prob, normalise)
+        expanded += np.bincount(chosen.query, minlength=n_queries)
+        entries = None if allowed is None else np.flatnonzero(expansion.allowed(allowed))
+        starts = expansion.offsets[np.searchsorted(chosen.query, np.arange(n_queries + 1))]
+        best = _best(log_probs, entries, starts, np.where(spent, width + 1, -1))
+        pool = _children(live, chosen, expansion, best, log_probs) + rest
+    return _rankings(live, finished, dropped, expanded, k)
 
 
-def _check(trie: Trie, k: int, width: int | None, allowed: LeafFilter | None) -> int:
-    if k < 1 or (width is not None and width < 1):
-        raise SearchError(f"k={k} and width={width} must be at least 1.")
-    if allowed is not None and allowed.n_leaves != trie.n_leaves:
-        raise FilterError(f"the filter knows {allowed.n_leaves} identifiers, the trie {trie.n_leaves}: build it anew.")
+def _width(k: int, width: int | None, budget: int | None) -> int:
+    if k < 1 or (width is not None and width < 1) or (budget is not None and budget < 0):
+        raise SearchError(f"k={k} and width={width} must be at least 1, budget={budget} at least 0.")
     return max(k, 10 if width is None else width)
 
 
-def _as_steps(
-    scores: Sequence[NDArray[np.float64]], rows: list[Row], offsets: NDArray[np.int64], normalise: Normalise
-) -> NDArray[np.float64]:
-    """The log-probabilities of all children of all rows, flat, normalised as asked."""
-    if len(scores) != len(rows) or any(len(s) != len(r.token_ids) for s, r in zip(scores, rows, strict=True)):
-        raise SearchError(f"the scorer answered {len(scores)} rows for {len(rows)}, or rows of another length.")
-    flat = np.concatenate(scores).astype(np.float64)
-    if np.isnan(flat).any() or np.isposinf(flat).any():
-        raise SearchError("the scorer answered NaN or +inf: its weights are damaged, or its dtype overflows.")
-    if normalise is Normalise.VOCABULARY:
-        return flat
-    starts = offsets[:-1]
-    counts = np.diff(offsets)
-    top = np.repeat(np.maximum.reduceat(flat, starts), counts)
-    top = np.where(np.isneginf(top), 0.0, top)
-    with np.errstate(divide="ignore"):
-        log_sum = np.log(np.add.reduceat(np.exp(flat - top), starts))
-    return np.asarray(flat - top - np.repeat(log_sum, counts), np.float64)
+def _roots(trie: LiveTrie, n: int) -> _Beams:
+    prefixes = np.full((n, trie.depth), -1, np.int32)
+    return _Beams(np.arange(n), np.zeros(n), np.zeros(n, np.int64), trie.roots(n), prefixes)
 
 
-def _follow_forced_moves(trie: Trie, beams: _Beams) -> _Beams:
-    """Walk down from every beam while its node has one child: that child's probability is 1."""
-    node, prefix = beams.node.copy(), list(beams.prefix)
-    open_rows = np.flatnonzero(~trie.is_leaf(node))
-    while len(open_rows):
-        children = trie.children(node[open_rows])
-        single = np.diff(children.offsets) == 1
-        open_rows, first = open_rows[single], children.offsets[:-1][single]
-        node[open_rows] = children.node[first]
-        for row, token in zip(open_rows.tolist(), children.token_ids[first].tolist(), strict=True):
-            prefix[row] = (*prefix[row], token)
-        open_rows = open_rows[~trie.is_leaf(node[open_rows])]
-    return _Beams(beams.query, node, beams.log_prob, prefix)
+@dataclass(frozen=True)
+class _Dropped:
+    """The best prefix that each query's search dropped: its bound and its order."""
+
+    log_prob: Float64
+    order: Int64
+    any: NDArray[np.bool_]
+
+    @classmethod
+    def none(cls, n_queries: int) -> _Dropped:
+        return cls(np.full(n_queries, -np.inf), np.zeros(n_queries, np.int64), np.zeros(n_queries, np.bool_))
+
+    def note(self, pool: _Beams, rows: Int64) -> None:
+        """Take account of `rows`, at most one a query."""
+        query, log_prob, order = pool.query[rows], pool.log_prob[rows], pool.order[rows]
+        better = ~self.any[query] | (log_prob > self.log_prob[query])
+        better |= (log_prob == self.log_prob[query]) & (order < self.order[query])
+        query = query[better]
+        self.log_prob[query], self.order[query], self.any[query] = log_prob[better], order[better], True
 
 
-def _concat(first: _Beams, second: _Beams) -> _Beams:
-    return _Beams(
-        np.concatenate([first.query, second.query]),
-        np.concatenate([first.node, second.node]),
-        np.concatenate([first.log_prob, second.log_prob]),
-        first.prefix + second.prefix,
-    )
+def _set_finished_aside(trie: LiveTrie, pool: _Beams, finished: _Beams, k: int) -> tuple[_Beams, _Beams]:
+    """(the prefixes, the best k finished identifiers of each query)."""
+    ends = trie.is_leaf(pool.nodes)
+    if not ends.any():
+        return pool, finished
+    finished, place = (finished + pool.take(np.flatnonzero(ends))).ranked()
+    return pool.take(np.flatnonzero(~ends)), finished.take(np.flatnonzero(place < k))
 
 
-def _select(trie: Trie, finished: _Beams, beams: _Beams, width: int) -> tuple[_Beams, _Beams]:
-    """Keep the best `width` of each query, finished or not, best first; split them into the two kinds.
-
-    A finished identifier that `width` prefixes beat is dropped: each of those holds at least one image.
-    """
-    pool = _concat(finished, beams)
-    first_leaf, _ = trie.leaf_range(pool.node)
-    pool = pool.take(np.lexsort((first_leaf, -pool.log_prob, pool.query)))
-    place = np.arange(len(pool.query)) - np.searchsorted(pool.query, pool.query, side="left")
-    pool = pool.take(np.flatnonzero(place < width))
-    done = trie.is_leaf(pool.node)
-    return pool.take(np.flatnonzero(done)), pool.take(np.flatnonzero(~done))
-
-
-def _drop_hopeless(finished: _Beams, beams: _Beams, k: int, n_queries: int) -> _Beams:
+def _drop_beaten(pool: _Beams, finished: _Beams, k: int, n_queries: int) -> _Beams:
     """Drop prefixes that k finished identifiers already beat: a longer one is never more probable."""
-    place = np.arange(len(finished.query)) - np.searchsorted(finished.query, finished.query, side="left")
-    bar = np.full(n_queries, -np.inf)
-    kth = place == k - 1
-    bar[finished.query[kth]] = finished.log_prob[kth]
-    beatable = (beams.log_prob >= bar[beams.query]) | np.isneginf(bar[beams.query])
-    return beams.take(np.flatnonzero(beatable))
+    _, place = finished.ranked()
+    last = np.flatnonzero(place == k - 1)
+    if not last.size:
+        return pool
+    bar, order = np.full(n_queries, -np.inf), np.full(n_queries, np.iinfo(np.int64).max)
+    bar[finished.query[last]], order[finished.query[last]] = finished.log_prob[last], finished.order[last]
+    bar, order = bar[pool.query], order[pool.query]
+    return pool.take(np.flatnonzero((pool.log_prob > bar) | ((pool.log_prob == bar) & (pool.order < order))))
 
 
-def _hits(trie: Trie, finished: _Beams, k: int, n_queries: int) -> list[list[Hit]]:
-    hits: list[list[Hit]] = [[] for _ in range(n_queries)]
-    leaves = trie.leaf_rank(finished.node)
-    for query, leaf, log_prob, prefix in zip(
-        finished.query.tolist(), leaves.tolist(), finished.log_prob.tolist(), finished.prefix, strict=True
-    ):
-        if len(hits[query]) < k:
-            hits[query].append(Hit(leaf, prefix, min(log_prob, 0.0)))
-    return hits
+def _follow(beams: _Beams, forced: Int64, expansion: Expansion) -> _Beams:
+    """Walk down to the only child of some: its probability is 1."""
+    entries = expansion.offsets[forced]
+    prefixes = beams.prefixes.copy()
+    prefixes[forced, (prefixes[forced] >= 0).sum(axis=1)] = expansion.token_ids[entries]
+    nodes = beams.nodes.put(forced, expansion.take(entries))
+    return _Beams(beams.query, beams.log_prob, beams.order, nodes, prefixes)
+
+
+def _child_log_probs(scores: Float64, expansion: Expansion, parent: Float64, normalise: Normalise) -> Float64:
+    """(m,) log-probabilities of all children, normalised as asked, their prefixes' included."""
+    scores = np.asarray(scores, np.float64)
+    if scores.shape != expansion.token_ids.shape:
+        raise SearchError(f"the scorer answered {scores.shape} scores for {expansion.token_ids.shape} tokens.")
+    if not scores.max() < np.inf:
+        raise SearchError("the scorer answered NaN or +inf: its weights are damaged, or its dtype overflows.")
+    starts, counts = expansion.offsets[:-1], np.diff(expansion.offsets)
+    if normalise is Normalise.VOCABULARY:
+        return np.asarray(scores + np.repeat(parent, counts))
+    top = np.maximum.reduceat(scores, starts)
+    top[np.isneginf(top)] = 0.0
+    log_probs = scores - np.repeat(top, counts)
+    total = np.add.reduceat(np.exp(log_probs), starts)
+    log_probs += np.repeat(parent - np.log(total, where=total > 0, out=np.zeros_like(total)), counts)
+    return log_probs
+
+
+def _best(log_probs: Float64, entries: Int64 | None, starts: Int64, wanted: Int64) -> Int64:
+    """The entries that hold each query's best `wanted`, and few others; all where `wanted` is negative.
+
+    The maxima of more than `wanted` chunks of a query are its entries too: the one in place `wanted` among them bounds
+    the best from below, and a few entries are left to sort.
+
+    Args:
+        entries: those to choose from, ascending; None for all.
+        starts: (queries + 1,) where each query's entries begin among all.
+    """
+    if entries is not None:
+        log_probs, starts = log_probs[entries], np.searchsorted(entries, starts)
+    if len(log_probs) and wanted.max() >= 0:
+        sizes = np.diff(starts)
+        step = np.where(wanted >= 0, np.maximum(1, -(-sizes // (4 * np.maximum(wanted, 1)))), np.maximum(sizes, 1))
+        chunks = -(-sizes // step)
+        query = np.repeat(np.arange(len(sizes)), chunks)
+        place = np.arange(len(query)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
+        maxima = np.full((len(sizes), chunks.max()), -np.inf)
+        maxima[query, place] = np.maximum.reduceat(log_probs, starts[query] + step[query] * place)
+        maxima.sort(axis=1)
+        bound = np.full(len(sizes), -np.inf)
+        some = np.flatnonzero((wanted > 0) & (chunks >= wanted))
+        bound[some] = maxima[some, maxima.shape[1] - wanted[some]]
+        kept = np.flatnonzero(log_probs >= np.repeat(bound, sizes))
+    else:
+        kept = np.arange(len(log_probs))
+    return kept if entries is None else entries[kept]
+
+
+def _children(trie: LiveTrie, parents: _Beams, expansion: Expansion, entries: Int64, log_probs: Float64) -> _Beams:
+    row = np.searchsorted(expansion.offsets, entries, side="right") - 1
+    nodes, prefixes = expansion.take(entries), parents.prefixes[row]
+    prefixes[np.arange(len(row)), (prefixes >= 0).sum(axis=1)] = expansion.token_ids[entries]
+    return _Beams(parents.query[row], log_probs[entries], trie.order(nodes), nodes, prefixes)
+
+
+def _rankings(trie: LiveTrie, finished: _Beams, dropped: _Dropped, expanded: Int64, k: int) -> list[Ranking]:
+    finished, _ = finished.ranked()
+    leaves = trie.leaf(finished.nodes)
+    hits = [
+        Hit(leaf, key, tuple(token for token in prefix if token >= 0), min(log_prob, 0.0))
+        for leaf, key, prefix, log_prob in zip(
+            leaves.tolist(),
+            trie.key(leaves).tolist(),
+            finished.prefixes.tolist(),
+            finished.log_prob.tolist(),
+            strict=True,
+        )
+    ]
+    bounds = np.searchsorted(finished.query, np.arange(len(expanded) + 1)).tolist()
+    rankings = []
+    for query, (lo, hi) in enumerate(pairwise(bounds)):
+        exact = not dropped.any[query]
+        if not exact and hi - lo == k:
+            last, bound = finished.log_prob[hi - 1], dropped.log_prob[query]
+            exact = last > bound or (last == bound and finished.order[hi - 1] < dropped.order[query])
+        rankings.append(Ranking(tuple(hits[lo:hi]), bool(exact), int(expanded[query])))
+    return rankings

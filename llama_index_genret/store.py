@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.numpy import load_file, save_file
 
@@ -42,7 +41,7 @@ from llama_index_genret.identifiers import Identifier, Scheme, get_scheme
 from llama_index_genret.prompts import PromptSet
 from llama_index_genret.search import Hit
 from llama_index_genret.tokenization import IndexTokenizer
-from llama_index_genret.trie import LeafFilter, Trie, build_trie, open_trie
+from llama_index_genret.trie import LeafFilter, LiveTrie, build_trie, close_beginnings, open_trie, save_trie
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -96,8 +95,7 @@ class Index:
     manifest: Manifest
     records: tuple[Record, ...]
     identifiers: tuple[Identifier, ...]
-    trie: Trie
-    leaf_to_record: NDArray[np.int64]
+    trie: LiveTrie
     tokenizer: IndexTokenizer
 
     @property
@@ -123,11 +121,11 @@ class Index:
 
     def record_of(self, hit: Hit) -> Record:
         """The image that a hit names."""
-        return self.records[int(self.leaf_to_record[hit.leaf])]
+        return self.records[hit.key]
 
     def identifier_of(self, hit: Hit) -> str:
         """The identifier as text, `<g0_17><g1_5>`."""
-        return "".join(self.identifiers[int(self.leaf_to_record[hit.leaf])])
+        return "".join(self.identifiers[hit.key])
 
     def token_ids(self, row: int) -> tuple[int, ...]:
         """Token ids of the identifier of record `row`."""
@@ -136,7 +134,7 @@ class Index:
     def leaf_filter(self, keep: Callable[[Record], bool]) -> LeafFilter:
         """The leaves whose records `keep` accepts, for the `allowed` of a search."""
         kept = np.fromiter((keep(record) for record in self.records), bool, len(self.records))
-        return LeafFilter.from_mask(kept[self.leaf_to_record])
+        return LeafFilter.from_mask(kept[self.trie.key(np.arange(self.trie.n_leaves))])
 
     def equals_filter(self, wanted: Mapping[str, str]) -> LeafFilter:
         """Records whose metadata equal all of `wanted`, compared as text.
@@ -205,7 +203,8 @@ def create_index(
     """
     check_free(folder, overwrite=overwrite)
     token_ids = [[tokenizer.symbol_id(symbol) for symbol in identifier] for identifier in identifiers]
-    trie, order = build_trie(token_ids)
+    end = tokenizer.encode_markup(prompts.end)[0]
+    trie, order = build_trie(close_beginnings(token_ids, end))
 
     def write(into: Path) -> None:
         lines = (
@@ -214,7 +213,7 @@ def create_index(
         )
         (into / "records.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         (into / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-        trie.save(into / "trie.bin")
+        save_trie(trie, into / "trie.bin")
         np.save(into / "leaf_to_record.npy", order)
         if scheme.arrays():
             save_file(dict(scheme.arrays()), into / "codebooks.safetensors")
@@ -280,8 +279,9 @@ def load_index(folder: Path) -> Index:
         manifest=manifest,
         records=tuple(Record.from_json(row, Path(manifest.images)) for row in rows),
         identifiers=identifiers,
-        trie=open_trie(verified("trie.bin")),
-        leaf_to_record=np.load(verified("leaf_to_record.npy"), allow_pickle=False),
+        trie=LiveTrie(
+            open_trie(verified("trie.bin")), keys=np.load(verified("leaf_to_record.npy"), allow_pickle=False)
+        ),
         tokenizer=tokenizer,
     )
 

@@ -12,7 +12,7 @@ from llama_index_genret.errors import FilterError, SearchError
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import arecall, recall
 from llama_index_genret.scorers.fake import FakeScorer
-from llama_index_genret.search import Hit, Normalise, beam_search
+from llama_index_genret.search import Hit, Normalise, search
 from llama_index_genret.trie import LeafFilter, build_trie
 
 VOCABULARY = 12
@@ -37,6 +37,12 @@ def expected_hits(scorer, identifiers, prompt, normalise):
     return rank_all(identifiers, logits, over_children=normalise is Normalise.CHILDREN)
 
 
+def hits_of(*arguments, **options):
+    """Of one query."""
+    (ranking,) = recall(*arguments, **options)
+    return ranking.hits
+
+
 def assert_same(hits, expected):
     assert [hit.token_ids for hit in hits] == [identifier for _, identifier in expected]
     np.testing.assert_allclose([hit.log_prob for hit in hits], [log_prob for log_prob, _ in expected], atol=1e-9)
@@ -47,7 +53,7 @@ def assert_same(hits, expected):
 def test_a_beam_as_wide_as_the_corpus_ranks_like_brute_force(identifiers, seed, normalise):
     """Nothing can be pruned, so search must equal the definition."""
     scorer, n = FakeScorer(VOCABULARY, seed=seed), len(identifiers)
-    (hits,) = recall(scorer, build_trie(identifiers)[0], [PROMPT], k=n, width=n, normalise=normalise)
+    hits = hits_of(scorer, build_trie(identifiers)[0], [PROMPT], k=n, width=n, normalise=normalise)
     assert_same(hits, expected_hits(scorer, identifiers, PROMPT, normalise))
 
 
@@ -68,7 +74,7 @@ def test_a_filter_that_leaves_m_images_gives_min_k_m_of_them_with_their_own_scor
     trie, order = build_trie(identifiers)
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(order), max_size=len(order))))
     scorer = FakeScorer(VOCABULARY, seed=seed)
-    (hits,) = recall(scorer, trie, [PROMPT], k=k, width=1, allowed=LeafFilter.from_mask(mask))
+    hits = hits_of(scorer, trie, [PROMPT], k=k, width=1, allowed=LeafFilter.from_mask(mask))
     assert len({hit.leaf for hit in hits}) == len(hits) == min(k, int(mask.sum()))
     assert all(mask[hit.leaf] for hit in hits)
     scores = {
@@ -90,56 +96,56 @@ def test_the_async_driver_finds_what_the_sync_one_finds(identifiers, seed, norma
 @given(identifier_sets(), st.integers(0, 2**32 - 1))
 def test_probabilities_over_the_children_sum_to_one_over_the_images(identifiers, seed):
     n = len(identifiers)
-    (hits,) = recall(FakeScorer(VOCABULARY, seed=seed), build_trie(identifiers)[0], [PROMPT], k=n, width=n)
+    hits = hits_of(FakeScorer(VOCABULARY, seed=seed), build_trie(identifiers)[0], [PROMPT], k=n, width=n)
     assert sum(hit.score for hit in hits) == pytest.approx(1.0)
 
 
 def test_ties_come_in_the_order_of_the_token_ids():
     identifiers = [(2, 1), (0, 5), (2, 0), (1, 1)]
     flat = FakeScorer(VOCABULARY, spread=0.0)
-    (hits,) = recall(flat, build_trie(identifiers)[0], [PROMPT], k=4, normalise=Normalise.VOCABULARY)
+    hits = hits_of(flat, build_trie(identifiers)[0], [PROMPT], k=4, normalise=Normalise.VOCABULARY)
     assert [hit.token_ids for hit in hits] == [(0, 5), (1, 1), (2, 0), (2, 1)]
 
 
 def test_a_step_with_one_choice_is_not_scored_over_the_children():
     trie, _ = build_trie([(0, 1, 2, 3), (4, 5, 6, 7)])
-    steps = beam_search(trie, n_queries=1, k=2)
+    steps = search(trie, n_queries=1, k=2)
     rows = next(steps)
     assert [row.prefix for row in rows] == [()]
     with pytest.raises(StopIteration) as stop:
-        steps.send([np.array([0.0, 0.0])])
-    assert [hit.token_ids for hit in stop.value.value[0]] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+        steps.send(np.array([0.0, 0.0]))
+    assert [hit.token_ids for hit in stop.value.value[0].hits] == [(0, 1, 2, 3), (4, 5, 6, 7)]
 
 
 def test_the_search_stops_when_no_unfinished_prefix_can_win():
     """One short identifier is nearly certain: the long ones are not followed."""
     trie, _ = build_trie([(0,), (1, 0, 0), (1, 0, 1), (1, 1, 0)])
-    steps = beam_search(trie, n_queries=1, k=1, normalise=Normalise.VOCABULARY)
+    steps = search(trie, n_queries=1, k=1, normalise=Normalise.VOCABULARY)
     next(steps)
     with pytest.raises(StopIteration):
-        steps.send([np.log(np.array([0.9, 0.05]))])
+        steps.send(np.log(np.array([0.9, 0.05])))
 
 
 def test_a_probability_too_small_for_a_float_is_still_a_score_above_zero():
-    assert Hit(0, (1,), -1e6).score > 0.0
-    assert Hit(0, (1,), 0.0).score == 1.0
+    assert Hit(0, 0, (1,), -1e6).score > 0.0
+    assert Hit(0, 0, (1,), 0.0).score == 1.0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_score_that_is_no_number_is_an_error(bad):
     trie, _ = build_trie([(0,), (1,)])
-    steps = beam_search(trie, n_queries=1, k=1)
+    steps = search(trie, n_queries=1, k=1)
     next(steps)
     with pytest.raises(SearchError, match="NaN"):
-        steps.send([np.array([0.0, bad])])
+        steps.send(np.array([0.0, bad]))
 
 
 def test_a_scorer_that_answers_too_few_scores_is_an_error():
     trie, _ = build_trie([(0,), (1,)])
-    steps = beam_search(trie, n_queries=1, k=1)
+    steps = search(trie, n_queries=1, k=1)
     next(steps)
-    with pytest.raises(SearchError, match="rows"):
-        steps.send([np.array([0.0])])
+    with pytest.raises(SearchError, match="scores"):
+        steps.send(np.array([0.0]))
 
 
 @pytest.mark.parametrize(("k", "width"), [(0, 1), (1, 0)])

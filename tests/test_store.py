@@ -35,7 +35,7 @@ def copied(untrained_index, tmp_path):
 
 def recalled(index):
     scorer = FakeScorer(index.tokenizer.vocab_size)
-    (hits,) = recall(scorer, index.trie, [Prompt((1, 2))], k=20)
+    hits = recall(scorer, index.trie, [Prompt((1, 2))], k=20)[0].hits
     return [(index.record_of(hit).image_id, index.identifier_of(hit), hit.log_prob) for hit in hits]
 
 
@@ -60,8 +60,8 @@ def test_it_loads_the_same_in_a_new_process(untrained_index):
 def test_every_identifier_is_found_in_the_trie_under_its_own_record(untrained_index):
     index = untrained_index
     for row, record in enumerate(index.records):
-        node = np.array([index.trie.walk(index.token_ids(row))])
-        assert index.records[int(index.leaf_to_record[index.trie.leaf_rank(node)[0]])] == record
+        node = np.array([index.trie.base.walk(index.token_ids(row))])
+        assert index.records[int(index.trie.key(index.trie.base.leaf_rank(node))[0])] == record
 
 
 def test_a_flipped_byte_in_any_file_is_found_and_named(copied):
@@ -110,7 +110,7 @@ def test_another_tokenizer_is_an_error_that_says_which_differs(untrained_index):
 
 def test_metadata_filters_leave_the_matching_images_and_unknown_keys_are_errors(untrained_index):
     allowed = untrained_index.equals_filter({"color": "red"})
-    kept = [untrained_index.records[int(row)].metadata["color"] for row in untrained_index.leaf_to_record]
+    kept = [untrained_index.records[int(row)].metadata["color"] for row in untrained_index.trie.keys]
     assert allowed.n_allowed == 4 == kept.count("red")
     with pytest.raises(FilterError, match=r"'size'.*color"):
         untrained_index.equals_filter({"size": "1"})

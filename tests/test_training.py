@@ -133,7 +133,7 @@ def test_training_teaches_the_training_captions(pictures, tiny_mllm, tmp_path):
     index = train(index, options, device="cpu", show_progress=False)
     scorer = TransformersScorer(load_trained(index, device="cpu"))
     prompts = [index.prompts.for_query(index.tokenizer, record.captions[0]) for record in index.records]
-    found = [index.record_of(hits[0]).image_id for hits in recall(scorer, index.trie, prompts, k=1)]
+    found = [index.record_of(ranking.hits[0]).image_id for ranking in recall(scorer, index.trie, prompts, k=1)]
     right = np.mean([image_id == record.image_id for image_id, record in zip(found, index.records, strict=True)])
     assert right >= 0.8
 
@@ -219,8 +219,8 @@ def test_an_exported_checkpoint_scores_like_the_index(trained_index, trained_mll
         recall(TransformersScorer(mllm), trained_index.trie, prompts, k=20) for mllm in (trained_mllm, exported)
     )
     for ours, theirs in zip(expected, found, strict=True):
-        assert [hit.leaf for hit in ours] == [hit.leaf for hit in theirs]
-        np.testing.assert_allclose([h.log_prob for h in ours], [h.log_prob for h in theirs], atol=1e-4)
+        assert [hit.leaf for hit in ours.hits] == [hit.leaf for hit in theirs.hits]
+        np.testing.assert_allclose([h.log_prob for h in ours.hits], [h.log_prob for h in theirs.hits], atol=1e-4)
     assert fingerprint(exported.model) == fingerprint(trained_mllm.model)
 
 

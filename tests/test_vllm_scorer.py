@@ -95,8 +95,8 @@ def test_recall_over_http_equals_recall_from_the_table(server, normalise, n):
         asyncio.run(arecall(scorer, trie, PROMPTS, k=5, normalise=normalise)),
     ):
         for ours, theirs in zip(found, expected, strict=True):
-            assert [hit.leaf for hit in ours] == [hit.leaf for hit in theirs]
-            np.testing.assert_allclose([h.log_prob for h in ours], [h.log_prob for h in theirs], atol=1e-9)
+            assert [hit.leaf for hit in ours.hits] == [hit.leaf for hit in theirs.hits]
+            np.testing.assert_allclose([h.log_prob for h in ours.hits], [h.log_prob for h in theirs.hits], atol=1e-9)
     assert max(len(request["logprob_token_ids"]) for request in server.requests) <= MAX_TOKENS_ASKED
 
 

@@ -13,23 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.prompts import Prompt
-from llama_index_genret.search import Hit, Normalise, Row, beam_search
-from llama_index_genret.trie import LeafFilter, Trie
+from llama_index_genret.search import Normalise, Ranking, Rows, search
+from llama_index_genret.trie import LeafFilter, LiveTrie, Trie
 
-Scores = list[NDArray[np.float64]]
+Scores = NDArray[np.float64]
 
 
 class Session(Protocol):
     """One search's hold on a scorer, which may keep what its rows share (a KV cache)."""
 
-    def score(self, rows: Sequence[Row]) -> Scores:
-        """(m,) float64 for each row, in the order of its `token_ids`; see `search.beam_search` for the meaning."""
+    def score(self, rows: Rows) -> Scores:
+        """(m,) float64, one for each of `rows.token_ids`; see `search.search` for the meaning."""
 
 
 class AsyncSession(Protocol):
     """The same for an event loop; it never blocks it."""
 
-    async def score(self, rows: Sequence[Row]) -> Scores:
+    async def score(self, rows: Rows) -> Scores:
         """As `Session.score`."""
 
 
@@ -51,16 +51,17 @@ class Scorer(Protocol):
 
 def recall(
     scorer: Scorer,
-    trie: Trie,
+    trie: Trie | LiveTrie,
     prompts: Sequence[Prompt],
     *,
     k: int,
     width: int | None = None,
     normalise: Normalise = Normalise.CHILDREN,
     allowed: LeafFilter | None = None,
-) -> list[list[Hit]]:
-    """The best `k` identifiers for each prompt; arguments and errors of `search.beam_search`."""
-    steps = beam_search(trie, n_queries=len(prompts), k=k, width=width, normalise=normalise, allowed=allowed)
+    budget: int | None = 0,
+) -> list[Ranking]:
+    """The best `k` identifiers for each prompt; arguments and errors of `search.search`."""
+    steps = search(trie, n_queries=len(prompts), k=k, width=width, normalise=normalise, allowed=allowed, budget=budget)
     with scorer.session(prompts, normalise) as session:
         answer: Any = None
         try:
@@ -72,16 +73,17 @@ def recall(
 
 async def arecall(
     scorer: Scorer,
-    trie: Trie,
+    trie: Trie | LiveTrie,
     prompts: Sequence[Prompt],
     *,
     k: int,
     width: int | None = None,
     normalise: Normalise = Normalise.CHILDREN,
     allowed: LeafFilter | None = None,
-) -> list[list[Hit]]:
+    budget: int | None = 0,
+) -> list[Ranking]:
     """`recall` for an event loop: the same steps, each awaited."""
-    steps = beam_search(trie, n_queries=len(prompts), k=k, width=width, normalise=normalise, allowed=allowed)
+    steps = search(trie, n_queries=len(prompts), k=k, width=width, normalise=normalise, allowed=allowed, budget=budget)
     async with scorer.async_session(prompts, normalise) as session:
         answer: Any = None
         while True:

@@ -14,7 +14,7 @@ import numpy as np
 
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session
-from llama_index_genret.search import Normalise, Row
+from llama_index_genret.search import Normalise, Rows
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,19 @@ class _FakeSession:
     prompts: tuple[Prompt, ...]
     normalise: Normalise
 
-    def score(self, rows: Sequence[Row]) -> Scores:
+    def score(self, rows: Rows) -> Scores:
         scores = []
         for row in rows:
             logits = self.scorer.logits(self.prompts[row.query], row.prefix)
             if self.normalise is Normalise.VOCABULARY:
                 logits = logits - np.logaddexp.reduce(logits)
             scores.append(logits[row.token_ids])
-        return scores
+        return np.concatenate(scores)
 
 
 @dataclass(frozen=True)
 class _AsyncFakeSession:
     sync: _FakeSession
 
-    async def score(self, rows: Sequence[Row]) -> Scores:
+    async def score(self, rows: Rows) -> Scores:
         return self.sync.score(rows)

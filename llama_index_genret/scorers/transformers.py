@@ -24,7 +24,7 @@ from llama_index_genret.images import load_image
 from llama_index_genret.modeling import Mllm
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session
-from llama_index_genret.search import Normalise, Row
+from llama_index_genret.search import Normalise, Rows
 
 
 class TransformersScorer:
@@ -101,7 +101,7 @@ class _TreeSession:
         self._prompt_mask = torch.zeros((0, 0))
 
     @torch.inference_mode()
-    def score(self, rows: Sequence[Row]) -> Scores:
+    def score(self, rows: Rows) -> Scores:
         if self._cache.get_seq_length() == 0:
             last, self._prompt_mask = self._scorer._prefill(self._prompts, self._cache)
             self._hidden = [{(): hidden} for hidden in last]
@@ -109,12 +109,12 @@ class _TreeSession:
         hidden = torch.stack([self._hidden[row.query][row.prefix] for row in rows])
         if self._normalise is Normalise.VOCABULARY:
             log_probs = self._scorer._logits(hidden, None).log_softmax(-1).double().cpu().numpy()
-            return [log_probs[i, row.token_ids] for i, row in enumerate(rows)]
-        tokens = np.unique(np.concatenate([row.token_ids for row in rows]))
+            return log_probs[np.repeat(np.arange(len(rows)), np.diff(rows.offsets)), rows.token_ids]
+        tokens = np.unique(rows.token_ids)
         logits = self._scorer._logits(hidden, torch.from_numpy(tokens).to(hidden.device)).double().cpu().numpy()
-        return [logits[i, np.searchsorted(tokens, row.token_ids)] for i, row in enumerate(rows)]
+        return logits[np.repeat(np.arange(len(rows)), np.diff(rows.offsets)), np.searchsorted(tokens, rows.token_ids)]
 
-    def _append(self, rows: Sequence[Row]) -> None:
+    def _append(self, rows: Rows) -> None:
         """Compute the tokens of all prefixes that are not in the cache yet, ancestors included, in one pass."""
         new: list[list[tuple[int, ...]]] = [[] for _ in self._prompts]
         for row in rows:
@@ -158,9 +158,9 @@ class _ThreadSession:
         self._lock = lock
         self._session = session
 
-    async def score(self, rows: Sequence[Row]) -> Scores:
+    async def score(self, rows: Rows) -> Scores:
         return await asyncio.to_thread(self._score, rows)
 
-    def _score(self, rows: Sequence[Row]) -> Scores:
+    def _score(self, rows: Rows) -> Scores:
         with self._lock:
             return self._session.score(rows)

@@ -19,7 +19,7 @@ import numpy as np
 from llama_index_genret.errors import QueryError, ServerError, ServerUnreachable
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session
-from llama_index_genret.search import Normalise, Row
+from llama_index_genret.search import Normalise, Rows
 
 MAX_TOKENS_ASKED = 128
 """vLLM's limit of `logprob_token_ids` in one request."""
@@ -134,7 +134,7 @@ class _HttpSession:
     model: str
     prompts: Sequence[Prompt]
 
-    def score(self, rows: Sequence[Row]) -> Scores:
+    def score(self, rows: Rows) -> Scores:
         groups = _plan(rows, self.prompts)
         with _server_errors(self.url):
             answers = [self.client.post(self.url, json=_request(self.model, group)) for group in groups]
@@ -148,7 +148,7 @@ class _AsyncHttpSession:
     model: str
     prompts: Sequence[Prompt]
 
-    async def score(self, rows: Sequence[Row]) -> Scores:
+    async def score(self, rows: Rows) -> Scores:
         groups = _plan(rows, self.prompts)
         with _server_errors(self.url):
             posts = [self.client.post(self.url, json=_request(self.model, group)) for group in groups]
@@ -185,7 +185,7 @@ def _check_prompts(prompts: Sequence[Prompt], model: str, max_model_len: int | N
             )
 
 
-def _plan(rows: Sequence[Row], prompts: Sequence[Prompt]) -> list[list[_Part]]:
+def _plan(rows: Rows, prompts: Sequence[Prompt]) -> list[list[_Part]]:
     """Requests for one step: parts whose children together fit into one `logprob_token_ids`."""
     parts = [
         _Part(
@@ -222,14 +222,15 @@ def _request(model: str, group: Sequence[_Part]) -> dict[str, Any]:
     }
 
 
-def _merge(rows: Sequence[Row], groups: Sequence[Sequence[_Part]], answers: Sequence[httpx.Response]) -> Scores:
-    scores = [np.full(len(row.token_ids), np.nan) for row in rows]
+def _merge(rows: Rows, groups: Sequence[Sequence[_Part]], answers: Sequence[httpx.Response]) -> Scores:
+    scores = np.full(len(rows.token_ids), np.nan)
     for group, answer in zip(groups, answers, strict=True):
         choices = sorted(_json(answer).get("choices", []), key=lambda choice: int(choice.get("index", 0)))
         if len(choices) != len(group):
             raise ServerError(f"{answer.url} answered {len(choices)} choices for {len(group)} prompts.")
         for part, choice in zip(group, choices, strict=True):
-            scores[part.row][part.start : part.start + len(part.token_ids)] = _read_choice(choice, part, answer.url)
+            start = rows.offsets[part.row] + part.start
+            scores[start : start + len(part.token_ids)] = _read_choice(choice, part, answer.url)
     return scores
 
 

@@ -1,0 +1,32 @@
+"""All identifiers of an index as a prefix tree over token ids."""
+
+from llama_index_genret.trie.build import build_trie
+from llama_index_genret.trie.edits import (
+    EditableTrie,
+    add_identifiers,
+    close_beginnings,
+    compact,
+    remove_identifiers,
+)
+from llama_index_genret.trie.file import open_trie, save_trie, verify_trie
+from llama_index_genret.trie.filter import LeafFilter
+from llama_index_genret.trie.flat import Children, Trie
+from llama_index_genret.trie.live import Expansion, LiveTrie, Nodes
+
+__all__ = [
+    "Children",
+    "EditableTrie",
+    "Expansion",
+    "LeafFilter",
+    "LiveTrie",
+    "Nodes",
+    "Trie",
+    "add_identifiers",
+    "build_trie",
+    "close_beginnings",
+    "compact",
+    "open_trie",
+    "remove_identifiers",
+    "save_trie",
+    "verify_trie",
+]

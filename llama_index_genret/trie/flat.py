@@ -1,0 +1,344 @@
+"""A set of token sequences, stored so that "what may come next?" is one array slice.
+
+Knows token ids, node numbers and leaf numbers; nothing of text, tokenizers, images or models.
+The slow twin is `_reference.DictTrie`; the tests hold the two equal.
+
+Nodes are numbered breadth first: 0 is the root, the nodes of one level are contiguous and sorted by
+(parent, token id). So the children of node v are the nodes first_child[v] .. first_child[v + 1], the next
+state is the child's number, and nothing else needs storing: one small code per node, one offset per node
+that has children. Leaves are numbered by the rank of their identifier, so every node is a range of leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from llama_index_genret.errors import DeadEnd, IdentifierError, IndexDamaged, SearchError
+
+Int64 = NDArray[np.int64]
+
+DTYPES = {
+    "level_start": ("<i8",),
+    "first_child": ("<i4", "<i8"),
+    "code": ("|u1", "<u2", "<u4"),
+    "alphabet": ("<i4",),
+    "alphabet_start": ("<i8",),
+    "leaf_lo": ("<i4", "<i8"),
+}
+"""The arrays that make up a trie, and the types that each may have."""
+
+
+@dataclass(frozen=True, eq=False)
+class Children:
+    """The children of n nodes, one after another: a ragged array of m entries.
+
+    node: (m,) int64, the child; siblings ascend by token id, and their numbers are consecutive.
+    offsets: (n + 1,) int64, the children of row i are the entries offsets[i] .. offsets[i + 1].
+    """
+
+    node: Int64
+    offsets: Int64
+    _trie: Trie
+    _parents: Int64
+
+    @cached_property
+    def row(self) -> Int64:
+        """(m,) int64, position of the parent among the nodes that were asked for."""
+        return np.repeat(np.arange(len(self._parents)), np.diff(self.offsets))
+
+    @cached_property
+    def token_ids(self) -> Int64:
+        """(m,) int64, the token that leads to each child."""
+        return self.token_ids_at(slice(None))
+
+    def token_ids_at(self, entries: Int64 | slice) -> Int64:
+        """The tokens of some of the entries."""
+        levels = self._trie.level_of(self._parents)
+        start: Any = self._trie.alphabet_start[levels[:1]]
+        if len(levels) and levels.min() != levels.max():
+            start = self._trie.alphabet_start[levels][self.row[entries]]
+        return np.asarray(self._trie.alphabet.take(self._trie.code.take(self.node[entries]) + start), np.int64)
+
+    def leaf_hi(self, entries: Int64, parent_hi: Int64) -> Int64:
+        """One past the last leaf below each of the entries, given the same of all n parents.
+
+        The leaves of siblings follow each other: one ends where the next begins, the last with its parent.
+        """
+        row = np.searchsorted(self.offsets, entries, side="right") - 1
+        last = entries + 1 == self.offsets[row + 1]
+        node = self.node[entries]
+        return np.where(last, parent_hi[row], self._trie.first_leaf(np.where(last, node, node + 1)))
+
+
+@dataclass(frozen=True, eq=False)
+class Trie:
+    """Immutable prefix tree over token-id sequences; made by `build_trie` or `open_trie`.
+
+    Methods that take `nodes` take int64 arrays, keep their shape unless they say otherwise, and raise
+    SearchError for a node that does not exist.
+
+    level_start: (depth + 2,) int64, first node of every level, the root's included; ends with n_nodes.
+    first_child: (nodes above the last level + 1,) int32 or int64.
+    code: (n_nodes,) smallest unsigned type that fits, the token's position in its level's alphabet.
+    alphabet: int32, sorted distinct token ids of level 1, then of level 2, ...
+    alphabet_start: (depth + 1,) int64, where each level's alphabet begins.
+    leaf_lo: int32 or int64, first leaf below a node. Of all nodes, unless all identifiers have one length:
+        then of those above the last two levels, since the offsets tell it of the others.
+    """
+
+    level_start: Int64
+    first_child: NDArray[np.integer]
+    code: NDArray[np.unsignedinteger]
+    alphabet: NDArray[np.int32]
+    alphabet_start: Int64
+    leaf_lo: NDArray[np.integer]
+
+    @cached_property
+    def n_nodes(self) -> int:
+        """Number of nodes, the root included."""
+        return int(self.level_start[-1])
+
+    @cached_property
+    def n_leaves(self) -> int:
+        """Number of identifiers."""
+        return int(self.leaf_range(np.zeros(1, np.int64))[1][0])
+
+    @cached_property
+    def depth(self) -> int:
+        """Tokens in the longest identifier."""
+        return len(self.level_start) - 2
+
+    @cached_property
+    def level_sizes(self) -> tuple[int, ...]:
+        """Number of nodes that lie 1, 2, ..., depth tokens deep."""
+        return tuple(int(size) for size in np.diff(self.level_start[1:]))
+
+    @cached_property
+    def has_one_length(self) -> bool:
+        """Whether all identifiers have the same number of tokens."""
+        return len(self.leaf_lo) < self.n_nodes
+
+    @cached_property
+    def _last_level(self) -> int:
+        return int(self.level_start[-2])
+
+    def children(self, nodes: Int64) -> Children:
+        """All children of all nodes, in one gather.
+
+            for row, node in enumerate(nodes):
+                for token_id, child in sorted(children_of(node)): yield row, child, token_id
+
+        Args:
+            nodes: (n,) inner nodes; repeats are allowed.
+        Raises:
+            DeadEnd: one of the nodes is a leaf; a row without a next token would sample as NaN.
+        """
+        nodes = self._existing(nodes)
+        if nodes.ndim != 1:
+            raise SearchError(f"children() takes nodes of shape (n,), not {nodes.shape}.")
+        inner = nodes if nodes.max(initial=0) < self._last_level else np.minimum(nodes, self._last_level - 1)
+        first = self.first_child.take(inner).astype(np.int64)
+        counts = self.first_child.take(inner + 1) - first
+        if inner is not nodes or not counts.all():
+            raise self._dead_end(nodes)
+        offsets = np.zeros(len(nodes) + 1, np.int64)
+        np.cumsum(counts, out=offsets[1:])
+        first -= offsets[:-1]
+        node = np.repeat(first, counts)
+        node += np.arange(offsets[-1])
+        return Children(node, offsets, self, nodes)
+
+    def is_leaf(self, nodes: Int64) -> NDArray[np.bool_]:
+        """Whether an identifier ends at the node."""
+        return self._ends(self._existing(nodes))
+
+    def leaf_range(self, nodes: Int64) -> tuple[Int64, Int64]:
+        """The leaves below each node, as (lo, hi): leaves lo .. hi - 1."""
+        nodes = self._existing(nodes)
+        last = nodes
+        for _ in range(self.depth):
+            ended = self._ends(last)
+            if ended.all():
+                break
+            last = np.where(ended, last, self.first_child.take(np.where(ended, 0, last) + 1).astype(np.int64) - 1)
+        return self.first_leaf(nodes), self.first_leaf(last) + 1
+
+    def first_leaf(self, nodes: Int64) -> Int64:
+        """The first leaf below each node, which are not checked to exist."""
+        if not self.has_one_length:
+            return self.leaf_lo.take(nodes).astype(np.int64)
+        stored = len(self.leaf_lo)
+        if nodes.min(initial=self.n_nodes) >= self._last_level:
+            return nodes - self._last_level
+        below = np.where(nodes < self._last_level, self.first_child.take(nodes, mode="clip"), nodes) - self._last_level
+        if nodes.min() >= stored:
+            return below
+        return np.where(nodes < stored, self.leaf_lo.take(nodes, mode="clip"), below)
+
+    def leaf_rank(self, nodes: Int64) -> Int64:
+        """The leaf number of each node, all of which must be leaves.
+
+        Raises:
+            SearchError: an identifier goes on after one of the nodes.
+        """
+        nodes = self._existing(nodes)
+        inner = ~self._ends(nodes)
+        if inner.any():
+            raise SearchError(
+                f"node {nodes[inner].flat[0]} is the beginning of several identifiers, it has no rank. "
+                "Ask leaf_range() for the leaves below it."
+            )
+        return self.first_leaf(nodes)
+
+    def advance(self, nodes: ArrayLike, token_ids: ArrayLike) -> Int64:
+        """The child that each node has for its token, or -1 where it has none (a leaf never has one).
+
+            for node, token_id in zip(nodes, token_ids): yield dict(children_of(node)).get(token_id, -1)
+
+        The two broadcast against each other. A binary search among the siblings: a wide root costs little more.
+        """
+        nodes, token_ids = np.broadcast_arrays(self._existing(nodes), token_ids)
+        inner = ~self._ends(nodes)
+        child = np.full(nodes.shape, -1)
+        nearest, token = self.nearest_children(nodes[inner], token_ids[inner])
+        child[inner] = np.where(token == token_ids[inner], nearest, -1)
+        return child
+
+    def nearest_children(self, nodes: Int64, token_ids: Int64) -> tuple[Int64, Int64]:
+        """The last child of each inner node whose token is not above the given one, else the first; and its token."""
+        alphabet_start = self.alphabet_start[self.level_of(nodes)]
+        lo, hi = self.first_child[nodes].astype(np.int64), self.first_child[nodes + 1].astype(np.int64) - 1
+        while (lo < hi).any():
+            middle = (lo + hi + 1) // 2  # where lo >= hi already, this is lo, and lo stays
+            fits = self._token_ids(middle, alphabet_start) <= token_ids
+            lo, hi = np.where(fits, middle, lo), np.where(fits, hi, middle - 1)
+        return lo, self._token_ids(lo, alphabet_start)
+
+    def walk(self, token_ids: Sequence[int]) -> int:
+        """The node that the tokens lead to from the root; the root itself for no tokens.
+
+        Raises:
+            IdentifierError: no identifier begins like this; names the first token that leads out, and its depth.
+        """
+        node = 0
+        for depth, token_id in enumerate(token_ids):
+            child = int(self.advance(node, token_id))
+            if child < 0:
+                ended = self.is_leaf(np.asarray(node))
+                why = "the identifier ends before it" if ended else "no identifier continues with it"
+                raise IdentifierError(f"token {token_id} at depth {depth} of {tuple(token_ids)}: {why}.")
+            node = child
+        return node
+
+    def token_ids_of(self, leaf: int) -> tuple[int, ...]:
+        """The identifier of a leaf number.
+
+        Raises:
+            SearchError: there is no such leaf.
+        """
+        if not 0 <= leaf < self.n_leaves:
+            raise SearchError(f"there is no leaf {leaf}: the trie has {self.n_leaves}, numbered from 0.")
+        node, token_ids = np.zeros(1, np.int64), []
+        for _ in range(self.depth):
+            if self._ends(node)[0]:
+                break
+            children = self.children(node)
+            child = int(np.searchsorted(self.first_leaf(children.node), leaf, side="right")) - 1
+            token_ids.append(int(children.token_ids[child]))
+            node = children.node[child : child + 1]
+        return tuple(token_ids)
+
+    def paths(self) -> NDArray[np.int32]:
+        """(n_leaves, depth) int32, all identifiers in the order of the leaves; -1 after the end of a short one."""
+        paths = np.full((self.depth, self.n_leaves), -1, np.int32)
+        for level in range(1, self.depth + 1):
+            nodes = np.arange(self.level_start[level], self.level_start[level + 1])
+            lo, hi = self.leaf_range(nodes)
+            leaves = np.repeat(hi - np.cumsum(hi - lo), hi - lo) + np.arange((hi - lo).sum())
+            paths[level - 1, leaves] = np.repeat(self._token_ids(nodes, self.alphabet_start[level - 1]), hi - lo)
+        return paths.T
+
+    def token_ids(self) -> Int64:
+        """All distinct token ids of all identifiers, ascending."""
+        return np.unique(self.alphabet).astype(np.int64)
+
+    def level_of(self, nodes: Int64) -> Int64:
+        """Tokens from the root to each node."""
+        return np.asarray(np.searchsorted(self.level_start, nodes, side="right") - 1)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays that make up the trie, by field name, as `from_arrays` takes them."""
+        return {name: getattr(self, name) for name in DTYPES}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Trie:
+        """A trie over the given arrays, not copied. Costs the same at any size: contents are not read.
+
+        Raises:
+            IndexDamaged: names, types or lengths do not fit together.
+        """
+        if arrays.keys() != DTYPES.keys():
+            raise IndexDamaged(f"a trie has the arrays {sorted(DTYPES)}, not {sorted(arrays)}.")
+        for name, array in arrays.items():
+            if array.ndim != 1 or array.dtype.str not in DTYPES[name]:
+                raise IndexDamaged(f"{name} is {array.dtype.str} {array.shape}: want (n,) of {DTYPES[name]}.")
+        trie = cls(**{name: read_only(array) for name, array in arrays.items()})
+        if complaint := _complaint(trie):
+            raise IndexDamaged(f"the arrays of the trie do not fit together: {complaint}.")
+        return trie
+
+    def _existing(self, nodes: ArrayLike) -> Int64:
+        nodes = np.asarray(nodes)
+        if nodes.size and (nodes.dtype.kind not in "iu" or nodes.min() < 0 or nodes.max() >= self.n_nodes):
+            raise SearchError(f"nodes are integers in 0 .. {self.n_nodes - 1}, not {nodes}.")
+        return nodes.astype(np.int64, copy=False)
+
+    def _ends(self, nodes: Int64) -> NDArray[np.bool_]:
+        on_last_level = np.asarray(nodes >= self._last_level)
+        if self.has_one_length:
+            return on_last_level
+        above = np.minimum(nodes, self._last_level - 1)
+        return np.asarray(on_last_level | (self.first_child[above] == self.first_child[above + 1]))
+
+    def _dead_end(self, nodes: Int64) -> DeadEnd:
+        at = int(self._ends(nodes).argmax())
+        return DeadEnd(
+            f"node {nodes[at]} (row {at}) ends an identifier, no token can follow. "
+            "Set rows aside when is_leaf() says that they are finished."
+        )
+
+    def _token_ids(self, nodes: Int64, alphabet_start: Int64) -> Int64:
+        return self.alphabet.take(self.code.take(nodes) + alphabet_start).astype(np.int64)
+
+
+def read_only(array: NDArray[Any]) -> NDArray[Any]:
+    """A view that refuses writing."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _complaint(trie: Trie) -> str:
+    """What contradicts itself in the lengths, and in the few entries on the level boundaries; '' if nothing."""
+    level_start, alphabet_start = trie.level_start, trie.alphabet_start
+    if len(level_start) < 3 or level_start[0] != 0 or level_start[1] != 1 or (np.diff(level_start) < 1).any():
+        return f"level_start is {level_start}, not 0, 1, ... ascending"
+    if len(trie.code) != trie.n_nodes:
+        return f"code has {len(trie.code)} entries for {trie.n_nodes} nodes"
+    if len(trie.leaf_lo) not in (trie.n_nodes, trie.level_start[-3] if trie.depth > 1 else 0):
+        return f"leaf_lo has {len(trie.leaf_lo)} entries for levels that start at {level_start}"
+    if len(trie.first_child) != trie._last_level + 1:
+        return f"first_child has {len(trie.first_child)} entries for {trie._last_level} nodes"
+    if (trie.first_child[level_start[:-1]] != level_start[1:]).any():
+        return "first_child does not lead from each level to the next"
+    if len(alphabet_start) != trie.depth + 1 or alphabet_start[0] != 0 or (np.diff(alphabet_start) < 1).any():
+        return f"alphabet_start is {alphabet_start} for {trie.depth} levels"
+    if alphabet_start[-1] != len(trie.alphabet):
+        return f"alphabet has {len(trie.alphabet)} entries, alphabet_start says {alphabet_start[-1]}"
+    return ""

@@ -1,0 +1,291 @@
+"""The identifiers of an index that changes: an immutable base, a small second trie of what was added, tombstones.
+
+A `LiveTrie` is one version, itself immutable: an edit makes another, and searches go on with the version that they
+began with. A prefix is a node of the base, of the added ones, or of both; what no live identifier begins with does
+not exist. So every answer equals that of a trie built anew, which the tests hold.
+
+Knows the flat trie; nothing of searches, files or threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_index_genret.errors import FilterError
+from llama_index_genret.trie.filter import LeafFilter
+from llama_index_genret.trie.flat import Children, Int64, Trie
+
+_TOKEN_BITS = 31
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """n prefixes of a `LiveTrie`.
+
+    base: (n,) int64, node of the base trie, -1 where no live identifier of the base begins with the prefix.
+    base_hi: (n,) int64, one past the last leaf below it.
+    added, added_hi: the same of the added identifiers; None where there are none.
+    """
+
+    base: Int64
+    base_hi: Int64
+    added: Int64 | None = None
+    added_hi: Int64 | None = None
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def take(self, rows: Int64) -> Nodes:
+        """Some of them."""
+        if self.added is None or self.added_hi is None:
+            return Nodes(self.base[rows], self.base_hi[rows])
+        return Nodes(self.base[rows], self.base_hi[rows], self.added[rows], self.added_hi[rows])
+
+    def put(self, rows: Int64, nodes: Nodes) -> Nodes:
+        """The same with others in the places `rows`."""
+        fields = [field if field is None else field.copy() for field in self._fields()]
+        for field, new in zip(fields, nodes._fields(), strict=True):
+            if field is not None and new is not None:
+                field[rows] = new
+        return Nodes(*fields)  # type: ignore[arg-type]
+
+    def __add__(self, other: Nodes) -> Nodes:
+        pairs = zip(self._fields(), other._fields(), strict=True)
+        return Nodes(*(None if a is None or b is None else np.concatenate([a, b]) for a, b in pairs))  # type: ignore[arg-type]
+
+    def _fields(self) -> tuple[Int64 | None, ...]:
+        return self.base, self.base_hi, self.added, self.added_hi
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The children that one of the two tries gives to an expansion.
+
+    rows: (r,) int64, the prefixes that are nodes of this trie. hi: (r,) one past the last leaf below each.
+    entry: (m,) int64, for each child of the expansion its place in `children`, -1 for none; None if the same.
+    leaf_start: leaf number of the trie's first leaf.
+    """
+
+    trie: Trie
+    children: Children
+    hi: Int64
+    leaf_start: int
+    entry: Int64 | None = None
+
+    def take(self, entries: Int64) -> tuple[Int64, Int64]:
+        """(node, hi) of some children of the expansion, -1 where this trie has none."""
+        if self.entry is None:
+            return self.children.node[entries], self.children.leaf_hi(entries, self.hi)
+        place = self.entry[entries]
+        here = place >= 0
+        node, hi = np.full(len(place), -1), np.full(len(place), -1)
+        node[here] = self.children.node[place[here]]
+        hi[here] = self.children.leaf_hi(place[here], self.hi)
+        return node, hi
+
+    def allowed(self, leaves: LeafFilter) -> NDArray[np.bool_]:
+        """Whether any leaf below each of `children` is allowed.
+
+        One rank at the first leaf of each child: siblings' leaves follow each other.
+        """
+        node = self.children.node
+        if not len(node):
+            return np.zeros(0, np.bool_)
+        first = self.trie.first_leaf(node)
+        if self.trie.has_one_length and node.min() >= self.trie.n_nodes - self.trie.n_leaves:
+            return leaves.contains(first + self.leaf_start)
+        before = leaves.before_leaf(first + self.leaf_start)
+        after = np.empty_like(before)
+        after[:-1] = before[1:]
+        after[self.children.offsets[1:] - 1] = leaves.before_leaf(self.hi + self.leaf_start)
+        return after > before
+
+
+@dataclass(frozen=True, eq=False)
+class Expansion:
+    """The children of n prefixes, one after another: a ragged array of m entries.
+
+    offsets: (n + 1,) int64, the children of row i are the entries offsets[i] .. offsets[i + 1].
+    token_ids: (m,) int64, the token that leads to each; they ascend within a row.
+    """
+
+    offsets: Int64
+    token_ids: Int64
+    _parts: tuple[_Part, ...]
+
+    @cached_property
+    def row(self) -> Int64:
+        """(m,) int64, the position of each one's parent."""
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+    def take(self, entries: Int64) -> Nodes:
+        """Some of the children."""
+        return Nodes(*(column for part in self._parts for column in part.take(entries)))
+
+    def allowed(self, leaves: LeafFilter) -> NDArray[np.bool_]:
+        """(m,) whether any leaf below each child is allowed."""
+        found = np.zeros(len(self.token_ids), np.bool_)
+        for part in self._parts:
+            if part.entry is None:
+                return part.allowed(leaves)
+            here = part.entry >= 0
+            found[here] |= part.allowed(leaves)[part.entry[here]]
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class LiveTrie:
+    """One version of a changing set of identifiers. Leaves are those of `base`, then those of `added`.
+
+    live: which leaves exist; None for all.
+    keys: (leaves of base,) int64, what each stands for; None for the leaf's own number.
+    added_keys: the same for the leaves of `added`.
+    """
+
+    base: Trie
+    added: Trie | None = None
+    live: LeafFilter | None = None
+    keys: Int64 | None = None
+    added_keys: Int64 | None = None
+
+    @cached_property
+    def n_leaves(self) -> int:
+        """Number of leaf numbers, removed ones included."""
+        return self.base.n_leaves + (self.added.n_leaves if self.added else 0)
+
+    @property
+    def n_live(self) -> int:
+        """Number of identifiers."""
+        return self.n_leaves if self.live is None else self.live.n_allowed
+
+    @cached_property
+    def depth(self) -> int:
+        """Tokens in the longest identifier, removed ones included."""
+        return max(self.base.depth, self.added.depth if self.added else 0)
+
+    def roots(self, n: int) -> Nodes:
+        """n times the root."""
+        zero, base_hi = np.zeros(n, np.int64), np.full(n, self.base.n_leaves)
+        if self.added is None:
+            return Nodes(zero, base_hi)
+        return Nodes(zero, base_hi, zero, np.full(n, self.added.n_leaves))
+
+    def expand(self, nodes: Nodes) -> Expansion:
+        """All live children of all nodes, none of which may be a leaf.
+
+        for row, prefix in enumerate(nodes):
+            for token in sorted({live identifier[len(prefix)] for those that begin with prefix}): yield row, token
+
+        Raises:
+            DeadEnd: one of the nodes is a leaf.
+        """
+        if nodes.added is None or nodes.added_hi is None or self.added is None:
+            children = self.base.children(nodes.base)
+            part = _Part(self.base, children, nodes.base_hi, 0)
+            return self._compressed(part) if self.live else Expansion(children.offsets, children.token_ids, (part,))
+        first = self._part(self.base, nodes.base, nodes.base_hi, 0)
+        second = self._part(self.added, nodes.added, nodes.added_hi, self.base.n_leaves)
+        keys = [self._live_keys(part, rows) for part, rows in (first, second)]
+        merged = np.union1d(keys[0][0], keys[1][0])
+        parts = []
+        for (part, _), (key, place) in zip((first, second), keys, strict=True):
+            entry = np.full(len(merged), -1)
+            entry[np.searchsorted(merged, key)] = place
+            parts.append(_Part(part.trie, part.children, part.hi, part.leaf_start, entry))
+        offsets = np.searchsorted(merged, np.arange(len(nodes) + 1) << _TOKEN_BITS)
+        return Expansion(offsets, merged & ((1 << _TOKEN_BITS) - 1), tuple(parts))
+
+    def is_leaf(self, nodes: Nodes) -> NDArray[np.bool_]:
+        """Whether an identifier ends at each node."""
+        ends = self.base.is_leaf(np.maximum(nodes.base, 0)) & (nodes.base >= 0)
+        if nodes.added is not None and self.added is not None:
+            ends |= self.added.is_leaf(np.maximum(nodes.added, 0)) & (nodes.added >= 0)
+        return ends
+
+    def leaf(self, nodes: Nodes) -> Int64:
+        """The leaf number of each node, all of which must be leaves."""
+        if nodes.added is None or self.added is None:
+            return self.base.leaf_rank(nodes.base)
+        added = self.added.first_leaf(np.maximum(nodes.added, 0)) + self.base.n_leaves
+        return np.where(nodes.base >= 0, self.base.first_leaf(np.maximum(nodes.base, 0)), added)
+
+    def order(self, nodes: Nodes) -> Int64:
+        """Numbers that ascend like the token ids of prefixes of which none is the beginning of another."""
+        if nodes.added is None or self.added is None:
+            return self.base.first_leaf(nodes.base)
+        base = self.base.first_leaf(np.maximum(nodes.base, 0))
+        added = self.added.first_leaf(np.maximum(nodes.added, 0))
+        before = self._base_before_added
+        base_before = np.where(nodes.base >= 0, base, before[np.minimum(added, len(before) - 1)])
+        added_before = np.where(nodes.added >= 0, added, np.searchsorted(before, base, side="right"))
+        return np.asarray(base_before + added_before)
+
+    def key(self, leaves: Int64) -> Int64:
+        """What each leaf stands for."""
+        if self.added_keys is None:
+            return leaves if self.keys is None else self.keys[leaves]
+        n_base = self.base.n_leaves
+        base = np.minimum(leaves, n_base - 1)
+        of_base = base if self.keys is None else self.keys[base]
+        return np.where(leaves < n_base, of_base, self.added_keys[np.maximum(leaves - n_base, 0)])
+
+    def restrict(self, allowed: LeafFilter) -> LeafFilter:
+        """The allowed leaves that exist.
+
+        Raises:
+            FilterError: `allowed` was made for another version.
+        """
+        if allowed.n_leaves != self.n_leaves:
+            raise FilterError(
+                f"the filter knows {allowed.n_leaves} identifiers, the trie {self.n_leaves}: build it anew."
+            )
+        return allowed if self.live is None else allowed & self.live
+
+    @cached_property
+    def _base_before_added(self) -> Int64:
+        """(added leaves,) int64, how many leaves of the base sort before each."""
+        return leaves_before(self.base, self.added.paths()) if self.added else np.zeros(0, np.int64)
+
+    @staticmethod
+    def _part(trie: Trie, nodes: Int64, hi: Int64, leaf_start: int) -> tuple[_Part, Int64]:
+        rows = np.flatnonzero(nodes >= 0)
+        return _Part(trie, trie.children(nodes[rows]), hi[rows], leaf_start), rows
+
+    def _live_keys(self, part: _Part, rows: Int64) -> tuple[Int64, Int64]:
+        """(row, token) of the live children as one number each, and their places among the children."""
+        keys = (rows[part.children.row] << _TOKEN_BITS) + part.children.token_ids
+        if self.live is None or part.leaf_start:
+            return keys, np.arange(len(keys))
+        place = np.flatnonzero(part.allowed(self.live))
+        return keys[place], place
+
+    def _compressed(self, part: _Part) -> Expansion:
+        assert self.live is not None
+        entry = np.flatnonzero(part.allowed(self.live))
+        offsets = np.searchsorted(entry, part.children.offsets)
+        token_ids = part.children.token_ids_at(entry)
+        return Expansion(offsets, token_ids, (_Part(part.trie, part.children, part.hi, part.leaf_start, entry),))
+
+
+def leaves_before(trie: Trie, paths: NDArray[np.int32]) -> Int64:
+    """(n,) how many identifiers of `trie` sort before each path: (n, L) int32, -1 after the end.
+
+    for path in paths: yield sum(identifier < path for identifier in identifiers)
+    """
+    rank = np.zeros(len(paths), np.int64)
+    rows, node = np.arange(len(paths)), np.zeros(len(paths), np.int64)
+    for column in [*paths.T, np.full(len(paths), -1, np.int32)]:
+        ends = trie.is_leaf(node)
+        stops = ends | (column[rows] < 0)
+        rank[rows[stops]] = trie.first_leaf(node[stops]) + (ends & (column[rows] >= 0))[stops]
+        rows, node = rows[~stops], node[~stops]
+        child, token = trie.nearest_children(node, column[rows].astype(np.int64))
+        equal = token == column[rows]
+        lo, hi = trie.leaf_range(child[~equal])
+        rank[rows[~equal]] = np.where(token[~equal] < column[rows][~equal], hi, lo)
+        rows, node = rows[equal], child[equal]
+    return rank
