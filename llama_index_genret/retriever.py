@@ -29,8 +29,8 @@ class GenerativeImageRetriever(BaseRetriever):
 
     Every result is an `ImageNode` of a real image of the index: its `image_path` exists and its mime type is read
     from the file, `text` is its first caption, and the metadata are the record's own, flat, with `image_id`,
-    `file_path`, `content_sha256`, `genret_identifier`, `genret_log_prob`, `genret_rank` and `genret_exact`. None of the metadata is
-    shown to the answering model unless `llm_metadata_keys` names it: it looks at the picture.
+    `file_path`, `content_sha256`, `genret_identifier`, `genret_log_prob`, `genret_rank` and `genret_exact`. None of
+    the metadata is shown to the answering model unless `llm_metadata_keys` names it: it looks at the picture.
     Scores are probabilities in (0, 1]. Nodes are made fresh for each call; their ids are the image ids.
 
     Args:

@@ -19,7 +19,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
-from typing import overload
+from typing import Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,18 +58,16 @@ class Row:
     token_ids: Int64
 
 
-@dataclass(frozen=True, eq=False)
 class Rows(Sequence[Row]):
     """The n rows of one step over all queries: a sequence of `Row`, and the same as arrays.
 
-    query: (n,) int64, ascending. prefixes: (n, depth) int32, -1 after the end. token_ids: (m,) int64, of all rows,
-    one after another; those of row i are the entries offsets[i] .. offsets[i + 1].
+    query: (n,) int64, ascending. prefixes: (n, depth) int32, -1 after the end.
+    offsets: (n + 1,) int64, the tokens of row i are token_ids[offsets[i] : offsets[i + 1]].
     """
 
-    query: Int64
-    prefixes: NDArray[np.int32]
-    token_ids: Int64
-    offsets: Int64
+    def __init__(self, query: Int64, prefixes: NDArray[np.int32], tokens: Tokens) -> None:
+        self.query, self.prefixes, self.offsets = query, prefixes, tokens.offsets
+        self._tokens = tokens
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Rows:
@@ -79,7 +77,21 @@ class Rows(Sequence[Row]):
             prefixes[i, : len(row.prefix)] = row.prefix
         token_ids = np.concatenate([row.token_ids for row in rows]) if rows else np.zeros(0, np.int64)
         offsets = np.cumsum([0, *(len(row.token_ids) for row in rows)])
-        return cls(np.array([row.query for row in rows], np.int64), prefixes, token_ids, offsets)
+        return cls(np.array([row.query for row in rows], np.int64), prefixes, _Tokens(token_ids, offsets))
+
+    @property
+    def token_ids(self) -> Int64:
+        """(m,) int64, the tokens to score, of all rows, one row after another."""
+        return self._tokens.token_ids
+
+    @property
+    def alphabet(self) -> NDArray[np.integer]:
+        """(a,) ascending: a set that holds all `token_ids`; where all rows are equally deep, that level's symbols."""
+        return self._tokens.alphabet
+
+    def gather(self, block: NDArray[np.floating]) -> NDArray[np.floating]:
+        """(m,) scores out of a `block` (n, a) that has a column for each token of `alphabet`."""
+        return self._tokens.gather(block)
 
     def split(self, scores: Float64) -> list[Float64]:
         """The scores of each row."""
@@ -98,6 +110,32 @@ class Rows(Sequence[Row]):
         i = range(len(self))[i]
         prefix = tuple(token for token in self.prefixes[i].tolist() if token >= 0)
         return Row(int(self.query[i]), prefix, self.token_ids[self.offsets[i] : self.offsets[i + 1]])
+
+
+class Tokens(Protocol):
+    """Ragged token ids; an `Expansion` computes them when they are asked for."""
+
+    @property
+    def offsets(self) -> Int64: ...
+    @property
+    def token_ids(self) -> Int64: ...
+    @property
+    def alphabet(self) -> NDArray[np.integer]: ...
+    def gather(self, block: NDArray[np.floating]) -> NDArray[np.floating]: ...
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    token_ids: Int64
+    offsets: Int64
+
+    @property
+    def alphabet(self) -> Int64:
+        return np.unique(self.token_ids)
+
+    def gather(self, block: NDArray[np.floating]) -> NDArray[np.floating]:
+        rows = np.repeat(np.arange(len(block)), np.diff(self.offsets))
+        return np.asarray(block[rows, np.searchsorted(self.alphabet, self.token_ids)])
 
 
 @dataclass(frozen=True)
@@ -131,7 +169,7 @@ class Ranking:
     nodes_expanded: int
 
 
-Steps = Generator[Rows, Float64, list[Ranking]]
+Steps = Generator[Rows, NDArray[np.floating], list[Ranking]]
 
 
 @dataclass(frozen=True)
@@ -158,10 +196,17 @@ class _Beams:
             np.concatenate([self.prefixes, other.prefixes]),
         )
 
-    def ranked(self) -> tuple[_Beams, Int64]:
-        """Sorted by query, the best first; and the place of each within its query."""
-        best = self.take(np.lexsort((self.order, -self.log_prob, self.query)))
-        return best, np.arange(len(best.query)) - np.searchsorted(best.query, best.query, side="left")
+    def ranked(self) -> _Beams:
+        """Sorted by query, the best first."""
+        return self.take(np.lexsort((self.order, -self.log_prob, self.query)))
+
+    def place(self) -> Int64:
+        """Where each stands within its query, of sorted ones."""
+        return np.arange(len(self.query)) - np.searchsorted(self.query, self.query, side="left")
+
+    def where(self, mask: NDArray[np.bool_]) -> _Beams:
+        """Those that the mask names."""
+        return self if mask.all() else self.take(np.flatnonzero(mask))
 
 
 def search(
@@ -197,30 +242,30 @@ def search(
     allowed = None if allowed is None else live.restrict(allowed)
     if (live.n_live if allowed is None else allowed.n_allowed) == 0:
         return [Ranking((), exact=True, nodes_expanded=0)] * n_queries
-    pool, finished = _roots(live, n_queries), _roots(live, 0)
-    expanded, dropped = np.zeros(n_queries, np.int64), _Dropped.none(n_queries)
+    pool, finished = _roots(live, n_queries), _Finished(_roots(live, 0), n_queries, k)
+    expanded, dropped = np.zeros(n_queries, np.int64), _Dropped(n_queries)
     while True:
         spent = np.zeros(n_queries, np.bool_) if budget is None else expanded >= budget
-        pool, place = pool.ranked()
-        dropped.note(pool, np.flatnonzero((place == width) & spent[pool.query]))
-        pool = pool.take(np.flatnonzero((place < width) | ~spent[pool.query]))
-        pool, finished = _set_finished_aside(live, pool, finished, k)
-        pool, place = _drop_beaten(pool, finished, k, n_queries).ranked()
-        chosen, rest = pool.take(np.flatnonzero(place < width)), pool.take(np.flatnonzero(place >= width))
+        pool = _cut(pool, width, spent, dropped)
+        pool = finished.unbeaten(finished.set_aside(live, pool))
+        place = pool.place()
+        chosen, rest = pool.where(place < width), pool.take(np.flatnonzero(place >= width))
         if not len(chosen.query):
             break
         expansion = live.expand(chosen.nodes)
         if normalise is Normalise.CHILDREN and (forced := np.flatnonzero(np.diff(expansion.offsets) == 1)).size:
-            pool = _follow(chosen, forced, expansion) + rest
+            chosen = _follow(chosen, forced, expansion)
+            pool = (chosen + rest).ranked() if len(rest.query) else chosen
             continue
-        rows = Rows(chosen.query, chosen.prefixes, expansion.token_ids, expansion.offsets)
-        log_probs = _child_log_probs((yield rows), expansion, chosen.log_prob, normalise)
+        rows = Rows(chosen.query, chosen.prefixes, expansion)
+        scores = _checked((yield rows), expansion)
+        constant = _row_constants(scores, expansion.offsets, chosen.log_prob, normalise)
         expanded += np.bincount(chosen.query, minlength=n_queries)
         entries = None if allowed is None else np.flatnonzero(expansion.allowed(allowed))
-        starts = expansion.offsets[np.searchsorted(chosen.query, np.arange(n_queries + 1))]
-        best = _best(log_probs, entries, starts, np.where(spent, width + 1, -1))
-        pool = _children(live, chosen, expansion, best, log_probs) + rest
-    return _rankings(live, finished, dropped, expanded, k)
+        first_rows = np.searchsorted(chosen.query, np.arange(n_queries + 1))
+        best = _best(scores, constant, expansion.offsets, first_rows, entries, np.where(spent, width + 1, -1))
+        pool = (_children(live, chosen, expansion, best, scores, constant) + rest).ranked()
+    return _rankings(live, finished.beams, dropped, expanded, k)
 
 
 def _width(k: int, width: int | None, budget: int | None) -> int:
@@ -234,117 +279,142 @@ def _roots(trie: LiveTrie, n: int) -> _Beams:
     return _Beams(np.arange(n), np.zeros(n), np.zeros(n, np.int64), trie.roots(n), prefixes)
 
 
-@dataclass(frozen=True)
 class _Dropped:
     """The best prefix that each query's search dropped: its bound and its order."""
 
-    log_prob: Float64
-    order: Int64
-    any: NDArray[np.bool_]
+    def __init__(self, n_queries: int) -> None:
+        self.log_prob, self.order = np.full(n_queries, -np.inf), np.zeros(n_queries, np.int64)
+        self.any = np.zeros(n_queries, np.bool_)
 
-    @classmethod
-    def none(cls, n_queries: int) -> _Dropped:
-        return cls(np.full(n_queries, -np.inf), np.zeros(n_queries, np.int64), np.zeros(n_queries, np.bool_))
-
-    def note(self, pool: _Beams, rows: Int64) -> None:
-        """Take account of `rows`, at most one a query."""
-        query, log_prob, order = pool.query[rows], pool.log_prob[rows], pool.order[rows]
-        better = ~self.any[query] | (log_prob > self.log_prob[query])
-        better |= (log_prob == self.log_prob[query]) & (order < self.order[query])
+    def note(self, beams: _Beams) -> None:
+        """Take account of at most one a query."""
+        query = beams.query
+        better = ~self.any[query] | (beams.log_prob > self.log_prob[query])
+        better |= (beams.log_prob == self.log_prob[query]) & (beams.order < self.order[query])
         query = query[better]
-        self.log_prob[query], self.order[query], self.any[query] = log_prob[better], order[better], True
+        self.log_prob[query], self.order[query], self.any[query] = beams.log_prob[better], beams.order[better], True
 
 
-def _set_finished_aside(trie: LiveTrie, pool: _Beams, finished: _Beams, k: int) -> tuple[_Beams, _Beams]:
-    """(the prefixes, the best k finished identifiers of each query)."""
-    ends = trie.is_leaf(pool.nodes)
-    if not ends.any():
-        return pool, finished
-    finished, place = (finished + pool.take(np.flatnonzero(ends))).ranked()
-    return pool.take(np.flatnonzero(~ends)), finished.take(np.flatnonzero(place < k))
+def _cut(pool: _Beams, width: int, spent: NDArray[np.bool_], dropped: _Dropped) -> _Beams:
+    """The best `width` of each query that has spent its budget, and all of the others."""
+    place, cut = pool.place(), spent[pool.query]
+    dropped.note(pool.take(np.flatnonzero((place == width) & cut)))
+    return pool.where((place < width) | ~cut)
 
 
-def _drop_beaten(pool: _Beams, finished: _Beams, k: int, n_queries: int) -> _Beams:
-    """Drop prefixes that k finished identifiers already beat: a longer one is never more probable."""
-    _, place = finished.ranked()
-    last = np.flatnonzero(place == k - 1)
-    if not last.size:
-        return pool
-    bar, order = np.full(n_queries, -np.inf), np.full(n_queries, np.iinfo(np.int64).max)
-    bar[finished.query[last]], order[finished.query[last]] = finished.log_prob[last], finished.order[last]
-    bar, order = bar[pool.query], order[pool.query]
-    return pool.take(np.flatnonzero((pool.log_prob > bar) | ((pool.log_prob == bar) & (pool.order < order))))
+class _Finished:
+    """The best k finished identifiers of each query, and the bar that they set for prefixes once they are k."""
+
+    def __init__(self, none: _Beams, n_queries: int, k: int) -> None:
+        self.beams, self._k = none, k
+        self._bar, self._order = np.full(n_queries, -np.inf), np.full(n_queries, np.iinfo(np.int64).max)
+
+    def set_aside(self, trie: LiveTrie, pool: _Beams) -> _Beams:
+        """Take the finished ones out of the pool."""
+        ends = trie.is_leaf(pool.nodes)
+        if not ends.any():
+            return pool
+        both = (self.beams + pool.take(np.flatnonzero(ends))).ranked()
+        place = both.place()
+        self.beams, last = both.where(place < self._k), both.take(np.flatnonzero(place == self._k - 1))
+        self._bar[last.query], self._order[last.query] = last.log_prob, last.order
+        return pool.take(np.flatnonzero(~ends))
+
+    def unbeaten(self, pool: _Beams) -> _Beams:
+        """Without the prefixes that k finished identifiers already beat: a longer one is never more probable."""
+        bar, order = self._bar[pool.query], self._order[pool.query]
+        return pool.where((pool.log_prob > bar) | ((pool.log_prob == bar) & (pool.order < order)))
 
 
 def _follow(beams: _Beams, forced: Int64, expansion: Expansion) -> _Beams:
     """Walk down to the only child of some: its probability is 1."""
     entries = expansion.offsets[forced]
     prefixes = beams.prefixes.copy()
-    prefixes[forced, (prefixes[forced] >= 0).sum(axis=1)] = expansion.token_ids[entries]
+    prefixes[forced, (prefixes[forced] >= 0).sum(axis=1)] = expansion.token_ids_at(entries)
     nodes = beams.nodes.put(forced, expansion.take(entries))
     return _Beams(beams.query, beams.log_prob, beams.order, nodes, prefixes)
 
 
-def _child_log_probs(scores: Float64, expansion: Expansion, parent: Float64, normalise: Normalise) -> Float64:
-    """(m,) log-probabilities of all children, normalised as asked, their prefixes' included."""
-    scores = np.asarray(scores, np.float64)
-    if scores.shape != expansion.token_ids.shape:
-        raise SearchError(f"the scorer answered {scores.shape} scores for {expansion.token_ids.shape} tokens.")
+def _checked(scores: NDArray[np.floating], expansion: Expansion) -> NDArray[np.floating]:
+    scores = np.asarray(scores)
+    if scores.shape != (expansion.offsets[-1],):
+        raise SearchError(f"the scorer answered {scores.shape} scores for {expansion.offsets[-1]} tokens.")
     if not scores.max() < np.inf:
         raise SearchError("the scorer answered NaN or +inf: its weights are damaged, or its dtype overflows.")
-    starts, counts = expansion.offsets[:-1], np.diff(expansion.offsets)
+    return scores
+
+
+def _row_constants(scores: NDArray[np.floating], offsets: Int64, parent: Float64, normalise: Normalise) -> Float64:
+    """(n,) what is to be added to the scores of each row to make them log-probabilities, the prefix's included."""
     if normalise is Normalise.VOCABULARY:
-        return np.asarray(scores + np.repeat(parent, counts))
+        return parent
+    starts, counts = offsets[:-1], np.diff(offsets)
     top = np.maximum.reduceat(scores, starts)
     top[np.isneginf(top)] = 0.0
-    log_probs = scores - np.repeat(top, counts)
-    total = np.add.reduceat(np.exp(log_probs), starts)
-    log_probs += np.repeat(parent - np.log(total, where=total > 0, out=np.zeros_like(total)), counts)
-    return log_probs
+    total = np.add.reduceat(np.exp(scores - np.repeat(top, counts)), starts, dtype=np.float64)
+    return np.asarray(parent - top - np.log(total, where=total > 0, out=np.zeros_like(total)))
 
 
-def _best(log_probs: Float64, entries: Int64 | None, starts: Int64, wanted: Int64) -> Int64:
-    """The entries that hold each query's best `wanted`, and few others; all where `wanted` is negative.
+def _best(
+    scores: NDArray[np.floating],
+    constant: Float64,
+    offsets: Int64,
+    first_rows: Int64,
+    entries: Int64 | None,
+    wanted: Int64,
+) -> Int64:
+    """The entries that hold each query's best `wanted`, and a few others; all where `wanted` is negative.
 
-    The maxima of more than `wanted` chunks of a query are its entries too: the one in place `wanted` among them bounds
-    the best from below, and a few entries are left to sort.
+    Each row is cut into pieces. The maxima of a query's pieces are entries of it: the one in place `wanted` among them
+    bounds the best from below, and only the entries above the bound are left to sort.
 
     Args:
+        first_rows: (queries + 1,) where the rows of each query begin.
         entries: those to choose from, ascending; None for all.
-        starts: (queries + 1,) where each query's entries begin among all.
     """
     if entries is not None:
-        log_probs, starts = log_probs[entries], np.searchsorted(entries, starts)
-    if len(log_probs) and wanted.max() >= 0:
-        sizes = np.diff(starts)
-        step = np.where(wanted >= 0, np.maximum(1, -(-sizes // (4 * np.maximum(wanted, 1)))), np.maximum(sizes, 1))
-        chunks = -(-sizes // step)
-        query = np.repeat(np.arange(len(sizes)), chunks)
-        place = np.arange(len(query)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-        maxima = np.full((len(sizes), chunks.max()), -np.inf)
-        maxima[query, place] = np.maximum.reduceat(log_probs, starts[query] + step[query] * place)
-        maxima.sort(axis=1)
-        bound = np.full(len(sizes), -np.inf)
-        some = np.flatnonzero((wanted > 0) & (chunks >= wanted))
-        bound[some] = maxima[some, maxima.shape[1] - wanted[some]]
-        kept = np.flatnonzero(log_probs >= np.repeat(bound, sizes))
-    else:
-        kept = np.arange(len(log_probs))
+        scores, offsets = scores[entries], np.searchsorted(entries, offsets)
+    if not len(scores) or wanted.max() < 0:
+        return np.arange(len(scores)) if entries is None else entries
+    counts, n_rows = np.diff(offsets), np.diff(first_rows)
+    n_pieces = min(max(8, 4 * int(wanted.max()) // int(n_rows[n_rows > 0].min())), int(counts.max()))
+    cuts = offsets[:-1, None] + counts[:, None] * np.arange(n_pieces) // n_pieces
+    maxima = (
+        np.maximum.reduceat(scores, np.minimum(cuts, len(scores) - 1).ravel()).reshape(cuts.shape) + constant[:, None]
+    )
+    maxima[np.diff(cuts, axis=1, append=offsets[1:, None]) == 0] = -np.inf
+    table = np.full((len(n_rows), max(int(n_rows.max()) * n_pieces, int(wanted.max()))), -np.inf)
+    query = np.repeat(np.arange(len(n_rows)), n_rows)
+    column = (np.arange(len(query)) - first_rows[query])[:, None] * n_pieces + np.arange(n_pieces)
+    table[query[:, None], column] = maxima
+    table.sort(axis=1)
+    bound = np.where(wanted > 0, table[np.arange(len(n_rows)), -np.maximum(wanted, 1)], -np.inf)
+    limit, some = np.full(len(query), -np.inf), bound[query] > -np.inf
+    limit[some] = bound[query][some] - constant[some]
+    limit[some] -= 1e-5 * np.clip(np.abs(limit[some]), 1.0, 1e30)  # sums are rounded: rather keep one too many
+    kept = np.flatnonzero(scores >= np.repeat(limit.astype(scores.dtype), counts))
     return kept if entries is None else entries[kept]
 
 
-def _children(trie: LiveTrie, parents: _Beams, expansion: Expansion, entries: Int64, log_probs: Float64) -> _Beams:
+def _children(
+    trie: LiveTrie,
+    parents: _Beams,
+    expansion: Expansion,
+    entries: Int64,
+    scores: NDArray[np.floating],
+    constant: Float64,
+) -> _Beams:
     row = np.searchsorted(expansion.offsets, entries, side="right") - 1
     nodes, prefixes = expansion.take(entries), parents.prefixes[row]
-    prefixes[np.arange(len(row)), (prefixes >= 0).sum(axis=1)] = expansion.token_ids[entries]
-    return _Beams(parents.query[row], log_probs[entries], trie.order(nodes), nodes, prefixes)
+    prefixes[np.arange(len(row)), (prefixes >= 0).sum(axis=1)] = expansion.token_ids_at(entries)
+    log_prob = scores[entries].astype(np.float64) + constant[row]
+    return _Beams(parents.query[row], log_prob, trie.order(nodes), nodes, prefixes)
 
 
 def _rankings(trie: LiveTrie, finished: _Beams, dropped: _Dropped, expanded: Int64, k: int) -> list[Ranking]:
-    finished, _ = finished.ranked()
     leaves = trie.leaf(finished.nodes)
     hits = [
-        Hit(leaf, key, tuple(token for token in prefix if token >= 0), min(log_prob, 0.0))
+        Hit(leaf, key, tuple(prefix) if prefix[-1] >= 0 else tuple(t for t in prefix if t >= 0), min(log_prob, 0.0))
         for leaf, key, prefix, log_prob in zip(
             leaves.tolist(),
             trie.key(leaves).tolist(),

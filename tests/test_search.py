@@ -1,6 +1,8 @@
 """Beam search against its definition: sum every path, then sort."""
 
 import asyncio
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,6 +100,95 @@ def test_probabilities_over_the_children_sum_to_one_over_the_images(identifiers,
     n = len(identifiers)
     hits = hits_of(FakeScorer(VOCABULARY, seed=seed), build_trie(identifiers)[0], [PROMPT], k=n, width=n)
     assert sum(hit.score for hit in hits) == pytest.approx(1.0)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 4), st.sampled_from(Normalise))
+def test_exact_search_equals_scoring_every_identifier(identifiers, seed, k, width, normalise):
+    """A thousand random tries and models, sharp ones and flat ones."""
+    scorer, trie = FakeScorer(VOCABULARY, seed=seed, spread=seed % 7), build_trie(identifiers)[0]
+    (ranking,) = recall(scorer, trie, [PROMPT], k=k, width=width, normalise=normalise, budget=None)
+    assert_same(ranking.hits, expected_hits(scorer, identifiers, PROMPT, normalise)[:k])
+    assert ranking.exact
+    assert ranking.nodes_expanded <= len({i[:depth] for i in identifiers for depth in range(len(i))})
+
+
+@settings(max_examples=300, deadline=None)
+@given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 4), st.data())
+def test_a_certificate_is_never_given_to_a_wrong_ranking(identifiers, seed, k, width, data):
+    """Whatever the beam or the budget, with a filter or without."""
+    scorer, (trie, order) = FakeScorer(VOCABULARY, seed=seed, spread=3.0), build_trie(identifiers)
+    mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(order), max_size=len(order))))
+    allowed = data.draw(st.sampled_from([None, LeafFilter.from_mask(mask)]))
+    budget = data.draw(st.sampled_from([0, 1, 3, 100, None]))
+    (ranking,) = recall(scorer, trie, [PROMPT], k=k, width=width, allowed=allowed, budget=budget)
+    kept = {identifiers[row] for row, passes in zip(order, mask, strict=True) if passes or allowed is None}
+    expected = [row for row in expected_hits(scorer, identifiers, PROMPT, Normalise.CHILDREN) if row[1] in kept]
+    assert len(ranking.hits) == min(k, len(kept))
+    if ranking.exact:
+        assert_same(ranking.hits, expected[:k])
+    assert ranking.exact or budget in (0, 1, 3)
+
+
+def test_a_beam_that_misses_the_best_image_says_that_it_is_not_certain_and_exact_search_finds_it():
+    """The best image lies behind the worse first token: a beam of one drops it."""
+    table = {((1, 2, 3), ()): {0: 1.0, 1: 0.9}, ((1, 2, 3), (0,)): {2: 0.0, 3: 0.0, 4: 0.0}, ((1, 2, 3), (1,)): {2: 9}}
+    scorer, trie = (
+        FakeScorer(VOCABULARY, spread=0.0, table=table),
+        build_trie([(0, 2), (0, 3), (0, 4), (1, 2), (1, 3)])[0],
+    )
+    (beam,) = recall(scorer, trie, [PROMPT], k=1, width=1)
+    (exact,) = recall(scorer, trie, [PROMPT], k=1, width=1, budget=None)
+    assert (beam.hits[0].token_ids, beam.exact, beam.nodes_expanded) == ((0, 2), False, 2)
+    assert (exact.hits[0].token_ids, exact.exact, exact.nodes_expanded) == ((1, 2), True, 3)
+
+
+def test_one_symbol_per_image_is_ranked_exactly_in_one_step():
+    scorer, trie = FakeScorer(5000), build_trie(np.arange(5000)[:, None])[0]
+    (ranking,) = recall(scorer, trie, [PROMPT], k=7)
+    logits = scorer.logits(PROMPT, ())
+    assert [hit.leaf for hit in ranking.hits] == np.argsort(-logits)[:7].tolist()
+    assert (ranking.exact, ranking.nodes_expanded) == (True, 1)
+
+
+class SinglePrecision(FakeScorer):
+    """The same scores as float32, as a model gives them."""
+
+    @contextmanager
+    def session(self, prompts, normalise):
+        with super().session(prompts, normalise) as session:
+            yield SimpleNamespace(score=lambda rows: session.score(rows).astype(np.float32))
+
+
+@settings(max_examples=100, deadline=None)
+@given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 5), st.sampled_from([0, None]))
+def test_single_precision_scores_rank_like_double_ones(identifiers, seed, k, budget):
+    trie = build_trie(identifiers)[0]
+    double, single = (
+        hits_of(kind(VOCABULARY, seed=seed), trie, [PROMPT], k=k, budget=budget)
+        for kind in (FakeScorer, SinglePrecision)
+    )
+    assert [hit.leaf for hit in single] == [hit.leaf for hit in double]
+    np.testing.assert_allclose([h.log_prob for h in single], [h.log_prob for h in double], atol=1e-5)
+
+
+def test_impossible_children_are_still_ranked_behind_the_possible_ones():
+    """A probability of zero is a score like another: k images come back."""
+    trie, _ = build_trie([(0, 1), (0, 2), (3, 4), (3, 5)])
+    steps = search(trie, n_queries=1, k=4)
+    next(steps)
+    steps.send(np.array([0.0, -np.inf]))
+    with pytest.raises(StopIteration) as stop:
+        steps.send(np.array([0.0, 1.0, -np.inf, -np.inf]))
+    hits = stop.value.value[0].hits
+    assert [hit.token_ids for hit in hits] == [(0, 2), (0, 1), (3, 4), (3, 5)]
+    assert [hit.log_prob for hit in hits[2:]] == [-np.inf] * 2
+
+
+def test_a_filter_under_which_nothing_is_left_finds_nothing_for_certain():
+    trie, _ = build_trie([(0, 1), (0, 2)])
+    (ranking,) = recall(FakeScorer(VOCABULARY), trie, [PROMPT], k=1, allowed=LeafFilter.from_mask(np.zeros(2, bool)))
+    assert (ranking.hits, ranking.exact) == ((), True)
 
 
 def test_ties_come_in_the_order_of_the_token_ids():

@@ -98,9 +98,19 @@ def test_the_leaves_of_siblings_follow_each_other(identifiers: Identifiers) -> N
     trie, _ = build_trie(identifiers)
     inner = all_nodes(trie)[~trie.is_leaf(all_nodes(trie))]
     children = trie.children(inner)
-    ends = children.leaf_hi(np.arange(len(children.node)), trie.leaf_range(inner)[1])
+    ends = children.leaf_hi(np.arange(len(children.node)), children.row, trie.leaf_range(inner)[1])
     assert ends.tolist() == trie.leaf_range(children.node)[1].tolist()
     assert trie.first_leaf(children.node).tolist() == trie.leaf_range(children.node)[0].tolist()
+
+
+@given(identifier_sets, st.data())
+def test_gathering_takes_each_childs_column(identifiers: Identifiers, data: st.DataObject) -> None:
+    trie, _ = build_trie(identifiers)
+    inner = all_nodes(trie)[~trie.is_leaf(all_nodes(trie))].tolist()
+    children = trie.children(np.array(data.draw(st.lists(st.sampled_from(inner), min_size=1, max_size=6))))
+    block = np.random.default_rng(0).normal(size=(len(children.first), len(children.alphabet)))
+    columns = [children.alphabet.tolist().index(token) for token in children.token_ids]
+    assert children.gather(block).tolist() == block[children.row, columns].tolist()
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=200))

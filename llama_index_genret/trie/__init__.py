@@ -6,7 +6,9 @@ from llama_index_genret.trie.edits import (
     add_identifiers,
     close_beginnings,
     compact,
+    edits_of,
     remove_identifiers,
+    with_edits,
 )
 from llama_index_genret.trie.file import open_trie, save_trie, verify_trie
 from llama_index_genret.trie.filter import LeafFilter
@@ -25,8 +27,10 @@ __all__ = [
     "build_trie",
     "close_beginnings",
     "compact",
+    "edits_of",
     "open_trie",
     "remove_identifiers",
     "save_trie",
     "verify_trie",
+    "with_edits",
 ]

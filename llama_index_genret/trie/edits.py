@@ -6,7 +6,7 @@ Knows token ids and keys; nothing of files or images.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import pairwise
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from llama_index_genret.errors import IdentifierCollision, IdentifierError
 from llama_index_genret.trie.build import build_trie_of_paths
 from llama_index_genret.trie.filter import LeafFilter
-from llama_index_genret.trie.flat import Int64
+from llama_index_genret.trie.flat import Int64, Trie
 from llama_index_genret.trie.live import LiveTrie, leaves_before
 
 Path = tuple[int, ...]
@@ -131,6 +131,26 @@ def compact(trie: LiveTrie) -> LiveTrie:
     longest = int((paths >= 0).sum(axis=1).max())
     base, _ = build_trie_of_paths(paths[:, :longest])
     return LiveTrie(base, keys=keys)
+
+
+def edits_of(trie: LiveTrie) -> dict[str, NDArray[np.integer]]:
+    """What distinguishes a version from its base, as arrays to store beside the base's file.
+
+    removed: (r,) int64 leaves. added: (n, L) int32 paths, -1 after the end. added_keys: (n,) int64.
+    """
+    leaves = np.arange(trie.base.n_leaves)
+    removed = leaves[:0] if trie.live is None else leaves[~trie.live.contains(leaves)]
+    added = trie.added.paths() if trie.added else np.zeros((0, trie.base.depth), np.int32)
+    return {"removed": removed, "added": np.ascontiguousarray(added), "added_keys": _added_keys(trie)}
+
+
+def with_edits(base: Trie, keys: Int64 | None, edits: Mapping[str, NDArray[np.integer]]) -> LiveTrie:
+    """The version that `edits_of` described."""
+    removed, added = edits["removed"].astype(np.int64), edits["added"].astype(np.int32)
+    live = LeafFilter.from_mask(np.ones(base.n_leaves, np.bool_)).without(removed) if len(removed) else None
+    kept = LiveTrie(base, None, live, keys)
+    paths = [tuple(token for token in path if token >= 0) for path in added.tolist()]
+    return _join(kept, paths, edits["added_keys"].astype(np.int64))
 
 
 class EditableTrie:

@@ -36,44 +36,89 @@ DTYPES = {
 
 @dataclass(frozen=True, eq=False)
 class Children:
-    """The children of n nodes, one after another: a ragged array of m entries.
+    """The children of n nodes, one after another: a ragged array of m entries, computed as far as it is asked for.
 
-    node: (m,) int64, the child; siblings ascend by token id, and their numbers are consecutive.
     offsets: (n + 1,) int64, the children of row i are the entries offsets[i] .. offsets[i + 1].
+    first: (n,) int64, the first child of each row; siblings ascend by token id, and their numbers are consecutive.
     """
 
-    node: Int64
     offsets: Int64
+    first: Int64
     _trie: Trie
     _parents: Int64
 
     @cached_property
+    def node(self) -> Int64:
+        """(m,) int64, the child."""
+        node = np.repeat(self.first - self.offsets[:-1], np.diff(self.offsets))
+        node += np.arange(len(node))
+        return node
+
+    @cached_property
     def row(self) -> Int64:
         """(m,) int64, position of the parent among the nodes that were asked for."""
-        return np.repeat(np.arange(len(self._parents)), np.diff(self.offsets))
+        return np.repeat(np.arange(len(self.first)), np.diff(self.offsets))
 
     @cached_property
     def token_ids(self) -> Int64:
         """(m,) int64, the token that leads to each child."""
-        return self.token_ids_at(slice(None))
+        return self.token_ids_at(self.node, self.row)
 
-    def token_ids_at(self, entries: Int64 | slice) -> Int64:
-        """The tokens of some of the entries."""
-        levels = self._trie.level_of(self._parents)
-        start: Any = self._trie.alphabet_start[levels[:1]]
-        if len(levels) and levels.min() != levels.max():
-            start = self._trie.alphabet_start[levels][self.row[entries]]
-        return np.asarray(self._trie.alphabet.take(self._trie.code.take(self.node[entries]) + start), np.int64)
+    @cached_property
+    def alphabet(self) -> NDArray[np.int32]:
+        """(a,) int32, ascending: a set that holds the tokens of all children. On one level, that level's."""
+        if self._level is None:
+            return np.unique(self.token_ids).astype(np.int32)
+        start = self._trie.alphabet_start[self._level : self._level + 2]
+        return self._trie.alphabet[start[0] : start[1]]
 
-    def leaf_hi(self, entries: Int64, parent_hi: Int64) -> Int64:
+    def gather(self, block: NDArray[np.floating]) -> NDArray[np.floating]:
+        """(m,) of each row of `block` the columns of its children.
+
+            for row, child in enumerate(children): yield block[row, alphabet.index(token that leads to child)]
+
+        Args:
+            block: (n, a), a column for each token of `alphabet`.
+        """
+        if self.offsets[-1] == block.size:  # every node has every child
+            return block.reshape(-1)
+        place = np.repeat(np.arange(0, block.size, block.shape[1]), np.diff(self.offsets))
+        if self._level is None:
+            place += np.searchsorted(self.alphabet, self.token_ids)
+        else:
+            place += self._trie.code.take(self.node)
+        return block.reshape(-1).take(place)
+
+    def rows_of(self, entries: Int64) -> Int64:
+        """The parents of some of the entries."""
+        return np.searchsorted(self.offsets, entries, side="right") - 1
+
+    def nodes_at(self, entries: Int64, rows: Int64) -> Int64:
+        """Some of the children, which are those of `rows`."""
+        return np.asarray(self.first[rows] + entries - self.offsets[rows])
+
+    def token_ids_at(self, nodes: Int64, rows: Int64) -> Int64:
+        """The tokens that lead to `nodes`, children of `rows`."""
+        level = self._trie.level_of(self._parents)[rows] if self._level is None else self._level
+        place = self._trie.code.take(nodes) + self._trie.alphabet_start[level]
+        return np.asarray(self._trie.alphabet.take(place), np.int64)
+
+    def leaf_hi(self, entries: Int64, rows: Int64, parent_hi: Int64) -> Int64:
         """One past the last leaf below each of the entries, given the same of all n parents.
 
         The leaves of siblings follow each other: one ends where the next begins, the last with its parent.
         """
-        row = np.searchsorted(self.offsets, entries, side="right") - 1
-        last = entries + 1 == self.offsets[row + 1]
-        node = self.node[entries]
-        return np.where(last, parent_hi[row], self._trie.first_leaf(np.where(last, node, node + 1)))
+        last = entries + 1 == self.offsets[rows + 1]
+        node = self.nodes_at(entries, rows)
+        return np.where(last, parent_hi[rows], self._trie.first_leaf(np.where(last, node, node + 1)))
+
+    @cached_property
+    def _level(self) -> int | None:
+        """The level of all parents; None where they are of several."""
+        if not len(self._parents):
+            return 0
+        first, last = self._trie.level_of(np.array([self._parents.min(), self._parents.max()])).tolist()
+        return first if first == last else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,10 +194,7 @@ class Trie:
             raise self._dead_end(nodes)
         offsets = np.zeros(len(nodes) + 1, np.int64)
         np.cumsum(counts, out=offsets[1:])
-        first -= offsets[:-1]
-        node = np.repeat(first, counts)
-        node += np.arange(offsets[-1])
-        return Children(node, offsets, self, nodes)
+        return Children(offsets, first, self, nodes)
 
     def is_leaf(self, nodes: Int64) -> NDArray[np.bool_]:
         """Whether an identifier ends at the node."""

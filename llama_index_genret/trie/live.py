@@ -78,13 +78,12 @@ class _Part:
 
     def take(self, entries: Int64) -> tuple[Int64, Int64]:
         """(node, hi) of some children of the expansion, -1 where this trie has none."""
-        if self.entry is None:
-            return self.children.node[entries], self.children.leaf_hi(entries, self.hi)
-        place = self.entry[entries]
+        place = entries if self.entry is None else self.entry[entries]
         here = place >= 0
+        rows = self.children.rows_of(place[here])
         node, hi = np.full(len(place), -1), np.full(len(place), -1)
-        node[here] = self.children.node[place[here]]
-        hi[here] = self.children.leaf_hi(place[here], self.hi)
+        node[here] = self.children.nodes_at(place[here], rows)
+        hi[here] = self.children.leaf_hi(place[here], rows, self.hi)
         return node, hi
 
     def allowed(self, leaves: LeafFilter) -> NDArray[np.bool_]:
@@ -110,25 +109,57 @@ class Expansion:
     """The children of n prefixes, one after another: a ragged array of m entries.
 
     offsets: (n + 1,) int64, the children of row i are the entries offsets[i] .. offsets[i + 1].
-    token_ids: (m,) int64, the token that leads to each; they ascend within a row.
     """
 
     offsets: Int64
-    token_ids: Int64
     _parts: tuple[_Part, ...]
+    _merged_token_ids: Int64 | None = None
 
     @cached_property
     def row(self) -> Int64:
         """(m,) int64, the position of each one's parent."""
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
 
+    @cached_property
+    def token_ids(self) -> Int64:
+        """(m,) int64, the token that leads to each child; they ascend within a row."""
+        if self._merged_token_ids is not None:
+            return self._merged_token_ids
+        token_ids = self._only.children.token_ids
+        return token_ids if self._only.entry is None else token_ids[self._only.entry]
+
+    @cached_property
+    def alphabet(self) -> Int64 | NDArray[np.int32]:
+        """(a,) ascending: a set that holds the tokens of all children."""
+        return np.unique(self._merged_token_ids) if self._merged_token_ids is not None else self._only.children.alphabet
+
+    def gather(self, block: NDArray[np.floating]) -> NDArray[np.floating]:
+        """(m,) scores out of a `block` (n, a) that has a column for each token of `alphabet`."""
+        if self._merged_token_ids is not None:
+            return block[self.row, np.searchsorted(self.alphabet, self._merged_token_ids)]
+        values = self._only.children.gather(block)
+        return values if self._only.entry is None else values[self._only.entry]
+
+    def token_ids_at(self, entries: Int64) -> Int64:
+        """The tokens of some of the children."""
+        if self._merged_token_ids is not None:
+            return self._merged_token_ids[entries]
+        children, place = self._only.children, entries if self._only.entry is None else self._only.entry[entries]
+        rows = children.rows_of(place)
+        return children.token_ids_at(children.nodes_at(place, rows), rows)
+
     def take(self, entries: Int64) -> Nodes:
         """Some of the children."""
         return Nodes(*(column for part in self._parts for column in part.take(entries)))
 
+    @property
+    def _only(self) -> _Part:
+        """The base, where nothing was added."""
+        return self._parts[0]
+
     def allowed(self, leaves: LeafFilter) -> NDArray[np.bool_]:
         """(m,) whether any leaf below each child is allowed."""
-        found = np.zeros(len(self.token_ids), np.bool_)
+        found = np.zeros(self.offsets[-1], np.bool_)
         for part in self._parts:
             if part.entry is None:
                 return part.allowed(leaves)
@@ -186,7 +217,7 @@ class LiveTrie:
         if nodes.added is None or nodes.added_hi is None or self.added is None:
             children = self.base.children(nodes.base)
             part = _Part(self.base, children, nodes.base_hi, 0)
-            return self._compressed(part) if self.live else Expansion(children.offsets, children.token_ids, (part,))
+            return self._compressed(part) if self.live else Expansion(children.offsets, (part,))
         first = self._part(self.base, nodes.base, nodes.base_hi, 0)
         second = self._part(self.added, nodes.added, nodes.added_hi, self.base.n_leaves)
         keys = [self._live_keys(part, rows) for part, rows in (first, second)]
@@ -197,7 +228,7 @@ class LiveTrie:
             entry[np.searchsorted(merged, key)] = place
             parts.append(_Part(part.trie, part.children, part.hi, part.leaf_start, entry))
         offsets = np.searchsorted(merged, np.arange(len(nodes) + 1) << _TOKEN_BITS)
-        return Expansion(offsets, merged & ((1 << _TOKEN_BITS) - 1), tuple(parts))
+        return Expansion(offsets, tuple(parts), merged & ((1 << _TOKEN_BITS) - 1))
 
     def is_leaf(self, nodes: Nodes) -> NDArray[np.bool_]:
         """Whether an identifier ends at each node."""
@@ -267,8 +298,7 @@ class LiveTrie:
         assert self.live is not None
         entry = np.flatnonzero(part.allowed(self.live))
         offsets = np.searchsorted(entry, part.children.offsets)
-        token_ids = part.children.token_ids_at(entry)
-        return Expansion(offsets, token_ids, (_Part(part.trie, part.children, part.hi, part.leaf_start, entry),))
+        return Expansion(offsets, (_Part(part.trie, part.children, part.hi, part.leaf_start, entry),))
 
 
 def leaves_before(trie: Trie, paths: NDArray[np.int32]) -> Int64:
