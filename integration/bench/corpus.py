@@ -1,7 +1,7 @@
 """The identifiers, prefixes and logits that every benchmark runs on. Knows NumPy only.
 
-The setting: L = 4 symbols out of K = 256, each level with token ids of its own, the last 1,024 of a vocabulary of 152,000:
-`<a_0>` ... `<d_255>`. Rows are prefixes of random identifiers: these have the fan-outs that beams meet.
+The setting: L = 4 symbols out of K = 256, each level with token ids of its own, the last 1,024 of a vocabulary of
+152,000: `<a_0>` ... `<d_255>`. Rows are prefixes of random identifiers: these have the fan-outs that beams meet.
 """
 
 from __future__ import annotations

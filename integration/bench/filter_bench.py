@@ -81,7 +81,7 @@ def step(
         steps = []
         while search.hits is None:
             logits = model.logits(search.query, search.node)
-            steps.append(stopwatch(lambda logits=logits: search.step(logits)))  # type: ignore[misc]
+            steps.append(stopwatch(lambda logits=logits: search.step(logits)))
         if chosen is not None:
             assert all(mask[hit.leaf] for hits in search.hits for hit in hits)
             assert all(len(hits) == min(BEAMS, mask.sum()) for hits in search.hits)

@@ -1,8 +1,8 @@
-"""What others offer for "which tokens may follow these prefixes?": one class each, all with the same three questions.
+"""What others offer for "which tokens may follow these prefixes?": one class each, with three methods.
 
-`build(corpus)` makes the structure; `stand(prefixes)` puts a matcher on every prefix, where a peer needs one (not timed:
-beam search would pay a fork and an accept per beam for it); `values(place, logits)` is the timed gather: the logits of
-each row's allowed tokens. `allowed(place)` says the same as token ids, for the check before the timing.
+`build(corpus)` makes the structure; `stand(prefixes)` puts a matcher on every prefix where a peer needs one (not timed,
+although beam search pays a fork and an accept for every beam); `allowed(place)` gives each row's token ids, in any
+order. The timed step is `gather`: the logits of those tokens.
 """
 
 from __future__ import annotations
@@ -137,17 +137,16 @@ class XGrammar(_Bitmask):
     name, most_identifiers = "xgrammar", 100_000
 
     def build(self, corpus: Corpus) -> None:
+        import torch
         import xgrammar
 
-        tokenizer = xgrammar.TokenizerInfo(
-            vocabulary(), xgrammar.VocabType.RAW, vocab_size=VOCAB, stop_token_ids=[0]
-        )
+        tokenizer = xgrammar.TokenizerInfo(vocabulary(), xgrammar.VocabType.RAW, vocab_size=VOCAB, stop_token_ids=[0])
         rules = _rules(corpus, lambda token_id: f"Token({token_id})")
         text = "\n".join(f"{'root' if name == 'start' else name} ::= {' | '.join(a)}" for name, a in rules.items())
         compiler = xgrammar.GrammarCompiler(tokenizer, max_threads=1, cache_enabled=False)
         self.grammar = compiler.compile_grammar(text)
         self.matcher = xgrammar.GrammarMatcher
-        self.tensor = __import__("torch").from_numpy(self.mask)
+        self.tensor = torch.from_numpy(self.mask)
 
     def stand(self, prefixes: Prefixes) -> list[tuple[Any, int]]:
         place = []
@@ -170,8 +169,9 @@ class LLGuidance(_Bitmask):
         import llguidance
 
         class Tokens:
-            eos_token_id, bos_token_id, special_token_ids = 0, None, [0]
-            tokens = [text.encode() for text in vocabulary()]
+            def __init__(self) -> None:
+                self.eos_token_id, self.bos_token_id, self.special_token_ids = 0, None, [0]
+                self.tokens = [text.encode() for text in vocabulary()]
 
             def __call__(self, text: bytes) -> list[int]:
                 return []

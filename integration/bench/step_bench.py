@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from transformers import PrefixConstrainedLogitsProcessor
 from integration.bench import ours
 from integration.bench.corpus import BEAMS, LEVELS, VOCAB, Corpus, Float32, Int64
 from integration.bench.peers import DictTrie
-from integration.bench.timing import Report, Time, options, stopwatch
+from integration.bench.timing import Report, Time, measured, options, stopwatch
 from llama_index_genret.trie import Trie
 
 PROMPT = [1] * 32
+QUERIES = (1, 64)
 Found = list[dict[tuple[int, ...], float]]
 
 
@@ -42,19 +43,30 @@ class Model:
         return self.pool[(query * 7919 + node * 104_729) % len(self.pool)]
 
 
+def our_step(search: ours.Search, logits: Float32, over_children: bool) -> None:
+    """The measured step."""
+    search.step(logits, None if over_children else torch.logsumexp(torch.from_numpy(logits), -1).numpy())
+
+
 def search_ours(trie: Trie, model: Model, n_queries: int, *, over_children: bool) -> tuple[list[float], Found]:
     """Our search: seconds of every step, and each query's images with their log-probabilities."""
     search = ours.Search(trie, n_queries, BEAMS, over_children=over_children)
     seconds = []
     while search.hits is None:
         logits = model.logits(search.query, search.node)
-
-        def step(logits: Float32 = logits) -> None:
-            log_sum = None if over_children else torch.logsumexp(torch.from_numpy(logits), -1).numpy()
-            search.step(logits, log_sum)
-
-        seconds.append(stopwatch(step))
+        seconds.append(stopwatch(partial(our_step, search, logits, over_children)))
     return seconds, [{hit.token_ids: hit.log_prob for hit in hits} for hits in search.hits]
+
+
+def their_step(
+    logits: torch.Tensor, scores: torch.Tensor, processed: Callable[[torch.Tensor], torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The measured step: scores and flat positions of each query's best, twice the beams as some might have ended."""
+    log_probs = torch.log_softmax(logits, -1)
+    if processed is not None:
+        log_probs = processed(log_probs)
+    total = (log_probs + scores.reshape(-1, 1)).reshape(len(scores), -1)
+    return tuple(torch.topk(total, 2 * BEAMS))
 
 
 def search_theirs(
@@ -70,16 +82,9 @@ def search_theirs(
     seconds = []
     for _ in range(LEVELS):
         logits = torch.from_numpy(model.logits(query, node))
-        picked: list[Any] = []
-
-        def step(logits: torch.Tensor = logits, picked: list[Any] = picked) -> None:
-            log_probs = torch.log_softmax(logits, -1)
-            if constrained:
-                log_probs = processor(tokens, log_probs)
-            total = (log_probs + scores.reshape(-1, 1)).reshape(n_queries, -1)
-            picked[:] = torch.topk(total, 2 * BEAMS)  # twice the beams, for those that might have ended
-
-        seconds.append(stopwatch(step))
+        processed = (lambda log_probs, tokens=tokens: processor(tokens, log_probs)) if constrained else None
+        took, picked = measured(partial(their_step, logits, scores, processed))
+        seconds.append(took)
         scores, flat = (part[:, :BEAMS] for part in picked)
         parent = (torch.arange(n_queries)[:, None] * BEAMS + flat // VOCAB).reshape(-1)
         token = (flat % VOCAB).reshape(-1, 1)
@@ -87,7 +92,10 @@ def search_theirs(
         if constrained:
             node = trie.advance(node[parent.numpy()], token[:, 0].numpy())
     identifiers = tokens[:, len(PROMPT) :].reshape(n_queries, BEAMS, LEVELS).tolist()
-    found = [dict(zip(map(tuple, rows), log_probs, strict=True)) for rows, log_probs in zip(identifiers, scores.tolist())]
+    found = [
+        dict(zip(map(tuple, rows), log_probs, strict=True))
+        for rows, log_probs in zip(identifiers, scores.tolist(), strict=True)
+    ]
     return seconds, found
 
 
@@ -111,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         corpus = Corpus.sample(n, args.seed)
         trie, nested = ours.build(corpus), DictTrie()
         nested.build(corpus)
-        for n_queries in (1, 64):
+        for n_queries in QUERIES:
             report.section(f"beam step, {n:,} identifiers, {n_queries} queries x {BEAMS} beams, mean of steps 2-4")
             measure(report, trie, nested, model, n_queries, args.rounds)
     report.write(args.json)

@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+Result = TypeVar("Result")
 PACKAGES = ("numpy", "numba", "torch", "transformers", "marisa-trie", "xgrammar", "llguidance", "outlines-core")
 
 
@@ -49,11 +50,16 @@ def _seconds(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} us"
 
 
-def stopwatch(call: Callable[[], object]) -> float:
-    """CPU seconds that this thread spends in one call."""
+def measured(call: Callable[[], Result]) -> tuple[float, Result]:
+    """CPU seconds that this thread spends in one call, and what it returned."""
     start = time.thread_time()
-    call()
-    return time.thread_time() - start
+    result = call()
+    return time.thread_time() - start, result
+
+
+def stopwatch(call: Callable[[], object]) -> float:
+    """The seconds alone."""
+    return measured(call)[0]
 
 
 def interleaved(
@@ -72,18 +78,20 @@ def interleaved(
     repeats = {}
     for name, candidate in candidates.items():
         cycle(candidate, 1)
-        repeats[name] = max(1, int(at_least_s / max(stopwatch(lambda c=candidate: cycle(c, 1)), 1e-7)))  # type: ignore[misc]
+        repeats[name] = max(1, int(at_least_s / max(stopwatch(lambda c=candidate: cycle(c, 1)), 1e-7)))
     rows: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, candidate in candidates.items():
-            seconds = stopwatch(lambda c=candidate, n=name: cycle(c, repeats[n]))  # type: ignore[misc]
+            seconds = stopwatch(lambda c=candidate, n=name: cycle(c, repeats[n]))
             rows[name].append(seconds / repeats[name] / batches)
     return {name: Time.of(seconds) for name, seconds in rows.items()}
 
 
 def mean_time(times: Sequence[Time]) -> Time:
     """The mean of several medians, with the means of their extremes."""
-    return Time(*(statistics.fmean(values) for values in zip(*((t.median, t.fastest, t.slowest) for t in times))))
+    return Time(
+        *(statistics.fmean(values) for values in zip(*((t.median, t.fastest, t.slowest) for t in times), strict=True))
+    )
 
 
 @dataclass
@@ -106,7 +114,7 @@ class Report:
         """Print and record one comparison, with each peer's median as a multiple of ours."""
         ratios = {name: peer.median / times[ours].median for name, peer in times.items() if name != ours}
         for name, seconds in times.items():
-            ratio = f"  {ratios[name]:10.3g} x ours" if name in ratios else ""
+            ratio = f"  {ratios[name]:10.3g} x {ours}" if name in ratios else ""
             print(f"  {key:34} {name:34} {seconds!s:34}{ratio}", flush=True)
         self.results[key] = {"times": {name: t.record() for name, t in times.items()}, "times_ours": ratios}
         return ratios
