@@ -1,4 +1,4 @@
-# make demo | make demo VLLM=1 | make test | make check : each makes .venv and installs what it needs.
+# make demo | make demo VLLM=1 | make test | make check | make bench : each makes .venv and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,6 +28,18 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# make bench FULL=1 adds ten million identifiers.
+bench: $(VENV)/.benches
+	rm -f integration/bench/results.json
+	for bench in memory_bench trie_bench filter_bench step_bench; do \
+	    OMP_NUM_THREADS=1 $(BIN)/python -m integration.bench.$$bench $(if $(FULL),--full) \
+	        --json integration/bench/results.json || exit 1; \
+	done
+
+$(VENV)/.benches: $(VENV)/.installed
+	$(PIP) -e '.[bench]'
+	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,100 @@
+"""A filter over metadata: making it from a mask, and what it adds to a step. Random subsets of 1 % and of 50 %."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from integration.bench import ours
+from integration.bench.corpus import BEAMS, LEVELS, Corpus
+from integration.bench.peers import DictTrie
+from integration.bench.step_bench import Model
+from integration.bench.timing import Report, Time, interleaved, options, stopwatch
+from llama_index_genret.trie import LeafFilter, Trie
+
+SHARES = (0.01, 0.5)
+MOST_IN_DICTS = 1_000_000
+
+
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Measure every size and share."""
+    args = options(__doc__ or "", sizes=(10_000, 1_000_000), argv=argv)
+    report, model = Report("filter_bench", args.seed), Model.random(args.seed)
+    for n in args.sizes:
+        report.section(f"filter, {n:,} identifiers")
+        corpus = Corpus.sample(n, args.seed)
+        trie = ours.build(corpus)
+        for share in SHARES:
+            mask = np.random.default_rng(args.seed).random(n) < share
+            leaf_filter = LeafFilter.from_mask(mask)
+            assert_exact(corpus, trie, mask, leaf_filter)
+            set_up(report, corpus, mask, share, args.rounds)
+            for n_queries in (1, 64):
+                step(report, trie, model, leaf_filter, mask, share, n_queries, args.rounds)
+    report.write(args.json)
+    return report
+
+
+def assert_exact(corpus: Corpus, trie: Trie, mask: np.ndarray, leaf_filter: LeafFilter) -> None:
+    """A child is kept exactly where brute force over the allowed identifiers alone finds it."""
+    assert leaf_filter.n_allowed == mask.sum()
+    subset = Corpus(corpus.codes[mask], corpus.seed)
+    for depth in range(LEVELS):
+        among = np.arange(len(subset))
+        leaves = subset.leaves(8 * BEAMS, depth, among)
+        nodes = ours.nodes_at(trie, subset.prefixes(leaves, depth))
+        kept = ours.children_allowed(trie, nodes, leaf_filter)
+        everything = np.concatenate(ours.allowed(trie, nodes))
+        assert np.array_equal(everything[kept], np.concatenate(subset.allowed(leaves, depth)))
+
+
+def set_up(report: Report, corpus: Corpus, mask: np.ndarray, share: float, rounds: int) -> None:
+    """From a mask in the order of the identifiers; beside it, what the others have: a trie of the subset."""
+    key = f"set-up {share:.0%}, N={len(corpus)}"
+    subset = Corpus(corpus.codes[mask], corpus.seed)
+    subset.token_ids  # noqa: B018  (made before the clock starts)
+    times = interleaved(
+        {"ours": lambda _: LeafFilter.from_mask(mask), "our trie, rebuilt": lambda _: ours.build(subset)},
+        batches=1,
+        rounds=rounds,
+    )
+    if len(corpus) <= MOST_IN_DICTS:
+        times["dict trie, rebuilt"] = Time.of([stopwatch(lambda: DictTrie().build(subset)) for _ in range(rounds)])
+    report.times(key, times)
+
+
+def step(
+    report: Report,
+    trie: Trie,
+    model: Model,
+    leaf_filter: LeafFilter,
+    mask: np.ndarray,
+    share: float,
+    n_queries: int,
+    rounds: int,
+) -> None:
+    """A search's steps 2 to 4 with and without the filter, in turns. The filtered one returns allowed images only."""
+
+    def seconds(chosen: LeafFilter | None) -> float:
+        search = ours.Search(trie, n_queries, BEAMS, over_children=True, leaf_filter=chosen)
+        steps = []
+        while search.hits is None:
+            logits = model.logits(search.query, search.node)
+            steps.append(stopwatch(lambda logits=logits: search.step(logits)))
+        if chosen is not None:
+            assert all(mask[hit.leaf] for hits in search.hits for hit in hits)
+            assert all(len(hits) == min(BEAMS, mask.sum()) for hits in search.hits)
+        return float(np.mean(steps[1:]))
+
+    repeat = 10 if n_queries == 1 else 1
+    rows: dict[str, list[float]] = {"unfiltered": [], "filtered": []}
+    for _ in range(rounds):
+        for name, chosen in (("unfiltered", None), ("filtered", leaf_filter)):
+            rows[name].append(float(np.mean([seconds(chosen) for _ in range(repeat)])))
+    key = f"step {share:.0%}, {n_queries} queries, N={trie.n_leaves}"
+    report.times(key, {name: Time.of(times) for name, times in rows.items()}, ours="unfiltered")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What an index costs before the first question: bytes per identifier, building, opening from disk."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from integration.bench import ours
+from integration.bench.corpus import Corpus
+from integration.bench.peers import DictTrie, MarisaTrie
+from integration.bench.timing import Report, Time, interleaved, options, stopwatch
+from llama_index_genret.trie import Trie, open_trie
+
+MOST_IN_DICTS = 1_000_000
+
+
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Measure every size."""
+    args = options(__doc__ or "", sizes=(10_000, 100_000, 1_000_000), argv=argv)
+    report = Report("memory_bench", args.seed)
+    for n in args.sizes:
+        report.section(f"{n:,} identifiers")
+        corpus = Corpus.sample(n, args.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            measure(report, corpus, Path(folder), args.rounds)
+    report.write(args.json)
+    return report
+
+
+def measure(report: Report, corpus: Corpus, folder: Path, rounds: int) -> None:
+    """One size: build in turns, then sizes, then opening in turns."""
+    n = len(corpus)
+    corpus.token_ids  # noqa: B018  (made before the clock starts)
+    build_times(report, corpus, rounds)
+
+    trie, path = ours.build(corpus), folder / "trie.bin"
+    trie.save(path)
+    assert_opens_equal(trie, path, corpus)
+    report.value(f"ours, memory, N={n}", ours.nbytes(trie) / n, "B per identifier")
+    report.value(f"ours, disk, N={n}", path.stat().st_size / n, "B per identifier")
+    openers = {"ours": lambda _: open_trie(path)}
+
+    marisa = MarisaTrie()
+    marisa.build(corpus)
+    marisa_path = str(folder / "marisa.bin")
+    marisa.trie.save(marisa_path)
+    assert type(marisa.trie)().mmap(marisa_path).keys() is not None
+    report.value(f"marisa-trie, disk, N={n}", Path(marisa_path).stat().st_size / n, "B per identifier")
+    openers["marisa-trie (mmap)"] = lambda _: type(marisa.trie)().mmap(marisa_path)
+
+    if n <= MOST_IN_DICTS:
+        before = resident_bytes()
+        nested = DictTrie()
+        nested.build(corpus)
+        report.value(f"dict trie, memory, N={n}", (resident_bytes() - before) / n, "B per identifier")
+        pickled = folder / "dict.pickle"
+        pickled.write_bytes(pickle.dumps(nested.root, pickle.HIGHEST_PROTOCOL))
+        report.value(f"dict trie, disk, N={n}", pickled.stat().st_size / n, "B per identifier")
+        openers["dict trie (pickle)"] = lambda _: pickle.loads(pickled.read_bytes())
+    report.times(f"open, N={n}", interleaved(openers, batches=1, rounds=rounds))
+
+
+def build_times(report: Report, corpus: Corpus, rounds: int) -> None:
+    """From sorted token ids in an array, which each may turn into what it wants."""
+    builders = {"ours": lambda: ours.build(corpus), "marisa-trie": lambda: MarisaTrie().build(corpus)}
+    if len(corpus) <= MOST_IN_DICTS:
+        builders["dict trie (GENRE)"] = lambda: DictTrie().build(corpus)
+    seconds: dict[str, list[float]] = {name: [] for name in builders}
+    for _ in range(rounds):
+        for name, build in builders.items():
+            seconds[name].append(stopwatch(build))
+            gc.collect()
+    report.times(f"build from sorted, N={len(corpus)}", {name: Time.of(times) for name, times in seconds.items()})
+
+
+def assert_opens_equal(trie: Trie, path: Path, corpus: Corpus) -> None:
+    """The opened file answers as the trie that was saved, and both as the identifiers."""
+    opened = open_trie(path)
+    for depth in range(corpus.codes.shape[1]):
+        leaves = corpus.leaves(50, depth)
+        nodes = ours.nodes_at(opened, corpus.prefixes(leaves, depth))
+        for found in (ours.allowed(opened, nodes), ours.allowed(trie, nodes)):
+            assert all(map(np.array_equal, found, corpus.allowed(leaves, depth)))
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    main()

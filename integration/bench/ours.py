@@ -1,0 +1,84 @@
+"""The one place where the benchmarks call the package: what is measured of ours, one function or class a measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from integration.bench.corpus import Corpus, Float32, Int64
+from llama_index_genret.search import Hit, Normalise, beam_search
+from llama_index_genret.trie import LeafFilter, Trie, build_trie
+
+
+def build(corpus: Corpus) -> Trie:
+    """From sorted token ids."""
+    return build_trie(corpus.token_ids)[0]
+
+
+def nodes_at(trie: Trie, prefixes: Sequence[Sequence[int]]) -> Int64:
+    """Where the prefixes, all of one length, stand."""
+    nodes = np.zeros(len(prefixes), np.int64)
+    for token_ids in zip(*prefixes, strict=True):
+        nodes = trie.advance(nodes, np.array(token_ids))
+    return nodes
+
+
+def allowed(trie: Trie, nodes: Int64) -> list[Int64]:
+    """The tokens that may follow each node."""
+    children = trie.children(nodes)
+    return np.split(children.token_ids, children.offsets[1:-1])
+
+
+def values(trie: Trie, nodes: Int64, logits: Float32) -> Float32:
+    """The gather step: the logits of all children of all rows, flat."""
+    children = trie.children(nodes)
+    return logits.reshape(-1).take(children.row * logits.shape[1] + children.token_ids)
+
+
+def children_allowed(trie: Trie, nodes: Int64, leaf_filter: LeafFilter) -> np.ndarray:
+    """Of all children of all rows, flat: whether an allowed image lies below."""
+    return leaf_filter.count(*trie.leaf_range(trie.children(nodes).node)) > 0
+
+
+def nbytes(trie: Trie) -> int:
+    """What the index occupies."""
+    return sum(array.nbytes for array in trie.arrays().values())
+
+
+class Search:
+    """A search that stands before a step. `query` and `node` name the rows whose logits the step needs."""
+
+    def __init__(
+        self, trie: Trie, n_queries: int, width: int, *, over_children: bool, leaf_filter: LeafFilter | None = None
+    ) -> None:
+        self.trie = trie
+        normalise = Normalise.CHILDREN if over_children else Normalise.VOCABULARY
+        self.steps = beam_search(
+            trie, n_queries=n_queries, k=width, width=width, normalise=normalise, allowed=leaf_filter
+        )
+        self.rows = next(self.steps)
+        self.hits: list[list[Hit]] | None = None
+
+    @property
+    def query(self) -> Int64:
+        """(n,) the query of every row."""
+        return np.array([row.query for row in self.rows])
+
+    @property
+    def node(self) -> Int64:
+        """(n,) the node of every row."""
+        return np.array([self.trie.walk(row.prefix) for row in self.rows])
+
+    def step(self, logits: Float32, log_sum: Float32 | None = None) -> None:
+        """The measured step, from the (n, VOCAB) matrix to the next rows, or to `hits`.
+
+        log_sum: (n,) subtracted from each row, for probabilities over the vocabulary.
+        """
+        scores = [logits[at].take(row.token_ids).astype(np.float64) for at, row in enumerate(self.rows)]
+        if log_sum is not None:
+            scores = [score - constant for score, constant in zip(scores, log_sum, strict=True)]
+        try:
+            self.rows = self.steps.send(scores)
+        except StopIteration as stop:
+            self.hits = stop.value

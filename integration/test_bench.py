@@ -1,0 +1,85 @@
+"""The benchmarks at small sizes: they check equality themselves before they time. Only wide margins are asserted."""
+
+import json
+
+import pytest
+
+from integration.bench import filter_bench, memory_bench, ours, step_bench, trie_bench
+from integration.bench.corpus import FIRST_TOKEN, LEVELS, SYMBOLS, Corpus
+from integration.bench.peers import PEERS
+
+
+@pytest.fixture(autouse=True)
+def peers():
+    for peer in ("marisa_trie", "xgrammar", "llguidance", "outlines_core"):
+        pytest.importorskip(peer, reason="pip install 'llama-index-genret[bench]'")
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Runs a benchmark and gives what it wrote."""
+
+    def run(bench, *arguments):
+        path = tmp_path / "results.json"
+        bench.main([*arguments, "--rounds", "2", "--json", str(path)])
+        (written,) = json.loads(path.read_text()).values()
+        assert written["seed"] == 0
+        assert {"cpu", "python", "numpy", "torch", "xgrammar"} <= written["machine"].keys()
+        return written["results"]
+
+    return run
+
+
+def test_the_corpus_is_sorted_distinct_and_brute_force_sees_its_children():
+    corpus = Corpus.sample(3_000, 0)
+    identifiers = corpus.token_ids.tolist()
+    assert identifiers == sorted(map(list, set(map(tuple, identifiers))))
+    assert corpus.token_ids.min() >= FIRST_TOKEN
+    assert corpus.token_ids.max() < FIRST_TOKEN + LEVELS * SYMBOLS
+    leaves = corpus.leaves(5, 0)
+    for depth in range(LEVELS):
+        for prefix, allowed in zip(corpus.prefixes(leaves, depth), corpus.allowed(leaves, depth), strict=True):
+            assert allowed.tolist() == sorted({ids[depth] for ids in identifiers if ids[:depth] == prefix})
+
+
+def test_the_gather_step_is_measured_against_every_peer(results):
+    found = results(trie_bench, "--sizes", "500,1000")
+    for rows in (10, 640):
+        times = found[f"gather {rows} rows, N=1000"]["times"]
+        assert times.keys() == {"ours", *(peer.name for peer in PEERS)}
+        assert all(0 < t["fastest_s"] <= t["median_s"] <= t["slowest_s"] for t in times.values())
+    assert found["gather 640 rows, N=1000"]["times_ours"]["xgrammar"] > 3
+    assert found["gather 640 rows, N=1000"]["times_ours"]["llguidance"] > 3
+
+
+def test_a_peer_that_answers_wrongly_stops_the_benchmark(monkeypatch):
+    monkeypatch.setattr("integration.bench.peers.DictTrie.get", lambda self, prefix: [FIRST_TOKEN])
+    with pytest.raises(AssertionError, match="dict trie"):
+        trie_bench.main(["--sizes", "500", "--rounds", "1"])
+
+
+def test_memory_and_opening_are_measured(results):
+    found = results(memory_bench, "--sizes", "100000")
+    assert found["ours, memory, N=100000"] < 8
+    assert found["ours, disk, N=100000"] < 8
+    assert found["dict trie, memory, N=100000"] > 100
+    assert found["open, N=100000"]["times_ours"]["dict trie (pickle)"] > 10
+    assert found["build from sorted, N=100000"]["times_ours"]["dict trie (GENRE)"] > 3
+
+
+def test_a_million_identifiers_take_at_most_four_and_a_half_bytes_each():
+    trie = ours.build(Corpus.sample(1_000_000, 0))
+    assert ours.nbytes(trie) / trie.n_leaves <= 4.5
+
+
+def test_a_filter_is_measured_and_its_set_up_beats_rebuilding(results):
+    found = results(filter_bench, "--sizes", "10000")
+    assert {f"step {share}, {n} queries, N=10000" for share in ("1%", "50%") for n in (1, 64)} <= found.keys()
+    assert found["set-up 50%, N=10000"]["times_ours"]["dict trie, rebuilt"] > 3
+
+
+def test_a_beam_step_finds_what_hugging_face_finds_and_beats_it(results, monkeypatch):
+    monkeypatch.setattr(step_bench, "QUERIES", (1, 8))
+    ratios = results(step_bench, "--sizes", "2000")["beam step, 8 queries, N=2000"]["times_ours"]
+    assert ratios["Hugging Face, dict trie"] > 3
+    assert ratios["Hugging Face, no constraint"] > 3
