@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from integration.bench.corpus import Corpus, Float32, Int64
-from llama_index_genret.search import Hit, Normalise, beam_search
-from llama_index_genret.trie import LeafFilter, Trie, build_trie
+from llama_index_genret.search import Hit, Normalise, search
+from llama_index_genret.trie import LeafFilter, LiveTrie, Trie, build_trie
 
 
 def build(corpus: Corpus) -> Trie:
@@ -33,12 +34,19 @@ def allowed(trie: Trie, nodes: Int64) -> list[Int64]:
 def values(trie: Trie, nodes: Int64, logits: Float32) -> Float32:
     """The gather step: the logits of all children of all rows, flat."""
     children = trie.children(nodes)
-    return logits.reshape(-1).take(children.row * logits.shape[1] + children.token_ids)
+    return children.gather(columns(logits, children.alphabet))
+
+
+def columns(logits: Float32, alphabet: np.ndarray) -> Float32:
+    """The columns of a level's symbols, which lie side by side in these logits."""
+    return np.ascontiguousarray(logits[:, alphabet[0] : alphabet[-1] + 1])
 
 
 def children_allowed(trie: Trie, nodes: Int64, leaf_filter: LeafFilter) -> np.ndarray:
     """Of all children of all rows, flat: whether an allowed image lies below."""
-    return leaf_filter.count(*trie.leaf_range(trie.children(nodes).node)) > 0
+    live = LiveTrie(trie)
+    prefixes = replace(live.roots(len(nodes)), base=nodes, base_hi=trie.leaf_range(nodes)[1])
+    return live.expand(prefixes).allowed(leaf_filter)
 
 
 def nbytes(trie: Trie) -> int:
@@ -54,31 +62,33 @@ class Search:
     ) -> None:
         self.trie = trie
         normalise = Normalise.CHILDREN if over_children else Normalise.VOCABULARY
-        self.steps = beam_search(
-            trie, n_queries=n_queries, k=width, width=width, normalise=normalise, allowed=leaf_filter
-        )
+        self.steps = search(trie, n_queries=n_queries, k=width, width=width, normalise=normalise, allowed=leaf_filter)
         self.rows = next(self.steps)
-        self.hits: list[list[Hit]] | None = None
+        self.hits: list[tuple[Hit, ...]] | None = None
 
     @property
     def query(self) -> Int64:
         """(n,) the query of every row."""
-        return np.array([row.query for row in self.rows])
+        return self.rows.query
 
     @property
     def node(self) -> Int64:
-        """(n,) the node of every row."""
-        return np.array([self.trie.walk(row.prefix) for row in self.rows])
+        """(n,) the node of every row, whose prefixes may differ in length."""
+        node = np.zeros(len(self.rows), np.int64)
+        for column in self.rows.prefixes.T:
+            node = np.where(column >= 0, self.trie.advance(node, column), node)
+        return node
 
     def step(self, logits: Float32, log_sum: Float32 | None = None) -> None:
         """The measured step, from the (n, VOCAB) matrix to the next rows, or to `hits`.
 
         log_sum: (n,) subtracted from each row, for probabilities over the vocabulary.
         """
-        scores = [logits[at].take(row.token_ids).astype(np.float64) for at, row in enumerate(self.rows)]
-        if log_sum is not None:
-            scores = [score - constant for score, constant in zip(scores, log_sum, strict=True)]
+        alphabet = self.rows.alphabet
+        contiguous = alphabet[-1] - alphabet[0] == len(alphabet) - 1
+        block = columns(logits, alphabet) if contiguous else logits.take(alphabet, axis=1)
+        scores = self.rows.gather(block if log_sum is None else block - log_sum[:, None])
         try:
             self.rows = self.steps.send(scores)
         except StopIteration as stop:
-            self.hits = stop.value
+            self.hits = [ranking.hits for ranking in stop.value]
