@@ -14,12 +14,13 @@ Source: constrained beam search of GENRE (arXiv:2010.00904) and GRACE (arXiv:240
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
-from typing import Protocol, overload
+from typing import NamedTuple, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,8 +139,7 @@ class _Tokens:
         return np.asarray(block[rows, np.searchsorted(self.alphabet, self.token_ids)])
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(NamedTuple):
     """One image found. `leaf` is its leaf number in the trie that was searched, `key` what the leaf stands for.
 
     log_prob: natural logarithm, <= 0, under the search's `Normalise`.
@@ -153,7 +153,7 @@ class Hit:
     @property
     def score(self) -> float:
         """The probability, in (0, 1]. One too small for a float is given as the smallest normal float."""
-        return max(float(np.exp(min(self.log_prob, 0.0))), sys.float_info.min)
+        return max(math.exp(min(self.log_prob, 0.0)), sys.float_info.min)
 
 
 @dataclass(frozen=True)
@@ -174,39 +174,36 @@ Steps = Generator[Rows, NDArray[np.floating], list[Ranking]]
 
 @dataclass(frozen=True)
 class _Beams:
-    """Prefixes of all queries, parallel arrays of length n. order: ascends like the token ids."""
+    """Prefixes of all queries, parallel arrays of length n."""
 
     query: Int64
     log_prob: Float64
-    order: Int64
     nodes: Nodes
     prefixes: NDArray[np.int32]
 
     def take(self, rows: Int64) -> _Beams:
-        return _Beams(
-            self.query[rows], self.log_prob[rows], self.order[rows], self.nodes.take(rows), self.prefixes[rows]
-        )
+        return _Beams(self.query[rows], self.log_prob[rows], self.nodes.take(rows), self.prefixes[rows])
+
+    def where(self, mask: NDArray[np.bool_]) -> _Beams:
+        return self if mask.all() else self.take(np.flatnonzero(mask))
 
     def __add__(self, other: _Beams) -> _Beams:
         return _Beams(
             np.concatenate([self.query, other.query]),
             np.concatenate([self.log_prob, other.log_prob]),
-            np.concatenate([self.order, other.order]),
             self.nodes + other.nodes,
             np.concatenate([self.prefixes, other.prefixes]),
         )
 
-    def ranked(self) -> _Beams:
-        """Sorted by query, the best first."""
-        return self.take(np.lexsort((self.order, -self.log_prob, self.query)))
+    def ranked(self, trie: LiveTrie) -> _Beams:
+        """Sorted by query, the best first, ties in the order of their tokens."""
+        best = self.take(np.lexsort((-self.log_prob, self.query)))
+        ties = (best.log_prob[1:] == best.log_prob[:-1]) & (best.query[1:] == best.query[:-1])
+        return best.take(np.lexsort((trie.order(best.nodes), -best.log_prob, best.query))) if ties.any() else best
 
     def place(self) -> Int64:
         """Where each stands within its query, of sorted ones."""
         return np.arange(len(self.query)) - np.searchsorted(self.query, self.query, side="left")
-
-    def where(self, mask: NDArray[np.bool_]) -> _Beams:
-        """Those that the mask names."""
-        return self if mask.all() else self.take(np.flatnonzero(mask))
 
 
 def search(
@@ -246,26 +243,25 @@ def search(
     expanded, dropped = np.zeros(n_queries, np.int64), _Dropped(n_queries)
     while True:
         spent = np.zeros(n_queries, np.bool_) if budget is None else expanded >= budget
-        pool = _cut(pool, width, spent, dropped)
-        pool = finished.unbeaten(finished.set_aside(live, pool))
-        place = pool.place()
-        chosen, rest = pool.where(place < width), pool.take(np.flatnonzero(place >= width))
-        if not len(chosen.query):
+        pool = _cut(live, pool, width, spent, dropped)
+        pool = finished.unbeaten(live, finished.set_aside(live, pool))
+        if not len(pool.query):
             break
+        chosen, rest = (pool, None) if spent.all() else _chosen(pool, width)
         expansion = live.expand(chosen.nodes)
         if normalise is Normalise.CHILDREN and (forced := np.flatnonzero(np.diff(expansion.offsets) == 1)).size:
             chosen = _follow(chosen, forced, expansion)
-            pool = (chosen + rest).ranked() if len(rest.query) else chosen
+            pool = chosen if rest is None else (chosen + rest).ranked(live)
             continue
-        rows = Rows(chosen.query, chosen.prefixes, expansion)
-        scores = _checked((yield rows), expansion)
+        scores = _checked((yield Rows(chosen.query, chosen.prefixes, expansion)), expansion)
         constant = _row_constants(scores, expansion.offsets, chosen.log_prob, normalise)
         expanded += np.bincount(chosen.query, minlength=n_queries)
         entries = None if allowed is None else np.flatnonzero(expansion.allowed(allowed))
         first_rows = np.searchsorted(chosen.query, np.arange(n_queries + 1))
         best = _best(scores, constant, expansion.offsets, first_rows, entries, np.where(spent, width + 1, -1))
-        pool = (_children(live, chosen, expansion, best, scores, constant) + rest).ranked()
-    return _rankings(live, finished.beams, dropped, expanded, k)
+        children = _children(chosen, expansion, best, scores, constant)
+        pool = (children if rest is None else children + rest).ranked(live)
+    return _rankings(live, finished, dropped, expanded)
 
 
 def _width(k: int, width: int | None, budget: int | None) -> int:
@@ -275,8 +271,7 @@ def _width(k: int, width: int | None, budget: int | None) -> int:
 
 
 def _roots(trie: LiveTrie, n: int) -> _Beams:
-    prefixes = np.full((n, trie.depth), -1, np.int32)
-    return _Beams(np.arange(n), np.zeros(n), np.zeros(n, np.int64), trie.roots(n), prefixes)
+    return _Beams(np.arange(n), np.zeros(n), trie.roots(n), np.full((n, trie.depth), -1, np.int32))
 
 
 class _Dropped:
@@ -286,44 +281,60 @@ class _Dropped:
         self.log_prob, self.order = np.full(n_queries, -np.inf), np.zeros(n_queries, np.int64)
         self.any = np.zeros(n_queries, np.bool_)
 
-    def note(self, beams: _Beams) -> None:
+    def note(self, trie: LiveTrie, beams: _Beams) -> None:
         """Take account of at most one a query."""
-        query = beams.query
+        query, order = beams.query, trie.order(beams.nodes)
         better = ~self.any[query] | (beams.log_prob > self.log_prob[query])
-        better |= (beams.log_prob == self.log_prob[query]) & (beams.order < self.order[query])
+        better |= (beams.log_prob == self.log_prob[query]) & (order < self.order[query])
         query = query[better]
-        self.log_prob[query], self.order[query], self.any[query] = beams.log_prob[better], beams.order[better], True
+        self.log_prob[query], self.order[query], self.any[query] = beams.log_prob[better], order[better], True
 
 
-def _cut(pool: _Beams, width: int, spent: NDArray[np.bool_], dropped: _Dropped) -> _Beams:
+def _cut(trie: LiveTrie, pool: _Beams, width: int, spent: NDArray[np.bool_], dropped: _Dropped) -> _Beams:
     """The best `width` of each query that has spent its budget, and all of the others."""
-    place, cut = pool.place(), spent[pool.query]
-    dropped.note(pool.take(np.flatnonzero((place == width) & cut)))
-    return pool.where((place < width) | ~cut)
+    place = pool.place()
+    beyond = (place >= width) & spent[pool.query]
+    if not beyond.any():
+        return pool
+    dropped.note(trie, pool.take(np.flatnonzero(beyond & (place == width))))
+    return pool.take(np.flatnonzero(~beyond))
+
+
+def _chosen(pool: _Beams, width: int) -> tuple[_Beams, _Beams]:
+    """(the best `width` of each query, the rest)."""
+    place = pool.place()
+    return pool.where(place < width), pool.take(np.flatnonzero(place >= width))
 
 
 class _Finished:
     """The best k finished identifiers of each query, and the bar that they set for prefixes once they are k."""
 
     def __init__(self, none: _Beams, n_queries: int, k: int) -> None:
-        self.beams, self._k = none, k
-        self._bar, self._order = np.full(n_queries, -np.inf), np.full(n_queries, np.iinfo(np.int64).max)
+        self.beams, self.k = none, k
+        self.bar, self.order = np.full(n_queries, -np.inf), np.full(n_queries, np.iinfo(np.int64).max)
+        self._any = False
 
     def set_aside(self, trie: LiveTrie, pool: _Beams) -> _Beams:
         """Take the finished ones out of the pool."""
         ends = trie.is_leaf(pool.nodes)
         if not ends.any():
             return pool
-        both = (self.beams + pool.take(np.flatnonzero(ends))).ranked()
+        both = (self.beams + pool.take(np.flatnonzero(ends))).ranked(trie)
         place = both.place()
-        self.beams, last = both.where(place < self._k), both.take(np.flatnonzero(place == self._k - 1))
-        self._bar[last.query], self._order[last.query] = last.log_prob, last.order
+        self.beams, last = both.where(place < self.k), both.take(np.flatnonzero(place == self.k - 1))
+        self.bar[last.query], self.order[last.query] = last.log_prob, trie.order(last.nodes)
+        self._any |= bool(len(last.query))
         return pool.take(np.flatnonzero(~ends))
 
-    def unbeaten(self, pool: _Beams) -> _Beams:
+    def unbeaten(self, trie: LiveTrie, pool: _Beams) -> _Beams:
         """Without the prefixes that k finished identifiers already beat: a longer one is never more probable."""
-        bar, order = self._bar[pool.query], self._order[pool.query]
-        return pool.where((pool.log_prob > bar) | ((pool.log_prob == bar) & (pool.order < order)))
+        if not self._any or not len(pool.query):
+            return pool
+        bar = self.bar[pool.query]
+        better, equal = pool.log_prob > bar, pool.log_prob == bar
+        if equal.any():
+            better |= equal & (trie.order(pool.nodes) < self.order[pool.query])
+        return pool.where(better)
 
 
 def _follow(beams: _Beams, forced: Int64, expansion: Expansion) -> _Beams:
@@ -332,7 +343,7 @@ def _follow(beams: _Beams, forced: Int64, expansion: Expansion) -> _Beams:
     prefixes = beams.prefixes.copy()
     prefixes[forced, (prefixes[forced] >= 0).sum(axis=1)] = expansion.token_ids_at(entries)
     nodes = beams.nodes.put(forced, expansion.take(entries))
-    return _Beams(beams.query, beams.log_prob, beams.order, nodes, prefixes)
+    return _Beams(beams.query, beams.log_prob, nodes, prefixes)
 
 
 def _checked(scores: NDArray[np.floating], expansion: Expansion) -> NDArray[np.floating]:
@@ -351,7 +362,9 @@ def _row_constants(scores: NDArray[np.floating], offsets: Int64, parent: Float64
     starts, counts = offsets[:-1], np.diff(offsets)
     top = np.maximum.reduceat(scores, starts)
     top[np.isneginf(top)] = 0.0
-    total = np.add.reduceat(np.exp(scores - np.repeat(top, counts)), starts, dtype=np.float64)
+    shifted = np.repeat(top, counts)
+    np.subtract(scores, shifted, out=shifted)
+    total = np.add.reduceat(np.exp(shifted, out=shifted), starts, dtype=np.float64)
     return np.asarray(parent - top - np.log(total, where=total > 0, out=np.zeros_like(total)))
 
 
@@ -397,38 +410,29 @@ def _best(
 
 
 def _children(
-    trie: LiveTrie,
-    parents: _Beams,
-    expansion: Expansion,
-    entries: Int64,
-    scores: NDArray[np.floating],
-    constant: Float64,
+    parents: _Beams, expansion: Expansion, entries: Int64, scores: NDArray[np.floating], constant: Float64
 ) -> _Beams:
     row = np.searchsorted(expansion.offsets, entries, side="right") - 1
-    nodes, prefixes = expansion.take(entries), parents.prefixes[row]
+    prefixes = parents.prefixes[row]
     prefixes[np.arange(len(row)), (prefixes >= 0).sum(axis=1)] = expansion.token_ids_at(entries)
     log_prob = scores[entries].astype(np.float64) + constant[row]
-    return _Beams(parents.query[row], log_prob, trie.order(nodes), nodes, prefixes)
+    return _Beams(parents.query[row], log_prob, expansion.take(entries), prefixes)
 
 
-def _rankings(trie: LiveTrie, finished: _Beams, dropped: _Dropped, expanded: Int64, k: int) -> list[Ranking]:
-    leaves = trie.leaf(finished.nodes)
-    hits = [
-        Hit(leaf, key, tuple(prefix) if prefix[-1] >= 0 else tuple(t for t in prefix if t >= 0), min(log_prob, 0.0))
-        for leaf, key, prefix, log_prob in zip(
-            leaves.tolist(),
-            trie.key(leaves).tolist(),
-            finished.prefixes.tolist(),
-            finished.log_prob.tolist(),
-            strict=True,
-        )
+def _rankings(trie: LiveTrie, finished: _Finished, dropped: _Dropped, expanded: Int64) -> list[Ranking]:
+    beams, n_queries = finished.beams, len(expanded)
+    leaves = trie.leaf(beams.nodes)
+    prefixes = list(map(tuple, beams.prefixes.tolist()))
+    if (beams.prefixes < 0).any():
+        prefixes = [tuple(token for token in prefix if token >= 0) for prefix in prefixes]
+    log_probs = np.minimum(beams.log_prob, 0.0)
+    hits = list(map(Hit, leaves.tolist(), trie.key(leaves).tolist(), prefixes, log_probs.tolist()))
+    bounds = np.searchsorted(beams.query, np.arange(n_queries + 1))
+    certain = finished.bar > dropped.log_prob
+    certain |= (finished.bar == dropped.log_prob) & (finished.order < dropped.order)
+    exact = ~dropped.any | (certain & (np.diff(bounds) == finished.k))
+    places = pairwise(bounds.tolist())
+    return [
+        Ranking(tuple(hits[lo:hi]), is_exact, n_expanded)
+        for (lo, hi), is_exact, n_expanded in zip(places, exact.tolist(), expanded.tolist(), strict=True)
     ]
-    bounds = np.searchsorted(finished.query, np.arange(len(expanded) + 1)).tolist()
-    rankings = []
-    for query, (lo, hi) in enumerate(pairwise(bounds)):
-        exact = not dropped.any[query]
-        if not exact and hi - lo == k:
-            last, bound = finished.log_prob[hi - 1], dropped.log_prob[query]
-            exact = last > bound or (last == bound and finished.order[hi - 1] < dropped.order[query])
-        rankings.append(Ranking(tuple(hits[lo:hi]), bool(exact), int(expanded[query])))
-    return rankings

@@ -68,6 +68,7 @@ def assert_same_answers(trie: Trie, twin: DictTrie) -> None:
     assert [trie.token_ids_of(rank) for rank in range(trie.n_leaves)] == twin.identifiers
     assert [trie.walk(prefix) for prefix in prefixes] == nodes.tolist()
     inner = [prefix for prefix in prefixes if not twin.is_leaf(prefix)]
+    assert trie.first_leaf(nodes).tolist() == trie.leaf_range(nodes)[0].tolist()
     children = trie.children(nodes[~leaf])
     expected = [(r, t, number[c]) for r, p in enumerate(inner) for t, c in twin.children(p).items()]
     found = zip(children.row.tolist(), children.token_ids.tolist(), children.node.tolist(), strict=True)
@@ -91,16 +92,6 @@ def test_every_answer_equals_that_of_nested_dicts(identifiers: Identifiers) -> N
 def test_paths_are_the_sorted_identifiers(identifiers: Identifiers) -> None:
     trie, _ = build_trie(identifiers)
     assert [tuple(t for t in path if t >= 0) for path in trie.paths().tolist()] == sorted(identifiers)
-
-
-@given(identifier_sets)
-def test_the_leaves_of_siblings_follow_each_other(identifiers: Identifiers) -> None:
-    trie, _ = build_trie(identifiers)
-    inner = all_nodes(trie)[~trie.is_leaf(all_nodes(trie))]
-    children = trie.children(inner)
-    ends = children.leaf_hi(np.arange(len(children.node)), children.row, trie.leaf_range(inner)[1])
-    assert ends.tolist() == trie.leaf_range(children.node)[1].tolist()
-    assert trie.first_leaf(children.node).tolist() == trie.leaf_range(children.node)[0].tolist()
 
 
 @given(identifier_sets, st.data())

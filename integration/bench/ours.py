@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from integration.bench.corpus import Corpus, Float32, Int64
 from llama_index_genret.search import Hit, Normalise, search
-from llama_index_genret.trie import LeafFilter, LiveTrie, Trie, build_trie
+from llama_index_genret.trie import LeafFilter, LiveTrie, Nodes, Trie, build_trie
 
 
 def build(corpus: Corpus) -> Trie:
@@ -45,8 +44,7 @@ def columns(logits: Float32, alphabet: np.ndarray) -> Float32:
 def children_allowed(trie: Trie, nodes: Int64, leaf_filter: LeafFilter) -> np.ndarray:
     """Of all children of all rows, flat: whether an allowed image lies below."""
     live = LiveTrie(trie)
-    prefixes = replace(live.roots(len(nodes)), base=nodes, base_hi=trie.leaf_range(nodes)[1])
-    return live.expand(prefixes).allowed(leaf_filter)
+    return live.expand(Nodes(nodes)).allowed(leaf_filter)
 
 
 def nbytes(trie: Trie) -> int:

@@ -103,22 +103,15 @@ class Children:
         place = self._trie.code.take(nodes) + self._trie.alphabet_start[level]
         return np.asarray(self._trie.alphabet.take(place), np.int64)
 
-    def leaf_hi(self, entries: Int64, rows: Int64, parent_hi: Int64) -> Int64:
-        """One past the last leaf below each of the entries, given the same of all n parents.
-
-        The leaves of siblings follow each other: one ends where the next begins, the last with its parent.
-        """
-        last = entries + 1 == self.offsets[rows + 1]
-        node = self.nodes_at(entries, rows)
-        return np.where(last, parent_hi[rows], self._trie.first_leaf(np.where(last, node, node + 1)))
-
     @cached_property
     def _level(self) -> int | None:
         """The level of all parents; None where they are of several."""
         if not len(self._parents):
             return 0
-        first, last = self._trie.level_of(np.array([self._parents.min(), self._parents.max()])).tolist()
-        return first if first == last else None
+        starts = self._trie.level_start
+        level = int(np.searchsorted(starts, self._parents[0], side="right")) - 1
+        alike = starts[level] <= self._parents.min() and self._parents.max() < starts[level + 1]
+        return level if alike else None
 
 
 @dataclass(frozen=True, eq=False)

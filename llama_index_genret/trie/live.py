@@ -9,7 +9,7 @@ Knows the flat trie; nothing of searches, files or threads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -27,64 +27,54 @@ class Nodes:
     """n prefixes of a `LiveTrie`.
 
     base: (n,) int64, node of the base trie, -1 where no live identifier of the base begins with the prefix.
-    base_hi: (n,) int64, one past the last leaf below it.
-    added, added_hi: the same of the added identifiers; None where there are none.
+    added: the same of the added identifiers; None where there are none.
     """
 
     base: Int64
-    base_hi: Int64
     added: Int64 | None = None
-    added_hi: Int64 | None = None
-
-    def __len__(self) -> int:
-        return len(self.base)
 
     def take(self, rows: Int64) -> Nodes:
         """Some of them."""
-        if self.added is None or self.added_hi is None:
-            return Nodes(self.base[rows], self.base_hi[rows])
-        return Nodes(self.base[rows], self.base_hi[rows], self.added[rows], self.added_hi[rows])
+        return Nodes(self.base[rows], None if self.added is None else self.added[rows])
 
     def put(self, rows: Int64, nodes: Nodes) -> Nodes:
         """The same with others in the places `rows`."""
-        fields = [field if field is None else field.copy() for field in self._fields()]
-        for field, new in zip(fields, nodes._fields(), strict=True):
-            if field is not None and new is not None:
-                field[rows] = new
-        return Nodes(*fields)  # type: ignore[arg-type]
+        base, added = self.base.copy(), None if self.added is None else self.added.copy()
+        base[rows] = nodes.base
+        if added is not None and nodes.added is not None:
+            added[rows] = nodes.added
+        return Nodes(base, added)
 
     def __add__(self, other: Nodes) -> Nodes:
-        pairs = zip(self._fields(), other._fields(), strict=True)
-        return Nodes(*(None if a is None or b is None else np.concatenate([a, b]) for a, b in pairs))  # type: ignore[arg-type]
-
-    def _fields(self) -> tuple[Int64 | None, ...]:
-        return self.base, self.base_hi, self.added, self.added_hi
+        if self.added is None or other.added is None:
+            return Nodes(np.concatenate([self.base, other.base]))
+        return Nodes(np.concatenate([self.base, other.base]), np.concatenate([self.added, other.added]))
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
     """The children that one of the two tries gives to an expansion.
 
-    rows: (r,) int64, the prefixes that are nodes of this trie. hi: (r,) one past the last leaf below each.
+    parents: (r,) int64, those of its nodes that are expanded.
     entry: (m,) int64, for each child of the expansion its place in `children`, -1 for none; None if the same.
     leaf_start: leaf number of the trie's first leaf.
     """
 
     trie: Trie
+    parents: Int64
     children: Children
-    hi: Int64
     leaf_start: int
     entry: Int64 | None = None
 
-    def take(self, entries: Int64) -> tuple[Int64, Int64]:
-        """(node, hi) of some children of the expansion, -1 where this trie has none."""
-        place = entries if self.entry is None else self.entry[entries]
+    def take(self, entries: Int64) -> Int64:
+        """The nodes of some children of the expansion, -1 where this trie has none."""
+        if self.entry is None:
+            return self.children.nodes_at(entries, self.children.rows_of(entries))
+        place = self.entry[entries]
         here = place >= 0
-        rows = self.children.rows_of(place[here])
-        node, hi = np.full(len(place), -1), np.full(len(place), -1)
-        node[here] = self.children.nodes_at(place[here], rows)
-        hi[here] = self.children.leaf_hi(place[here], rows, self.hi)
-        return node, hi
+        node = np.full(len(place), -1)
+        node[here] = self.children.nodes_at(place[here], self.children.rows_of(place[here]))
+        return node
 
     def allowed(self, leaves: LeafFilter) -> NDArray[np.bool_]:
         """Whether any leaf below each of `children` is allowed.
@@ -100,7 +90,8 @@ class _Part:
         before = leaves.before_leaf(first + self.leaf_start)
         after = np.empty_like(before)
         after[:-1] = before[1:]
-        after[self.children.offsets[1:] - 1] = leaves.before_leaf(self.hi + self.leaf_start)
+        _, hi = self.trie.leaf_range(self.parents)
+        after[self.children.offsets[1:] - 1] = leaves.before_leaf(hi + self.leaf_start)
         return after > before
 
 
@@ -150,7 +141,7 @@ class Expansion:
 
     def take(self, entries: Int64) -> Nodes:
         """Some of the children."""
-        return Nodes(*(column for part in self._parts for column in part.take(entries)))
+        return Nodes(*(part.take(entries) for part in self._parts))
 
     @property
     def _only(self) -> _Part:
@@ -200,10 +191,7 @@ class LiveTrie:
 
     def roots(self, n: int) -> Nodes:
         """n times the root."""
-        zero, base_hi = np.zeros(n, np.int64), np.full(n, self.base.n_leaves)
-        if self.added is None:
-            return Nodes(zero, base_hi)
-        return Nodes(zero, base_hi, zero, np.full(n, self.added.n_leaves))
+        return Nodes(np.zeros(n, np.int64), None if self.added is None else np.zeros(n, np.int64))
 
     def expand(self, nodes: Nodes) -> Expansion:
         """All live children of all nodes, none of which may be a leaf.
@@ -214,20 +202,20 @@ class LiveTrie:
         Raises:
             DeadEnd: one of the nodes is a leaf.
         """
-        if nodes.added is None or nodes.added_hi is None or self.added is None:
+        if nodes.added is None or self.added is None:
             children = self.base.children(nodes.base)
-            part = _Part(self.base, children, nodes.base_hi, 0)
+            part = _Part(self.base, nodes.base, children, 0)
             return self._compressed(part) if self.live else Expansion(children.offsets, (part,))
-        first = self._part(self.base, nodes.base, nodes.base_hi, 0)
-        second = self._part(self.added, nodes.added, nodes.added_hi, self.base.n_leaves)
+        first = self._part(self.base, nodes.base, 0)
+        second = self._part(self.added, nodes.added, self.base.n_leaves)
         keys = [self._live_keys(part, rows) for part, rows in (first, second)]
         merged = np.union1d(keys[0][0], keys[1][0])
         parts = []
         for (part, _), (key, place) in zip((first, second), keys, strict=True):
             entry = np.full(len(merged), -1)
             entry[np.searchsorted(merged, key)] = place
-            parts.append(_Part(part.trie, part.children, part.hi, part.leaf_start, entry))
-        offsets = np.searchsorted(merged, np.arange(len(nodes) + 1) << _TOKEN_BITS)
+            parts.append(replace(part, entry=entry))
+        offsets = np.searchsorted(merged, np.arange(len(nodes.base) + 1) << _TOKEN_BITS)
         return Expansion(offsets, tuple(parts), merged & ((1 << _TOKEN_BITS) - 1))
 
     def is_leaf(self, nodes: Nodes) -> NDArray[np.bool_]:
@@ -282,9 +270,9 @@ class LiveTrie:
         return leaves_before(self.base, self.added.paths()) if self.added else np.zeros(0, np.int64)
 
     @staticmethod
-    def _part(trie: Trie, nodes: Int64, hi: Int64, leaf_start: int) -> tuple[_Part, Int64]:
+    def _part(trie: Trie, nodes: Int64, leaf_start: int) -> tuple[_Part, Int64]:
         rows = np.flatnonzero(nodes >= 0)
-        return _Part(trie, trie.children(nodes[rows]), hi[rows], leaf_start), rows
+        return _Part(trie, nodes[rows], trie.children(nodes[rows]), leaf_start), rows
 
     def _live_keys(self, part: _Part, rows: Int64) -> tuple[Int64, Int64]:
         """(row, token) of the live children as one number each, and their places among the children."""
@@ -298,7 +286,7 @@ class LiveTrie:
         assert self.live is not None
         entry = np.flatnonzero(part.allowed(self.live))
         offsets = np.searchsorted(entry, part.children.offsets)
-        return Expansion(offsets, (_Part(part.trie, part.children, part.hi, part.leaf_start, entry),))
+        return Expansion(offsets, (replace(part, entry=entry),))
 
 
 def leaves_before(trie: Trie, paths: NDArray[np.int32]) -> Int64:
