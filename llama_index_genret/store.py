@@ -38,7 +38,7 @@ from llama_index_genret.errors import (
     IndexVersionError,
     ModelMismatch,
 )
-from llama_index_genret.identifiers import Identifier, Scheme, get_scheme
+from llama_index_genret.identifiers import Alphabet, Identifier, Scheme, Spelling, get_scheme, spelling_of
 from llama_index_genret.prompts import PromptSet
 from llama_index_genret.search import Hit
 from llama_index_genret.tokenization import IndexTokenizer
@@ -81,6 +81,7 @@ class Manifest(BaseModel):
     images: str
     scheme: str
     scheme_options: dict[str, Any]
+    alphabet: Alphabet = "new"
     model: ModelEntry
     tokenizer: str
     prompts: PromptSet
@@ -126,8 +127,8 @@ class Index:
         return self.records[int(self.leaf_to_record[hit.leaf])]
 
     def identifier_of(self, hit: Hit) -> str:
-        """The identifier as text, `<g0_17><g1_5>`."""
-        return "".join(self.identifiers[int(self.leaf_to_record[hit.leaf])])
+        """The identifier as people read it, `<g0_17><g1_5>` or `red apple`."""
+        return self.tokenizer.read(self.identifiers[int(self.leaf_to_record[hit.leaf])])
 
     def token_ids(self, row: int) -> tuple[int, ...]:
         """Token ids of the identifier of record `row`."""
@@ -156,6 +157,16 @@ class Index:
         arrays = load_file(self.file("codebooks.safetensors")) if "codebooks.safetensors" in self.manifest.files else {}
         scheme.restore(arrays)
         return scheme
+
+    def spelling(self) -> Spelling:
+        """How the scheme's identifiers are written in the index's tokens."""
+        return spelling_of(self.scheme(), self.tokenizer, self.manifest.alphabet)
+
+    def new_token_ids(self) -> list[int]:
+        """Tokens that the index added to the base model's vocabulary, which must learn them; ascending."""
+        if self.manifest.alphabet == "existing":
+            return []
+        return sorted(self.tokenizer.symbol_id(symbol) for symbol in self.scheme().new_symbols())
 
     def file(self, name: str) -> Path:
         """Path of a stored file, its checksum verified.
@@ -192,12 +203,14 @@ def create_index(
     tokenizer: IndexTokenizer,
     model: ModelEntry,
     prompts: PromptSet,
+    alphabet: Alphabet = "new",
     overwrite: bool = False,
 ) -> Index:
     """Write a new index, untrained.
 
     Args:
-        tokenizer: with the scheme's symbols added.
+        identifiers: as `Spelling.spell` gives them, each symbol one token.
+        tokenizer: with the scheme's symbols added, where the alphabet is new.
         overwrite: whether an index that is there already may be replaced, its trained weights included.
     Raises:
         IndexExists: there is an index in `folder` already, or something else.
@@ -224,6 +237,7 @@ def create_index(
         images=str(images.resolve()),
         scheme=scheme.name,
         scheme_options=scheme.options(),
+        alphabet=alphabet,
         model=model,
         tokenizer=tokenizer.fingerprint,
         prompts=prompts,
