@@ -357,11 +357,13 @@ def _parse_scheme_options(options: list[str]) -> dict[str, Any]:
 
 
 def _levels_table(diagnosis: Diagnosis) -> Table:
-    table = _table("level", "images", "nodes", "fan-out: mean", "max", "random image", "codes", "entropy", "relative")
+    table = _table(
+        "level", "images", "nodes", "mean", "max", "seen", "codes", "bits", "of most", title="fan-out and entropy"
+    )
     for level, row in enumerate(diagnosis.levels):
         codes = f"{row.codes_used}" + (f" of {row.codes_available}" if row.codes_available else "")
         fan_out = (f"{row.mean_fan_out:.2f}", str(row.max_fan_out), f"{row.random_image_fan_out:.2f}")
-        entropy = (f"{row.entropy_bits:.2f} bit", f"{row.relative_entropy:.0%}")
+        entropy = (f"{row.entropy_bits:.2f}", f"{row.relative_entropy:.0%}")
         table.add_row(str(level), str(row.images), str(row.nodes), *fan_out, codes, *entropy)
     return table
 

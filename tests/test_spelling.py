@@ -20,6 +20,8 @@ from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import load_index
 from llama_index_genret.tokenization import IndexTokenizer
+from llama_index_genret.training.batches import ExampleTensors
+from llama_index_genret.training.examples import Interleaved, examples_of
 from llama_index_genret.training.recipe import TrainOptions, train
 from tests.test_identifiers import captions, random_features
 from tests.tiny_model import make_tiny_model
@@ -203,6 +205,19 @@ def test_an_index_on_existing_words_trains_a_plain_adapter_and_recalls(pictures,
     (hits,) = recall(scorer, index.trie, [prompt], k=20)
     assert len({index.record_of(hit).image_id for hit in hits}) == 20
     assert all(word.isalpha() for hit in hits for word in index.identifier_of(hit).split(" "))
+
+
+@pytest.mark.parametrize("options", [{"alphabet": "existing"}, {"scheme": "semantic"}])
+def test_to_describe_an_image_the_prompt_holds_the_very_tokens_of_its_identifier(
+    pictures, wordy_mllm, tmp_path, options
+):
+    index = build_index(read_corpus(pictures), tmp_path / "index", wordy_mllm, **options)
+    describe = {"describe": examples_of(index)["describe"]}
+    tensors = ExampleTensors(index, wordy_mllm, Interleaved(describe, 20, seed=0))
+    before = index.tokenizer.encode_markup(index.prompts.describe.before)
+    for i in range(20):
+        ids = list(index.token_ids(Interleaved(describe, 20, seed=0)[i].row))
+        assert tensors[i]["input_ids"].tolist()[: len(before) + len(ids)] == before + ids
 
 
 def test_an_index_of_words_shows_words(pictures, tiny_mllm, tmp_path):

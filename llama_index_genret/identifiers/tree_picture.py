@@ -19,6 +19,9 @@ WIDTH = 1440
 MARGIN, GAP, PADDING = 24, 10, 8
 THUMBNAIL = 64
 LABEL_WIDTH = 150
+HEADER = 62
+"""Height of title and facts."""
+
 CAPTION = 22
 """Height of a line above the thumbnails of a box."""
 
@@ -80,14 +83,14 @@ def draw_tree(identifiers: Sequence[Identifier], images: Sequence[Path], out: Pa
     bands = layout(identifiers)
     shown = bands[:MOST_BANDS]
     rest = len(bands) - len(shown)
-    height = 2 * MARGIN + 56 + sum(band.height + GAP for band in shown) + (CAPTION if rest else 0)
+    height = 2 * MARGIN + HEADER + sum(band.height + GAP for band in shown) + (CAPTION if rest else 0)
     canvas = Image.new("RGB", (WIDTH, height), PAGE)
     draw = ImageDraw.Draw(canvas)
     draw.text((MARGIN, MARGIN - 4), _fitted(title or "Identifiers", 26, WIDTH - 2 * MARGIN), INK, _font(26))
     nodes = sum(band.n_boxes for band in bands)
     facts = f"{len(identifiers):,} images · {len(bands):,} first symbols · {nodes:,} beginnings of two symbols"
     draw.text((MARGIN, MARGIN + 28), facts, FAINT, _font(15))
-    y = MARGIN + 56
+    y = MARGIN + HEADER
     for number, band in enumerate(shown):
         _draw_band(canvas, draw, band, y, COLOURS[number % len(COLOURS)], images)
         y += band.height + GAP
