@@ -204,6 +204,29 @@ def test_each_level_of_residual_quantisation_comes_nearer_to_the_features():
     assert all(later < 0.95 * before for before, later in pairwise(errors))
 
 
+def test_each_residual_centroid_is_the_mean_of_what_it_codes():
+    features = random_features(300)
+    scheme = StructuredScheme("rq", levels=3, sizes=8)
+    scheme.fit(facts(300, features), seed=0)
+    rest, codes = features / np.linalg.norm(features, axis=1, keepdims=True), scheme.encode(features)
+    for level in range(3):
+        centroids, code = scheme.arrays()[f"centroids{level}"], codes[:, level]
+        np.testing.assert_allclose(centroids, [rest[code == c].mean(0) for c in range(len(centroids))], atol=1e-3)
+        rest = rest - centroids[code]
+
+
+@pytest.mark.parametrize("method", ["kmeans", "rq"])
+def test_images_that_differ_by_rounding_only_are_named_all_the_same(method):
+    """Centroids as close as that attract no image: they must not be counted as nodes."""
+    features = 1 + random_features(60) * np.float32(1e-7)
+    scheme = StructuredScheme(method, levels=3, sizes=20)
+    names = scheme.fit(facts(60, features), seed=0)
+    assert_prefix_free(names)
+    assert_unique(names + scheme.extend(facts(60, features), names))
+    first = scheme.encode(features)[:, 0]
+    assert len(scheme.arrays()["centroids0"]) == len(np.unique(first))
+
+
 def test_the_scale_of_a_feature_does_not_matter():
     features = random_features(50)
     scheme = StructuredScheme()
@@ -259,6 +282,7 @@ def test_words_hold_letters_marks_and_digits_only_and_fold_to_themselves(text):
 
 def test_compatible_forms_and_letter_case_make_one_word_and_function_words_alone_are_kept():
     assert content_words("ＡＰＰＬＥ Apple ﬁg Straße e\u0301") == ("apple", "apple", "fig", "strasse", "é")
+    assert content_words("ℌat") == ("hat",)  # a capital only once it is normalised
     assert content_words("<g0_1>🦊the_cat") == ("g0", "1", "cat")
     assert content_words("the of") == ("the", "of")
     assert "the" in FUNCTION_WORDS

@@ -134,6 +134,16 @@ def test_any_sequence_of_the_chosen_words_is_encoded_as_these_words(tokenizers, 
             assert tokenizer.encode_text(tokenizer.decode(row)) == row
 
 
+def test_a_word_that_the_tokenizer_never_writes_is_not_chosen():
+    """An entry without merges, as pruned vocabularies have them: its text is encoded otherwise."""
+    serialized = json.loads(byte_level().to_str())
+    serialized["model"]["vocab"]["Ġzebra"] = len(serialized["model"]["vocab"])
+    tokenizer = IndexTokenizer(Tokenizer.from_str(json.dumps(serialized)))
+    assert tokenizer.decode([tokenizer.symbol_id("Ġzebra")]) == " zebra"
+    assert "Ġzebra" not in tokenizer.words
+    assert "Ġred" in tokenizer.words
+
+
 @KINDS
 def test_levels_share_no_word_and_images_that_join_change_none(tokenizers, kind):
     naming = get_scheme("atomic")
