@@ -37,7 +37,8 @@ SUFFIXES = tuple(f"<s_{number}>" for number in range(SUFFIX_SYMBOLS))
 class StructuredScheme:
     """`<g0_17><g1_5>`, and `<s_1>` after it only where images share their codes.
 
-    method: "kmeans", a tree of clusters, or "rq", residual quantisation: one codebook a level, shared by all nodes.
+    method: "kmeans", a tree of clusters, or "rq", residual quantisation: one codebook a level, shared by all nodes:
+        far smaller, but images of one dense cluster share their codes more often. `genret inspect` counts them.
     levels: codes per identifier; derived from the number of images if not given (2 up to 1,024, 3 up to 32,768).
     sizes: codes of each level, one number for all or one a level; derived so that a leaf holds about one image.
     """
