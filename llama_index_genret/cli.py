@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast, get_args
 
 import typer
 from rich.console import Console
@@ -21,6 +21,8 @@ from rich.table import Table
 
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import FilterError, GenretError
+from llama_index_genret.identifiers import Alphabet, get_scheme
+from llama_index_genret.identifiers.diagnostics import Diagnosis, diagnose
 from llama_index_genret.store import Index, check_free, load_index
 
 app = typer.Typer(
@@ -38,6 +40,10 @@ ApiKey = Annotated[str, typer.Option(envvar="GENRET_API_KEY", help="Of the serve
 BaseModel = Annotated[str | None, typer.Option("--model", help="The base model, if it has moved.")]
 Model = Annotated[str, typer.Option("--model", help="Local folder or hub id of an image-text-to-text model.")]
 Filters = Annotated[list[str] | None, typer.Option("--filter", help="key=value; repeat for several, all must hold.")]
+SchemeOptions = Annotated[
+    list[str] | None,
+    typer.Option(help="key=value of the scheme, the value in JSON: levels=3, sizes=[32,16], method=rq."),
+]
 TopK = Annotated[int, typer.Option("-k", min=1, help="Images wanted.")]
 
 
@@ -66,7 +72,13 @@ def _table(*columns: str, title: str | None = None) -> Table:
 def index(
     images: Annotated[Path, typer.Argument(help="Folder of images, with metadata.jsonl or without.")],
     out: Annotated[Path, typer.Option(help="Folder of the new index.")],
-    scheme: Annotated[str, typer.Option(help="structured or numeric.")] = "structured",
+    scheme: Annotated[str, typer.Option(help="structured, semantic, numeric, string, atomic, or one of your own.")] = (
+        "structured"
+    ),
+    scheme_option: SchemeOptions = None,
+    alphabet: Annotated[
+        str, typer.Option(help="new: symbols are added to the model. existing: words of its vocabulary stand for them.")
+    ] = "new",
     model: Model = DEFAULT_MODEL,
     skip_broken: Annotated[bool, typer.Option(help="Leave broken images out, and list them.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an index that is there, trained weights included.")] = False,
@@ -79,11 +91,24 @@ def index(
     from llama_index_genret.modeling import load_mllm
 
     check_free(out, overwrite=overwrite)
+    options = _parse_scheme_options(scheme_option or [])
+    if alphabet not in get_args(Alphabet):
+        raise typer.BadParameter(f"--alphabet is one of {', '.join(get_args(Alphabet))}, not {alphabet!r}")
+    get_scheme(scheme, **options)
     corpus = read_corpus(images, skip_broken=skip_broken, progress=_bar("Reading"))
     for skipped in corpus.skipped:
         log.print(f"left out: {skipped}", style="yellow", markup=False)
     mllm = load_mllm(model, device=device)
-    built = build_index(corpus, out, mllm, scheme=scheme, overwrite=overwrite, progress=_bar("Encoding"))
+    built = build_index(
+        corpus,
+        out,
+        mllm,
+        scheme=scheme,
+        scheme_options=options,
+        alphabet=cast(Alphabet, alphabet),
+        overwrite=overwrite,
+        progress=_bar("Encoding"),
+    )
     _emit(as_json, {**_facts(built), "skipped": len(corpus.skipped)}, _facts_table(built))
 
 
@@ -244,12 +269,26 @@ def serve(
 
 
 @app.command()
-def inspect(index_dir: IndexDir, as_json: Json = False) -> None:
+def inspect(
+    index_dir: IndexDir,
+    tree: Annotated[Path | None, typer.Option(help="Write a picture of the identifier tree, a PNG.")] = None,
+    as_json: Json = False,
+) -> None:
     """Show what an index holds: scheme, sizes, fan-out per level, health."""
     loaded = load_index(index_dir)
     for name in loaded.manifest.files:
         loaded.file(name)
-    _emit(as_json, _facts(loaded), _facts_table(loaded))
+    diagnosis = diagnose(loaded.identifiers, loaded.scheme().codes_per_level())
+    if tree:
+        from llama_index_genret.identifiers.tree_picture import draw_tree
+
+        read = {s: loaded.tokenizer.read([s]) for identifier in loaded.identifiers for s in identifier}
+        named = [tuple(read[symbol] for symbol in identifier) for identifier in loaded.identifiers]
+        draw_tree(named, [record.path for record in loaded.records], tree, title=loaded.folder.resolve().name)
+        log.print(f"tree: {tree}", markup=False)
+    _emit(as_json, {**_facts(loaded), **diagnosis.to_json()}, _facts_table(loaded))
+    if not as_json:
+        Console().print(_levels_table(diagnosis))
 
 
 @app.command()
@@ -307,6 +346,32 @@ def _parse_filters(filters: list[str]) -> dict[str, str]:
     return wanted
 
 
+def _parse_scheme_options(options: list[str]) -> dict[str, Any]:
+    """`levels=3`, `sizes=[32,16]`; what is no JSON is a text, as in `method=rq`."""
+    parsed: dict[str, Any] = {}
+    for text in options:
+        key, equals, value = text.partition("=")
+        if not key.isidentifier() or not equals:
+            raise typer.BadParameter(f"--scheme-option {text!r} must read key=value")
+        try:
+            parsed[key] = json.loads(value)
+        except json.JSONDecodeError:
+            parsed[key] = value
+    return parsed
+
+
+def _levels_table(diagnosis: Diagnosis) -> Table:
+    table = _table(
+        "level", "images", "nodes", "mean", "max", "seen", "codes", "bits", "of most", title="fan-out and entropy"
+    )
+    for level, row in enumerate(diagnosis.levels):
+        codes = f"{row.codes_used}" + (f" of {row.codes_available}" if row.codes_available else "")
+        fan_out = (f"{row.mean_fan_out:.2f}", str(row.max_fan_out), f"{row.random_image_fan_out:.2f}")
+        entropy = (f"{row.entropy_bits:.2f}", f"{row.relative_entropy:.0%}")
+        table.add_row(str(level), str(row.images), str(row.nodes), *fan_out, codes, *entropy)
+    return table
+
+
 def _facts(loaded: Index) -> dict[str, Any]:
     trie = loaded.trie.base
     return {
@@ -314,6 +379,7 @@ def _facts(loaded: Index) -> dict[str, Any]:
         "images": len(loaded.records),
         "scheme": loaded.manifest.scheme,
         "scheme_options": loaded.manifest.scheme_options,
+        "alphabet": loaded.manifest.alphabet,
         "identifier_length": trie.depth,
         "nodes_per_level": list(trie.level_sizes),
         "mean_fan_out_per_level": [

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_index_genret.corpus import Corpus
-from llama_index_genret.identifiers import get_scheme
+from llama_index_genret.corpus import Corpus, Record
+from llama_index_genret.identifiers import Alphabet, Identifier, ImageFacts, Scheme, Spelling, get_scheme, spelling_of
 from llama_index_genret.modeling import Mllm, Progress, render_prompts, vision_features
+from llama_index_genret.prompts import PromptSet
 from llama_index_genret.store import Index, check_free, create_index
+from llama_index_genret.tokenization import IndexTokenizer
 
 
 def build_index(
@@ -18,6 +22,7 @@ def build_index(
     *,
     scheme: str = "structured",
     scheme_options: dict[str, Any] | None = None,
+    alphabet: Alphabet = "new",
     seed: int = 0,
     overwrite: bool = False,
     progress: Progress = iter,
@@ -26,25 +31,75 @@ def build_index(
 
     Args:
         scheme: a registered scheme; one that needs features gets those of the model's own vision tower.
+        alphabet: "new" adds the scheme's symbols to the tokenizer and the model; "existing" takes words that they have,
+            so that the adapter of the trained index fits the base model as it is.
         overwrite: whether an index at `out` may be replaced.
     Raises:
-        IndexExists: `out` is not free. IdentifierError: no such scheme, or the tokenizer cannot spell its symbols.
+        IndexExists: `out` is not free. IdentifierError: no such scheme, or the tokenizer cannot spell its identifiers.
     """
     check_free(out, overwrite=overwrite)
     naming = get_scheme(scheme, **(scheme_options or {}))
-    paths = [record.path for record in corpus.records]
-    features = vision_features(mllm, paths, progress) if naming.needs_features else None
-    identifiers = naming.fit(len(corpus.records), features, seed=seed)
-    symbols = naming.new_symbols()
-    tokenizer = mllm.tokenizer
+    images = _facts(naming, corpus.records, mllm, progress)
+    identifiers = naming.fit(images, seed=seed)
+    spelling = spelling_of(naming, mllm.tokenizer, alphabet)
+    prompts = render_prompts(mllm)
+    spelled = _spelled(spelling, identifiers, corpus.records, prompts)
     return create_index(
         out,
         images=corpus.folder,
         records=corpus.records,
-        identifiers=identifiers,
+        identifiers=spelled,
         scheme=naming,
-        tokenizer=tokenizer.with_symbols(symbols) if symbols else tokenizer,
+        tokenizer=spelling.tokenizer,
         model=mllm.entry(),
-        prompts=render_prompts(mllm),
+        prompts=prompts,
+        alphabet=alphabet,
         overwrite=overwrite,
     )
+
+
+@dataclass(frozen=True)
+class NewNames:
+    """Names for images that are not in an index yet, and what the index must store with them.
+
+    identifiers: one an image, each symbol one token of `tokenizer`.
+    scheme: grown; its `new_symbols` and `arrays` may hold more than those of the index.
+    tokenizer: of the index, with the symbols that the scheme gained.
+    """
+
+    identifiers: list[Identifier]
+    scheme: Scheme
+    tokenizer: IndexTokenizer
+
+
+def name_new_images(
+    index: Index, records: Sequence[Record], mllm: Mllm, *, taken: Sequence[Identifier] = (), progress: Progress = iter
+) -> NewNames:
+    """Name images that join `index`, by its frozen scheme. No name of the index changes.
+
+    Args:
+        taken: further identifiers, as an index stores them, that must not be given again.
+    Raises:
+        IdentifierError: the tokenizer cannot spell an identifier.
+    """
+    scheme = index.scheme()
+    in_use = spelling_of(scheme, index.tokenizer, index.manifest.alphabet).unspell([*index.identifiers, *taken])
+    identifiers = scheme.extend(_facts(scheme, records, mllm, progress), in_use)
+    spelling = spelling_of(scheme, index.tokenizer, index.manifest.alphabet)
+    spelled = _spelled(spelling, identifiers, records, index.prompts)
+    return NewNames(spelled, scheme, spelling.tokenizer)
+
+
+def _facts(scheme: Scheme, records: Sequence[Record], mllm: Mllm, progress: Progress) -> ImageFacts:
+    paths = [record.path for record in records]
+    features = vision_features(mllm, paths, progress) if "features" in scheme.needs and paths else None
+    return ImageFacts(len(records), features, tuple(tuple(record.captions) for record in records))
+
+
+def _spelled(
+    spelling: Spelling, identifiers: Sequence[Identifier], records: Sequence[Record], prompts: PromptSet
+) -> list[Identifier]:
+    spelled = spelling.spell(identifiers)
+    prompt = prompts.retrieve.before + "?" + prompts.retrieve.after
+    spelling.check(identifiers, spelled, [record.file_name for record in records], prompt)
+    return spelled

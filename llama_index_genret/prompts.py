@@ -7,6 +7,7 @@ engine, and no text of a user is ever parsed as markup.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +47,11 @@ class Blank(BaseModel):
 
     def fill_text(self, tokenizer: IndexTokenizer, text: str) -> list[int]:
         """Token ids with plain `text` in the blank."""
-        before, after = tokenizer.encode_markup(self.before), tokenizer.encode_markup(self.after)
-        return before + tokenizer.encode_text(text) + after
+        return self.fill(tokenizer, tokenizer.encode_text(text))
+
+    def fill(self, tokenizer: IndexTokenizer, token_ids: Sequence[int]) -> list[int]:
+        """Token ids with just these tokens in the blank."""
+        return [*tokenizer.encode_markup(self.before), *token_ids, *tokenizer.encode_markup(self.after)]
 
 
 class PromptSet(BaseModel):

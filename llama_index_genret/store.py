@@ -37,13 +37,13 @@ from llama_index_genret.errors import (
     IndexVersionError,
     ModelMismatch,
 )
-from llama_index_genret.identifiers import Identifier, Scheme, get_scheme
+from llama_index_genret.identifiers import Alphabet, Identifier, Scheme, Spelling, get_scheme, spelling_of
 from llama_index_genret.prompts import PromptSet
 from llama_index_genret.search import Hit
 from llama_index_genret.tokenization import IndexTokenizer
 from llama_index_genret.trie import LeafFilter, LiveTrie, build_trie, close_beginnings, open_trie, save_trie
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 _DATA_FOLDER = re.compile(r"data-[0-9a-f]{12}")
 _TEMPORARY_MANIFEST = re.compile(re.escape(MANIFEST) + r"\.[0-9a-f]{12}")
@@ -80,6 +80,7 @@ class Manifest(BaseModel):
     images: str
     scheme: str
     scheme_options: dict[str, Any]
+    alphabet: Alphabet = "new"
     model: ModelEntry
     tokenizer: str
     prompts: PromptSet
@@ -124,8 +125,8 @@ class Index:
         return self.records[hit.key]
 
     def identifier_of(self, hit: Hit) -> str:
-        """The identifier as text, `<g0_17><g1_5>`."""
-        return "".join(self.identifiers[hit.key])
+        """The identifier as people read it, `<g0_17><g1_5>` or `red apple`."""
+        return self.tokenizer.read(self.identifiers[hit.key])
 
     def token_ids(self, row: int) -> tuple[int, ...]:
         """Token ids of the identifier of record `row`."""
@@ -154,6 +155,16 @@ class Index:
         arrays = load_file(self.file("codebooks.safetensors")) if "codebooks.safetensors" in self.manifest.files else {}
         scheme.restore(arrays)
         return scheme
+
+    def spelling(self) -> Spelling:
+        """How the scheme's identifiers are written in the index's tokens."""
+        return spelling_of(self.scheme(), self.tokenizer, self.manifest.alphabet)
+
+    def new_token_ids(self) -> list[int]:
+        """Tokens that the index added to the base model's vocabulary, which must learn them; ascending."""
+        if self.manifest.alphabet == "existing":
+            return []
+        return sorted(self.tokenizer.symbol_id(symbol) for symbol in self.scheme().new_symbols())
 
     def file(self, name: str) -> Path:
         """Path of a stored file, its checksum verified.
@@ -190,12 +201,14 @@ def create_index(
     tokenizer: IndexTokenizer,
     model: ModelEntry,
     prompts: PromptSet,
+    alphabet: Alphabet = "new",
     overwrite: bool = False,
 ) -> Index:
     """Write a new index, untrained.
 
     Args:
-        tokenizer: with the scheme's symbols added.
+        identifiers: as `Spelling.spell` gives them, each symbol one token.
+        tokenizer: with the scheme's symbols added, where the alphabet is new.
         overwrite: whether an index that is there already may be replaced, its trained weights included.
     Raises:
         IndexExists: there is an index in `folder` already, or something else.
@@ -223,6 +236,7 @@ def create_index(
         images=str(images.resolve()),
         scheme=scheme.name,
         scheme_options=scheme.options(),
+        alphabet=alphabet,
         model=model,
         tokenizer=tokenizer.fingerprint,
         prompts=prompts,

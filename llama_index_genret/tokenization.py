@@ -9,11 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
 from llama_index_genret.errors import IdentifierError, ModelError
+
+SHORTEST_WORD = 3
+"""Letters of a vocabulary word that can stand for a symbol."""
 
 
 class IndexTokenizer:
@@ -82,6 +86,56 @@ class IndexTokenizer:
                 "Add it to the tokenizer (with_symbols), or choose a scheme whose symbols it has."
             )
         return int(ids[0])
+
+    def pieces(self, token_ids: Sequence[int]) -> tuple[str, ...]:
+        """The vocabulary entries of the ids as they are stored, `Ġapple` or `▁apple`; `symbol_id` leads back."""
+        found = [self._markup.id_to_token(token_id) for token_id in token_ids]
+        if None in found:
+            raise IdentifierError(f"the vocabulary of {self.vocab_size} entries has no token {token_ids}.")
+        return tuple(map(str, found))
+
+    def spell(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
+        """The pieces of plain texts, in which no special token is recognised."""
+        return [self.pieces(ids) for ids in self.encode_texts(texts)]
+
+    def read(self, pieces: Sequence[str]) -> str:
+        """What pieces mean to people: symbols as they are, `<g0_17><g1_5>`, other pieces as their text, `red apple`."""
+        if self._added.issuperset(pieces):
+            return "".join(pieces)
+        return self.decode([self.symbol_id(piece) for piece in pieces]).removeprefix(" ")
+
+    @cached_property
+    def _added(self) -> frozenset[str]:
+        return frozenset(token.content for token in self._markup.get_added_tokens_decoder().values())
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """Pieces that are a whole word with a space before it, plain lower-case words first, then by token id.
+
+        Letters only, and SHORTEST_WORD of them at least. Any sequence of them, decoded, is encoded as just these
+        tokens: none can merge with a neighbour.
+        """
+        pieces = ((i, self._markup.id_to_token(i)) for i in range(self.vocab_size))
+        ids = [i for i, piece in pieces if piece is not None and piece not in self._added]
+        alone = map(str.strip, self.decode_all([[i] for i in ids]))
+        twice = self.decode_all([[i, i] for i in ids])
+        whole = [
+            (i, word, both)
+            for i, word, both in zip(ids, alone, twice, strict=True)
+            if len(word) >= SHORTEST_WORD and word.isalpha() and both.removeprefix(" ") == f"{word} {word}"
+        ]
+        encoded = self.encode_texts([both for _, _, both in whole])
+        kept = [(i, word) for (i, word, _), back in zip(whole, encoded, strict=True) if back == [i, i]]
+        kept.sort(key=lambda entry: (not (entry[1].isascii() and entry[1].islower()), entry[0]))
+        return self.pieces([i for i, _ in kept])
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_text` of many texts, faster."""
+        return [list(encoding.ids) for encoding in self._text.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode_all(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """`decode` of many sequences, faster."""
+        return list(self._markup.decode_batch([list(ids) for ids in sequences], skip_special_tokens=False))
 
     def with_symbols(self, symbols: Sequence[str]) -> IndexTokenizer:
         """A tokenizer that also has `symbols`, each as one special token at the end of the vocabulary."""

@@ -50,6 +50,34 @@ def test_from_a_folder_to_an_answer(pictures, tiny_model_dir, tmp_path):
     assert (checkpoint / "model.safetensors").is_file()
 
 
+def test_scheme_options_reach_the_scheme_and_inspect_shows_its_levels_and_its_tree(pictures, tiny_model_dir, tmp_path):
+    folder, tree = tmp_path / "index", tmp_path / "tree.png"
+    options = ("--scheme-option", "method=rq", "--scheme-option", "sizes=[4,3]")
+    made = genret_json("index", pictures, "--out", folder, "--model", tiny_model_dir, "--device", "cpu", *options)
+    assert made["scheme_options"] == {"method": "rq", "levels": 2, "sizes": [4, 3]}
+    assert made["alphabet"] == "new"
+    facts = genret_json("inspect", folder, "--tree", tree)
+    assert [level["codes_available"] for level in facts["levels"]] == [4, 3, None]
+    assert [level["nodes"] for level in facts["levels"]] == facts["nodes_per_level"]
+    assert facts["collisions"] >= 20 - 12
+    assert tree.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "code"),
+    [
+        (["--scheme-option", "colour=1"], "colour", 1),
+        (["--scheme", "roman"], "there is no scheme 'roman'", 1),
+        (["--scheme-option", "levels"], "key=value", 2),
+        (["--alphabet", "greek"], "existing", 2),
+    ],
+)
+def test_a_wrong_choice_of_scheme_is_told_before_anything_is_read(arguments, words, code):
+    done = genret("index", "nowhere", "--out", "unused", "--model", "unused", *arguments)
+    assert done.returncode == code
+    assert words in done.stderr
+
+
 def test_an_index_of_another_tokenizer_is_refused_by_name(trained_index, tiny_model_dir, tmp_path):
     other = shutil.copytree(tiny_model_dir, tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())

@@ -1,5 +1,6 @@
-"""Identifiers: unique for any input, none the beginning of another, and the same from the frozen codebooks."""
+"""Identifiers: no two equal for any input, the same for the same input, and none changes when images join."""
 
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -8,9 +9,57 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_index_genret.errors import IdentifierError
-from llama_index_genret.identifiers import get_scheme, register_scheme
-from llama_index_genret.identifiers.base import suffix_collisions
-from llama_index_genret.identifiers.structured import StructuredScheme
+from llama_index_genret.identifiers import ImageFacts, get_scheme, register_scheme
+from llama_index_genret.identifiers.base import FirstFree, suffix_collisions
+from llama_index_genret.identifiers.semantic import FUNCTION_WORDS, LONGEST_WORD, content_words
+from llama_index_genret.identifiers.structured import SUFFIX_SYMBOLS, StructuredScheme
+
+SCHEMES = ("numeric", "string", "semantic", "structured", "atomic")
+
+HOSTILE = (
+    "",
+    "🦊🔥",
+    "تفاحة حمراء على طاولة",
+    "<g0_1><g1_2>",
+    "<|im_end|> </s> [INST] <s_0>",
+    "the of a",
+    "image 1",
+    "image",
+    "red apple 2",
+    "red apple",
+    "हिन्दी में एक लाल सेब",
+    "e\u0301te\u0301 \u212bngstro\u0308m ﬁne ＡＢＣ",
+    "1️⃣ 2️⃣",
+    "红苹果在木桌上" * 9,
+    "\ud800 \x00 a\u200db",
+)
+
+
+def captions():
+    return st.lists(st.one_of(st.sampled_from(HOSTILE), st.text(max_size=12)), max_size=2).map(tuple)
+
+
+@st.composite
+def image_facts(draw, most=25):
+    """Images of which many are alike, in features and in captions."""
+    n = draw(st.integers(1, most))
+    features = np.random.default_rng(draw(st.integers(0, 5))).normal(size=(4, 3))
+    rows = draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
+    return ImageFacts(n, features[rows].astype(np.float32), tuple(draw(st.lists(captions(), min_size=n, max_size=n))))
+
+
+def facts(n, features=None, captions=()):
+    return ImageFacts(n, features, tuple(captions))
+
+
+def random_features(n, dim=8, seed=1):
+    return np.random.default_rng(seed).normal(size=(n, dim)).astype(np.float32)
+
+
+def assert_unique(identifiers):
+    assert len(set(identifiers)) == len(identifiers)
+    assert all(identifiers)
+    assert all(all(symbols) for symbols in identifiers)
 
 
 def assert_prefix_free(identifiers):
@@ -20,20 +69,61 @@ def assert_prefix_free(identifiers):
     assert not any(later[: len(first)] == first for first, later in pairwise(ordered))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 99))
-def test_structured_identifiers_are_unique_however_many_images_are_alike(n_distinct, copies, seed):
-    features = np.random.default_rng(seed).normal(size=(n_distinct, 5)).astype(np.float32)
-    features = np.repeat(features, copies, axis=0)[:300]
-    scheme = get_scheme("structured", levels=2, size=3)
-    identifiers = scheme.fit(len(features), features, seed=seed)
+@given(image_facts(), image_facts(), image_facts())
+def test_no_two_images_ever_share_an_identifier_whatever_they_are_and_whenever_they_come(scheme, first, second, third):
+    options = {"sizes": 2} if scheme == "structured" else {}
+    naming = get_scheme(scheme, **options)
+    names = naming.fit(first, seed=0)
+    symbols = naming.new_symbols()
+    for later in (second, third):
+        added = naming.extend(later, set(names))
+        restored = get_scheme(scheme, **naming.options())
+        restored.restore(naming.arrays())
+        assert restored.new_symbols() == naming.new_symbols()
+        assert len(added) == later.n_images
+        names += added
+        assert_unique(names)
+    assert naming.new_symbols()[: len(symbols)] == symbols
+    if symbols:
+        assert {symbol for name in names for symbol in name} <= set(naming.new_symbols())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_thousands_of_identical_images_get_thousands_of_identifiers_before_and_after(scheme):
+    naming, n = get_scheme(scheme), 3000
+    images = facts(n, np.ones((n, 4), np.float32), [("a red apple on a table",)] * n)
+    names = naming.fit(images, seed=0)
+    assert_unique(names + naming.extend(images, names))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_same_images_and_seed_give_the_same_identifiers_and_a_restored_scheme_goes_on_alike(scheme):
+    images = facts(60, random_features(60), [(HOSTILE[i % len(HOSTILE)],) for i in range(60)])
+    one, two = get_scheme(scheme), get_scheme(scheme)
+    names = one.fit(images, seed=4)
+    assert two.fit(images, seed=4) == names
+    restored = get_scheme(scheme, **one.options())
+    restored.restore(one.arrays())
+    assert restored.extend(images, names) == one.extend(images, names)
+
+
+@pytest.mark.parametrize("scheme", ["numeric", "string", "atomic"])
+def test_a_number_is_not_given_again_after_its_image_was_removed(scheme):
+    naming = get_scheme(scheme)
+    names = naming.fit(facts(12), seed=0)
+    assert naming.extend(facts(1), names[:5])[0] not in names
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["kmeans", "rq"]), st.integers(1, 60), st.integers(1, 60), st.integers(0, 99))
+def test_structured_identifiers_begin_no_other_however_many_images_are_alike(method, n_distinct, copies, seed):
+    features = np.repeat(random_features(n_distinct, 5, seed), copies, axis=0)[:300]
+    scheme = get_scheme("structured", method=method, levels=2, sizes=3)
+    identifiers = scheme.fit(facts(len(features), features), seed=seed)
     assert_prefix_free(identifiers)
     assert {s for identifier in identifiers for s in identifier} <= set(scheme.new_symbols())
-
-
-def test_thousands_of_identical_images_get_thousands_of_identifiers():
-    identifiers = get_scheme("structured").fit(3000, np.ones((3000, 4), np.float32), seed=0)
-    assert_prefix_free(identifiers)
 
 
 def test_a_suffix_stands_only_where_codes_collide():
@@ -42,57 +132,199 @@ def test_a_suffix_stands_only_where_codes_collide():
     assert named == [("a", "s0/2"), ("b",), ("a", "s1/2"), ("c",)]
 
 
+def test_an_image_with_the_codes_of_another_joins_with_a_suffix_that_the_tokenizer_has():
+    features = random_features(40)
+    scheme = StructuredScheme()
+    names = scheme.fit(facts(40, features), seed=0)
+    row = next(row for row, name in enumerate(names) if len(name) == 2)
+    symbols = scheme.new_symbols()
+    added = scheme.extend(facts(SUFFIX_SYMBOLS + 1, np.repeat(features[[row]], SUFFIX_SYMBOLS + 1, axis=0)), names)
+    assert added[0] == (*names[row], "<s_0>")
+    assert added[-1] == (*names[row], "<s_0>", "<s_0>")
+    assert scheme.new_symbols() == symbols
+
+
+@pytest.mark.parametrize("method", ["kmeans", "rq"])
+def test_codes_are_the_nearest_centroids_by_definition(method):
+    """Plain loops over the stored arrays."""
+    features = random_features(120)
+    scheme = StructuredScheme(method, levels=3, sizes=[4, 3, 5])
+    scheme.fit(facts(120, features), seed=0)
+    arrays = scheme.arrays()
+    for feature, found in zip(features, scheme.encode(features).tolist(), strict=True):
+        rest, node, expected = feature / np.linalg.norm(feature), 0, []
+        for level in range(3):
+            centroids, first = arrays[f"centroids{level}"], 0
+            if method == "kmeans":
+                first, end = arrays[f"offsets{level}"][node : node + 2]
+                centroids = centroids[first:end]
+            code = int(np.argmin([np.sum((rest - c) ** 2) for c in centroids]))
+            rest = rest - centroids[code] if method == "rq" else rest
+            node, expected = int(first) + code, [*expected, code]
+        assert found == expected
+
+
+def test_only_occupied_nodes_of_the_tree_are_stored():
+    """Four levels of 50 would be 6,250,000 nodes as a dense array."""
+    features = random_features(200)
+    scheme = StructuredScheme(levels=4, sizes=50)
+    scheme.fit(facts(200, features), seed=0)
+    codes = scheme.encode(features)
+    for level in range(4):
+        assert len(scheme.arrays()[f"centroids{level}"]) == len(np.unique(codes[:, : level + 1], axis=0))
+
+
+def test_a_hundred_thousand_images_are_assigned_in_seconds():
+    features = random_features(2000, 64)
+    scheme = StructuredScheme(levels=3, sizes=10)
+    scheme.fit(facts(2000, features), seed=0)
+    started = time.monotonic()
+    scheme.encode(random_features(100_000, 64, seed=2))
+    assert time.monotonic() - started < 10
+
+
 def test_alike_images_share_the_beginning_of_their_identifiers():
     """What makes a wrong answer a near one: two far clusters never share the first symbol."""
     rng = np.random.default_rng(0)
-    features = np.repeat(np.eye(3)[:2], 20, axis=0) + rng.normal(0, 0.01, (40, 3))
-    identifiers = get_scheme("structured", levels=2, size=6).fit(40, features.astype(np.float32), seed=0)
-    assert not {i[0] for i in identifiers[:20]} & {i[0] for i in identifiers[20:]}
+    features = (np.repeat(np.eye(3)[:2], 20, axis=0) + rng.normal(0, 0.01, (40, 3))).astype(np.float32)
+    for method in ("kmeans", "rq"):
+        identifiers = get_scheme("structured", method=method, levels=2, sizes=6).fit(facts(40, features), seed=0)
+        assert not {i[0] for i in identifiers[:20]} & {i[0] for i in identifiers[20:]}
 
 
-def test_restored_codebooks_give_the_same_codes():
-    features = np.random.default_rng(1).normal(size=(200, 8)).astype(np.float32)
-    fitted = StructuredScheme()
-    identifiers = fitted.fit(200, features, seed=0)
-    restored = get_scheme("structured", **fitted.options())
-    restored.restore(fitted.arrays())
-    np.testing.assert_array_equal(restored.encode(features), fitted.encode(features))
-    assert [i[:2] for i in identifiers] == [(f"<g0_{a}>", f"<g1_{b}>") for a, b in restored.encode(features)]
-    assert restored.new_symbols() == fitted.new_symbols()
+def test_each_level_of_residual_quantisation_comes_nearer_to_the_features():
+    features = random_features(300)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    scheme = StructuredScheme("rq", levels=4, sizes=8)
+    scheme.fit(facts(300, features), seed=0)
+    codes, rest, errors = scheme.encode(features), unit, [1.0]
+    for level in range(4):
+        rest = rest - scheme.arrays()[f"centroids{level}"][codes[:, level]]
+        errors.append(float((rest**2).sum(1).mean()))
+    assert all(later < 0.95 * before for before, later in pairwise(errors))
+
+
+def test_each_residual_centroid_is_the_mean_of_what_it_codes():
+    features = random_features(300)
+    scheme = StructuredScheme("rq", levels=3, sizes=8)
+    scheme.fit(facts(300, features), seed=0)
+    rest, codes = features / np.linalg.norm(features, axis=1, keepdims=True), scheme.encode(features)
+    for level in range(3):
+        centroids, code = scheme.arrays()[f"centroids{level}"], codes[:, level]
+        np.testing.assert_allclose(centroids, [rest[code == c].mean(0) for c in range(len(centroids))], atol=1e-3)
+        rest = rest - centroids[code]
+
+
+@pytest.mark.parametrize("method", ["kmeans", "rq"])
+def test_images_that_differ_by_rounding_only_are_named_all_the_same(method):
+    """Centroids as close as that attract no image: they must not be counted as nodes."""
+    features = 1 + random_features(60) * np.float32(1e-7)
+    scheme = StructuredScheme(method, levels=3, sizes=20)
+    names = scheme.fit(facts(60, features), seed=0)
+    assert_prefix_free(names)
+    assert_unique(names + scheme.extend(facts(60, features), names))
+    first = scheme.encode(features)[:, 0]
+    assert len(scheme.arrays()["centroids0"]) == len(np.unique(first))
 
 
 def test_the_scale_of_a_feature_does_not_matter():
-    features = np.random.default_rng(1).normal(size=(50, 8)).astype(np.float32)
+    features = random_features(50)
     scheme = StructuredScheme()
-    scheme.fit(50, features, seed=0)
+    scheme.fit(facts(50, features), seed=0)
     np.testing.assert_array_equal(scheme.encode(features * 37.0), scheme.encode(features))
 
 
 @pytest.mark.parametrize(("n", "levels"), [(1, 2), (100, 2), (1024, 2), (1025, 3)])
 def test_depth_follows_the_number_of_images(n, levels):
     scheme = StructuredScheme()
-    scheme.fit(n, np.random.default_rng(0).normal(size=(n, 2)).astype(np.float32), seed=0)
+    scheme.fit(facts(n, random_features(n, 2)), seed=0)
     assert scheme.levels == levels
 
 
 @given(st.integers(1, 2000))
-def test_numbers_are_unique_and_of_one_length(n):
-    identifiers = get_scheme("numeric").fit(n, None, seed=0)
+def test_numbers_are_padded_to_one_length_and_later_ones_go_on(n):
+    scheme = get_scheme("numeric")
+    identifiers = scheme.fit(facts(n), seed=0)
     assert_prefix_free(identifiers)
     assert ["".join(i) for i in identifiers] == [str(i).zfill(len(str(n - 1))) for i in range(n)]
+    assert scheme.extend(facts(1), identifiers) == [tuple(str(n).zfill(len(str(n - 1))))]
 
 
-def test_missing_or_broken_features_are_errors_that_say_so():
+def test_a_caption_names_its_image_by_its_content_words_then_by_more_of_them_then_by_a_number():
+    caption = ("A red apple, on the old wooden table of my Grandmother!",)
+    naming = get_scheme("semantic", words=4)
+    names = naming.fit(facts(5, None, [caption] * 4 + [()]), seed=0)
+    assert names == [
+        ("red apple old wooden",),
+        ("red apple old wooden table",),
+        ("red apple old wooden table grandmother",),
+        ("red apple old wooden table grandmother 2",),
+        ("image 1",),
+    ]
+    assert naming.extend(facts(2, None, [caption, ("🦊", "")]), names) == [
+        ("red apple old wooden table grandmother 3",),
+        ("image 2",),
+    ]
+
+
+def test_an_image_whose_first_caption_has_no_word_is_named_by_the_next():
+    assert get_scheme("semantic").fit(facts(1, None, [("🦊", "a fox")]), seed=0) == [("fox",)]
+
+
+@given(st.text())
+def test_words_hold_letters_marks_and_digits_only_and_fold_to_themselves(text):
+    for word in content_words(text):
+        assert word.isprintable()
+        assert 0 < len(word) <= LONGEST_WORD
+        assert not set(word) & set(" <>|_[]/\ufe0f")
+    assert content_words(" ".join(content_words(text))) == content_words(text)
+
+
+def test_compatible_forms_and_letter_case_make_one_word_and_function_words_alone_are_kept():
+    assert content_words("ＡＰＰＬＥ Apple ﬁg Straße e\u0301") == ("apple", "apple", "fig", "strasse", "é")
+    assert content_words("ℌat") == ("hat",)  # a capital only once it is normalised
+    assert content_words("<g0_1>🦊the_cat") == ("g0", "1", "cat")
+    assert content_words("the of") == ("the", "of")
+    assert "the" in FUNCTION_WORDS
+
+
+def test_the_first_free_name_skips_what_others_took():
+    free = FirstFree([("a0",)], lambda key: ((f"{key}{n}",) for n in range(9)))
+    assert [free.name("a"), free.name("b"), free.name("a")] == [("a1",), ("b0",), ("a2",)]
+
+
+def test_missing_or_broken_facts_are_errors_that_say_so():
     with pytest.raises(IdentifierError, match=r"\(3, d\)"):
-        get_scheme("structured").fit(3, None, seed=0)
+        get_scheme("structured").fit(facts(3), seed=0)
     with pytest.raises(IdentifierError, match="image 1"):
-        get_scheme("structured").fit(2, np.array([[1, 2], [np.nan, 1]], np.float32), seed=0)
-    with pytest.raises(IdentifierError, match="levels=0"):
-        get_scheme("structured", levels=0)
+        facts(2, np.array([[1, 2], [np.nan, 1]], np.float32))
+    with pytest.raises(IdentifierError, match=r"\(2, d\), not \(3, 1\)"):
+        facts(2, np.ones((3, 1), np.float32))
+    with pytest.raises(IdentifierError, match="2 images have 1"):
+        facts(2, None, [("x",)])
+    with pytest.raises(IdentifierError, match="no images"):
+        get_scheme("structured").fit(facts(0, np.ones((0, 2), np.float32)), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "words"),
+    [
+        ("structured", {"levels": 0}, "levels=0"),
+        ("structured", {"sizes": 1}, "sizes=1"),
+        ("structured", {"sizes": "34"}, "sizes=34"),
+        ("structured", {"levels": 3, "sizes": [4, 4]}, "each of 3 levels"),
+        ("structured", {"method": "magic"}, "'kmeans' or 'rq'"),
+        ("structured", {"colour": "red"}, "colour"),
+        ("semantic", {"words": 0}, "words=0"),
+    ],
+)
+def test_a_wrong_option_is_an_error_that_names_it(scheme, options, words):
+    with pytest.raises(IdentifierError, match=words):
+        get_scheme(scheme, **options)
 
 
 def test_an_unknown_scheme_names_the_known_ones():
-    with pytest.raises(IdentifierError, match=r"numeric.*structured"):
+    with pytest.raises(IdentifierError, match=r"atomic.*numeric.*semantic.*string.*structured"):
         get_scheme("roman")
 
 

@@ -19,15 +19,17 @@ TEXT = """What is in the picture? A red apple on a wooden table. Find: a dog tha
 The user asks, the assistant answers. Describe the yellow bus in front of the house. It is green and small."""
 
 
-def make_tiny_model(directory: Path, *, seed: int = 0) -> Path:
+def make_tiny_model(directory: Path, *, seed: int = 0, vocabulary: int = VOCABULARY, text: str = TEXT) -> Path:
     """Write a model that `AutoProcessor`, `AutoModelForImageTextToText` and vLLM load; its images take 4 tokens.
 
-    The same seed gives the same weights; the tokenizer is the same for all seeds.
+    The same seed gives the same weights; the tokenizer, trained on `text`, is the same for all seeds.
     """
-    processor = build_processor(_byte_pairs(), side=SIDE, image_tokens=(SIDE // PATCH // SCALE_FACTOR) ** 2)
+    processor = build_processor(
+        _byte_pairs(vocabulary, text), side=SIDE, image_tokens=(SIDE // PATCH // SCALE_FACTOR) ** 2
+    )
     model = build_model(
         {
-            "vocab_size": VOCABULARY,
+            "vocab_size": vocabulary,
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_hidden_layers": 2,
@@ -52,15 +54,15 @@ def make_tiny_model(directory: Path, *, seed: int = 0) -> Path:
     return directory
 
 
-def _byte_pairs() -> BPE:
+def _byte_pairs(vocabulary: int, text: str) -> BPE:
     """All bytes, and the most frequent pairs of a few sentences."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.train_from_iterator([text], trainer)
     return tokenizer.model

@@ -1,8 +1,18 @@
-"""How images get their names: schemes behind one registry.
+"""How images get their names: five schemes behind one registry that users can extend.
 
-`numeric` and `structured` today. `clustering` needs scikit-learn and loads on first use.
+`clustering` needs scikit-learn and loads on first use.
 """
 
-from llama_index_genret.identifiers.base import Identifier, Scheme, get_scheme, register_scheme
+from llama_index_genret.identifiers.base import Identifier, ImageFacts, Scheme, get_scheme, register_scheme
+from llama_index_genret.identifiers.spelling import Alphabet, Spelling, spelling_of
 
-__all__ = ["Identifier", "Scheme", "get_scheme", "register_scheme"]
+__all__ = [
+    "Alphabet",
+    "Identifier",
+    "ImageFacts",
+    "Scheme",
+    "Spelling",
+    "get_scheme",
+    "register_scheme",
+    "spelling_of",
+]

@@ -1,14 +1,21 @@
-"""Hierarchical k-means. The only part of the identifiers that needs scikit-learn."""
+"""Codebooks from features. The only part of the identifiers that needs scikit-learn."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llama_index_genret.errors import MissingExtra
-from llama_index_genret.identifiers.structured import nearest_children
+from llama_index_genret.identifiers.codebooks import (
+    Float32,
+    ResidualCodebooks,
+    TreeCodebooks,
+    TreeLevel,
+    nearest_rows,
+    unit_rows,
+)
 
 try:
     from sklearn.cluster import KMeans, MiniBatchKMeans
@@ -20,36 +27,47 @@ MINI_BATCH_FROM = 4096
 """Rows from which the mini-batch variant is used (Sculley 2010)."""
 
 
-def hierarchical_kmeans(
-    unit_features: NDArray[np.float32], levels: int, size: int, *, seed: int
-) -> list[NDArray[np.float32]]:
-    """Codebooks of a k-means tree: each cluster of a level is clustered again on the next.
+def kmeans_tree(features: Float32, sizes: Sequence[int], *, seed: int) -> TreeCodebooks:
+    """A k-means tree over (n, d) features by cosine: each cluster of a level is clustered again on the next.
 
     Args:
-        unit_features: (n, d) float32 of length 1.
-    Returns:
-        For each level l, (size**l, size, d) float32 centroids, NaN where a node has fewer clusters. Path
-        (c0, c1, ...) reaches node ((c0 * size) + c1) ...
+        sizes: most children of a node, level by level. Every node of the tree holds a feature.
     """
-    dim = unit_features.shape[1]
-    nodes = np.zeros(len(unit_features), np.int64)
-    codebooks = []
-    for level in range(levels):
-        codebook = np.full((size**level, size, dim), np.nan, np.float32)
-        for node in np.unique(nodes):
-            centroids = _centroids(unit_features[nodes == node], size, seed)
-            codebook[node, : len(centroids)] = centroids
-        codebooks.append(codebook)
-        nodes = nodes * size + nearest_children(unit_features, codebook, nodes)
-    return codebooks
+    unit = unit_rows(features)
+    node = np.zeros(len(unit), np.int64)
+    levels = []
+    for size in sizes:
+        order = np.argsort(node, kind="stable")
+        _, starts = np.unique(node[order], return_index=True)
+        parts = [kmeans(unit[rows], size, seed=seed) for rows in np.split(order, starts[1:])]
+        offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+        level = TreeLevel(np.concatenate(parts), offsets)
+        node = level.nearest(unit, node)
+        levels.append(level)
+    return TreeCodebooks(tuple(levels))
 
 
-def _centroids(points: NDArray[np.float32], size: int, seed: int) -> NDArray[np.float32]:
-    distinct = np.unique(points, axis=0)
-    if len(distinct) <= size:
-        return distinct
-    kind = MiniBatchKMeans if len(points) >= MINI_BATCH_FROM else KMeans
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        centers = kind(size, n_init=4, random_state=seed).fit(points).cluster_centers_
-    return np.asarray(centers, np.float32)
+def residual_quantiser(features: Float32, sizes: Sequence[int], *, seed: int) -> ResidualCodebooks:
+    """One codebook a level, each by k-means over what the levels before it left over.
+
+    Source: the residual quantisation of TIGER's semantic ids (arXiv:2305.05065), on the features themselves.
+    """
+    residual = unit_rows(features)
+    centroids = []
+    for size in sizes:
+        level = kmeans(residual, size, seed=seed)
+        centroids.append(level)
+        residual = residual - level[nearest_rows(residual, level)]
+    return ResidualCodebooks(tuple(centroids))
+
+
+def kmeans(points: Float32, size: int, *, seed: int) -> Float32:
+    """(m, d) centroids, m <= size, each the nearest of at least one of the (n, d) points."""
+    distinct = np.stack(list({point.tobytes(): point for point in points}.values()))
+    if len(distinct) > size:
+        kind = MiniBatchKMeans if len(distinct) >= MINI_BATCH_FROM else KMeans
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            fitted = kind(size, n_init=4, random_state=seed).fit(points).cluster_centers_
+        distinct = np.asarray(fitted, np.float32)
+    return distinct[np.unique(nearest_rows(points, distinct))]

@@ -1,135 +1,150 @@
-"""`structured`: codes of an image embedding by hierarchical k-means, one symbol alphabet a level. The default.
+"""`structured`: codes of an image embedding, one symbol alphabet a level. The default.
 
 Knows image features; nothing of captions or models. The codebooks are frozen and image-only, so that a new image
 gets its codes without training.
 
-Source: structured identifiers of GRACE (arXiv:2402.10805, recursive k-means), after DSI (arXiv:2202.06991).
+Source: structured identifiers of GRACE (arXiv:2402.10805, recursive k-means), after DSI (arXiv:2202.06991);
+residual quantisation after TIGER (arXiv:2305.05065).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain, count, product
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.errors import IdentifierError
-from llama_index_genret.identifiers.base import Identifier, register_scheme, suffix_collisions
+from llama_index_genret.identifiers.base import (
+    FirstFree,
+    Identifier,
+    ImageFacts,
+    Need,
+    register_scheme,
+    suffix_collisions,
+)
+from llama_index_genret.identifiers.codebooks import Codebooks, ResidualCodebooks, TreeCodebooks
 
 SUFFIX_SYMBOLS = 32
 """Alphabet of the symbol that parts images with equal codes; more of them take more such symbols."""
+
+SUFFIXES = tuple(f"<s_{number}>" for number in range(SUFFIX_SYMBOLS))
 
 
 @register_scheme("structured")
 class StructuredScheme:
     """`<g0_17><g1_5>`, and `<s_1>` after it only where images share their codes.
 
+    method: "kmeans", a tree of clusters, or "rq", residual quantisation: one codebook a level, shared by all nodes:
+        far smaller, but images of one dense cluster share their codes more often. `genret inspect` counts them.
     levels: codes per identifier; derived from the number of images if not given (2 up to 1,024, 3 up to 32,768).
-    size: clusters of each node; derived so that a leaf holds about one image if not given.
+    sizes: codes of each level, one number for all or one a level; derived so that a leaf holds about one image.
     """
 
     name: ClassVar[str] = "structured"
-    needs_features: ClassVar[bool] = True
-    new_images: ClassVar[str] = "codes from the frozen codebooks, without training"
+    needs: ClassVar[frozenset[Need]] = frozenset({"features"})
+    writes: ClassVar[Literal["symbols", "text"]] = "symbols"
+    new_images: ClassVar[str] = "codes from the frozen codebooks, without training; a suffix where they are taken"
 
-    def __init__(self, levels: int | None = None, size: int | None = None) -> None:
-        if (levels is not None and levels < 1) or (size is not None and size < 2):
-            raise IdentifierError(f"levels={levels} must be at least 1, size={size} at least 2.")
+    def __init__(
+        self, method: str = "kmeans", levels: int | None = None, sizes: int | Sequence[int] | None = None
+    ) -> None:
+        if method not in ("kmeans", "rq"):
+            raise IdentifierError(f"method={method!r} must be 'kmeans' or 'rq'.")
+        given = [sizes] if isinstance(sizes, int) else list(sizes or [])
+        if not all(isinstance(size, int) and size >= 2 for size in given) or (levels is not None and levels < 1):
+            raise IdentifierError(f"levels={levels} must be at least 1, sizes={sizes} integers of at least 2.")
+        if sizes is not None and not isinstance(sizes, int):
+            levels = len(given) if levels is None else levels
+            if len(given) != levels:
+                raise IdentifierError(f"sizes={given} must be one number, or one for each of {levels} levels.")
+        self.method = method
         self.levels = levels
-        self.size = size
-        self._codebooks: list[NDArray[np.float32]] = []
-        self._n_suffix_symbols = 0
+        self.sizes = sizes
+        self._codebooks: Codebooks | None = None
 
-    def fit(self, n_images: int, features: NDArray[np.float32] | None, *, seed: int) -> list[Identifier]:
+    def fit(self, images: ImageFacts, *, seed: int) -> list[Identifier]:
         """Cluster the features, freeze the codebooks, and name the images.
 
         Args:
-            features: (n_images, d) float32, any scale; compared by cosine.
+            images: with features of any scale; they are compared by cosine.
         Raises:
-            IdentifierError: features are missing, of another length, or not finite.
+            IdentifierError: there are no images, or no features.
         """
-        if features is None or features.shape[0] != n_images or features.ndim != 2:
-            shape = None if features is None else features.shape
-            raise IdentifierError(f"structured identifiers need ({n_images}, d) image features, not {shape}.")
-        if not np.isfinite(features).all():
-            row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
-            raise IdentifierError(f"the features of image {row} are not finite: its file or the encoder is damaged.")
-        self.levels = self.levels or max(2, int(np.ceil(np.log(n_images) / np.log(32) - 1e-9)))
-        self.size = self.size or max(2, int(np.ceil(1.25 * n_images ** (1 / self.levels))))
-        from llama_index_genret.identifiers.clustering import hierarchical_kmeans
+        features = _features(images)
+        n = len(features)
+        if not n:
+            raise IdentifierError("there are no images: structured identifiers need some to learn codes from.")
+        self.levels = self.levels or max(2, int(np.ceil(np.log(n) / np.log(32) - 1e-9)))
+        self.sizes = self.sizes or max(2, int(np.ceil(1.25 * n ** (1 / self.levels))))
+        from llama_index_genret.identifiers.clustering import kmeans_tree, residual_quantiser
 
-        self._codebooks = hierarchical_kmeans(_unit(features), self.levels, self.size, seed=seed)
-        codes = [
-            tuple(f"<g{level}_{code}>" for level, code in enumerate(row)) for row in self.encode(features).tolist()
-        ]
-        identifiers = suffix_collisions(codes, self._suffix)
-        self._n_suffix_symbols = _largest_suffix(identifiers, self.levels) + 1
-        return identifiers
+        make = kmeans_tree if self.method == "kmeans" else residual_quantiser
+        self._codebooks = make(features, self.codes_per_level(), seed=seed)
+        return suffix_collisions(self._codes(features), _suffix)
+
+    def extend(self, images: ImageFacts, taken: Collection[Identifier]) -> list[Identifier]:
+        """Codes by the frozen codebooks, and a suffix where they are taken. See `Scheme.extend`."""
+        free = FirstFree(taken, _with_suffixes)
+        return [free.name(code) for code in self._codes(_features(images))]
 
     def encode(self, features: NDArray[np.float32]) -> NDArray[np.int64]:
-        """(n, levels) codes of (n, d) features by the frozen codebooks: the nearest centroid, level by level.
+        """(n, levels) codes of (n, d) features by the frozen codebooks.
 
-        for row, level: codes[row, level] = argmin_c |unit(features[row]) - codebook[level][path of row, c]|
+        Raises:
+            IdentifierError: there are none yet.
         """
-        unit = _unit(features)
-        node = np.zeros(len(unit), np.int64)
-        codes = []
-        for codebook in self._codebooks:
-            code = nearest_children(unit, codebook, node)
-            codes.append(code)
-            node = node * codebook.shape[1] + code
-        return np.stack(codes, axis=1)
+        if self._codebooks is None:
+            raise IdentifierError("the scheme has no codebooks yet: fit it, or restore them.")
+        return self._codebooks.encode(features)
+
+    def _codes(self, features: NDArray[np.float32]) -> list[Identifier]:
+        rows = self.encode(features).tolist() if len(features) else []
+        return [tuple(f"<g{level}_{code}>" for level, code in enumerate(row)) for row in rows]
 
     def new_symbols(self) -> list[str]:
-        """All codes of all levels, and the suffix symbols that are in use."""
-        codes = [f"<g{level}_{code}>" for level in range(self.levels or 0) for code in range(self.size or 0)]
-        return codes + [f"<s_{count}>" for count in range(self._n_suffix_symbols)]
+        """All codes of all levels, and the suffix symbols, in use or not: an image added later may need one."""
+        codes = [f"<g{level}_{code}>" for level, size in enumerate(self.codes_per_level()) for code in range(size)]
+        return codes + list(SUFFIXES)
+
+    def codes_per_level(self) -> tuple[int, ...]:
+        """The size of each level, once chosen or derived."""
+        if self.sizes is None or self.levels is None:
+            return ()
+        return (self.sizes,) * self.levels if isinstance(self.sizes, int) else tuple(self.sizes)
 
     def options(self) -> dict[str, Any]:
-        """Levels and size, as chosen or derived."""
-        return {"levels": self.levels, "size": self.size}
+        """Method, levels and sizes, as chosen or derived."""
+        sizes = self.sizes if self.sizes is None or isinstance(self.sizes, int) else list(self.sizes)
+        return {"method": self.method, "levels": self.levels, "sizes": sizes}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """`level{l}`: (size**l, size, d) float32 centroids, NaN where unused; `n_suffix_symbols`: (1,) int64."""
-        arrays: dict[str, NDArray[Any]] = {f"level{i}": codebook for i, codebook in enumerate(self._codebooks)}
-        return arrays | {"n_suffix_symbols": np.array([self._n_suffix_symbols], np.int64)}
+        """See `TreeCodebooks.arrays` and `ResidualCodebooks.arrays`."""
+        return self._codebooks.arrays() if self._codebooks else {}
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Take back what `arrays` gave."""
-        self._codebooks = [arrays[f"level{i}"] for i in range(self.levels or 0)]
-        self._n_suffix_symbols = int(arrays["n_suffix_symbols"][0])
-
-    @staticmethod
-    def _suffix(count: int, group_size: int) -> Identifier:
-        digits = []
-        while group_size > 1:
-            digits.append(f"<s_{count % SUFFIX_SYMBOLS}>")
-            count, group_size = count // SUFFIX_SYMBOLS, -(-group_size // SUFFIX_SYMBOLS)
-        return tuple(reversed(digits))
+        kind = TreeCodebooks if self.method == "kmeans" else ResidualCodebooks
+        self._codebooks = kind.from_arrays(arrays, self.levels or 0)
 
 
-def _largest_suffix(identifiers: Sequence[Identifier], levels: int) -> int:
-    return max((int(s[3:-1]) for identifier in identifiers for s in identifier[levels:]), default=-1)
+def _features(images: ImageFacts) -> NDArray[np.float32]:
+    if images.features is None:
+        raise IdentifierError(f"structured identifiers need ({images.n_images}, d) image features, not None.")
+    return images.features
 
 
-def nearest_children(
-    unit: NDArray[np.float32], codebook: NDArray[np.float32], node: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """(n,) the nearest centroid of each row's node: argmin_c |unit[row] - codebook[node[row], c]|².
-
-    Args:
-        codebook: (nodes, size, d); an unused centroid is NaN and never the nearest.
-    """
-    nearest = np.empty(len(unit), np.int64)
-    chunk = max(1, 2**24 // (codebook.shape[1] * codebook.shape[2]))
-    for start in range(0, len(unit), chunk):
-        part = slice(start, start + chunk)
-        distance = ((unit[part, None, :] - codebook[node[part]]) ** 2).sum(-1)
-        nearest[part] = np.nanargmin(distance, axis=1)
-    return nearest
+def _suffix(number: int, group_size: int) -> Identifier:
+    """`number` in base SUFFIX_SYMBOLS, with as many digits as the group needs."""
+    digits = []
+    while group_size > 1:
+        digits.append(SUFFIXES[number % SUFFIX_SYMBOLS])
+        number, group_size = number // SUFFIX_SYMBOLS, -(-group_size // SUFFIX_SYMBOLS)
+    return tuple(reversed(digits))
 
 
-def _unit(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    norm = np.linalg.norm(features, axis=1, keepdims=True)
-    return np.asarray(features / np.where(norm == 0, 1, norm), np.float32)
+def _with_suffixes(code: Identifier) -> Iterator[Identifier]:
+    """The code alone, with every suffix symbol, with every pair of them, ..."""
+    return chain([code], (code + suffix for length in count(1) for suffix in product(SUFFIXES, repeat=length)))

@@ -56,8 +56,7 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         if example.task == "retrieve":
             return {"input_ids": torch.tensor(prompts.retrieve.fill_text(tokenizer, example.text))}
         if example.task == "describe":
-            text = prompts.describe.before + example.text + prompts.describe.after
-            return {"input_ids": torch.tensor(tokenizer.encode_markup(text))}
+            return {"input_ids": torch.tensor(prompts.describe.fill(tokenizer, self._index.token_ids(example.row)))}
         text = prompts.memorise
         if example.task == "answer":
             text = prompts.answer.before + example.text + prompts.answer.after

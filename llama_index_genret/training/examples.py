@@ -35,7 +35,8 @@ MIX: dict[Task, int] = {"retrieve": 8, "memorise": 3, "describe": 1, "answer": 8
 class Example:
     """One input and its target.
 
-    row: of the record. text: what fills the task's blank; empty for memorise. target: None for the identifier.
+    row: of the record. text: what fills the task's blank; empty for memorise, which has none, and for describe,
+    which takes the identifier's tokens. target: None for the identifier.
     """
 
     task: Task
@@ -57,7 +58,7 @@ def examples_of(index: Index) -> dict[Task, list[Example]]:
             carriers = ["{}", *(CARRIERS[(row + place + step) % len(CARRIERS)] for step in (0, 1))]
             queries = [carrier.replace("{}", caption) for carrier in carriers]
             tasks["retrieve"] += [Example("retrieve", row, query, None) for query in queries]
-            tasks["describe"].append(Example("describe", row, "".join(index.identifiers[row]), caption))
+            tasks["describe"].append(Example("describe", row, "", caption))
         tasks["answer"] += [Example("answer", row, question, answer) for question, answer in _questions(record)]
     if not tasks["retrieve"]:
         raise TrainingError(

@@ -153,8 +153,7 @@ def _adapted(index: Index, mllm: Mllm, options: TrainOptions) -> Any:
     decoder = {id(module) for module in model.get_decoder().modules()}
     linears = [n for n, m in model.named_modules() if id(m) in decoder and isinstance(m, torch.nn.Linear)]
     connectors = [name for name in CONNECTORS if any(n.rpartition(".")[2] == name for n, _ in model.named_modules())]
-    symbols = sorted({i for row in range(len(index.records)) for i in index.token_ids(row)})
-    new_symbols = [i for i in symbols if i >= _base_vocab_size(index)]
+    new_symbols = index.new_token_ids()  # also those that no image has yet: untrained rows would be random
     embedding = model.get_input_embeddings()
     _spread_rows(embedding.weight, new_symbols, seed=options.seed)
     name = next(n for n, m in model.named_modules() if m is embedding)
@@ -175,10 +174,6 @@ def _adapted(index: Index, mllm: Mllm, options: TrainOptions) -> Any:
 def _multiplies_bfloat16(device: torch.device) -> bool:
     """Whether mixed precision pays: any GPU, and CPUs with AVX-512 BF16 or AMX (2 to 3 times on their matrices)."""
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def _base_vocab_size(index: Index) -> int:
-    return index.tokenizer.vocab_size - len(index.scheme().new_symbols())
 
 
 @torch.no_grad()
