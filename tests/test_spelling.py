@@ -212,9 +212,9 @@ def test_an_index_on_existing_words_trains_a_plain_adapter_and_recalls(pictures,
     assert not config["trainable_token_indices"]
     scorer = TransformersScorer(load_trained(index, device="cpu"))
     prompt = index.prompts.for_query(index.tokenizer, "red circle")
-    (hits,) = recall(scorer, index.trie, [prompt], k=20)
-    assert len({index.record_of(hit).image_id for hit in hits}) == 20
-    assert all(word.isalpha() for hit in hits for word in index.identifier_of(hit).split(" "))
+    (ranking,) = recall(scorer, index.trie, [prompt], k=20)
+    assert len({index.record_of(hit).image_id for hit in ranking.hits}) == 20
+    assert all(word.isalpha() for hit in ranking.hits for word in index.identifier_of(hit).split(" "))
 
 
 @pytest.mark.parametrize("options", [{"alphabet": "existing"}, {"scheme": "semantic"}])
