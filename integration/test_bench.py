@@ -75,6 +75,7 @@ def test_a_million_identifiers_take_at_most_four_and_a_half_bytes_each():
 def test_a_filter_is_measured_and_its_set_up_beats_rebuilding(results):
     found = results(filter_bench, "--sizes", "10000")
     assert {f"step {share}, {n} queries, N=10000" for share in ("1%", "50%") for n in (1, 64)} <= found.keys()
+    assert {f"gather {share}, {n} rows, N=10000" for share in ("1%", "50%") for n in (10, 640)} <= found.keys()
     assert found["set-up 50%, N=10000"]["times_ours"]["dict trie, rebuilt"] > 3
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
-import os
 import pickle
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,10 +56,9 @@ def measure(report: Report, corpus: Corpus, folder: Path, rounds: int) -> None:
     openers["marisa-trie (mmap)"] = lambda _: type(marisa.trie)().mmap(marisa_path)
 
     if n <= MOST_IN_DICTS:
-        before = resident_bytes()
         nested = DictTrie()
         nested.build(corpus)
-        report.value(f"dict trie, memory, N={n}", (resident_bytes() - before) / n, "B per identifier")
+        report.value(f"dict trie, memory, N={n}", dict_bytes(nested.root) / n, "B per identifier")
         pickled = folder / "dict.pickle"
         pickled.write_bytes(pickle.dumps(nested.root, pickle.HIGHEST_PROTOCOL))
         report.value(f"dict trie, disk, N={n}", pickled.stat().st_size / n, "B per identifier")
@@ -89,10 +89,14 @@ def assert_opens_equal(trie: Trie, path: Path, corpus: Corpus) -> None:
             assert all(map(np.array_equal, found, corpus.allowed(leaves, depth)))
 
 
-def resident_bytes() -> int:
-    """Of this process."""
-    gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def dict_bytes(root: dict[int, Any]) -> int:
+    """Of all nested dicts, without the integers in them: those may be shared."""
+    total, waiting = 0, [root]
+    while waiting:
+        inside = waiting.pop()
+        total += sys.getsizeof(inside)
+        waiting.extend(inside.values())
+    return total
 
 
 if __name__ == "__main__":

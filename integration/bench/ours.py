@@ -47,6 +47,13 @@ def children_allowed(trie: Trie, nodes: Int64, leaf_filter: LeafFilter) -> np.nd
     return live.expand(Nodes(nodes)).allowed(leaf_filter)
 
 
+def allowed_values(trie: Trie, nodes: Int64, logits: Float32, leaf_filter: LeafFilter) -> Float32:
+    """The gather step under a filter: the logits of the children above an allowed image."""
+    children = trie.children(nodes)
+    kept = leaf_filter.count(*trie.leaf_range(children.node)) > 0
+    return logits.reshape(-1).take((children.row * logits.shape[1] + children.token_ids)[kept])
+
+
 def nbytes(trie: Trie) -> int:
     """What the index occupies."""
     return sum(array.nbytes for array in trie.arrays().values())
