@@ -16,7 +16,7 @@ from integration.bench import ours
 from integration.bench.corpus import Corpus
 from integration.bench.peers import DictTrie, MarisaTrie
 from integration.bench.timing import Report, Time, interleaved, options, stopwatch
-from llama_index_genret.trie import Trie, open_trie
+from llama_index_genret.trie import Trie, open_trie, save_trie
 
 MOST_IN_DICTS = 1_000_000
 
@@ -41,7 +41,7 @@ def measure(report: Report, corpus: Corpus, folder: Path, rounds: int) -> None:
     build_times(report, corpus, rounds)
 
     trie, path = ours.build(corpus), folder / "trie.bin"
-    trie.save(path)
+    save_trie(trie, path)
     assert_opens_equal(trie, path, corpus)
     report.value(f"ours, memory, N={n}", ours.nbytes(trie) / n, "B per identifier")
     report.value(f"ours, disk, N={n}", path.stat().st_size / n, "B per identifier")

@@ -49,9 +49,7 @@ def children_allowed(trie: Trie, nodes: Int64, leaf_filter: LeafFilter) -> np.nd
 
 def allowed_values(trie: Trie, nodes: Int64, logits: Float32, leaf_filter: LeafFilter) -> Float32:
     """The gather step under a filter: the logits of the children above an allowed image."""
-    children = trie.children(nodes)
-    kept = leaf_filter.count(*trie.leaf_range(children.node)) > 0
-    return logits.reshape(-1).take((children.row * logits.shape[1] + children.token_ids)[kept])
+    return values(trie, nodes, logits)[children_allowed(trie, nodes, leaf_filter)]
 
 
 def nbytes(trie: Trie) -> int:
