@@ -241,17 +241,15 @@ def search(
         return [Ranking((), exact=True, nodes_expanded=0)] * n_queries
     pool, finished = _roots(live, n_queries), _Finished(_roots(live, 0), n_queries, k)
     expanded, dropped = np.zeros(n_queries, np.int64), _Dropped(n_queries)
-    while True:
+    while len(pool.query):
         spent = np.zeros(n_queries, np.bool_) if budget is None else expanded >= budget
-        pool = _cut(live, pool, width, spent, dropped)
-        pool = finished.unbeaten(live, finished.set_aside(live, pool))
-        if not len(pool.query):
-            break
+        pool = finished.unbeaten(live, finished.set_aside(live, _cut(live, pool, width, spent, dropped)))
         chosen, rest = (pool, None) if spent.all() else _chosen(pool, width)
         expansion = live.expand(chosen.nodes)
-        if normalise is Normalise.CHILDREN and (forced := np.flatnonzero(np.diff(expansion.offsets) == 1)).size:
-            chosen = _follow(chosen, forced, expansion)
-            pool = chosen if rest is None else (chosen + rest).ranked(live)
+        if normalise is Normalise.CHILDREN:
+            chosen, expansion = _follow_forced_moves(live, chosen, expansion, finished)
+        if not len(chosen.query):
+            pool = chosen if rest is None else rest
             continue
         scores = _checked((yield Rows(chosen.query, chosen.prefixes, expansion)), expansion)
         constant = _row_constants(scores, expansion.offsets, chosen.log_prob, normalise)
@@ -337,13 +335,19 @@ class _Finished:
         return pool.where(better)
 
 
-def _follow(beams: _Beams, forced: Int64, expansion: Expansion) -> _Beams:
-    """Walk down to the only child of some: its probability is 1."""
-    entries = expansion.offsets[forced]
-    prefixes = beams.prefixes.copy()
-    prefixes[forced, (prefixes[forced] >= 0).sum(axis=1)] = expansion.token_ids_at(entries)
-    nodes = beams.nodes.put(forced, expansion.take(entries))
-    return _Beams(beams.query, beams.log_prob, nodes, prefixes)
+def _follow_forced_moves(
+    trie: LiveTrie, beams: _Beams, expansion: Expansion, finished: _Finished
+) -> tuple[_Beams, Expansion]:
+    """Walk down while there is one child only, whose probability is 1; identifiers that end so are set aside."""
+    while (forced := np.flatnonzero(np.diff(expansion.offsets) == 1)).size:
+        entries = expansion.offsets[forced]
+        prefixes = beams.prefixes.copy()
+        prefixes[forced, (prefixes[forced] >= 0).sum(axis=1)] = expansion.token_ids_at(entries)
+        nodes = beams.nodes.put(forced, expansion.take(entries))
+        moved = _Beams(beams.query, beams.log_prob, nodes, prefixes)
+        beams = finished.unbeaten(trie, finished.set_aside(trie, moved))
+        expansion = trie.expand(beams.nodes)
+    return beams, expansion
 
 
 def _checked(scores: NDArray[np.floating], expansion: Expansion) -> NDArray[np.floating]:
@@ -430,7 +434,7 @@ def _rankings(trie: LiveTrie, finished: _Finished, dropped: _Dropped, expanded: 
     bounds = np.searchsorted(beams.query, np.arange(n_queries + 1))
     certain = finished.bar > dropped.log_prob
     certain |= (finished.bar == dropped.log_prob) & (finished.order < dropped.order)
-    exact = ~dropped.any | (certain & (np.diff(bounds) == finished.k))
+    exact = ~dropped.any | certain
     places = pairwise(bounds.tolist())
     return [
         Ranking(tuple(hits[lo:hi]), is_exact, n_expanded)

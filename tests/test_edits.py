@@ -50,16 +50,18 @@ def found(trie, *, k, budget, allowed=None, width=None):
 
 def live_of(trie):
     """{name: key} by walking everything."""
-    names, open_nodes = {}, [(trie.roots(1), ())] if trie.n_live else []
+    names, ends, open_nodes = {}, [], [(trie.roots(1), ())] if trie.n_live else []
     while open_nodes:
         nodes, prefix = open_nodes.pop()
         if trie.is_leaf(nodes)[0]:
             names[name_of(prefix)] = int(trie.key(trie.leaf(nodes))[0])
+            ends.append((prefix, int(trie.order(nodes)[0])))
             continue
         expansion = trie.expand(nodes)
         assert len(expansion.token_ids), f"{prefix} leads nowhere"
         for entry, token in enumerate(expansion.token_ids.tolist()):
             open_nodes.append((expansion.take(np.array([entry])), (*prefix, token)))
+    assert [prefix for prefix, _ in sorted(ends)] == [prefix for prefix, _ in sorted(ends, key=lambda end: end[1])]
     return names
 
 
@@ -127,7 +129,9 @@ class Editing(RuleBasedStateMachine):
         rebuilt, order = build_trie(close_beginnings(names, END))
         kept = set(data.draw(st.lists(st.sampled_from(names)))) if data.draw(st.booleans()) else set(names)
         keys = {self.model[name] for name in kept}
-        allowed = LeafFilter.from_mask(np.isin(self.trie.key(np.arange(self.trie.n_leaves)), list(keys)))
+        leaves = np.arange(self.trie.n_leaves)
+        removed = np.zeros(len(leaves), bool) if self.trie.live is None else ~self.trie.live.contains(leaves)
+        allowed = LeafFilter.from_mask(np.isin(self.trie.key(leaves), list(keys)) | removed)
         fresh = LiveTrie(rebuilt, keys=np.array([self.model[names[row]] for row in order]))
         fresh_allowed = LeafFilter.from_mask(np.isin(fresh.keys, list(keys)))
         for budget in (0, None):
@@ -196,6 +200,16 @@ def test_a_filter_of_an_older_version_is_refused():
     newer = add_identifiers(trie, [(4, 4)], [2])
     with pytest.raises(FilterError, match="2 identifiers, the trie 3"):
         recall(SCORER, newer, [PROMPT], k=1, allowed=allowed)
+
+
+def test_a_filter_reaches_what_was_added():
+    """Identifiers of one length on both sides: leaf by leaf, and by ranges of leaves."""
+    trie = LiveTrie(build_trie([(0, 1), (0, 2), (3, 1), (3, 2)])[0])
+    trie = add_identifiers(trie, [(0, 3), (0, 4), (3, 3), (1, 1), (1, 2)], range(4, 9))
+    for leaf in range(trie.n_leaves):
+        allowed = LeafFilter.from_mask(np.arange(trie.n_leaves) == leaf)
+        hits, _ = found(trie, k=3, budget=0, allowed=allowed)
+        assert [key for key, _, _ in hits] == [int(trie.key(np.array([leaf]))[0])]
 
 
 def test_when_all_are_removed_nothing_is_found_and_adding_goes_on():

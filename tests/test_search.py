@@ -130,6 +130,24 @@ def test_a_certificate_is_never_given_to_a_wrong_ranking(identifiers, seed, k, w
     assert ranking.exact or budget in (0, 1, 3)
 
 
+@settings(max_examples=300, deadline=None)
+@given(identifier_sets(), st.integers(1, 4), st.integers(1, 3), st.sampled_from(Normalise), st.data())
+def test_certificates_hold_where_probabilities_tie(identifiers, k, width, normalise, data):
+    """A model with two logits only: what ties is ranked by the tokens, and a beam that cut a tie wrongly says so."""
+    prefixes = sorted({identifier[:depth] for identifier in identifiers for depth in range(len(identifier))})
+    table = {(PROMPT.token_ids, prefix): {data.draw(st.integers(0, 3)): 1.0} for prefix in prefixes}
+    scorer, trie = FakeScorer(VOCABULARY, spread=0.0, table=table), build_trie(identifiers)[0]
+    scores = dict(map(reversed, expected_hits(scorer, identifiers, PROMPT, normalise)))
+    expected = sorted(identifiers, key=lambda i: (-round(scores[i], 9), i))[:k]
+    for budget in (0, None):
+        (ranking,) = recall(scorer, trie, [PROMPT], k=k, width=width, normalise=normalise, budget=budget)
+        found = [(round(hit.log_prob, 9), hit.token_ids) for hit in ranking.hits]
+        assert found == sorted(found, key=lambda hit: (-hit[0], hit[1]))
+        if ranking.exact:
+            assert [round(scores[identifier], 9) for identifier in expected] == [log_prob for log_prob, _ in found]
+        assert ranking.exact or budget == 0
+
+
 def test_a_beam_that_misses_the_best_image_says_that_it_is_not_certain_and_exact_search_finds_it():
     """The best image lies behind the worse first token: a beam of one drops it."""
     table = {((1, 2, 3), ()): {0: 1.0, 1: 0.9}, ((1, 2, 3), (0,)): {2: 0.0, 3: 0.0, 4: 0.0}, ((1, 2, 3), (1,)): {2: 9}}
@@ -141,6 +159,12 @@ def test_a_beam_that_misses_the_best_image_says_that_it_is_not_certain_and_exact
     (exact,) = recall(scorer, trie, [PROMPT], k=1, width=1, budget=None)
     assert (beam.hits[0].token_ids, beam.exact, beam.nodes_expanded) == ((0, 2), False, 2)
     assert (exact.hits[0].token_ids, exact.exact, exact.nodes_expanded) == ((1, 2), True, 3)
+
+
+def test_a_prefix_that_can_only_tie_and_comes_later_is_not_expanded():
+    flat, trie = FakeScorer(VOCABULARY, spread=0.0), build_trie([(0,), (1, 2), (1, 3)])[0]
+    (ranking,) = recall(flat, trie, [PROMPT], k=1, budget=None)
+    assert (ranking.hits[0].token_ids, ranking.exact, ranking.nodes_expanded) == ((0,), True, 1)
 
 
 def test_one_symbol_per_image_is_ranked_exactly_in_one_step():

@@ -117,8 +117,8 @@ def step(
         search = ours.Search(trie, n_queries, BEAMS, over_children=True, leaf_filter=chosen)
         steps = []
         while search.hits is None:
-            logits = model.logits(search.query, search.node)
-            steps.append(stopwatch(lambda logits=logits: search.step(logits)))
+            block = model.block(search.query, search.node, search.alphabet)
+            steps.append(stopwatch(lambda block=block: search.step(block)))
         if chosen is not None:
             assert all(mask[hit.leaf] for hits in search.hits for hit in hits)
             assert all(len(hits) == min(BEAMS, mask.sum()) for hits in search.hits)

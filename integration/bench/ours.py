@@ -82,14 +82,16 @@ class Search:
             node = np.where(column >= 0, self.trie.advance(node, column), node)
         return node
 
-    def step(self, logits: Float32, log_sum: Float32 | None = None) -> None:
-        """The measured step, from the (n, VOCAB) matrix to the next rows, or to `hits`.
+    @property
+    def alphabet(self) -> np.ndarray:
+        """The tokens whose logits the step needs: a column of `step`'s block each."""
+        return self.rows.alphabet
+
+    def step(self, block: Float32, log_sum: Float32 | None = None) -> None:
+        """The measured step, from the (n, alphabet) logits to the next rows, or to `hits`.
 
         log_sum: (n,) subtracted from each row, for probabilities over the vocabulary.
         """
-        alphabet = self.rows.alphabet
-        contiguous = alphabet[-1] - alphabet[0] == len(alphabet) - 1
-        block = columns(logits, alphabet) if contiguous else logits.take(alphabet, axis=1)
         scores = self.rows.gather(block if log_sum is None else block - log_sum[:, None])
         try:
             self.rows = self.steps.send(scores)

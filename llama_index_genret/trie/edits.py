@@ -60,7 +60,7 @@ def add_identifiers(
     moved = [trie.base.token_ids_of(int(leaf)) for leaf in begun]
     paths = [*old_paths, *moved, *names]
     if end_token is not None:
-        closed = [False] * len(old_paths) + [True] * len(moved) + known.goes_on.tolist()
+        closed = [False] * (len(old_paths) + len(moved)) + known.goes_on.tolist()
         paths = [(*path, end_token) if close else path for path, close in zip(paths, closed, strict=True)]
         paths = close_beginnings(paths, end_token)
     elif len(begun) or known.goes_on.any():

@@ -208,13 +208,17 @@ class Trie:
         """The first leaf below each node, which are not checked to exist."""
         if not self.has_one_length:
             return self.leaf_lo.take(nodes).astype(np.int64)
-        stored = len(self.leaf_lo)
-        if nodes.min(initial=self.n_nodes) >= self._last_level:
+        if not nodes.size:
+            return nodes
+        lowest, highest, stored = nodes.min(), nodes.max(), len(self.leaf_lo)
+        if highest < stored:
+            return self.leaf_lo.take(nodes).astype(np.int64)
+        if lowest >= self._last_level:
             return nodes - self._last_level
+        if lowest >= stored and highest < self._last_level:
+            return self.first_child.take(nodes).astype(np.int64) - self._last_level
         below = np.where(nodes < self._last_level, self.first_child.take(nodes, mode="clip"), nodes) - self._last_level
-        if nodes.min() >= stored:
-            return below
-        return np.where(nodes < stored, self.leaf_lo.take(nodes, mode="clip"), below)
+        return np.where(nodes < stored, self.leaf_lo.take(nodes, mode="clip"), below) if stored else below
 
     def leaf_rank(self, nodes: Int64) -> Int64:
         """The leaf number of each node, all of which must be leaves.
