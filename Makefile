@@ -32,10 +32,11 @@ check: $(VENV)/.installed
 # make bench FULL=1 adds ten million identifiers.
 bench: $(VENV)/.benches
 	rm -f integration/bench/results.json
-	for bench in memory_bench trie_bench filter_bench step_bench; do \
+	for bench in memory_bench trie_bench filter_bench step_bench processor_bench exact_bench; do \
 	    OMP_NUM_THREADS=1 $(BIN)/python -m integration.bench.$$bench $(if $(FULL),--full) \
 	        --json integration/bench/results.json || exit 1; \
 	done
+	$(BIN)/python -m integration.bench.recall_bench --rounds 15 --json integration/bench/results.json
 
 $(VENV)/.benches: $(VENV)/.installed
 	$(PIP) -e '.[bench]'

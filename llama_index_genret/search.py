@@ -87,7 +87,7 @@ class Rows(Sequence[Row]):
 
     @property
     def alphabet(self) -> NDArray[np.integer]:
-        """(a,) ascending: a set that holds all `token_ids`; where all rows are equally deep, that level's symbols."""
+        """(a,) ascending: holds all `token_ids`, and few others."""
         return self._tokens.alphabet
 
     def gather(self, block: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from integration.bench.corpus import Corpus
 from llama_index_genret._reference import DictTrie, count_allowed
 from llama_index_genret.errors import (
     DeadEnd,
@@ -400,31 +401,7 @@ def test_every_level_needs_its_alphabet() -> None:
         Trie.from_arrays({**arrays, "alphabet_start": np.delete(arrays["alphabet_start"], 1)})
 
 
-def hierarchical_identifiers(n: int, seed: int, levels: int = 4, k: int = 256) -> np.ndarray:
-    """About n distinct identifiers whose symbols follow, below each prefix, a Zipf law of its own order and skew.
-
-    Prefixes share 4,096 such laws. The fan-outs are those that codes of clustered images have: full near the
-    root, a few children near the leaves.
-    """
-    random = np.random.default_rng(seed)
-    skew = random.uniform(0, 1.6, 4096)
-    cumulative = np.cumsum(np.arange(1, k + 1) ** -skew[:, None], axis=1)
-    cumulative /= cumulative[:, -1:]
-    symbol_of_rank = random.permuted(np.tile(np.arange(k), (4096, 1)), axis=1)
-    draws = int(n * 1.6)
-    packed = np.zeros(draws, np.int64)
-    for _ in range(levels):
-        law = (packed * 2_654_435_761 >> 7) % 4096
-        rank = np.searchsorted((cumulative + np.arange(4096)[:, None]).ravel(), random.random(draws) + law) - law * k
-        packed = packed * k + symbol_of_rank[law, np.minimum(rank, k - 1)]
-    distinct = np.unique(packed)
-    kept = np.sort(random.permutation(distinct)[:n])
-    return np.stack([kept // k**level % k for level in reversed(range(levels))], axis=1)
-
-
 def test_a_million_identifiers_take_at_most_four_and_a_half_bytes_each() -> None:
-    identifiers = hierarchical_identifiers(1_000_000, seed=0)
-    identifiers += 151_000 + 256 * np.arange(4)
-    trie, _ = build_trie(identifiers)
+    trie, _ = build_trie(Corpus.sample(1_000_000, seed=0).token_ids)
     assert trie.n_leaves == 1_000_000
     assert sum(array.nbytes for array in trie.arrays().values()) / trie.n_leaves <= 4.5

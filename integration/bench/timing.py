@@ -1,7 +1,7 @@
 """How a benchmark times, prints and records. Knows nothing of tries.
 
-Every figure is CPU time of this thread. The candidates of one comparison take turns in one process, so that their
-ratios do not depend on what else the machine does.
+Every figure is CPU time of this thread, or wall-clock time where it says so. The candidates of one comparison take
+turns in one process, so that their ratios do not depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -84,6 +84,22 @@ def interleaved(
         for name, candidate in candidates.items():
             seconds = stopwatch(lambda c=candidate, n=name: cycle(c, repeats[n]))
             rows[name].append(seconds / repeats[name] / batches)
+    return {name: Time.of(seconds) for name, seconds in rows.items()}
+
+
+def interleaved_wall(candidates: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, Time]:
+    """Wall-clock time, for what runs on several threads. Every round runs all, after one that warms up.
+
+    The last answer of each is held until its next one is there, as a caller does.
+    """
+    rows: dict[str, list[float]] = {name: [] for name in candidates}
+    held: dict[str, object] = {}
+    for turn in range(rounds + 1):
+        for name, candidate in candidates.items():
+            start = time.perf_counter()
+            held[name] = candidate()
+            if turn:
+                rows[name].append(time.perf_counter() - start)
     return {name: Time.of(seconds) for name, seconds in rows.items()}
 
 

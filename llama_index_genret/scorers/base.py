@@ -16,14 +16,14 @@ from llama_index_genret.prompts import Prompt
 from llama_index_genret.search import Normalise, Ranking, Rows, search
 from llama_index_genret.trie import LeafFilter, LiveTrie, Trie
 
-Scores = NDArray[np.float64]
+Scores = NDArray[np.floating]
 
 
 class Session(Protocol):
     """One search's hold on a scorer, which may keep what its rows share (a KV cache)."""
 
     def score(self, rows: Rows) -> Scores:
-        """(m,) float64, one for each of `rows.token_ids`; see `search.search` for the meaning."""
+        """(m,) floats, one for each of `rows.token_ids`; see `search.search` for the meaning."""
 
 
 class AsyncSession(Protocol):

@@ -3,7 +3,8 @@
 The prompt of each query is computed once. All its beams share that KV cache: the tokens of the beams are appended
 to it as a *tree*, one forward pass a step, and a 4-D attention mask lets each see the prompt and its own ancestors
 only (tree attention, as in SpecInfer, arXiv:2305.09781). Nothing is copied when a beam forks.
-Under `Normalise.CHILDREN` only the children's rows of the LM head are computed.
+Under `Normalise.CHILDREN` only the children's rows of the LM head are computed. On a CPU the linear layers run from
+packed copies, see `packed_weights`.
 
 Needs torch; loads on first use.
 """
@@ -24,7 +25,8 @@ from llama_index_genret.images import load_image
 from llama_index_genret.modeling import Mllm
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session
-from llama_index_genret.search import Normalise, Rows
+from llama_index_genret.scorers.packed_weights import PackedLinear, PackedModel, packed_linear
+from llama_index_genret.search import Normalise, Row, Rows
 
 
 class TransformersScorer:
@@ -34,6 +36,8 @@ class TransformersScorer:
         self.mllm = mllm
         self._lock = threading.Lock()
         self._decoder = mllm.model.get_decoder()
+        self._packed_decoder = PackedModel(self._decoder)
+        self._packed_head: PackedLinear | None = None
         head = mllm.model.get_output_embeddings()
         if head is None:
             raise ModelError(f"{mllm.name_or_path} has no language-model head.")
@@ -79,8 +83,12 @@ class TransformersScorer:
 
     def _logits(self, hidden: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
         """(rows, tokens) float32 logits of the given tokens, or of all."""
-        weight: torch.Tensor = self._weight if token_ids is None else self._weight[token_ids]
-        logits = (hidden @ weight.T).float()
+        if token_ids is None:
+            self._packed_head = packed_linear(self._weight, self._packed_head)
+            logits = self._packed_head(hidden, None) if self._packed_head else hidden @ self._weight.T
+        else:
+            logits = hidden @ self._weight[token_ids].T
+        logits = logits.float()
         if self._bias is not None:
             logits = logits + (self._bias if token_ids is None else self._bias[token_ids])
         if self._softcap:
@@ -89,68 +97,82 @@ class TransformersScorer:
 
 
 class _TreeSession:
-    """The KV cache of one batch of queries, and where each prefix lies in it."""
+    """The KV cache of one batch of queries, and where each prefix lies in it.
+
+    A query's slot 0 is the end of its prompt; slot i is the token at position prompt length + i - 1 of the cache.
+    """
 
     def __init__(self, scorer: TransformersScorer, prompts: Sequence[Prompt], normalise: Normalise) -> None:
         self._scorer = scorer
         self._prompts = prompts
         self._normalise = normalise
         self._cache = DynamicCache()
-        self._slots: list[dict[tuple[int, ...], int]] = [{} for _ in prompts]
-        self._hidden: list[dict[tuple[int, ...], torch.Tensor]] = [{} for _ in prompts]
+        self._slots: list[dict[tuple[int, ...], int]] = [{(): 0} for _ in prompts]
+        self._hidden = torch.zeros((0, 0, 0))  # (queries, slots, h)
         self._prompt_mask = torch.zeros((0, 0))
 
     @torch.inference_mode()
     def score(self, rows: Rows) -> Scores:
-        if self._cache.get_seq_length() == 0:
-            last, self._prompt_mask = self._scorer._prefill(self._prompts, self._cache)
-            self._hidden = [{(): hidden} for hidden in last]
-        self._append(rows)
-        hidden = torch.stack([self._hidden[row.query][row.prefix] for row in rows])
+        asked = list(rows)
+        with self._scorer._packed_decoder.applied():
+            if self._cache.get_seq_length() == 0:
+                last, mask = self._scorer._prefill(self._prompts, self._cache)
+                self._hidden, self._prompt_mask = last[:, None], mask.cpu()
+            self._append(asked)
+        slots = [self._slots[row.query][row.prefix] for row in asked]
+        hidden = self._hidden[torch.from_numpy(rows.query), slots]
+        alphabet = torch.from_numpy(rows.alphabet.astype(np.int64)).to(hidden.device)
         if self._normalise is Normalise.VOCABULARY:
-            log_probs = self._scorer._logits(hidden, None).log_softmax(-1).double().cpu().numpy()
-            return log_probs[np.repeat(np.arange(len(rows)), np.diff(rows.offsets)), rows.token_ids]
-        tokens = np.unique(rows.token_ids)
-        logits = self._scorer._logits(hidden, torch.from_numpy(tokens).to(hidden.device)).double().cpu().numpy()
-        return logits[np.repeat(np.arange(len(rows)), np.diff(rows.offsets)), np.searchsorted(tokens, rows.token_ids)]
+            block = self._scorer._logits(hidden, None).log_softmax(-1)[:, alphabet]
+        else:
+            block = self._scorer._logits(hidden, alphabet)
+        return rows.gather(block.cpu().numpy())
 
-    def _append(self, rows: Rows) -> None:
+    def _append(self, rows: Sequence[Row]) -> None:
         """Compute the tokens of all prefixes that are not in the cache yet, ancestors included, in one pass."""
+        known = self._hidden.shape[1]
         new: list[list[tuple[int, ...]]] = [[] for _ in self._prompts]
         for row in rows:
+            slots = self._slots[row.query]
+            if row.prefix in slots:
+                continue
             for depth in range(1, len(row.prefix) + 1):
                 prefix = row.prefix[:depth]
-                if prefix not in self._slots[row.query]:
-                    self._slots[row.query][prefix] = self._cache.get_seq_length() + len(new[row.query])
+                if prefix not in slots:
+                    slots[prefix] = known + len(new[row.query])
                     new[row.query].append(prefix)
         width = max(map(len, new))
         if width == 0:
             return
-        n_queries, past = len(self._prompts), self._cache.get_seq_length()
         prompt_length = self._prompt_mask.shape[1]
-        ids = torch.zeros((n_queries, width), dtype=torch.long)
-        visible = torch.zeros((n_queries, width, past + width), dtype=torch.bool)
-        visible[:, :, :prompt_length] = self._prompt_mask.cpu()[:, None]
-        visible[:, range(width), range(past, past + width)] = True
-        positions = self._prompt_mask.sum(1).cpu()[:, None].repeat(1, width)
-        for query, prefixes in enumerate(new):
-            for column, prefix in enumerate(prefixes):
-                ids[query, column] = prefix[-1]
-                positions[query, column] += len(prefix) - 1
-                ancestors = [self._slots[query][prefix[:depth]] for depth in range(1, len(prefix))]
-                visible[query, column, ancestors] = True
+        first = prompt_length + known - 1
+        at = [(query, column) for query, prefixes in enumerate(new) for column in range(len(prefixes))]
+        ids = torch.zeros((len(new), width), dtype=torch.long)
+        depths = torch.ones((len(new), width), dtype=torch.long)
+        query, column = torch.tensor(at).T
+        ids[query, column] = torch.tensor([prefix[-1] for prefixes in new for prefix in prefixes])
+        depths[query, column] = torch.tensor([len(prefix) for prefixes in new for prefix in prefixes])
+        seen = [
+            (query, column, prompt_length + self._slots[query][prefix[:depth]] - 1)
+            for query, prefixes in enumerate(new)
+            for column, prefix in enumerate(prefixes)
+            for depth in range(1, len(prefix))
+        ]
+        visible = torch.zeros((len(new), width, first + width), dtype=torch.bool)
+        visible[:, :, :prompt_length] = self._prompt_mask[:, None]
+        visible[:, range(width), range(first, first + width)] = True
+        if seen:
+            visible[tuple(torch.tensor(seen).T)] = True
         weight = self._scorer._weight
         mask = torch.zeros(visible.shape, dtype=weight.dtype).masked_fill(~visible, torch.finfo(weight.dtype).min)
         output = self._scorer._decoder(
             input_ids=ids.to(weight.device),
             attention_mask=mask[:, None].to(weight.device),
-            position_ids=positions.to(weight.device),
+            position_ids=(self._prompt_mask.sum(1)[:, None] + depths - 1).to(weight.device),
             past_key_values=self._cache,
             use_cache=True,
         )
-        for query, prefixes in enumerate(new):
-            for column, prefix in enumerate(prefixes):
-                self._hidden[query][prefix] = output.last_hidden_state[query, column]
+        self._hidden = torch.cat([self._hidden, output.last_hidden_state], 1)
 
 
 class _ThreadSession:

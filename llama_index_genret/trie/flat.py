@@ -66,11 +66,8 @@ class Children:
 
     @cached_property
     def alphabet(self) -> NDArray[np.int32]:
-        """(a,) int32, ascending: a set that holds the tokens of all children. On one level, that level's."""
-        if self._level is None:
-            return np.unique(self.token_ids).astype(np.int32)
-        start = self._trie.alphabet_start[self._level : self._level + 2]
-        return self._trie.alphabet[start[0] : start[1]]
+        """(a,) int32, ascending, a <= m: holds all tokens; of children on one level, that level's where they fit."""
+        return np.unique(self.token_ids).astype(np.int32) if self._of_level is None else self._of_level
 
     def gather(self, block: NDArray[np.floating]) -> NDArray[np.floating]:
         """(m,) of each row of `block` the columns of its children.
@@ -83,11 +80,19 @@ class Children:
         if self.offsets[-1] == block.size:  # every node has every child
             return block.reshape(-1)
         place = np.repeat(np.arange(0, block.size, block.shape[1]), np.diff(self.offsets))
-        if self._level is None:
+        if self._of_level is None:
             place += np.searchsorted(self.alphabet, self.token_ids)
         else:
             place += self._trie.code.take(self.node)
         return block.reshape(-1).take(place)
+
+    @cached_property
+    def _of_level(self) -> NDArray[np.int32] | None:
+        """The alphabet of the level, where there is one level, and not far more symbols than children."""
+        if self._level is None:
+            return None
+        first, end = self._trie.alphabet_start[self._level : self._level + 2]
+        return self._trie.alphabet[first:end] if end - first <= self.offsets[-1] else None
 
     def rows_of(self, entries: Int64) -> Int64:
         """The parents of some of the entries."""

@@ -121,7 +121,7 @@ class Expansion:
 
     @cached_property
     def alphabet(self) -> Int64 | NDArray[np.int32]:
-        """(a,) ascending: a set that holds the tokens of all children."""
+        """(a,) ascending: holds the tokens of all children, and few others."""
         return np.unique(self._merged_token_ids) if self._merged_token_ids is not None else self._only.children.alphabet
 
     def gather(self, block: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -1,0 +1,135 @@
+"""Recall with a real model in this process against `generate` of Hugging Face: one query, two threads.
+
+The model is that of `integration.base_model` (91 million weights) with 4 x 256 level symbols of random rows; the
+identifiers are synthetic. Asserted before anything is timed: the ten best identifiers of constrained beams and
+their log-probabilities are those of `recall` with `Normalise.VOCABULARY`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from integration.base_model import Recipe, default_folder, make_base_model
+from integration.bench.corpus import FIRST_TOKEN, LEVELS, SYMBOLS, Corpus
+from integration.bench.peers import DictTrie
+from integration.bench.timing import Report, interleaved_wall, options
+from llama_index_genret.huggingface import TrieLogitsProcessor
+from llama_index_genret.modeling import Mllm, load_mllm, render_prompts
+from llama_index_genret.prompts import Prompt
+from llama_index_genret.scorers.base import recall
+from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.search import Hit, Normalise
+from llama_index_genret.trie import build_trie
+
+QUERY, WIDTH, THREADS, TOLERANCE = "a dog that runs on the beach", 10, 2, 1e-3
+OURS = "ours"
+
+
+def model_with_symbols(seed: int) -> Mllm:
+    """The base model, its vocabulary widened by the level symbols; they are the last rows."""
+    recipe = Recipe()
+    make_base_model(recipe, default_folder(recipe))
+    mllm = load_mllm(str(default_folder(recipe)), device="cpu")
+    symbols = [f"<g{level}_{code}>" for level in range(LEVELS) for code in range(SYMBOLS)]
+    mllm.processor.tokenizer.add_tokens(symbols)
+    torch.manual_seed(seed)
+    mllm.model.resize_token_embeddings(len(mllm.processor.tokenizer), mean_resizing=False)
+    return mllm
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`generate` over one prompt."""
+
+    mllm: Mllm
+    prompt: Prompt
+
+    def generate(self, **chosen: Any) -> Any:
+        """LEVELS new tokens, neither more nor fewer."""
+        input_ids = torch.tensor([self.prompt.token_ids])
+        return self.mllm.model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            do_sample=False,
+            max_new_tokens=LEVELS,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            **chosen,
+        )
+
+    def greedy(self) -> Any:
+        """Any tokens: what an answer of this length costs at least."""
+        return self.generate(min_new_tokens=LEVELS)
+
+    def beams(self, **constraint: Any) -> Any:
+        """As many identifiers as recall gives, by beams of the same width."""
+        return self.generate(
+            num_beams=WIDTH, num_return_sequences=WIDTH, length_penalty=0.0, output_scores=True, **constraint
+        )
+
+
+def assert_same(hits: tuple[Hit, ...], output: Any, prompt: Prompt) -> float:
+    """The same identifiers in the same order. Returns the largest difference of two log-probabilities."""
+    found = [tuple(sequence[len(prompt.token_ids) :].tolist()) for sequence in output.sequences]
+    assert [hit.token_ids for hit in hits] == found, "other identifiers"
+    difference = float(np.abs(np.array([hit.log_prob for hit in hits]) - output.sequences_scores.numpy()).max())
+    assert difference < TOLERANCE, f"log-probabilities differ by {difference}"
+    return difference
+
+
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Check that all find the same, then time them."""
+    args = options(__doc__ or "", sizes=(100_000,), argv=argv)
+    torch.set_num_threads(THREADS)
+    report, mllm = Report("recall_bench", args.seed), model_with_symbols(args.seed)
+    vocabulary = mllm.model.get_input_embeddings().weight.shape[0]
+    report.value("weights", sum(weight.numel() for weight in mllm.model.parameters()))
+    prompt = render_prompts(mllm).for_query(mllm.tokenizer, QUERY)
+    report.value("tokens of the prompt", len(prompt.token_ids))
+    for n in args.sizes:
+        report.section(f"recall of one query, {n:,} identifiers, width {WIDTH}, wall clock, {THREADS} threads")
+        measure(report, mllm, prompt, Corpus.sample(n, args.seed), vocabulary - LEVELS * SYMBOLS, args.rounds)
+    report.write(args.json)
+    return report
+
+
+def measure(report: Report, mllm: Mllm, prompt: Prompt, corpus: Corpus, first_token: int, rounds: int) -> None:
+    """One size. first_token: where this vocabulary has the level symbols that the corpus has at FIRST_TOKEN."""
+    shift = first_token - FIRST_TOKEN
+    trie, _ = build_trie(corpus.token_ids + shift)
+    scorer, peer, start, nested = TransformersScorer(mllm), Peer(mllm, prompt), len(prompt.token_ids), DictTrie()
+    nested.build(corpus)
+
+    def children(_: int, row: torch.Tensor) -> list[int]:
+        return [token + shift for token in nested.get((row[start:] - shift).tolist())]
+
+    def found(normalise: Normalise) -> tuple[Hit, ...]:
+        return recall(scorer, trie, [prompt], k=WIDTH, width=WIDTH, normalise=normalise)[0].hits
+
+    def with_processor() -> Any:
+        return peer.beams(logits_processor=[TrieLogitsProcessor(trie, start, 0)])
+
+    difference = assert_same(found(Normalise.VOCABULARY), peer.beams(prefix_allowed_tokens_fn=children), prompt)
+    assert_same(found(Normalise.VOCABULARY), with_processor(), prompt)
+    report.value("largest difference of log-probabilities to generate's", difference)
+    times = interleaved_wall(
+        {
+            OURS: lambda: found(Normalise.CHILDREN),
+            "ours, over the vocabulary": lambda: found(Normalise.VOCABULARY),
+            "generate, greedy, unconstrained": peer.greedy,
+            f"generate, {WIDTH} beams, dict trie": lambda: peer.beams(prefix_allowed_tokens_fn=children),
+            f"generate, {WIDTH} beams, our processor": with_processor,
+        },
+        rounds=rounds,
+    )
+    report.times(f"recall, N={trie.n_leaves}", times)
+
+
+if __name__ == "__main__":
+    main()
