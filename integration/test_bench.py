@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from integration.bench import filter_bench, memory_bench, ours, step_bench, trie_bench
+from integration.bench import filter_bench, memory_bench, step_bench, trie_bench
 from integration.bench.corpus import FIRST_TOKEN, LEVELS, SYMBOLS, Corpus
 from integration.bench.peers import PEERS
 
@@ -65,11 +65,6 @@ def test_memory_and_opening_are_measured(results):
     assert found["dict trie, memory, N=100000"] > 100
     assert found["open, N=100000"]["times_ours"]["dict trie (pickle)"] > 10
     assert found["build from sorted, N=100000"]["times_ours"]["dict trie (GENRE)"] > 3
-
-
-def test_a_million_identifiers_take_at_most_four_and_a_half_bytes_each():
-    trie = ours.build(Corpus.sample(1_000_000, 0))
-    assert ours.nbytes(trie) / trie.n_leaves <= 4.5
 
 
 def test_a_filter_is_measured_and_its_set_up_beats_rebuilding(results):
