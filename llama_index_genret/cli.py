@@ -23,7 +23,7 @@ from llama_index_genret.corpus import Record
 from llama_index_genret.errors import FilterError, GenretError
 from llama_index_genret.identifiers import Alphabet, get_scheme
 from llama_index_genret.identifiers.diagnostics import Diagnosis, diagnose
-from llama_index_genret.store import Index, check_free, load_index
+from llama_index_genret.store import Index, check_free, load_index, remove_images
 
 app = typer.Typer(
     help="A multimodal LLM that has memorised your images.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -135,6 +135,39 @@ def train(
     options = TrainOptions(**{name: value for name, value in given.items() if value is not None})
     trained = train(load_index(index_dir), options, device=device)
     _emit(as_json, _facts(trained), _facts_table(trained))
+
+
+@app.command()
+def add(
+    index_dir: IndexDir,
+    images: Annotated[Path, typer.Argument(help="Folder of images; those that the index has already are left alone.")],
+    model: BaseModel = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Add images without training: named by the frozen codebooks, they can be found at once."""
+    from llama_index_genret.corpus import read_corpus
+    from llama_index_genret.indexing import add_to_index, needs_features
+    from llama_index_genret.modeling import load_base
+
+    loaded = load_index(index_dir)
+    known = {(record.image_id, record.sha256) for record in loaded.records}
+    corpus = read_corpus(images, progress=_bar("Reading"))
+    new = [record for record in corpus.records if (record.image_id, record.sha256) not in known]
+    mllm = load_base(loaded, device=device, base=model) if new and needs_features(loaded) else None
+    grown = add_to_index(loaded, new, mllm, progress=_bar("Encoding")) if new else loaded
+    _emit(as_json, {**_facts(grown), "added": len(new), "known": len(corpus) - len(new)}, _facts_table(grown))
+
+
+@app.command()
+def remove(
+    index_dir: IndexDir,
+    image_ids: Annotated[list[str], typer.Argument(metavar="IMAGE_ID...", help="Of the images; their files stay.")],
+    as_json: Json = False,
+) -> None:
+    """Remove images at once and for good: no search finds them any more."""
+    left = remove_images(load_index(index_dir), image_ids)
+    _emit(as_json, {**_facts(left), "removed": len(set(image_ids))}, _facts_table(left))
 
 
 @app.command()

@@ -5,7 +5,8 @@
     │   ├── MetadataError           a line of metadata.jsonl / .csv is broken; names file and line
     │   ├── ImageError              a file is missing, is no image, or does not decode
     │   ├── UnsafePath              a file name leaves the folder
-    │   └── DuplicateImage          two records carry one image_id
+    │   ├── DuplicateImage          two records carry one image_id
+    │   └── UnknownImage            an index has no image of that id
     ├── IdentifierError             identifiers cannot be made, or cannot form a trie
     │   └── IdentifierCollision     two images share an identifier, or one is the beginning of another
     ├── QueryError                  the query is empty or longer than the model reads
@@ -52,6 +53,10 @@ class UnsafePath(CorpusError):
 
 class DuplicateImage(CorpusError):
     """Two records carry one image_id."""
+
+
+class UnknownImage(CorpusError):
+    """An index has no image of that id."""
 
 
 class IdentifierError(GenretError):

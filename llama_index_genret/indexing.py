@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from llama_index_genret.corpus import Corpus, Record
+from llama_index_genret.errors import IdentifierError
 from llama_index_genret.identifiers import Alphabet, Identifier, ImageFacts, Scheme, Spelling, get_scheme, spelling_of
 from llama_index_genret.modeling import Mllm, Progress, render_prompts, vision_features
 from llama_index_genret.prompts import PromptSet
-from llama_index_genret.store import Index, check_free, create_index
+from llama_index_genret.store import Index, add_images, check_free, create_index
 from llama_index_genret.tokenization import IndexTokenizer
 
 
@@ -72,27 +73,50 @@ class NewNames:
     tokenizer: IndexTokenizer
 
 
+def add_to_index(
+    index: Index, records: Sequence[Record], mllm: Mllm | None = None, *, progress: Progress = iter
+) -> Index:
+    """Name images by the frozen scheme of `index` and write them into it: they are found at once, without training.
+
+    Args:
+        mllm: the index's base model, for a scheme that needs image features (`needs_features`).
+    Raises:
+        DuplicateImage: an image id is in the index already.
+        IdentifierError: the scheme cannot name images without training, or the tokenizer cannot spell their names.
+    """
+    names = name_new_images(index, records, mllm, progress=progress)
+    if names.tokenizer.fingerprint != index.tokenizer.fingerprint:
+        raise IdentifierError(
+            f"the scheme {index.manifest.scheme!r} gives every image a symbol of its own, which the trained weights of "
+            f"{index.folder} do not have. Make the index anew with all images and train it, or use 'structured'."
+        )
+    return add_images(index, records, names.identifiers, names.scheme)
+
+
+def needs_features(index: Index) -> bool:
+    """Whether naming new images takes the base model's vision tower."""
+    return "features" in index.scheme().needs
+
+
 def name_new_images(
-    index: Index, records: Sequence[Record], mllm: Mllm, *, taken: Sequence[Identifier] = (), progress: Progress = iter
+    index: Index, records: Sequence[Record], mllm: Mllm | None = None, *, progress: Progress = iter
 ) -> NewNames:
     """Name images that join `index`, by its frozen scheme. No name of the index changes.
 
-    Args:
-        taken: further identifiers, as an index stores them, that must not be given again.
     Raises:
         IdentifierError: the tokenizer cannot spell an identifier.
     """
     scheme = index.scheme()
-    in_use = spelling_of(scheme, index.tokenizer, index.manifest.alphabet).unspell([*index.identifiers, *taken])
+    in_use = spelling_of(scheme, index.tokenizer, index.manifest.alphabet).unspell(index.identifiers)
     identifiers = scheme.extend(_facts(scheme, records, mllm, progress), in_use)
     spelling = spelling_of(scheme, index.tokenizer, index.manifest.alphabet)
     spelled = _spelled(spelling, identifiers, records, index.prompts)
     return NewNames(spelled, scheme, spelling.tokenizer)
 
 
-def _facts(scheme: Scheme, records: Sequence[Record], mllm: Mllm, progress: Progress) -> ImageFacts:
+def _facts(scheme: Scheme, records: Sequence[Record], mllm: Mllm | None, progress: Progress) -> ImageFacts:
     paths = [record.path for record in records]
-    features = vision_features(mllm, paths, progress) if "features" in scheme.needs and paths else None
+    features = vision_features(mllm, paths, progress) if mllm and "features" in scheme.needs and paths else None
     return ImageFacts(len(records), features, tuple(tuple(record.captions) for record in records))
 
 

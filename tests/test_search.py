@@ -130,22 +130,24 @@ def test_a_certificate_is_never_given_to_a_wrong_ranking(identifiers, seed, k, w
     assert ranking.exact or budget in (0, 1, 3)
 
 
-@settings(max_examples=300, deadline=None)
-@given(identifier_sets(), st.integers(1, 4), st.integers(1, 3), st.sampled_from(Normalise), st.data())
-def test_certificates_hold_where_probabilities_tie(identifiers, k, width, normalise, data):
-    """A model with two logits only: what ties is ranked by the tokens, and a beam that cut a tie wrongly says so."""
-    prefixes = sorted({identifier[:depth] for identifier in identifiers for depth in range(len(identifier))})
-    table = {(PROMPT.token_ids, prefix): {data.draw(st.integers(0, 3)): 1.0} for prefix in prefixes}
-    scorer, trie = FakeScorer(VOCABULARY, spread=0.0, table=table), build_trie(identifiers)[0]
-    scores = dict(map(reversed, expected_hits(scorer, identifiers, PROMPT, normalise)))
-    expected = sorted(identifiers, key=lambda i: (-round(scores[i], 9), i))[:k]
-    for budget in (0, None):
-        (ranking,) = recall(scorer, trie, [PROMPT], k=k, width=width, normalise=normalise, budget=budget)
-        found = [(round(hit.log_prob, 9), hit.token_ids) for hit in ranking.hits]
-        assert found == sorted(found, key=lambda hit: (-hit[0], hit[1]))
-        if ranking.exact:
-            assert [round(scores[identifier], 9) for identifier in expected] == [log_prob for log_prob, _ in found]
-        assert ranking.exact or budget == 0
+@pytest.mark.parametrize(
+    ("identifiers", "steps", "best", "exact"),
+    [
+        ([(0, 7), (1, 2), (1, 3)], [[-2.0, -1.0], [-1.0, -3.0]], (1, 2), False),  # (0, 7) may tie, and comes first
+        ([(1, 2), (1, 3), (4, 7)], [[-1.0, -2.0], [-1.0, -3.0]], (1, 2), True),  # (4, 7) may tie, but comes later
+        ([(1, 0, 7), (1, 2, 7), (3, 3, 3)], [[-1.0, -2.0], [-1.0, -0.5], [-0.5]], (1, 2, 7), False),
+        ([(1, 2, 7), (1, 4, 7), (3, 3, 3)], [[-1.0, -2.0], [-0.5, -1.0], [-0.5]], (1, 2, 7), True),
+    ],
+)
+def test_a_beam_of_one_is_certain_of_a_tie_only_where_what_it_dropped_comes_later(identifiers, steps, best, exact):
+    searching = search(build_trie(identifiers)[0], n_queries=1, k=1, width=1, normalise=Normalise.VOCABULARY)
+    next(searching)
+    for scores in steps[:-1]:
+        searching.send(np.array(scores))
+    with pytest.raises(StopIteration) as stop:
+        searching.send(np.array(steps[-1]))
+    (ranking,) = stop.value.value
+    assert (ranking.hits[0].token_ids, ranking.exact) == (best, exact)
 
 
 def test_a_beam_that_misses_the_best_image_says_that_it_is_not_certain_and_exact_search_finds_it():

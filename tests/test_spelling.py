@@ -248,5 +248,3 @@ def test_images_that_join_an_index_get_names_of_their_own(pictures, wordy_mllm, 
         assert [i[:2] for i in names.identifiers] == [i[:2] for i in index.identifiers[:5]]
     grown = names.tokenizer.vocab_size - index.tokenizer.vocab_size
     assert grown == (5 if scheme == "atomic" else 0)
-    more = name_new_images(index, index.records[:5], wordy_mllm, taken=names.identifiers)
-    assert not set(more.identifiers) & {*names.identifiers, *index.identifiers}

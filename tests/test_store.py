@@ -85,7 +85,7 @@ def test_no_index_there_is_an_error_that_tells_how_to_make_one(tmp_path):
         load_index(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_another_format_version_is_an_error(copied, version):
     manifest = json.loads((copied / "manifest.json").read_text())
     (copied / "manifest.json").write_text(json.dumps({**manifest, "format_version": version}))
@@ -93,7 +93,7 @@ def test_another_format_version_is_an_error(copied, version):
         load_index(copied)
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"format_version": 1}', "\x00"])
+@pytest.mark.parametrize("content", ["", "{", '{"format_version": 2}', "\x00"])
 def test_a_broken_manifest_is_an_error_that_names_it(copied, content):
     (copied / "manifest.json").write_text(content)
     with pytest.raises(IndexDamaged, match=r"manifest\.json"):
@@ -150,10 +150,10 @@ def test_killed_at_any_point_of_a_save_the_old_index_or_the_new_one_loads(copied
         from llama_index_genret import store
 
         index = store.load_index(Path({str(copied)!r}))
-        points = {{"write": (store.shutil, "copytree"), "replace": (Path, "replace")}}
-        owner, name = points.get({point!r}, (store, {point!r}))
+        points = {{"write": (store.index.shutil, "copytree"), "replace": (Path, "replace")}}
+        owner, name = points.get({point!r}, (store.folder, {point!r}))
         setattr(owner, name, lambda *_, **__: os._exit(9))
-        store._verify = lambda *_: None
+        store.index.verify = lambda *_: None
         store.store_adapter(index, Path({str(adapter)!r}), {{"steps": 1}})
     """
     before = recalled(load_index(copied))

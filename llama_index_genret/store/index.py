@@ -1,23 +1,12 @@
-"""The persisted index: one folder, whole or not at all.
-
-    INDEX/manifest.json      the commit point: versions, scheme, fingerprints, and the checksum of every file
-    INDEX/data-<12 hex>/     what one write added: records.jsonl, trie.bin, tokenizer.json, codebooks.safetensors,
-                             adapter/...; files of earlier writes stay where they are while the manifest names them
-
-A write puts new files into a new folder, syncs them, and then replaces the manifest in one rename: a crash at any
-point leaves the old index or the new one. Folders that no manifest names are removed by the next write.
+"""A loaded index: records, names, trie, tokenizer, and where its weights lie. Made by `create_index`, `load_index`.
 
 Knows files and the light parts; nothing of torch or LlamaIndex.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
 import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,72 +14,43 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.numpy import load_file, save_file
 
 from llama_index_genret.corpus import Record
-from llama_index_genret.errors import (
-    FilterError,
-    IndexDamaged,
-    IndexExists,
-    IndexNotFound,
-    IndexVersionError,
-    ModelMismatch,
-)
+from llama_index_genret.errors import FilterError, IndexDamaged, ModelMismatch
 from llama_index_genret.identifiers import Alphabet, Identifier, Scheme, Spelling, get_scheme, spelling_of
 from llama_index_genret.prompts import PromptSet
 from llama_index_genret.search import Hit
+from llama_index_genret.store.folder import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Manifest,
+    ModelEntry,
+    check_free,
+    commit,
+    read_manifest,
+    verify,
+)
 from llama_index_genret.tokenization import IndexTokenizer
-from llama_index_genret.trie import LeafFilter, LiveTrie, build_trie, close_beginnings, open_trie, save_trie
+from llama_index_genret.trie import (
+    LeafFilter,
+    LiveTrie,
+    build_trie,
+    close_beginnings,
+    open_trie,
+    save_trie,
+    with_edits,
+)
 
-FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
-_DATA_FOLDER = re.compile(r"data-[0-9a-f]{12}")
-_TEMPORARY_MANIFEST = re.compile(re.escape(MANIFEST) + r"\.[0-9a-f]{12}")
 ADAPTER = "adapter/"
 """Prefix of the logical names of the trained weights' files."""
 
-
-class FileEntry(BaseModel):
-    """One stored file: where it lies below the index folder, and what it must hold."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    path: str
-    size: int
-    sha256: str
-
-
-class ModelEntry(BaseModel):
-    """The base model that the index was made with.
-
-    fingerprint: of its configuration and weights; base_tokenizer: of its tokenizer, before symbols were added.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    name_or_path: str
-    fingerprint: str
-    base_tokenizer: str
-
-
-class Manifest(BaseModel):
-    """What an index is. Unknown fields are an error: a newer format has another version."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    format_version: int
-    images: str
-    scheme: str
-    scheme_options: dict[str, Any]
-    alphabet: Alphabet = "new"
-    model: ModelEntry
-    tokenizer: str
-    prompts: PromptSet
-    training: dict[str, Any] | None = None
-    files: dict[str, FileEntry]
+EDITS = "edits.safetensors"
 
 
 @dataclass(frozen=True)
 class Index:
-    """A loaded index. Immutable: a change is a new write (`write_index`, `add_files`) and a new load."""
+    """A loaded index. Immutable: a change is a new write (`store_adapter`, `edit_index`) and a new load."""
 
     folder: Path
     manifest: Manifest
@@ -127,6 +87,11 @@ class Index:
     def identifier_of(self, hit: Hit) -> str:
         """The identifier as people read it, `<g0_17><g1_5>` or `red apple`."""
         return self.tokenizer.read(self.identifiers[hit.key])
+
+    @property
+    def end_token(self) -> int:
+        """What closes an identifier that is the beginning of another: the token with which the model ends its turn."""
+        return self.tokenizer.encode_markup(self.prompts.end)[0]
 
     def token_ids(self, row: int) -> tuple[int, ...]:
         """Token ids of the identifier of record `row`."""
@@ -174,7 +139,7 @@ class Index:
         """
         entry = self.manifest.files[name]
         path = self.folder / entry.path
-        _verify(path, entry)
+        verify(path, entry)
         return path
 
     def adapter_folder(self) -> Path:
@@ -220,11 +185,7 @@ def create_index(
     trie, order = build_trie(close_beginnings(token_ids, end))
 
     def write(into: Path) -> None:
-        lines = (
-            json.dumps({**record.to_json(), "identifier": identifier}, ensure_ascii=False)
-            for record, identifier in zip(records, identifiers, strict=True)
-        )
-        (into / "records.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_records(into, records, identifiers, [0] * len(records))
         (into / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         save_trie(trie, into / "trie.bin")
         np.save(into / "leaf_to_record.npy", order)
@@ -233,7 +194,7 @@ def create_index(
 
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        images=str(images.resolve()),
+        folders=[str(images.resolve())],
         scheme=scheme.name,
         scheme_options=scheme.options(),
         alphabet=alphabet,
@@ -243,18 +204,8 @@ def create_index(
         files={},
     )
     folder.mkdir(parents=True, exist_ok=True)
-    _commit(folder, manifest, write, keep=lambda name: False)
+    commit(folder, manifest, write, keep=lambda name: False)
     return load_index(folder)
-
-
-def check_free(folder: Path, *, overwrite: bool = False) -> None:
-    """Raise IndexExists unless an index may be written to `folder`."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not (folder / MANIFEST).is_file():
-        raise IndexExists(f"{folder} exists and holds something that is no index: name a new folder.")
-    if not overwrite:
-        raise IndexExists(f"{folder} holds an index already: name a new folder, or pass --overwrite to replace it.")
 
 
 def store_adapter(index: Index, source: Path, training: Mapping[str, Any]) -> Index:
@@ -264,7 +215,7 @@ def store_adapter(index: Index, source: Path, training: Mapping[str, Any]) -> In
         shutil.copytree(source, into / ADAPTER.rstrip("/"))
 
     manifest = index.manifest.model_copy(update={"training": dict(training)})
-    _commit(index.folder, manifest, write, keep=lambda name: not name.startswith(ADAPTER))
+    commit(index.folder, manifest, write, keep=lambda name: not name.startswith(ADAPTER))
     return load_index(index.folder)
 
 
@@ -274,104 +225,40 @@ def load_index(folder: Path) -> Index:
     Raises:
         IndexNotFound, IndexVersionError, IndexDamaged: as their names say; each names the file.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
 
     def verified(name: str) -> Path:
         if name not in manifest.files:
             raise IndexDamaged(f"{folder / MANIFEST} names no file {name!r}. Make the index anew with `genret index`.")
         path = folder / manifest.files[name].path
-        _verify(path, manifest.files[name])
+        verify(path, manifest.files[name])
         return path
 
     rows = [json.loads(line) for line in verified("records.jsonl").read_text(encoding="utf-8").splitlines()]
     identifiers = tuple(tuple(row.pop("identifier")) for row in rows)
+    folders = [Path(manifest.folders[row.pop("folder")]) for row in rows]
     tokenizer = IndexTokenizer.from_file(verified("tokenizer.json"))
     if tokenizer.fingerprint != manifest.tokenizer:
         raise IndexDamaged(f"{folder / MANIFEST} records another tokenizer than tokenizer.json beside it.")
+    base, keys = open_trie(verified("trie.bin")), np.load(verified("leaf_to_record.npy"), allow_pickle=False)
     return Index(
         folder=folder,
         manifest=manifest,
-        records=tuple(Record.from_json(row, Path(manifest.images)) for row in rows),
+        records=tuple(Record.from_json(row, images) for row, images in zip(rows, folders, strict=True)),
         identifiers=identifiers,
-        trie=LiveTrie(
-            open_trie(verified("trie.bin")), keys=np.load(verified("leaf_to_record.npy"), allow_pickle=False)
-        ),
+        trie=with_edits(base, keys, load_file(verified(EDITS)))
+        if EDITS in manifest.files
+        else LiveTrie(base, keys=keys),
         tokenizer=tokenizer,
     )
 
 
-def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise IndexNotFound(
-            f"there is no index in {folder}: {MANIFEST} is missing. Make one: `genret index`."
-        ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise IndexDamaged(f"{path} is damaged: {error}. Restore it, or make the index anew.") from error
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if version != FORMAT_VERSION:
-        raise IndexVersionError(
-            f"{path} has format version {version!r}, this release reads {FORMAT_VERSION}. "
-            "Install the release that wrote it, or make the index anew with `genret index`."
-        )
-    try:
-        return Manifest.model_validate(raw)
-    except ValidationError as error:
-        raise IndexDamaged(f"{path} is damaged: {error}. Restore it, or make the index anew.") from error
-
-
-def _commit(folder: Path, manifest: Manifest, write: Callable[[Path], None], *, keep: Callable[[str], bool]) -> None:
-    """Write new files, then the manifest that names them and the kept ones, in one rename."""
-    data = folder / f"data-{uuid.uuid4().hex[:12]}"
-    data.mkdir()
-    write(data)
-    files = {name: entry for name, entry in manifest.files.items() if keep(name)}
-    for path in sorted(p for p in data.rglob("*") if p.is_file()):
-        _sync(path)
-        files[path.relative_to(data).as_posix()] = FileEntry(
-            path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=_sha256(path)
-        )
-    for directory in [data, *(p for p in data.rglob("*") if p.is_dir())]:
-        _sync(directory)
-    temporary = folder / f"{MANIFEST}.{uuid.uuid4().hex[:12]}"
-    temporary.write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=1), encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(folder / MANIFEST)
-    _sync(folder)
-    _remove_unnamed(folder, {Path(entry.path).parts[0] for entry in files.values()})
-
-
-def _remove_unnamed(folder: Path, named: set[str]) -> None:
-    for path in folder.iterdir():
-        if _DATA_FOLDER.fullmatch(path.name) and path.name not in named:
-            shutil.rmtree(path, ignore_errors=True)
-        elif _TEMPORARY_MANIFEST.fullmatch(path.name):
-            path.unlink(missing_ok=True)
-
-
-def _verify(path: Path, entry: FileEntry) -> None:
-    if not path.is_file():
-        raise IndexDamaged(f"{path} is missing. Restore it, or make the index anew with `genret index`.")
-    if path.stat().st_size != entry.size or _sha256(path) != entry.sha256:
-        raise IndexDamaged(
-            f"{path} differs from its recorded checksum ({path.stat().st_size} bytes, {entry.size} expected). "
-            "Restore it, or make the index anew with `genret index`."
-        )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_records(
+    into: Path, records: Sequence[Record], identifiers: Sequence[Identifier], folders: Sequence[int]
+) -> None:
+    """Write `records.jsonl`: one image a line, with its name and the position of its folder in the manifest."""
+    lines = (
+        json.dumps({**record.to_json(), "identifier": identifier, "folder": folder}, ensure_ascii=False)
+        for record, identifier, folder in zip(records, identifiers, folders, strict=True)
+    )
+    (into / "records.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

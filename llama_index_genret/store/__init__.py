@@ -1,0 +1,24 @@
+"""The persisted index: one folder, whole or not at all.
+
+INDEX/manifest.json      the commit point: versions, scheme, fingerprints, and the checksum of every file
+INDEX/data-<12 hex>/     what one write added: records.jsonl, trie.bin, edits.safetensors, tokenizer.json,
+                         codebooks.safetensors, adapter/...; files of earlier writes stay where they are while
+                         the manifest names them
+"""
+
+from llama_index_genret.store.edit import add_images, remove_images
+from llama_index_genret.store.folder import FileEntry, Manifest, ModelEntry, check_free
+from llama_index_genret.store.index import Index, create_index, load_index, store_adapter
+
+__all__ = [
+    "FileEntry",
+    "Index",
+    "Manifest",
+    "ModelEntry",
+    "add_images",
+    "check_free",
+    "create_index",
+    "load_index",
+    "remove_images",
+    "store_adapter",
+]

@@ -1,0 +1,108 @@
+"""Adding and removing images of an index, without touching its weights: one write, whole or not at all.
+
+The trie's file stays as it is while few images have changed; the edits lie beside it. Past `COMPACT_FROM` they are
+merged into a new one in the same write.
+
+Knows the index; nothing of models. How new images are named is `indexing.name_new_images`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from llama_index_genret.corpus import Record
+from llama_index_genret.errors import DuplicateImage, UnknownImage
+from llama_index_genret.identifiers import Identifier, Scheme
+from llama_index_genret.store.folder import commit
+from llama_index_genret.store.index import EDITS, Index, load_index, write_records
+from llama_index_genret.trie import LiveTrie, add_identifiers, compact, edits_of, remove_identifiers, save_trie
+
+COMPACT_FROM = 0.1
+"""Share of the images that may have changed before the trie's file is written anew."""
+
+
+def remove_images(index: Index, image_ids: Sequence[str]) -> Index:
+    """The index without some images: no search finds them any more. Their files are left alone.
+
+    Raises:
+        UnknownImage: the index has no such image; nothing is removed.
+    """
+    unknown = [image_id for image_id in image_ids if image_id not in index.rows_by_id]
+    if unknown:
+        raise UnknownImage(f"{index.folder} has no image {unknown[0]!r} ({len(unknown)} of {len(image_ids)} unknown).")
+    gone = {index.rows_by_id[image_id] for image_id in image_ids}
+    kept = [row for row in range(len(index.records)) if row not in gone]
+    names = [index.token_ids(row) for row in sorted(gone)]
+    trie = remove_identifiers(index.trie, names, end_token=index.end_token)
+    new_row = np.full(len(index.records), -1)
+    new_row[kept] = np.arange(len(kept))
+    records, identifiers = [index.records[row] for row in kept], [index.identifiers[row] for row in kept]
+    return _write(index, _renumbered(trie, new_row), records, identifiers, index.scheme())
+
+
+def add_images(index: Index, records: Sequence[Record], identifiers: Sequence[Identifier], scheme: Scheme) -> Index:
+    """The index with more images, found by their names at once; the model has not seen them.
+
+    Args:
+        identifiers, scheme: as `indexing.name_new_images` gives them.
+    Raises:
+        DuplicateImage: an image id is in the index already. IdentifierCollision: an identifier is.
+    """
+    twice = [record.image_id for record in records if record.image_id in index.rows_by_id]
+    if twice:
+        raise DuplicateImage(
+            f"{index.folder} has an image {twice[0]!r} already ({len(twice)} of {len(records)} are known). Give it "
+            "another image_id in metadata.jsonl, or remove the old one first: `genret remove`."
+        )
+    token_ids = [[index.tokenizer.symbol_id(symbol) for symbol in identifier] for identifier in identifiers]
+    keys = range(len(index.records), len(index.records) + len(records))
+    trie = add_identifiers(index.trie, token_ids, keys, end_token=index.end_token)
+    return _write(index, trie, [*index.records, *records], [*index.identifiers, *identifiers], scheme)
+
+
+def _renumbered(trie: LiveTrie, new_row: np.ndarray[tuple[int], np.dtype[np.int64]]) -> LiveTrie:
+    """With the rows that the records have now; a removed leaf gets -1, which no search returns."""
+    keys = new_row[trie.key(np.arange(trie.base.n_leaves))]
+    added_keys = None if trie.added_keys is None else new_row[trie.added_keys]
+    return LiveTrie(trie.base, trie.added, trie.live, keys, added_keys)
+
+
+def _write(
+    index: Index, trie: LiveTrie, records: Sequence[Record], identifiers: Sequence[Identifier], scheme: Scheme
+) -> Index:
+    changed = 2 * trie.n_leaves - trie.n_live - trie.base.n_leaves
+    if changed > COMPACT_FROM * trie.base.n_leaves:
+        trie = compact(trie)
+    folders = list(index.manifest.folders)
+    places = []
+    for record in records:
+        folder = str(_folder_of(record))
+        if folder not in folders:
+            folders.append(folder)
+        places.append(folders.index(folder))
+    replaced = {"records.jsonl", "leaf_to_record.npy", "codebooks.safetensors", EDITS}
+    if trie.base is not index.trie.base:
+        replaced.add("trie.bin")
+
+    def write(into: Path) -> None:
+        write_records(into, records, identifiers, places)
+        np.save(into / "leaf_to_record.npy", trie.key(np.arange(trie.base.n_leaves)))
+        if trie.base is not index.trie.base:
+            save_trie(trie.base, into / "trie.bin")
+        if trie.added or trie.live:
+            save_file(edits_of(trie), into / EDITS)
+        if scheme.arrays():
+            save_file(dict(scheme.arrays()), into / "codebooks.safetensors")
+
+    manifest = index.manifest.model_copy(update={"folders": folders, "scheme_options": scheme.options()})
+    commit(index.folder, manifest, write, keep=lambda name: name not in replaced)
+    return load_index(index.folder)
+
+
+def _folder_of(record: Record) -> Path:
+    """The image folder: the path without the part that the record names."""
+    return record.path.parents[len(Path(record.file_name).parts) - 1].resolve()
