@@ -1,6 +1,7 @@
 """All identifiers of an index as a prefix tree over token ids."""
 
 from llama_index_genret.trie.build import build_trie
+from llama_index_genret.trie.children import Children
 from llama_index_genret.trie.edits import (
     EditableTrie,
     add_identifiers,
@@ -12,7 +13,7 @@ from llama_index_genret.trie.edits import (
 )
 from llama_index_genret.trie.file import open_trie, save_trie, verify_trie
 from llama_index_genret.trie.filter import LeafFilter
-from llama_index_genret.trie.flat import Children, Trie
+from llama_index_genret.trie.flat import Trie
 from llama_index_genret.trie.live import Expansion, LiveTrie, Nodes
 
 __all__ = [

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.errors import FilterError
+from llama_index_genret.trie.children import Children
 from llama_index_genret.trie.filter import LeafFilter
-from llama_index_genret.trie.flat import Children, Int64, Trie
+from llama_index_genret.trie.flat import Int64, Trie
 
 _TOKEN_BITS = 31
 

@@ -1,0 +1,6 @@
+"""The most probable identifiers of a trie, by beam search or exactly."""
+
+from llama_index_genret.search.engine import search
+from llama_index_genret.search.interface import Hit, Normalise, Ranking, Row, Rows, Steps
+
+__all__ = ["Hit", "Normalise", "Ranking", "Row", "Rows", "Steps", "search"]

@@ -1,0 +1,132 @@
+"""Search for the most probable identifiers of a trie, for many queries at once: beam search, or exact.
+
+Knows the trie and numbers; nothing of text, models or servers. A search is a pure generator: it yields the rows that
+must be scored and receives their scores, so that sync and async drivers share one logic (`scorers.base` has both).
+The slow twin is `_reference.rank_all`; the tests hold the two equal.
+
+A prefix's probability bounds those of all its identifiers. So expanding the most probable prefixes first, until k
+identifiers beat every prefix that is left, finds the k most probable ones for certain (best-first search with an
+admissible bound, A* without a heuristic). A beam is the same search that keeps the best `width` prefixes only; what
+it dropped tells whether its result is certain all the same.
+
+Source: constrained beam search of GENRE (arXiv:2010.00904) and GRACE (arXiv:2402.10805).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_index_genret.errors import SearchError
+from llama_index_genret.search.interface import Float64, Hit, Int64, Normalise, Ranking, Rows, Steps
+from llama_index_genret.search.pool import Beams, Dropped, Finished, best_of_each, cut, roots
+from llama_index_genret.search.scores import best, checked, row_constants
+from llama_index_genret.trie import Expansion, LeafFilter, LiveTrie, Trie
+
+
+def search(
+    trie: Trie | LiveTrie,
+    *,
+    n_queries: int,
+    k: int,
+    width: int | None = None,
+    normalise: Normalise = Normalise.CHILDREN,
+    allowed: LeafFilter | None = None,
+    budget: int | None = 0,
+) -> Steps:
+    """Rank the identifiers of `trie` for `n_queries` prompts.
+
+    Yields the rows of one step over all queries (none is ever a finished identifier). Expects (m,) float64 scores of
+    their `token_ids`: natural-log probabilities over the vocabulary if `normalise` is VOCABULARY; else anything that
+    differs from them by a constant per row, such as raw logits.
+
+    Args:
+        k: results wanted for each query; fewer come back only where fewer identifiers are allowed.
+        width: prefixes that are expanded together for each query; never less than `k`, 10 if not given.
+        allowed: leaves that may be returned. It prunes, and leaves the scores of the others unchanged.
+        budget: for each query, prefixes to expand before all but the best `width` are dropped. 0: a beam search.
+            None: never, the result is exact.
+    Returns:
+        One ranking for each query.
+    Raises:
+        SearchError: k < 1, width < 1, budget < 0, or a score that is not a number.
+        FilterError: `allowed` was made for another trie.
+    """
+    width = _width(k, width, budget)
+    live = trie if isinstance(trie, LiveTrie) else LiveTrie(trie)
+    allowed = None if allowed is None else live.restrict(allowed)
+    if (live.n_live if allowed is None else allowed.n_allowed) == 0:
+        return [Ranking((), exact=True, nodes_expanded=0)] * n_queries
+    pool, finished = roots(live, n_queries), Finished(roots(live, 0), n_queries, k)
+    expanded, dropped = np.zeros(n_queries, np.int64), Dropped(n_queries)
+    while len(pool.query):
+        spent = np.zeros(n_queries, np.bool_) if budget is None else expanded >= budget
+        pool = finished.unbeaten(live, finished.set_aside(live, cut(live, pool, width, spent, dropped)))
+        chosen, rest = (pool, None) if spent.all() else best_of_each(pool, width)
+        expansion = live.expand(chosen.nodes)
+        if normalise is Normalise.CHILDREN:
+            chosen, expansion = _follow_forced_moves(live, chosen, expansion, finished)
+        if not len(chosen.query):
+            pool = chosen if rest is None else rest
+            continue
+        scores = checked((yield Rows(chosen.query, chosen.prefixes, expansion)), expansion.offsets)
+        constant = row_constants(scores, expansion.offsets, chosen.log_prob, normalise)
+        expanded += np.bincount(chosen.query, minlength=n_queries)
+        entries = None if allowed is None else np.flatnonzero(expansion.allowed(allowed))
+        first_rows = np.searchsorted(chosen.query, np.arange(n_queries + 1))
+        entries = best(scores, constant, expansion.offsets, first_rows, entries, np.where(spent, width + 1, -1))
+        children = _children(chosen, expansion, entries, scores, constant)
+        pool = (children if rest is None else children + rest).ranked(live)
+    return _rankings(live, finished, dropped, expanded)
+
+
+def _width(k: int, width: int | None, budget: int | None) -> int:
+    if k < 1 or (width is not None and width < 1) or (budget is not None and budget < 0):
+        raise SearchError(f"k={k} and width={width} must be at least 1, budget={budget} at least 0.")
+    return max(k, 10 if width is None else width)
+
+
+def _follow_forced_moves(
+    trie: LiveTrie, beams: Beams, expansion: Expansion, finished: Finished
+) -> tuple[Beams, Expansion]:
+    """Walk down while there is one child only, whose probability is 1; identifiers that end so are set aside."""
+    while (forced := np.flatnonzero(np.diff(expansion.offsets) == 1)).size:
+        entries = expansion.offsets[forced]
+        prefixes = beams.prefixes.copy()
+        prefixes[forced, (prefixes[forced] >= 0).sum(axis=1)] = expansion.token_ids_at(entries)
+        nodes = beams.nodes.put(forced, expansion.take(entries))
+        moved = Beams(beams.query, beams.log_prob, nodes, prefixes)
+        beams = finished.unbeaten(trie, finished.set_aside(trie, moved))
+        expansion = trie.expand(beams.nodes)
+    return beams, expansion
+
+
+def _children(
+    parents: Beams, expansion: Expansion, entries: Int64, scores: NDArray[np.floating], constant: Float64
+) -> Beams:
+    row = np.searchsorted(expansion.offsets, entries, side="right") - 1
+    prefixes = parents.prefixes[row]
+    prefixes[np.arange(len(row)), (prefixes >= 0).sum(axis=1)] = expansion.token_ids_at(entries)
+    log_prob = scores[entries].astype(np.float64) + constant[row]
+    return Beams(parents.query[row], log_prob, expansion.take(entries), prefixes)
+
+
+def _rankings(trie: LiveTrie, finished: Finished, dropped: Dropped, expanded: Int64) -> list[Ranking]:
+    beams, n_queries = finished.beams, len(expanded)
+    leaves = trie.leaf(beams.nodes)
+    prefixes = list(map(tuple, beams.prefixes.tolist()))
+    if (beams.prefixes < 0).any():
+        prefixes = [tuple(token for token in prefix if token >= 0) for prefix in prefixes]
+    log_probs = np.minimum(beams.log_prob, 0.0)
+    hits = list(map(Hit, leaves.tolist(), trie.key(leaves).tolist(), prefixes, log_probs.tolist()))
+    bounds = np.searchsorted(beams.query, np.arange(n_queries + 1))
+    certain = finished.bar > dropped.log_prob
+    certain |= (finished.bar == dropped.log_prob) & (finished.order < dropped.order)
+    exact = ~dropped.any | certain
+    places = pairwise(bounds.tolist())
+    return [
+        Ranking(tuple(hits[lo:hi]), is_exact, n_expanded)
+        for (lo, hi), is_exact, n_expanded in zip(places, exact.tolist(), expanded.tolist(), strict=True)
+    ]

@@ -1,0 +1,103 @@
+"""The children of many nodes at once, computed as far as they are asked for.
+
+Knows the arrays of one `Trie`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from llama_index_genret.trie.flat import Trie
+
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Children:
+    """The children of n nodes, one after another: a ragged array of m entries, computed as far as it is asked for.
+
+    offsets: (n + 1,) int64, the children of row i are the entries offsets[i] .. offsets[i + 1].
+    first: (n,) int64, the first child of each row; siblings ascend by token id, and their numbers are consecutive.
+    """
+
+    offsets: Int64
+    first: Int64
+    _trie: Trie
+    _parents: Int64
+
+    @cached_property
+    def node(self) -> Int64:
+        """(m,) int64, the child."""
+        node = np.repeat(self.first - self.offsets[:-1], np.diff(self.offsets))
+        node += np.arange(len(node))
+        return node
+
+    @cached_property
+    def row(self) -> Int64:
+        """(m,) int64, position of the parent among the nodes that were asked for."""
+        return np.repeat(np.arange(len(self.first)), np.diff(self.offsets))
+
+    @cached_property
+    def token_ids(self) -> Int64:
+        """(m,) int64, the token that leads to each child."""
+        return self.token_ids_at(self.node, self.row)
+
+    @cached_property
+    def alphabet(self) -> NDArray[np.int32]:
+        """(a,) int32, ascending, a <= m: holds all tokens; of children on one level, that level's where they fit."""
+        return np.unique(self.token_ids).astype(np.int32) if self._of_level is None else self._of_level
+
+    def gather(self, block: NDArray[np.floating]) -> NDArray[np.floating]:
+        """(m,) of each row of `block` the columns of its children.
+
+            for row, child in enumerate(children): yield block[row, alphabet.index(token that leads to child)]
+
+        Args:
+            block: (n, a), a column for each token of `alphabet`.
+        """
+        if self.offsets[-1] == block.size:  # every node has every child
+            return block.reshape(-1)
+        place = np.repeat(np.arange(0, block.size, block.shape[1]), np.diff(self.offsets))
+        if self._of_level is None:
+            place += np.searchsorted(self.alphabet, self.token_ids)
+        else:
+            place += self._trie.code.take(self.node)
+        return block.reshape(-1).take(place)
+
+    @cached_property
+    def _of_level(self) -> NDArray[np.int32] | None:
+        """The alphabet of the level, where there is one level, and not far more symbols than children."""
+        if self._level is None:
+            return None
+        first, end = self._trie.alphabet_start[self._level : self._level + 2]
+        return self._trie.alphabet[first:end] if end - first <= self.offsets[-1] else None
+
+    def rows_of(self, entries: Int64) -> Int64:
+        """The parents of some of the entries."""
+        return np.searchsorted(self.offsets, entries, side="right") - 1
+
+    def nodes_at(self, entries: Int64, rows: Int64) -> Int64:
+        """Some of the children, which are those of `rows`."""
+        return np.asarray(self.first[rows] + entries - self.offsets[rows])
+
+    def token_ids_at(self, nodes: Int64, rows: Int64) -> Int64:
+        """The tokens that lead to `nodes`, children of `rows`."""
+        level = self._trie.level_of(self._parents)[rows] if self._level is None else self._level
+        place = self._trie.code.take(nodes) + self._trie.alphabet_start[level]
+        return np.asarray(self._trie.alphabet.take(place), np.int64)
+
+    @cached_property
+    def _level(self) -> int | None:
+        """The level of all parents; None where they are of several."""
+        if not len(self._parents):
+            return 0
+        starts = self._trie.level_start
+        level = int(np.searchsorted(starts, self._parents[0], side="right")) - 1
+        alike = starts[level] <= self._parents.min() and self._parents.max() < starts[level + 1]
+        return level if alike else None
