@@ -37,8 +37,10 @@ def values(trie: Trie, nodes: Int64, logits: Float32) -> Float32:
 
 
 def columns(logits: Float32, alphabet: np.ndarray) -> Float32:
-    """The columns of a level's symbols, which lie side by side in these logits."""
-    return np.ascontiguousarray(logits[:, alphabet[0] : alphabet[-1] + 1])
+    """The columns of some symbols; those of a whole level lie side by side."""
+    if alphabet[-1] - alphabet[0] == len(alphabet) - 1:
+        return np.ascontiguousarray(logits[:, alphabet[0] : alphabet[-1] + 1])
+    return logits.take(alphabet, axis=1)
 
 
 def children_allowed(trie: Trie, nodes: Int64, leaf_filter: LeafFilter) -> np.ndarray:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
-PACKAGES = ("numpy", "numba", "torch", "transformers", "marisa-trie", "xgrammar", "llguidance", "outlines-core")
+PACKAGES = ("numpy", "torch", "transformers", "marisa-trie", "xgrammar", "llguidance", "outlines-core")
 
 
 @dataclass(frozen=True)
