@@ -35,6 +35,8 @@ def test_from_a_folder_to_an_answer(pictures, tiny_model_dir, tmp_path):
     assert found["query"] == "red circle"
     assert [hit["file_name"].split("-")[0] for hit in found["hits"]] == ["red"] * 3
     assert set(found["hits"][0]) == {"image_id", "file_name", "score", "log_prob", "identifier"}
+    certain = genret_json("query", folder, "red circle", "-k", 3, "--exact", "--device", "cpu")
+    assert certain["exact"]
     asked = genret_json("ask", folder, "What is it?", "-k", 2, "--device", "cpu")
     assert asked["sources"] == [hit["image_id"] for hit in asked["hits"]]
     assert len(asked["sources"]) == 2

@@ -113,6 +113,7 @@ def test_removing_and_adding_again_in_any_order_gives_an_index_that_holds_what_i
 def test_the_last_image_may_be_removed_and_an_empty_index_finds_nothing(index, tiny_mllm, more_pictures):
     empty = remove_images(index, list(index.rows_by_id))
     assert recalled(empty) == {}
+    assert empty.leaf_filter(lambda record: True).n_allowed == 0
     grown = add_to_index(empty, read_corpus(more_pictures).records, tiny_mllm)
     assert recalled(grown).keys() == {"twin", "plain-0", "plain-1", "plain-2"}
 

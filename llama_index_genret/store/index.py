@@ -100,7 +100,10 @@ class Index:
     def leaf_filter(self, keep: Callable[[Record], bool]) -> LeafFilter:
         """The leaves whose records `keep` accepts, for the `allowed` of a search."""
         kept = np.fromiter((keep(record) for record in self.records), bool, len(self.records))
-        return LeafFilter.from_mask(kept[self.trie.key(np.arange(self.trie.n_leaves))])
+        row = self.trie.key(np.arange(self.trie.n_leaves))
+        mask = np.zeros(len(row), np.bool_)
+        mask[row >= 0] = kept[row[row >= 0]]  # a removed leaf has no record
+        return LeafFilter.from_mask(mask)
 
     def equals_filter(self, wanted: Mapping[str, str]) -> LeafFilter:
         """Records whose metadata equal all of `wanted`, compared as text.
