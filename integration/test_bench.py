@@ -4,15 +4,17 @@ import json
 
 import pytest
 
-from integration.bench import filter_bench, memory_bench, step_bench, trie_bench
+from integration.bench import (
+    exact_bench,
+    filter_bench,
+    memory_bench,
+    processor_bench,
+    recall_bench,
+    step_bench,
+    trie_bench,
+)
 from integration.bench.corpus import FIRST_TOKEN, LEVELS, SYMBOLS, Corpus
 from integration.bench.peers import PEERS
-
-
-@pytest.fixture(autouse=True)
-def peers():
-    for peer in ("marisa_trie", "xgrammar", "llguidance", "outlines_core"):
-        pytest.importorskip(peer, reason="pip install 'llama-index-genret[bench]'")
 
 
 @pytest.fixture
@@ -79,3 +81,24 @@ def test_a_beam_step_finds_what_hugging_face_finds_and_beats_it(results, monkeyp
     ratios = results(step_bench, "--sizes", "2000")["beam step, 8 queries, N=2000"]["times_ours"]
     assert ratios["Hugging Face, dict trie"] > 3
     assert ratios["Hugging Face, no constraint"] > 3
+
+
+def test_the_logits_processor_gives_what_hugging_faces_gives_and_beats_it(results, monkeypatch):
+    monkeypatch.setattr(processor_bench, "ROWS", (64,))
+    found = results(processor_bench, "--sizes", "2000")
+    assert found["processor, 64 rows, N=2000"]["times_ours"]["Hugging Face"] > 3
+
+
+def test_exact_search_is_held_to_the_definition_and_to_the_beam(results, monkeypatch):
+    monkeypatch.setattr(exact_bench, "TRIES", 50)
+    found = results(exact_bench, "--sizes", "2000")
+    assert found["equal to scoring every identifier"] == 50
+    for spread in exact_bench.SPREADS:
+        assert found[f"spread {spread}: prefixes expanded, exact"] >= 1
+
+
+def test_recall_of_a_real_model_finds_what_generate_finds(results):
+    """Ninety million weights, ten beams: asserted by the benchmark itself."""
+    found = results(recall_bench, "--sizes", "2000")
+    assert found["largest difference of log-probabilities to generate's"] < recall_bench.TOLERANCE
+    assert found["recall, N=2000"]["times_ours"]["generate, 10 beams, dict trie"] > 1
