@@ -292,9 +292,11 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve the index's model with vLLM. What stands after `--` goes to vLLM as it is."""
-    from llama_index_genret.serving import serve_command
+    from llama_index_genret.serving import serve_command, serve_environment
 
-    command = serve_command(load_index(index_dir), host=host, port=port, dtype=dtype, vllm_flags=context.args)
+    loaded = load_index(index_dir)
+    os.environ.update(serve_environment(loaded))
+    command = serve_command(loaded, host=host, port=port, dtype=dtype, vllm_flags=context.args)
     if as_json:
         print(json.dumps({"api_base": f"http://{host}:{port}/v1", "command": command}), flush=True)
     log.print(" ".join(command), style="dim", markup=False)

@@ -40,7 +40,7 @@ from llama_index_genret.scorers.base import Scorer
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.scorers.vllm import VllmScorer
 from llama_index_genret.search import Hit
-from llama_index_genret.serving import CPU_FLAGS, free_port, running_server, serve_command
+from llama_index_genret.serving import CPU_FLAGS, free_port, running_server, serve_command, serve_environment
 from llama_index_genret.store import Index
 from llama_index_genret.training.recipe import TrainOptions, train
 
@@ -120,7 +120,8 @@ def run_demo(
 def _server(index: Index, log: Path) -> Iterator[tuple[Scorer, LLM]]:
     port = free_port()
     command = serve_command(index, host="127.0.0.1", port=port, vllm_flags=CPU_FLAGS)
-    with running_server(command, host="127.0.0.1", port=port, log=log) as served:
+    environment = serve_environment(index)
+    with running_server(command, host="127.0.0.1", port=port, log=log, environment=environment) as served:
         yield VllmScorer(served.api_base, weights_id=index.weights_id), genret_llm(served.api_base, model=served.model)
 
 

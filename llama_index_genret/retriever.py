@@ -12,9 +12,14 @@ from typing import Any
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.constants import DEFAULT_SIMILARITY_TOP_K
 from llama_index.core.schema import ImageNode, NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo
-from llama_index.core.vector_stores.types import FilterCondition, MetadataFilters
+from llama_index.core.vector_stores.types import (
+    FilterCondition,
+    FilterOperator,
+    MetadataFilters,
+)
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 
+from llama_index_genret.endpoint.client import RecallClient
 from llama_index_genret.errors import FilterError
 from llama_index_genret.images import sniff_mime
 from llama_index_genret.prompts import Prompt
@@ -42,6 +47,7 @@ class GenerativeImageRetriever(BaseRetriever):
         normalise: which of the two scores; see `search.Normalise`.
         search_budget: 0 for a beam search; None until the best are certain; a number for at most about so many
             expanded prefixes before it goes on as a beam. `genret_exact` in the metadata says which came out.
+        endpoint: recalls in one request what it can; the scorer does the rest. `from_server` sets it.
     Source: GRACE (arXiv:2402.10805).
     """
 
@@ -55,6 +61,7 @@ class GenerativeImageRetriever(BaseRetriever):
         beam_width: int | None = None,
         normalise: Normalise = Normalise.CHILDREN,
         search_budget: int | None = 0,
+        endpoint: RecallClient | None = None,
         llm_metadata_keys: tuple[str, ...] = (),
         **kwargs: Any,
     ) -> None:
@@ -66,6 +73,8 @@ class GenerativeImageRetriever(BaseRetriever):
         self._allowed = None if filters is None else _leaf_filter(index, filters)
         self._search: dict[str, Any] = {"width": beam_width, "normalise": normalise, "allowed": self._allowed}
         self._search["budget"] = search_budget
+        self._endpoint = endpoint
+        self._simple_filters = None if normalise != Normalise.CHILDREN else _as_equalities(filters)
         self._llm_metadata_keys = llm_metadata_keys
 
     @classmethod
@@ -94,22 +103,39 @@ class GenerativeImageRetriever(BaseRetriever):
         timeout_s: float = 60.0,
         **kwargs: Any,
     ) -> GenerativeImageRetriever:
-        """With a vLLM server that serves the index's exported model (`genret serve`). Needs no torch here."""
+        """With a vLLM server that serves the index's exported model (`genret serve`). Needs no torch here.
+
+        A query is one request where the server has the recall endpoint and this version of the index, else one a step.
+        """
         from llama_index_genret.scorers.vllm import VllmScorer
 
         index = load_index(Path(index_dir))
-        options: dict[str, Any] = {"model": model, "api_key": api_key, "timeout_s": timeout_s}
-        return cls(index, VllmScorer(api_base, weights_id=index.weights_id, **options), **kwargs)
+        scorer = VllmScorer(api_base, model=model, api_key=api_key, timeout_s=timeout_s, weights_id=index.weights_id)
+        return cls(
+            index, scorer, endpoint=RecallClient(index, api_base, api_key=api_key, timeout_s=timeout_s), **kwargs
+        )
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         prompt = self._prompt(query_bundle)
-        (ranking,) = recall(self._scorer, self.index.trie, [prompt], k=self.similarity_top_k, **self._search)
+        ranking = None
+        if self._endpoint and prompt.image is None and self._simple_filters is not None:
+            ranking = self._endpoint.recall(query_bundle.query_str, **self._request())
+        if ranking is None:
+            (ranking,) = recall(self._scorer, self.index.trie, [prompt], k=self.similarity_top_k, **self._search)
         return [self._node(hit, rank, ranking.exact) for rank, hit in enumerate(ranking.hits, start=1)]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         prompt = self._prompt(query_bundle)
-        (ranking,) = await arecall(self._scorer, self.index.trie, [prompt], k=self.similarity_top_k, **self._search)
+        ranking = None
+        if self._endpoint and prompt.image is None and self._simple_filters is not None:
+            ranking = await self._endpoint.arecall(query_bundle.query_str, **self._request())
+        if ranking is None:
+            (ranking,) = await arecall(self._scorer, self.index.trie, [prompt], k=self.similarity_top_k, **self._search)
         return [self._node(hit, rank, ranking.exact) for rank, hit in enumerate(ranking.hits, start=1)]
+
+    def _request(self) -> dict[str, Any]:
+        options = {"width": self._search["width"], "budget": self._search["budget"], "filters": self._simple_filters}
+        return {"k": self.similarity_top_k, **options}
 
     def _prompt(self, query_bundle: QueryBundle) -> Prompt:
         if query_bundle.image_path:
@@ -149,6 +175,20 @@ def _leaf_filter(index: Index, filters: MetadataFilters) -> LeafFilter:
         return index.leaf_filter(lambda record: passes(record.image_id))
     except (ValueError, TypeError) as error:
         raise FilterError(f"the filters {filters!r} cannot be applied: {error}") from error
+
+
+def _as_equalities(filters: MetadataFilters | None) -> dict[str, Any] | None:
+    """The filters as the recall endpoint takes them: equal to a value or to one of several. None if they are more."""
+    wanted: dict[str, Any] = {}
+    if filters is None:
+        return wanted
+    for part in filters.filters:
+        if isinstance(part, MetadataFilters) or part.operator not in (FilterOperator.EQ, FilterOperator.IN):
+            return None
+        if filters.condition != FilterCondition.AND or part.key in wanted:
+            return None
+        wanted[part.key] = part.value
+    return wanted
 
 
 def _predicate(lookup: Callable[[str], dict[str, Any]], filters: MetadataFilters) -> Callable[[str], bool]:

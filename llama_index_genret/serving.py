@@ -5,18 +5,20 @@ Only vLLM's public surface: its module entry point and its flags. Runs vLLM as a
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
+from llama_index_genret.endpoint.wire import INDEXES_VARIABLE, MIDDLEWARE
 from llama_index_genret.errors import ServerError
 from llama_index_genret.store import Index
 
@@ -76,9 +78,14 @@ def serve_command(
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)),
         *("--served-model-name", SERVED_NAME, f"{SERVED_NAME}-{index.weights_id}"),
-        *("--host", host, "--port", str(port), "--max-logprobs", "-1"),
+        *("--host", host, "--port", str(port), "--max-logprobs", "-1", "--middleware", MIDDLEWARE),
         *vllm_flags,
     ]
+
+
+def serve_environment(index: Index) -> dict[str, str]:
+    """What the server's recall endpoint must find in its environment: the index, under the name of its folder."""
+    return {INDEXES_VARIABLE: f"{index.folder.resolve().name}={index.folder.resolve()}"}
 
 
 @contextmanager
@@ -88,17 +95,25 @@ def running_server(
     host: str,
     port: int,
     log: Path,
+    environment: Mapping[str, str] | None = None,
     timeout_s: float = 300.0,
 ) -> Iterator[ServedModel]:
     """Start the server, wait until it answers, and stop it, with its children, on leaving.
 
     Args:
         log: file that takes its output.
+        environment: variables beside those of this process; of `serve_environment`.
     Raises:
         ServerError: it ended, or did not answer in time; carries the end of the log.
     """
     with log.open("wb") as output:
-        process = subprocess.Popen(list(command), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            list(command),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(environment or {})},
+        )
     try:
         _wait_until_ready(process, f"http://{host}:{port}", log, timeout_s)
         yield ServedModel(f"http://{host}:{port}/v1", SERVED_NAME, process.pid)

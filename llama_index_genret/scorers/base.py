@@ -33,20 +33,24 @@ class AsyncSession(Protocol):
         """As `Session.score`."""
 
 
-class Scorer(Protocol):
-    """Gives log-probabilities of next tokens.
+class AsyncScorer(Protocol):
+    """Gives log-probabilities of next tokens, inside an event loop.
 
     `normalise` tells a session what its search will do: under CHILDREN it may answer raw logits.
     A search's prompts are known when its session opens; its rows name them by position.
     """
 
-    def session(self, prompts: Sequence[Prompt], normalise: Normalise) -> AbstractContextManager[Session]:
-        """Open a session."""
-
     def async_session(
         self, prompts: Sequence[Prompt], normalise: Normalise
     ) -> AbstractAsyncContextManager[AsyncSession]:
         """Open a session inside the running event loop."""
+
+
+class Scorer(AsyncScorer, Protocol):
+    """The same, and without an event loop too."""
+
+    def session(self, prompts: Sequence[Prompt], normalise: Normalise) -> AbstractContextManager[Session]:
+        """Open a session."""
 
 
 def recall(
@@ -72,7 +76,7 @@ def recall(
 
 
 async def arecall(
-    scorer: Scorer,
+    scorer: AsyncScorer,
     trie: Trie | LiveTrie,
     prompts: Sequence[Prompt],
     *,

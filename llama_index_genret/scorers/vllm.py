@@ -91,7 +91,7 @@ class VllmScorer:
         with httpx.Client(
             transport=httpx.HTTPTransport(retries=2, verify=self._options["verify"]), **self._options
         ) as client:
-            with _server_errors(self.api_base):
+            with server_errors(self.api_base):
                 if self._served is None:
                     self._served = self._choose_model(client.get(f"{self.api_base}/models"))
             _check_prompts(prompts, *self._served)
@@ -103,7 +103,7 @@ class VllmScorer:
         transport = httpx.AsyncHTTPTransport(retries=2, verify=self._options["verify"])
         async with httpx.AsyncClient(transport=transport, **self._options) as client:
             if self._served is None:
-                with _server_errors(self.api_base):
+                with server_errors(self.api_base):
                     answer = await client.get(f"{self.api_base}/models")
                 self._served = self._choose_model(answer)
             _check_prompts(prompts, *self._served)
@@ -136,7 +136,7 @@ class _HttpSession:
 
     def score(self, rows: Rows) -> Scores:
         groups = _plan(rows, self.prompts)
-        with _server_errors(self.url):
+        with server_errors(self.url):
             answers = [self.client.post(self.url, json=_request(self.model, group)) for group in groups]
         return _merge(rows, groups, answers)
 
@@ -150,14 +150,15 @@ class _AsyncHttpSession:
 
     async def score(self, rows: Rows) -> Scores:
         groups = _plan(rows, self.prompts)
-        with _server_errors(self.url):
+        with server_errors(self.url):
             posts = [self.client.post(self.url, json=_request(self.model, group)) for group in groups]
             answers = await asyncio.gather(*posts)
         return _merge(rows, groups, answers)
 
 
 @contextmanager
-def _server_errors(url: str) -> Iterator[None]:
+def server_errors(url: str) -> Iterator[None]:
+    """Turn httpx's errors into ours, which tell what to do."""
     try:
         yield
     except httpx.ConnectError as error:

@@ -5,6 +5,7 @@ Knows files and the light parts; nothing of torch or LlamaIndex.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -74,6 +75,11 @@ class Index:
         """Twelve hex digits that name the trained weights, None without them. A server of theirs carries it."""
         entry = self.manifest.files.get(f"{ADAPTER}adapter_model.safetensors")
         return entry.sha256[:12] if entry else None
+
+    @cached_property
+    def version(self) -> str:
+        """Twelve hex digits of everything that is stored; an edit or a training makes another."""
+        return hashlib.sha256(self.manifest.model_dump_json(indent=1).encode()).hexdigest()[:12]
 
     @cached_property
     def rows_by_id(self) -> dict[str, int]:

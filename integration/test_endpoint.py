@@ -1,0 +1,234 @@
+"""`POST /v1/recall` inside a real vLLM server on the CPU, against the same model in this process."""
+
+import asyncio
+import random
+import shutil
+
+import httpx
+import numpy as np
+import pytest
+from llama_index.core.vector_stores import FilterOperator, MetadataFilter, MetadataFilters
+
+from integration.conftest import GENRET, genret_json
+from llama_index_genret import GenerativeImageRetriever
+from llama_index_genret.scorers.base import recall
+from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.serving import CPU_FLAGS, free_port, running_server
+from llama_index_genret.store import load_index, remove_images
+
+TEXTS = ["red circle", "the blue bar", "show me the green frame", "black"]
+KEY = "secret-of-the-test"
+
+
+@pytest.fixture(scope="module")
+def served_index(trained_index, tmp_path_factory):
+    """A copy that tests may edit while it is served."""
+    folder = tmp_path_factory.mktemp("served") / "shapes"
+    shutil.copytree(trained_index.folder, folder)
+    return load_index(folder)
+
+
+@pytest.fixture(scope="module")
+def endpoint(served_index, tmp_path_factory):
+    port, log = free_port(), tmp_path_factory.mktemp("endpoint") / "vllm.log"
+    flags = [*CPU_FLAGS, "--api-key", KEY]
+    command = [*GENRET, "serve", str(served_index.folder), "--port", str(port), "--", *flags]
+    with running_server(command, host="127.0.0.1", port=port, log=log):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def client(endpoint):
+    with httpx.Client(base_url=endpoint, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def local_scorer(trained_mllm):
+    return TransformersScorer(trained_mllm)
+
+
+def expected(index, scorer, text, **options):
+    prompt = index.prompts.for_query(index.tokenizer, text)
+    (ranking,) = recall(scorer, index.trie, [prompt], **options)
+    return (
+        [index.record_of(hit).image_id for hit in ranking.hits],
+        [hit.log_prob for hit in ranking.hits],
+        ranking.exact,
+    )
+
+
+def assert_same(result, ids, log_probs):
+    assert [hit["image_id"] for hit in result["hits"]] == ids
+    np.testing.assert_allclose([hit["log_prob"] for hit in result["hits"]], log_probs, atol=1e-3)
+
+
+def test_one_request_recalls_what_the_model_in_this_process_recalls(client, served_index, local_scorer):
+    for mode, budget in (("beam", 0), ("exact", None)):
+        answer = client.post("/v1/recall", json={"queries": TEXTS, "k": 4, "mode": mode}).json()
+        assert (answer["index"], len(answer["results"])) == ("shapes", 4)
+        for text, result in zip(TEXTS, answer["results"], strict=True):
+            ids, log_probs, exact = expected(served_index, local_scorer, text, k=4, budget=budget)
+            assert_same(result, ids, log_probs)
+            assert (result["query"], result["exact"]) == (text, exact)
+            record = served_index.records[served_index.rows_by_id[ids[0]]]
+            assert result["hits"][0]["metadata"] == dict(record.metadata)
+            assert result["hits"][0]["caption"] == record.captions[0]
+
+
+def test_a_filter_is_kept_by_the_server_whatever_is_asked(client, served_index):
+    random_ = random.Random(0)
+    for _ in range(30):
+        color, shapes = random_.choice(["red", "blue"]), random_.sample(["circle", "square", "bar", "frame"], 2)
+        asked = {
+            "query": random_.choice(TEXTS),
+            "k": random_.randrange(1, 8),
+            "mode": random_.choice(["beam", "exact"]),
+        }
+        (result,) = client.post("/v1/recall", json={**asked, "filters": {"color": color, "shape": shapes}}).json()[
+            "results"
+        ]
+        assert {h["image_id"] for h in result["hits"]} <= {f"{color}-{shape}" for shape in shapes}
+        assert len(result["hits"]) == min(asked["k"], 2)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({}, 400, "either 'query' or 'queries'"),
+        ({"query": "a", "queries": ["b"]}, 400, "either"),
+        ({"query": "a", "k": 0}, 400, "k"),
+        ({"query": "a", "unknown": 1}, 400, "unknown"),
+        ({"query": " "}, 400, "empty"),
+        ({"query": "x" * 1_000_000}, 400, "tokens"),
+        ({"query": "a", "index": "nowhere"}, 404, "shapes"),
+        ({"query": "a", "filters": {"size": 1}}, 400, "color"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_in_the_shape_of_the_openai_api(client, body, status, words):
+    answer = client.post("/v1/recall", json=body)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert words in error["message"]
+    assert error["code"] == status
+
+
+def test_the_routes_obey_the_api_key_and_stand_in_the_description(endpoint, client):
+    assert httpx.post(f"{endpoint}/v1/recall", json={"query": "a"}).status_code == 401
+    assert httpx.get(f"{endpoint}/v1/recall/indexes").status_code == 401
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/v1/recall", "/v1/recall/indexes", "/v1/chat/completions"} <= paths.keys()
+
+
+def test_an_edited_index_is_served_without_a_restart(client, served_index):
+    before = client.get("/v1/recall/indexes").json()["data"][0]
+    assert (before["name"], before["images"], before["problem"]) == ("shapes", 20, "")
+    everything = {"query": "red circle", "k": 20}
+    assert len(client.post("/v1/recall", json=everything).json()["results"][0]["hits"]) == 20
+    genret_json("remove", served_index.folder, "red-circle", "blue-bar")
+    answer = client.post("/v1/recall", json=everything).json()
+    found = {hit["image_id"] for hit in answer["results"][0]["hits"]}
+    assert len(found) == 18
+    assert not found & {"red-circle", "blue-bar"}
+    assert answer["version"] != before["version"]
+    manifest = served_index.folder / "manifest.json"
+    content = manifest.read_bytes()
+    manifest.write_bytes(content[:-20])
+    assert client.post("/v1/recall", json=everything).json()["version"] == answer["version"]
+    assert "damaged" in client.get("/v1/recall/indexes").json()["data"][0]["problem"]
+    manifest.write_bytes(content)
+    assert client.post("/v1/recall", json=everything).json()["version"] == answer["version"]
+
+
+def test_many_clients_and_some_that_leave_get_what_each_gets_alone(endpoint, client):
+    alone = {text: client.post("/v1/recall", json={"query": text, "k": 3}).json()["results"][0] for text in TEXTS}
+
+    async def ask(opened, number):
+        text = TEXTS[number % len(TEXTS)]
+        if number % 5 == 4:
+            with pytest.raises(httpx.TimeoutException):
+                await opened.post("/v1/recall", json={"query": text, "k": 3}, timeout=0.01)
+            return
+        answer = await opened.post("/v1/recall", json={"query": text, "k": 3})
+        assert_same(answer.json()["results"][0], *_ranked(alone[text]))
+
+    async def all_at_once():
+        headers = {"Authorization": f"Bearer {KEY}"}
+        async with httpx.AsyncClient(base_url=endpoint, headers=headers, timeout=120) as opened:
+            await asyncio.gather(*(ask(opened, number) for number in range(60)))
+
+    asyncio.run(all_at_once())
+    figures = client.get("/metrics").text
+    assert 'genret_recall_requests_total{outcome="answered"}' in figures
+    assert "genret_recall_seconds_bucket" in figures
+    assert "genret_recall_steps_total" in figures
+
+
+def _ranked(result):
+    return [hit["image_id"] for hit in result["hits"]], [hit["log_prob"] for hit in result["hits"]]
+
+
+def test_the_retriever_takes_one_request_and_finds_what_the_stock_protocol_finds(endpoint, served_index, monkeypatch):
+    index = load_index(served_index.folder)
+    filters = MetadataFilters(filters=[MetadataFilter(key="color", value="black")])
+    nested = MetadataFilters(filters=[MetadataFilter(key="color", value="black", operator=FilterOperator.NE)])
+    posted = []
+    send = httpx.Client.send
+    monkeypatch.setattr(httpx.Client, "send", lambda *a, **k: posted.append(a[1].url.path) or send(*a, **k))
+    for options, one in [
+        ({}, True),
+        ({"filters": filters}, True),
+        ({"search_budget": None}, True),
+        ({"filters": nested}, False),
+    ]:
+        retriever = GenerativeImageRetriever.from_server(
+            served_index.folder, f"{endpoint}/v1", api_key=KEY, similarity_top_k=3, **options
+        )
+        stock = GenerativeImageRetriever(index, retriever._scorer, similarity_top_k=3, **options)
+        retriever.retrieve("red circle")  # the first asks what is served
+        posted.clear()
+        nodes = retriever.retrieve("red circle")
+        assert (posted == ["/v1/recall"]) == one
+        for found in (nodes, asyncio.run(retriever.aretrieve("red circle"))):
+            expected = stock.retrieve("red circle")
+            assert [n.node.node_id for n in found] == [n.node.node_id for n in expected]
+            np.testing.assert_allclose([n.score for n in found], [n.score for n in expected], rtol=1e-3)
+
+
+def test_a_client_with_an_older_version_falls_back_and_never_sees_the_newer_one(endpoint, served_index, tmp_path):
+    shutil.copytree(served_index.folder, tmp_path / "older")
+    retriever = GenerativeImageRetriever.from_server(
+        tmp_path / "older", f"{endpoint}/v1", api_key=KEY, similarity_top_k=99
+    )
+    before = {node.node.node_id for node in retriever.retrieve("black")}
+    genret_json("remove", served_index.folder, "black-bar")
+    assert {node.node.node_id for node in retriever.retrieve("black")} == before
+    newer = GenerativeImageRetriever.from_server(
+        served_index.folder, f"{endpoint}/v1", api_key=KEY, similarity_top_k=99
+    )
+    assert {node.node.node_id for node in newer.retrieve("black")} == before - {"black-bar"}
+
+
+def test_reloads_in_the_middle_never_mix_two_versions(endpoint, client, served_index):
+    """Every answer is that of one version: its images are all there, and those removed since are all gone."""
+    images = {client.get("/v1/recall/indexes").json()["data"][0]["version"]: 17}
+
+    async def clients():
+        headers = {"Authorization": f"Bearer {KEY}"}
+        async with httpx.AsyncClient(base_url=endpoint, headers=headers, timeout=120) as opened:
+            asking = [asyncio.create_task(opened.post("/v1/recall", json={"query": "red", "k": 20})) for _ in range(12)]
+            for image_id in ("green-bar", "green-frame", "green-square"):
+                await asyncio.sleep(0.2)
+                await asyncio.to_thread(_remove, served_index.folder, image_id)
+                asking += [opened.post("/v1/recall", json={"query": "red", "k": 20}) for _ in range(6)]
+            return await asyncio.gather(*asking)
+
+    for answer in asyncio.run(clients()):
+        body = answer.json()
+        n_images = images.setdefault(body["version"], len(body["results"][0]["hits"]))
+        assert len(body["results"][0]["hits"]) == n_images
+    assert client.get("/v1/recall/indexes").json()["data"][0]["images"] == 14
+
+
+def _remove(folder, image_id):
+    remove_images(load_index(folder), [image_id])

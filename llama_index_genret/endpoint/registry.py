@@ -1,0 +1,104 @@
+"""The indexes that a server has loaded, each in its newest version on disk.
+
+Knows index folders; nothing of HTTP or engines. A version is immutable: a search keeps the one that it began with.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama_index_genret.errors import GenretError, IndexNotFound, ModelMismatch
+from llama_index_genret.store import Index, load_index
+from llama_index_genret.store.folder import MANIFEST
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedIndex:
+    """One version of an index, under its name on this server."""
+
+    name: str
+    index: Index
+
+    @property
+    def version(self) -> str:
+        """See `Index.version`."""
+        return self.index.version
+
+
+class Registry:
+    """Loads `folders`, and again whenever a manifest was replaced: `genret add` and `remove` need no restart.
+
+    A newer version that cannot be served (damaged, or of other weights) leaves the older one in its place.
+    """
+
+    def __init__(self, folders: Mapping[str, Path]) -> None:
+        self._folders = dict(folders)
+        self._lock = threading.Lock()
+        self._seen: dict[str, tuple[int, int, int]] = {}
+        self._loaded: dict[str, LoadedIndex] = {}
+        self.problems: dict[str, str] = dict.fromkeys(self._folders, "")
+        for name in self._folders:
+            self._load(name)
+
+    @property
+    def loaded(self) -> list[LoadedIndex]:
+        """All indexes, as they are served now."""
+        return [self._loaded[name] for name in self._folders]
+
+    def is_current(self, name: str) -> bool:
+        """Whether the manifest on disk is the one that was looked at last. Costs one `stat`."""
+        return self._seen.get(name) == _stamp(self._folders[name])
+
+    def name_of(self, wanted: str | None) -> str:
+        """The name of the index that a request means.
+
+        Raises:
+            IndexNotFound: there is none of that name, or several and none was named.
+        """
+        names = list(self._folders)
+        if wanted is None and len(names) == 1:
+            return names[0]
+        if wanted is None or wanted not in self._folders:
+            raise IndexNotFound(f"there is no index {wanted!r} on this server: name one of {names} as 'index'.")
+        return wanted
+
+    def get(self, name: str) -> LoadedIndex:
+        """The newest version that can be served; reads the folder where it has changed."""
+        if not self.is_current(name):
+            with self._lock:
+                if not self.is_current(name):
+                    self._reload(name)
+        return self._loaded[name]
+
+    def _reload(self, name: str) -> None:
+        try:
+            self._load(name)
+        except (GenretError, OSError) as error:
+            self.problems[name] = str(error)
+            log.warning("the index %s stays at version %s: %s", name, self._loaded[name].version, error)
+
+    def _load(self, name: str) -> None:
+        folder = self._folders[name]
+        self._seen[name] = _stamp(folder)
+        index = load_index(folder)
+        served = self._loaded.get(name)
+        if served and index.weights_id != served.index.weights_id:
+            raise ModelMismatch(
+                f"{folder} was trained again (weights {index.weights_id}, served {served.index.weights_id}). "
+                "Restart `genret serve` on it."
+            )
+        self._loaded[name], self.problems[name] = LoadedIndex(name, index), ""
+
+
+def _stamp(folder: Path) -> tuple[int, int, int]:
+    try:
+        status = (folder / MANIFEST).stat()
+    except FileNotFoundError:
+        return 0, 0, 0
+    return status.st_ino, status.st_size, status.st_mtime_ns

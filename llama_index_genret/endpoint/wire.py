@@ -1,0 +1,104 @@
+"""What goes over the wire: the request and the answer of `POST /v1/recall`, and the list of indexes.
+
+Knows pydantic only.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Scalar = str | int | float | bool
+
+INDEXES_VARIABLE = "GENRET_INDEXES"
+"""Environment of the server: `name=folder`, one index a line. vLLM passes no arguments on to a middleware."""
+
+MIDDLEWARE = "llama_index_genret.endpoint.RecallMiddleware"
+"""What vLLM's `--middleware` takes."""
+
+MAX_QUERIES = 256
+"""Queries in one request."""
+
+MAX_K = 1000
+"""Images that a query may ask for, and the widest beam."""
+
+EXACT_BUDGET = 1000
+"""Prefixes that an exact search expands before it goes on as a beam, where the request names no budget."""
+
+
+class RecallRequest(BaseModel):
+    """Which images do these queries mean?
+
+    query, queries: one or the other.
+    filters: metadata that an image must have; of a list, any one.
+    mode: "beam", or "exact": until the best are certain, or `budget` prefixes were expanded.
+    index: name of a loaded index; may be left out where there is one.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    query: str | None = None
+    queries: list[str] | None = Field(default=None, min_length=1, max_length=MAX_QUERIES)
+    k: int = Field(default=5, ge=1, le=MAX_K)
+    filters: dict[str, Scalar | list[Scalar]] | None = None
+    beam_width: int | None = Field(default=None, ge=1, le=MAX_K)
+    mode: Literal["beam", "exact"] = "beam"
+    budget: int = Field(default=EXACT_BUDGET, ge=0)
+    index: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> RecallRequest:
+        if (self.query is None) == (self.queries is None):
+            raise ValueError("give either 'query' or 'queries'")
+        return self
+
+    def texts(self) -> list[str]:
+        """The queries."""
+        return self.queries if self.queries is not None else [self.query or ""]
+
+
+class RecallHit(BaseModel):
+    """One image. score: probability in (0, 1]; log_prob: its natural logarithm."""
+
+    image_id: str
+    file_name: str
+    caption: str
+    identifier: str
+    score: float
+    log_prob: float
+    metadata: dict[str, Scalar | None]
+
+
+class RecallResult(BaseModel):
+    """The images of one query, best first. exact: whether they are for certain the best."""
+
+    query: str
+    hits: list[RecallHit]
+    exact: bool
+    nodes_expanded: int
+
+
+class RecallResponse(BaseModel):
+    """The results in the order of the queries, all of one version of one index."""
+
+    object: Literal["recall"] = "recall"
+    index: str
+    version: str
+    results: list[RecallResult]
+
+
+class IndexCard(BaseModel):
+    """A loaded index. problem: why a newer version on disk is not served; empty if there is none."""
+
+    name: str
+    version: str
+    scheme: str
+    images: int
+    problem: str
+
+
+class IndexList(BaseModel):
+    """All loaded indexes."""
+
+    object: Literal["list"] = "list"
+    data: list[IndexCard]
