@@ -30,13 +30,15 @@ check: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 # make bench FULL=1 adds ten million identifiers.
-bench: $(VENV)/.benches
+bench: $(VENV)/.benches $(VENV)/.serving
 	rm -f integration/bench/results.json
 	for bench in memory_bench trie_bench filter_bench step_bench processor_bench exact_bench; do \
 	    OMP_NUM_THREADS=1 $(BIN)/python -m integration.bench.$$bench $(if $(FULL),--full) \
 	        --json integration/bench/results.json || exit 1; \
 	done
-	$(BIN)/python -m integration.bench.recall_bench --rounds 15 --json integration/bench/results.json
+	for bench in recall_bench serve_bench; do \
+	    $(BIN)/python -m integration.bench.$$bench --rounds 15 --json integration/bench/results.json || exit 1; \
+	done
 
 $(VENV)/.benches: $(VENV)/.installed
 	$(PIP) -e '.[bench]'

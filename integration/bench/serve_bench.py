@@ -95,16 +95,16 @@ def measure(report: Report, key: str, index: Index, mllm: Mllm, server: Any, rou
     expected = [hit.log_prob for hit in here.hits]
     assert np.allclose([hit.log_prob for hit in there.hits], expected, atol=1e-3)
     assert np.allclose([hit["log_prob"] for hit in endpoint()], expected, atol=1e-3)
-    with client:
-        times = interleaved_wall(
-            {
-                "ours": endpoint,
-                "stock protocol": lambda: recall(stock, index.trie, [prompt], k=WIDTH, width=WIDTH),
-                "vLLM's beam search": completion(use_beam_search=True, n=WIDTH, temperature=0),
-                "vLLM, greedy": completion(temperature=0),
-            },
-            rounds=rounds,
-        )
+    times = interleaved_wall(
+        {
+            "ours": endpoint,
+            "stock protocol": lambda: recall(stock, index.trie, [prompt], k=WIDTH, width=WIDTH),
+            "vLLM's beam search": completion(use_beam_search=True, n=WIDTH, temperature=0),
+            "vLLM, greedy": completion(temperature=0),
+        },
+        rounds=rounds,
+    )
+    client.close()
     report.times(f"served recall, {key}", times)
 
 
