@@ -110,10 +110,10 @@ class GenerativeImageRetriever(BaseRetriever):
         from llama_index_genret.scorers.vllm import VllmScorer
 
         index = load_index(Path(index_dir))
-        scorer = VllmScorer(api_base, model=model, api_key=api_key, timeout_s=timeout_s, weights_id=index.weights_id)
-        return cls(
-            index, scorer, endpoint=RecallClient(index, api_base, api_key=api_key, timeout_s=timeout_s), **kwargs
-        )
+        options: dict[str, Any] = {"api_key": api_key, "timeout_s": timeout_s}
+        scorer = VllmScorer(api_base, model=model, weights_id=index.weights_id, **options)
+        endpoint = RecallClient(index, api_base, **options) if model is None else None  # it recalls with its own model
+        return cls(index, scorer, endpoint=endpoint, **kwargs)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         prompt = self._prompt(query_bundle)
