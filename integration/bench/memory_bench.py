@@ -62,6 +62,7 @@ def measure(report: Report, corpus: Corpus, folder: Path, rounds: int) -> None:
         pickled = folder / "dict.pickle"
         pickled.write_bytes(pickle.dumps(nested.root, pickle.HIGHEST_PROTOCOL))
         report.value(f"dict trie, disk, N={n}", pickled.stat().st_size / n, "B per identifier")
+        # GENRE's way to disk; the file is the one written above
         openers["dict trie (pickle)"] = lambda _: pickle.loads(pickled.read_bytes())
     report.times(f"open, N={n}", interleaved(openers, batches=1, rounds=rounds))
 

@@ -7,6 +7,7 @@ order. The timed step is `gather`: the logits of those tokens.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -109,7 +110,7 @@ def _rules(corpus: Corpus, token: Callable[[int], str]) -> dict[str, list[str]]:
     return rules
 
 
-class _Bitmask:
+class _Bitmask(ABC):
     """Grammar engines answer with a bit per token; only the identifiers' 1,024 bits are unpacked."""
 
     name: str
@@ -118,9 +119,9 @@ class _Bitmask:
         self.mask = np.zeros((1, (VOCAB + 31) // 32), np.int32)
         self.bytes = self.mask.view(np.uint8)[0, FIRST_TOKEN // 8 :]
 
+    @abstractmethod
     def fill(self, matcher: Any) -> None:
         """Write the matcher's mask into `mask`."""
-        raise NotImplementedError
 
     def allowed(self, place: Any) -> list[Sequence[int] | Int64]:
         rows: list[Sequence[int] | Int64] = []

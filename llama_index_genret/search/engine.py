@@ -38,7 +38,7 @@ def search(
 ) -> Steps:
     """Rank the identifiers of `trie` for `n_queries` prompts.
 
-    Yields the rows of one step over all queries (none is ever a finished identifier). Expects (m,) float64 scores of
+    Yields the rows of one step over all queries (none is ever a finished identifier). Expects (m,) float scores of
     their `token_ids`: natural-log probabilities over the vocabulary if `normalise` is VOCABULARY; else anything that
     differs from them by a constant per row, such as raw logits.
 

@@ -1,6 +1,6 @@
 """The prefixes and identifiers that a search holds, of all queries at once.
 
-Knows the trie and numbers; nothing of scores' origin.
+Knows the trie and numbers; nothing of where scores come from.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Beams:
 
 
 def roots(trie: LiveTrie, n: int) -> Beams:
+    """One empty prefix for each of n queries."""
     return Beams(np.arange(n), np.zeros(n), trie.roots(n), np.full((n, trie.depth), -1, np.int32))
 
 

@@ -13,6 +13,11 @@ from llama_index_genret.search.interface import Float64, Int64, Normalise
 
 
 def checked(scores: NDArray[np.floating], offsets: Int64) -> NDArray[np.floating]:
+    """(m,) a scorer's answer.
+
+    Raises:
+        SearchError: it has another length, or holds NaN or +inf.
+    """
     scores = np.asarray(scores)
     if scores.shape != (offsets[-1],):
         raise SearchError(f"the scorer answered {scores.shape} scores for {offsets[-1]} tokens.")

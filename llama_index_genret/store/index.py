@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import FilterError, IndexDamaged, ModelMismatch
-from llama_index_genret.identifiers import Alphabet, Identifier, Scheme, Spelling, get_scheme, spelling_of
+from llama_index_genret.identifiers import Alphabet, Identifier, Scheme, get_scheme
 from llama_index_genret.prompts import PromptSet
 from llama_index_genret.search import Hit
 from llama_index_genret.store.folder import (
@@ -129,10 +129,6 @@ class Index:
         arrays = load_file(self.file("codebooks.safetensors")) if "codebooks.safetensors" in self.manifest.files else {}
         scheme.restore(arrays)
         return scheme
-
-    def spelling(self) -> Spelling:
-        """How the scheme's identifiers are written in the index's tokens."""
-        return spelling_of(self.scheme(), self.tokenizer, self.manifest.alphabet)
 
     def new_token_ids(self) -> list[int]:
         """Tokens that the index added to the base model's vocabulary, which must learn them; ascending."""

@@ -291,7 +291,7 @@ def _complaint(trie: Trie) -> str:
         return f"level_start is {level_start}, not 0, 1, ... ascending"
     if len(trie.code) != trie.n_nodes:
         return f"code has {len(trie.code)} entries for {trie.n_nodes} nodes"
-    if len(trie.leaf_lo) not in (trie.n_nodes, trie.level_start[-3] if trie.depth > 1 else 0):
+    if len(trie.leaf_lo) not in (trie.n_nodes, trie.level_start[-3]):
         return f"leaf_lo has {len(trie.leaf_lo)} entries for levels that start at {level_start}"
     if len(trie.first_child) != trie._last_level + 1:
         return f"first_child has {len(trie.first_child)} entries for {trie._last_level} nodes"
