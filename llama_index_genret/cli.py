@@ -187,7 +187,7 @@ def query(
     from llama_index_genret.scorers.base import recall
 
     loaded = load_index(index_dir)
-    allowed = loaded.equals_filter(_parse_filters(filters)) if filters else None
+    allowed = loaded.leaf_filter(loaded.text_filter(_parse_filters(filters))) if filters else None
     prompt = loaded.prompts.for_query(loaded.tokenizer, text)
     scorer = _scorer(loaded, server, api_key, model, device)
     budget = None if exact else 0
@@ -286,17 +286,24 @@ def export(
 def serve(
     context: typer.Context,
     index_dir: IndexDir,
+    also: Annotated[list[Path] | None, typer.Option(help="Another index, on the same model; may be repeated.")] = None,
+    adapters: Annotated[
+        bool,
+        typer.Option(
+            "--adapters", help="Recall by LoRA adapters, answer by the base model; for `--alphabet existing`."
+        ),
+    ] = False,
     host: str = "127.0.0.1",
     port: int = 8000,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Of the merged weights: float32 or bfloat16.")] = "float32",
     as_json: Json = False,
 ) -> None:
-    """Serve the index's model with vLLM. What stands after `--` goes to vLLM as it is."""
+    """Serve indexes and their model with vLLM. What stands after `--` goes to vLLM as it is."""
     from llama_index_genret.serving import serve_command, serve_environment
 
-    loaded = load_index(index_dir)
-    os.environ.update(serve_environment(loaded))
-    command = serve_command(loaded, host=host, port=port, dtype=dtype, vllm_flags=context.args)
+    indexes = [load_index(folder) for folder in (index_dir, *(also or ()))]
+    os.environ.update(serve_environment(indexes))
+    command = serve_command(indexes, host=host, port=port, dtype=dtype, adapters=adapters, vllm_flags=context.args)
     if as_json:
         print(json.dumps({"api_base": f"http://{host}:{port}/v1", "command": command}), flush=True)
     log.print(" ".join(command), style="dim", markup=False)

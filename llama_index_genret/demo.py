@@ -119,8 +119,8 @@ def run_demo(
 @contextmanager
 def _server(index: Index, log: Path) -> Iterator[tuple[Scorer, LLM]]:
     port = free_port()
-    command = serve_command(index, host="127.0.0.1", port=port, vllm_flags=CPU_FLAGS)
-    environment = serve_environment(index)
+    command = serve_command([index], host="127.0.0.1", port=port, vllm_flags=CPU_FLAGS)
+    environment = serve_environment([index])
     with running_server(command, host="127.0.0.1", port=port, log=log, environment=environment) as served:
         yield VllmScorer(served.api_base, weights_id=index.weights_id), genret_llm(served.api_base, model=served.model)
 

@@ -5,6 +5,7 @@ Knows Pillow and `filetype`; nothing of folders, metadata or models.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from io import BytesIO
 from pathlib import Path
@@ -31,24 +32,55 @@ _DECODERS = {
 }
 
 
-def load_image(path: Path | str) -> Image.Image:
-    """The image as RGB, 8 bits a channel: upright (EXIF), transparency on white, the first frame of an animation.
+def load_image(source: Path | str | bytes) -> Image.Image:
+    """The image in a file, or in the content of one, as RGB, 8 bits a channel.
 
+    Upright (EXIF), transparency on white, the first frame of an animation.
     16-bit grey is scaled by 255/65535. Wider integers and floats define no white: their range is stretched.
 
     Raises:
         ImageError: the file is missing, damaged, too large (`PIL.Image.MAX_IMAGE_PIXELS`), or no raster image.
     """
-    return decode_image(Path(path))
+    if isinstance(source, bytes):
+        return _decode(BytesIO(source), _mime_of(source[:8192]), "an image", len(source))
+    return decode_image(Path(source))
 
 
-def sniff_mime(path: Path | str) -> str:
+def sniff_mime(source: Path | str | bytes) -> str:
     """The type of a file by its content, whatever its suffix; `application/octet-stream` if unknown.
 
     Raises:
         ImageError: the file is missing or cannot be read.
     """
-    return _sniff(Path(path), "")
+    return _mime_of(source[:8192]) if isinstance(source, bytes) else _sniff(Path(source), "")
+
+
+def to_data_url(source: Path | bytes) -> str:
+    """A `data:` URL of an image file, or of its content, as it is.
+
+    Raises:
+        ImageError: the file is missing, or by its content no raster image.
+    """
+    mime = sniff_mime(source)
+    content = source if isinstance(source, bytes) else source.read_bytes()
+    if mime not in _DECODERS:
+        raise _no_raster("an image" if isinstance(source, bytes) else str(source), len(content), mime)
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
+
+
+def from_data_url(url: str) -> bytes:
+    """The content in a base64 `data:` URL.
+
+    Raises:
+        ImageError: it is no such URL.
+    """
+    head, comma, body = url.partition(",")
+    try:
+        if not comma or not head.startswith("data:") or not head.endswith(";base64"):
+            raise ValueError("it has another beginning")
+        return base64.b64decode(body, validate=True)
+    except ValueError as error:
+        raise ImageError(f"{url[:40]!r}... is no `data:image/...;base64,` URL: {error}.") from error
 
 
 def image_sha256(path: Path | str) -> str:
@@ -86,17 +118,9 @@ def decode_image(path: Path, where: str = "") -> Image.Image:
     return _decode(path, _sniff(path, where), f"{where}{path}", path.stat().st_size)
 
 
-def decode_bytes(content: bytes) -> Image.Image:
-    """`load_image` for the content of a file."""
-    return _decode(BytesIO(content), _mime_of(content[:8192]), "an image", len(content))
-
-
 def _decode(source: Path | BytesIO, mime: str, name: str, size: int) -> Image.Image:
     if mime not in _DECODERS:
-        raise ImageError(
-            f"{name} is no raster image that can be read: by its content ({size} bytes) it is {mime}. "
-            "Convert it to PNG or JPEG, or remove it."
-        )
+        raise _no_raster(name, size, mime)
     too_large = f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels (PIL.Image.MAX_IMAGE_PIXELS): shrink it."
     try:
         with Image.open(source, formats=[_DECODERS[mime]]) as image:
@@ -112,6 +136,13 @@ def _decode(source: Path | BytesIO, mime: str, name: str, size: int) -> Image.Im
         raise ImageError(
             f"{name} does not decode as {mime}: {type(error).__name__}: {error}. Restore it, or remove it."
         ) from error
+
+
+def _no_raster(name: str, size: int, mime: str) -> ImageError:
+    return ImageError(
+        f"{name} is no raster image that can be read: by its content ({size} bytes) it is {mime}. "
+        "Convert it to PNG or JPEG, or remove it."
+    )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -24,7 +24,7 @@ from llama_index.core.llms.custom import CustomLLM
 from llama_index.llms.openai_like import OpenAILike
 
 from llama_index_genret.errors import ModelError
-from llama_index_genret.images import decode_bytes
+from llama_index_genret.images import load_image
 
 
 def genret_llm(
@@ -124,7 +124,7 @@ class InProcessLLM(CustomLLM):
 
     def _inputs(self, messages: Sequence[ChatMessage]) -> dict[str, Any]:
         images = [
-            decode_bytes(block.resolve_image().read())
+            load_image(block.resolve_image().read())
             for message in messages
             for block in message.blocks
             if isinstance(block, ImageBlock)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from llama_index_genret.errors import MissingExtra, ModelError, ModelMismatch, NotTrained
 from llama_index_genret.images import load_image
-from llama_index_genret.prompts import ANSWER, DESCRIBE, MEMORISE, RETRIEVE, Blank, PromptSet
+from llama_index_genret.prompts import ANSWER, DESCRIBE, MEMORISE, PREFIX_BLOCK, RETRIEVE, Blank, PromptSet
 from llama_index_genret.store import Index, ModelEntry
 from llama_index_genret.tokenization import IndexTokenizer
 
@@ -56,12 +56,34 @@ class Mllm:
             base_tokenizer=self.tokenizer.fingerprint,
         )
 
-    def processed(self, texts: Sequence[str], images: Sequence[Any]) -> dict[str, Any]:
-        """The processor's tensors for one image a text, left-padded, on the model's device."""
+    def processed(
+        self, texts: Sequence[str], images: Sequence[Any], rests: Sequence[Sequence[int]] = ()
+    ) -> dict[str, Any]:
+        """The processor's tensors for one image a text, left-padded, on the model's device.
+
+        Args:
+            rests: for each text, the tokens that follow it.
+        """
         inputs = self.processor(
             text=list(texts), images=[[i] for i in images], return_tensors="pt", padding=True, padding_side="left"
         )
+        inputs = dict(inputs) if not any(rests) else _followed(dict(inputs), rests)
         return {key: value.to(self.model.device) for key, value in inputs.items()}
+
+
+def _followed(inputs: dict[str, Any], rests: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Left-padded inputs with more tokens after each row."""
+    longest = max(map(len, rests))
+    shape = inputs["input_ids"].shape
+
+    def longer(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for row, rest in zip(tensor, rests, strict=True):
+            end = {"input_ids": torch.tensor(rest, dtype=row.dtype), "attention_mask": row.new_ones(len(rest))}
+            rows.append(torch.cat([row.new_zeros(longest - len(rest)), row, end.get(name, row.new_zeros(len(rest)))]))
+        return torch.stack(rows)
+
+    return {name: longer(name, value) if value.shape == shape else value for name, value in inputs.items()}
 
 
 def load_mllm(name_or_path: str, *, device: str = "auto", dtype: str = "auto") -> Mllm:
@@ -168,7 +190,9 @@ def render_prompts(mllm: Mllm) -> PromptSet:
         ) from error
     end = str(turn).partition(BLANK)[2].strip()
     return PromptSet(
+        block=PREFIX_BLOCK,
         retrieve=blank(RETRIEVE),
+        compose=blank(RETRIEVE, image=True),
         memorise=render(MEMORISE, image=True),
         describe=blank(DESCRIBE),
         answer=blank(ANSWER, image=True),

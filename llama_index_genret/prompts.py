@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from llama_index_genret.errors import QueryError
 from llama_index_genret.tokenization import IndexTokenizer
+
+PREFIX_BLOCK = 32
+"""Tokens of a block of vLLM's prefix cache: the smallest on a CPU, and a multiple of what is usual on GPUs."""
 
 MAX_QUERY_TOKENS = 256
 """A longer query is refused, not cut."""
@@ -30,12 +33,14 @@ class Prompt:
     """What an identifier is asked with.
 
     token_ids: of the whole prompt; of an image prompt, before the placeholder is expanded.
-    text, image: set for an image prompt only: the rendered chat text with the model's placeholder, and the file.
+    image: the file of an image prompt, or its content.
+    text, rest: of an image prompt only: the rendered chat text with the model's placeholder, and the tokens after it.
     """
 
     token_ids: tuple[int, ...]
+    image: Path | bytes | None = None
     text: str = ""
-    image: Path | None = None
+    rest: tuple[int, ...] = ()
 
 
 class Blank(BaseModel):
@@ -55,10 +60,16 @@ class Blank(BaseModel):
 
 
 class PromptSet(BaseModel):
-    """The rendered prompts of the four tasks. `end` closes the model's turn."""
+    """The rendered prompts of the tasks, and of a query that is an image and a text. `end` closes the model's turn.
+
+    block: the prompt of a text query is made a multiple of so many tokens, by its first token repeated in front. A
+    server that caches prefixes in blocks then computes it once, and one or two tokens for each beam of each step.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    block: int = Field(ge=1)
     retrieve: Blank
+    compose: Blank
     memorise: str
     describe: Blank
     answer: Blank
@@ -73,18 +84,37 @@ class PromptSet(BaseModel):
         words = query.strip()
         if not words:
             raise QueryError("the query is empty: write what the image shows.")
-        try:
-            words.encode()
-        except UnicodeEncodeError as error:
-            raise QueryError(f"the query is not valid Unicode at character {error.start}: {error.reason}.") from error
-        n_tokens = len(tokenizer.encode_text(words))
-        if n_tokens > MAX_QUERY_TOKENS:
-            raise QueryError(
-                f"the query has {n_tokens} tokens ({len(words)} characters), at most {MAX_QUERY_TOKENS} are read. "
-                "Shorten it: it is refused, not cut."
-            )
-        return Prompt(tuple(self.retrieve.fill_text(tokenizer, words)))
+        _check_length(tokenizer, words)
+        return Prompt(tuple(self.query_tokens(tokenizer, words)))
 
-    def for_image(self, tokenizer: IndexTokenizer, image: Path) -> Prompt:
-        """The prompt that names an image."""
-        return Prompt(tuple(tokenizer.encode_markup(self.memorise)), self.memorise, image)
+    def query_tokens(self, tokenizer: IndexTokenizer, text: str) -> list[int]:
+        """The token ids of `for_query`, of a text of any length."""
+        token_ids = self.retrieve.fill_text(tokenizer, text)
+        return [token_ids[0]] * (-len(token_ids) % self.block) + token_ids
+
+    def for_image(self, tokenizer: IndexTokenizer, image: Path | bytes, text: str = "") -> Prompt:
+        """The prompt that names an image, or, with a text, the one that is asked for: "the same, but red".
+
+        Raises:
+            QueryError: as of `for_query`, but that the text may be empty.
+        """
+        words = text.strip()
+        if not words:
+            return Prompt(tuple(tokenizer.encode_markup(self.memorise)), image, self.memorise)
+        _check_length(tokenizer, words)
+        before = tokenizer.encode_markup(self.compose.before)
+        rest = (*tokenizer.encode_text(words), *tokenizer.encode_markup(self.compose.after))
+        return Prompt((*before, *rest), image, self.compose.before, rest)
+
+
+def _check_length(tokenizer: IndexTokenizer, words: str) -> None:
+    try:
+        words.encode()
+    except UnicodeEncodeError as error:
+        raise QueryError(f"the query is not valid Unicode at character {error.start}: {error.reason}.") from error
+    n_tokens = len(tokenizer.encode_text(words))
+    if n_tokens > MAX_QUERY_TOKENS:
+        raise QueryError(
+            f"the query has {n_tokens} tokens ({len(words)} characters), at most {MAX_QUERY_TOKENS} are read. "
+            "Shorten it: it is refused, not cut."
+        )

@@ -5,28 +5,22 @@ Knows LlamaIndex's contract and one `Scorer`; nothing of how it scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.constants import DEFAULT_SIMILARITY_TOP_K
 from llama_index.core.schema import ImageNode, NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo
-from llama_index.core.vector_stores.types import (
-    FilterCondition,
-    FilterOperator,
-    MetadataFilters,
-)
-from llama_index.core.vector_stores.utils import build_metadata_filter_fn
+from llama_index.core.vector_stores.types import MetadataFilters
+from pydantic import ValidationError
 
-from llama_index_genret.endpoint.client import RecallClient
+from llama_index_genret import store
+from llama_index_genret.endpoint.client import Query, RecallClient
 from llama_index_genret.errors import FilterError
 from llama_index_genret.images import sniff_mime
-from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, arecall, recall
 from llama_index_genret.search import Hit, Normalise
 from llama_index_genret.store import Index, load_index
-from llama_index_genret.trie import LeafFilter
 
 
 class GenerativeImageRetriever(BaseRetriever):
@@ -70,11 +64,12 @@ class GenerativeImageRetriever(BaseRetriever):
         self.similarity_top_k = similarity_top_k
         self.filters = filters
         self._scorer = scorer
-        self._allowed = None if filters is None else _leaf_filter(index, filters)
-        self._search: dict[str, Any] = {"width": beam_width, "normalise": normalise, "allowed": self._allowed}
-        self._search["budget"] = search_budget
-        self._endpoint = endpoint
-        self._simple_filters = None if normalise != Normalise.CHILDREN else _as_equalities(filters)
+        self._conditions = None if filters is None else _conditions(filters)
+        allowed = None if self._conditions is None else index.leaf_filter(self._conditions)
+        self._width, self._budget = beam_width, search_budget
+        self._search: dict[str, Any] = {"width": beam_width, "budget": search_budget, "normalise": normalise}
+        self._search["allowed"] = allowed
+        self._endpoint = endpoint if normalise is Normalise.CHILDREN else None  # whose scores are those
         self._llm_metadata_keys = llm_metadata_keys
 
     @classmethod
@@ -110,37 +105,31 @@ class GenerativeImageRetriever(BaseRetriever):
         from llama_index_genret.scorers.vllm import VllmScorer
 
         index = load_index(Path(index_dir))
-        options: dict[str, Any] = {"api_key": api_key, "timeout_s": timeout_s}
-        scorer = VllmScorer(api_base, model=model, weights_id=index.weights_id, **options)
-        endpoint = RecallClient(index, api_base, **options) if model is None else None  # it recalls with its own model
+        scorer = VllmScorer(api_base, model=model, weights_id=index.weights_id, api_key=api_key, timeout_s=timeout_s)
+        endpoint = RecallClient(index, scorer.server) if model is None else None  # it recalls with its own model
         return cls(index, scorer, endpoint=endpoint, **kwargs)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        prompt = self._prompt(query_bundle)
-        ranking = None
-        if self._endpoint and prompt.image is None and self._simple_filters is not None:
-            ranking = self._endpoint.recall(query_bundle.query_str, **self._request())
+        query = self._query(query_bundle)
+        ranking = self._endpoint.recall(query) if self._endpoint else None
         if ranking is None:
-            (ranking,) = recall(self._scorer, self.index.trie, [prompt], k=self.similarity_top_k, **self._search)
+            (ranking,) = recall(self._scorer, self.index.trie, [query.prompt], k=query.k, **self._search)
         return [self._node(hit, rank, ranking.exact) for rank, hit in enumerate(ranking.hits, start=1)]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        prompt = self._prompt(query_bundle)
-        ranking = None
-        if self._endpoint and prompt.image is None and self._simple_filters is not None:
-            ranking = await self._endpoint.arecall(query_bundle.query_str, **self._request())
+        query = self._query(query_bundle)
+        ranking = await self._endpoint.arecall(query) if self._endpoint else None
         if ranking is None:
-            (ranking,) = await arecall(self._scorer, self.index.trie, [prompt], k=self.similarity_top_k, **self._search)
+            (ranking,) = await arecall(self._scorer, self.index.trie, [query.prompt], k=query.k, **self._search)
         return [self._node(hit, rank, ranking.exact) for rank, hit in enumerate(ranking.hits, start=1)]
 
-    def _request(self) -> dict[str, Any]:
-        options = {"width": self._search["width"], "budget": self._search["budget"], "filters": self._simple_filters}
-        return {"k": self.similarity_top_k, **options}
-
-    def _prompt(self, query_bundle: QueryBundle) -> Prompt:
-        if query_bundle.image_path:
-            return self.index.prompts.for_image(self.index.tokenizer, Path(query_bundle.image_path))
-        return self.index.prompts.for_query(self.index.tokenizer, query_bundle.query_str)
+    def _query(self, bundle: QueryBundle) -> Query:
+        prompts, tokenizer, text = self.index.prompts, self.index.tokenizer, bundle.query_str
+        if bundle.image_path:
+            prompt = prompts.for_image(tokenizer, Path(bundle.image_path), text)
+        else:
+            prompt = prompts.for_query(tokenizer, text)
+        return Query(text, prompt, self.similarity_top_k, self._width, self._budget, self._conditions)
 
     def _node(self, hit: Hit, rank: int, exact: bool) -> NodeWithScore:
         record = self.index.record_of(hit)
@@ -167,40 +156,13 @@ class GenerativeImageRetriever(BaseRetriever):
         return NodeWithScore(node=node, score=hit.score)
 
 
-def _leaf_filter(index: Index, filters: MetadataFilters) -> LeafFilter:
-    """The leaves that pass LlamaIndex filters, evaluated by LlamaIndex's own operators."""
-    metadata = {record.image_id: dict(record.metadata) for record in index.records}
+def _conditions(filters: MetadataFilters) -> store.MetadataFilters:
+    """LlamaIndex's filters as this package's, which read the same JSON.
+
+    Raises:
+        FilterError: they hold something that is none of LlamaIndex's operators or values.
+    """
     try:
-        passes = _predicate(metadata.__getitem__, filters)
-        return index.leaf_filter(lambda record: passes(record.image_id))
-    except (ValueError, TypeError) as error:
-        raise FilterError(f"the filters {filters!r} cannot be applied: {error}") from error
-
-
-def _as_equalities(filters: MetadataFilters | None) -> dict[str, Any] | None:
-    """The filters as the recall endpoint takes them: equal to a value or to one of several. None if they are more."""
-    wanted: dict[str, Any] = {}
-    if filters is None:
-        return wanted
-    for part in filters.filters:
-        if isinstance(part, MetadataFilters) or part.operator not in (FilterOperator.EQ, FilterOperator.IN):
-            return None
-        if filters.condition != FilterCondition.AND or part.key in wanted:
-            return None
-        wanted[part.key] = part.value
-    return wanted
-
-
-def _predicate(lookup: Callable[[str], dict[str, Any]], filters: MetadataFilters) -> Callable[[str], bool]:
-    """LlamaIndex's evaluator refuses nested filters: recurse into them here."""
-    parts = [
-        _predicate(lookup, part)
-        if isinstance(part, MetadataFilters)
-        else build_metadata_filter_fn(lookup, MetadataFilters(filters=[part]))
-        for part in filters.filters
-    ]
-    if filters.condition == FilterCondition.OR:
-        return lambda image_id: any(part(image_id) for part in parts)
-    if filters.condition == FilterCondition.NOT:
-        return lambda image_id: not any(part(image_id) for part in parts)
-    return lambda image_id: all(part(image_id) for part in parts)
+        return store.MetadataFilters.model_validate(filters.model_dump(mode="json"))
+    except ValidationError as error:
+        raise FilterError(f"the filters {filters!r} cannot be read: {error}") from error

@@ -5,6 +5,7 @@ Only vLLM's public surface: its module entry point and its flags. Runs vLLM as a
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -19,15 +20,20 @@ from pathlib import Path
 import httpx
 
 from llama_index_genret.endpoint.wire import INDEXES_VARIABLE, MIDDLEWARE
-from llama_index_genret.errors import ServerError
+from llama_index_genret.errors import ModelMismatch, NotTrained, ServerError
+from llama_index_genret.prompts import PREFIX_BLOCK
+from llama_index_genret.scorers.vllm import SERVED_NAME, served_name
 from llama_index_genret.store import Index
+from llama_index_genret.tokenization import IndexTokenizer
 
-SERVED_NAME = "genret"
 CPU_FLAGS = (
-    *("--enforce-eager", "--dtype", "float32", "--max-model-len", "1024"),
+    *("--enforce-eager", "--dtype", "float32", "--max-model-len", "1024", "--block-size", str(PREFIX_BLOCK)),
     *("--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", str(2**28)),
 )
 """Flags with which a small model starts on a small machine without a GPU."""
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as --max-lora-rank."""
 
 SERVED = "served"
 """Folder below the index in which the merged checkpoint of a served index lies."""
@@ -67,25 +73,77 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def serve_command(
-    index: Index, *, host: str, port: int, dtype: str = "float32", vllm_flags: Sequence[str] = ()
+    indexes: Sequence[Index],
+    *,
+    host: str,
+    port: int,
+    dtype: str = "float32",
+    adapters: bool = False,
+    vllm_flags: Sequence[str] = (),
 ) -> list[str]:
-    """The command line that serves an index; `vllm_flags` come last and so win.
+    """The command line that serves indexes; `vllm_flags` come last and so win.
 
-    The model answers to two names, `genret` and `genret-<weights id>`: by the second, a client notices a server that
-    holds other weights than its index.
+    Args:
+        adapters: serve the base model, which answers, and each index's LoRA adapter, which recalls; else one
+            checkpoint with the trained weights merged in, which does both.
+    Raises:
+        NotTrained, ModelMismatch: what the indexes need cannot be served by one server.
     """
-    checkpoint = served_checkpoint(index, dtype=dtype)
     return [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)),
-        *("--served-model-name", SERVED_NAME, f"{SERVED_NAME}-{index.weights_id}"),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *(_adapter_flags(indexes) if adapters else _merged_flags(indexes, dtype)),
         *("--host", host, "--port", str(port), "--max-logprobs", "-1", "--middleware", MIDDLEWARE),
         *vllm_flags,
     ]
 
 
-def serve_environment(index: Index) -> dict[str, str]:
-    """What the server's recall endpoint must find in its environment: the index, under the name of its folder."""
-    return {INDEXES_VARIABLE: f"{index.folder.resolve().name}={index.folder.resolve()}"}
+def _merged_flags(indexes: Sequence[Index], dtype: str) -> list[str]:
+    """The model answers to two names: by the second, a client notices a server of other weights than its index's."""
+    first = indexes[0]
+    for index in indexes:
+        if index.weights_id != first.weights_id:
+            raise ModelMismatch(
+                f"{index.folder} has the weights {index.weights_id}, {first.folder} {first.weights_id}: one checkpoint "
+                "cannot hold both. Serve each by itself, or, of indexes with `--alphabet existing`, with --adapters."
+            )
+    names = [SERVED_NAME, served_name(first.weights_id or "")]
+    return ["--model", str(served_checkpoint(first, dtype=dtype)), "--served-model-name", *names]
+
+
+def _adapter_flags(indexes: Sequence[Index]) -> list[str]:
+    base = indexes[0].manifest.model
+    for index in indexes:
+        if not index.is_trained:
+            raise NotTrained(f"{index.folder} has no trained weights yet: run `genret train {index.folder}`.")
+        if index.new_token_ids():
+            raise ModelMismatch(
+                f"{index.folder} has symbols of its own, which a LoRA adapter does not carry: serve it without "
+                "--adapters, or make it with `genret index --alphabet existing`."
+            )
+        if index.manifest.model.fingerprint != base.fingerprint:
+            raise ModelMismatch(f"{index.folder} and {indexes[0].folder} have other base models: serve each by itself.")
+    local = Path(base.name_or_path) / "tokenizer.json"
+    if local.is_file():
+        indexes[0].check_tokenizer(IndexTokenizer.from_file(local), base.name_or_path)
+    modules = {served_name(index.weights_id or ""): index.adapter_folder() for index in indexes}
+    rank = max(json.loads((folder / "adapter_config.json").read_text())["r"] for folder in modules.values())
+    return [
+        *("--model", base.name_or_path, "--served-model-name", SERVED_NAME, "--enable-lora"),
+        *("--max-loras", str(len(modules)), "--max-lora-rank", str(min(r for r in LORA_RANKS if r >= rank))),
+        *("--lora-modules", *(f"{name}={folder}" for name, folder in modules.items())),
+    ]
+
+
+def serve_environment(indexes: Sequence[Index]) -> dict[str, str]:
+    """What the server's recall endpoint must find in its environment: the indexes, under the names of their folders.
+
+    Raises:
+        ServerError: two of them have one name.
+    """
+    folders = [index.folder.resolve() for index in indexes]
+    if len({folder.name for folder in folders}) < len(folders):
+        raise ServerError(f"indexes are served under the names of their folders, which must differ: {folders}.")
+    return {INDEXES_VARIABLE: "\n".join(f"{folder.name}={folder}" for folder in folders)}
 
 
 @contextmanager

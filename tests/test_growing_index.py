@@ -18,7 +18,7 @@ from llama_index_genret.indexing import add_to_index, build_index
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
-from llama_index_genret.store import load_index, remove_images
+from llama_index_genret.store import MetadataFilters, load_index, remove_images
 from tests.conftest import draw_pictures
 
 
@@ -104,7 +104,7 @@ def test_removing_and_adding_again_in_any_order_gives_an_index_that_holds_what_i
     index = add_to_index(index, [everything["red-circle"]], tiny_mllm)
     expected = everything.keys() | {"plain-0", "plain-1", "plain-2"}
     assert recalled(index).keys() == expected == index.rows_by_id.keys()
-    allowed = index.equals_filter({"color": "red"})
+    allowed = index.leaf_filter(index.text_filter({"color": "red"}))
     (ranking,) = recall(FakeScorer(400), index.trie, [Prompt((1,))], k=9, allowed=allowed)
     assert {index.record_of(hit).metadata["color"] for hit in ranking.hits} == {"red"}
     assert len(ranking.hits) == 4
@@ -113,7 +113,7 @@ def test_removing_and_adding_again_in_any_order_gives_an_index_that_holds_what_i
 def test_the_last_image_may_be_removed_and_an_empty_index_finds_nothing(index, tiny_mllm, more_pictures):
     empty = remove_images(index, list(index.rows_by_id))
     assert recalled(empty) == {}
-    assert empty.leaf_filter(lambda record: True).n_allowed == 0
+    assert empty.leaf_filter(MetadataFilters(filters=[])).n_allowed == 0
     grown = add_to_index(empty, read_corpus(more_pictures).records, tiny_mllm)
     assert recalled(grown).keys() == {"twin", "plain-0", "plain-1", "plain-2"}
 

@@ -137,7 +137,7 @@ def test_a_filter_that_nothing_passes_gives_nothing(untrained_index, scorer):
 
 
 def test_a_filter_that_cannot_be_applied_is_an_error(untrained_index, scorer):
-    with pytest.raises(FilterError, match="cannot be applied"):
+    with pytest.raises(FilterError, match="does not apply"):
         make(untrained_index, scorer, filters=one("color", 3, FilterOperator.GT))
 
 

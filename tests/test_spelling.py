@@ -2,7 +2,6 @@
 
 import json
 import random
-from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -24,11 +23,8 @@ from llama_index_genret.training.batches import ExampleTensors
 from llama_index_genret.training.examples import Interleaved, examples_of
 from llama_index_genret.training.recipe import TrainOptions, train
 from tests.test_identifiers import captions, random_features
-from tests.tiny_model import make_tiny_model
+from tests.tiny_model import WORDY_TEXT, make_wordy_model
 
-SYLLABLES = [a + b for a, b in product("bdkmrst", "aeo")]
-WORDS = [a + b for a, b in product(SYLLABLES, SYLLABLES)]
-TEXT = " ".join(WORDS * 3 + ["red apple 0 1 2 3 4 5 6 7 8 9"] * 3)
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 PROMPT = "<|user|>\nFind: ba be<|end|>\n<|assistant|>\n"
 MARKUP = ["<|user|>", "<|assistant|>", "<|end|>"]
@@ -40,7 +36,9 @@ def byte_level():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([TEXT], BpeTrainer(vocab_size=1200, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        [WORDY_TEXT], BpeTrainer(vocab_size=1200, initial_alphabet=alphabet, show_progress=False)
+    )
     return tokenizer
 
 
@@ -55,7 +53,7 @@ def sentencepiece(kind):
         trainer = UnigramTrainer(
             vocab_size=900, unk_token="<unk>", special_tokens=["<unk>", *BYTES], show_progress=False
         )
-    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.train_from_iterator([WORDY_TEXT], trainer)
     serialized = json.loads(tokenizer.to_str())
     serialized["added_tokens"] = []
     serialized["pre_tokenizer"]["split"] = not is_bpe
@@ -198,8 +196,7 @@ def test_words_that_merge_are_found_out(tokenizers):
 @pytest.fixture(scope="module")
 def wordy_mllm(tmp_path_factory):
     """The tiny model with a vocabulary of a few hundred words."""
-    folder = tmp_path_factory.mktemp("wordy") / "tiny"
-    return load_mllm(str(make_tiny_model(folder, vocabulary=1200, text=TEXT)), device="cpu")
+    return load_mllm(str(make_wordy_model(tmp_path_factory.mktemp("wordy") / "tiny")), device="cpu")
 
 
 def test_an_index_on_existing_words_trains_a_plain_adapter_and_recalls(pictures, wordy_mllm, tmp_path):
@@ -210,6 +207,7 @@ def test_an_index_on_existing_words_trains_a_plain_adapter_and_recalls(pictures,
     index = train(index, TrainOptions(max_steps=2, lora_rank=2), device="cpu", show_progress=False)
     config = json.loads((index.adapter_folder() / "adapter_config.json").read_text())
     assert not config["trainable_token_indices"]
+    assert not config["modules_to_save"]
     scorer = TransformersScorer(load_trained(index, device="cpu"))
     prompt = index.prompts.for_query(index.tokenizer, "red circle")
     (ranking,) = recall(scorer, index.trie, [prompt], k=20)

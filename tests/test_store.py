@@ -109,11 +109,11 @@ def test_another_tokenizer_is_an_error_that_says_which_differs(untrained_index):
 
 
 def test_metadata_filters_leave_the_matching_images_and_unknown_keys_are_errors(untrained_index):
-    allowed = untrained_index.equals_filter({"color": "red"})
+    allowed = untrained_index.leaf_filter(untrained_index.text_filter({"color": "red"}))
     kept = [untrained_index.records[int(row)].metadata["color"] for row in untrained_index.trie.keys]
     assert allowed.n_allowed == 4 == kept.count("red")
     with pytest.raises(FilterError, match=r"'size'.*color"):
-        untrained_index.equals_filter({"size": "1"})
+        untrained_index.text_filter({"size": "1"})
 
 
 def test_an_index_is_replaced_only_when_asked_and_nothing_else_ever(untrained_index, copied, tmp_path):

@@ -168,7 +168,7 @@ def test_a_prompt_longer_than_the_served_context_is_refused_before_it_is_sent(se
 
 def test_an_image_query_is_refused_and_says_what_takes_it(server, tmp_path):
     with pytest.raises(QueryError, match="in this process"):
-        recall(VllmScorer(server.api_base), build_trie(identifiers(5))[0], [Prompt((1,), "", tmp_path)], k=1)
+        recall(VllmScorer(server.api_base), build_trie(identifiers(5))[0], [Prompt((1,), tmp_path)], k=1)
 
 
 def test_a_server_that_does_not_answer_in_time_is_an_error(server):

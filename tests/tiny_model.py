@@ -3,6 +3,7 @@
 Knows the builder of the base model; nothing of the package under test.
 """
 
+from itertools import product
 from pathlib import Path
 
 from tokenizers import Tokenizer, pre_tokenizers
@@ -17,6 +18,16 @@ VOCABULARY = 320
 WIDTH_OF_WEIGHTS = 0.2
 TEXT = """What is in the picture? A red apple on a wooden table. Find: a dog that runs on the beach. Name this image.
 The user asks, the assistant answers. Describe the yellow bus in front of the house. It is green and small."""
+
+
+SYLLABLES = [a + b for a, b in product("bdkmrst", "aeo")]
+WORDS = [a + b for a, b in product(SYLLABLES, SYLLABLES)]
+WORDY_TEXT = " ".join(WORDS * 3 + ["red apple 0 1 2 3 4 5 6 7 8 9"] * 3)
+
+
+def make_wordy_model(directory: Path) -> Path:
+    """The tiny model with a vocabulary of a few hundred words."""
+    return make_tiny_model(directory, vocabulary=1200, text=WORDY_TEXT)
 
 
 def make_tiny_model(directory: Path, *, seed: int = 0, vocabulary: int = VOCABULARY, text: str = TEXT) -> Path:

@@ -74,7 +74,7 @@ def served(index: Index, checkpoint: Path, block_size: int, log: Path) -> Any:
         *("--served-model-name", "genret", "--host", "127.0.0.1", "--port", str(port), "--max-logprobs", "-1"),
         *("--middleware", MIDDLEWARE, "--block-size", str(block_size), *CPU_FLAGS),
     ]
-    return running_server(command, host="127.0.0.1", port=port, log=log, environment=serve_environment(index))
+    return running_server(command, host="127.0.0.1", port=port, log=log, environment=serve_environment([index]))
 
 
 def measure(report: Report, key: str, index: Index, mllm: Mllm, server: Any, rounds: int) -> None:

@@ -5,92 +5,94 @@ Knows HTTP and the index; nothing of vLLM. Whoever calls it falls back to the st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 from pydantic import ValidationError
 
-from llama_index_genret.endpoint.wire import (
-    EXACT_BUDGET,
-    IndexList,
-    RecallRequest,
-    RecallResponse,
-    RecallResult,
-    Scalar,
-)
+from llama_index_genret.endpoint.wire import EXACT_BUDGET, IndexList, RecallRequest, RecallResponse, RecallResult
 from llama_index_genret.errors import ServerError
-from llama_index_genret.scorers.vllm import server_errors
+from llama_index_genret.images import to_data_url
+from llama_index_genret.prompts import Prompt
+from llama_index_genret.scorers.http import Server, json_object
 from llama_index_genret.search import Hit, Ranking
-from llama_index_genret.store import Index
+from llama_index_genret.store import Index, MetadataFilters
 
-Filters = Mapping[str, Scalar | list[Scalar]]
+RECALL = "/recall"
+INDEXES = "/recall/indexes"
+
+
+@dataclass(frozen=True)
+class Query:
+    """What one recall asks. prompt: of `text` or of an image; the other arguments are those of `search.search`."""
+
+    text: str
+    prompt: Prompt
+    k: int
+    width: int | None
+    budget: int | None
+    filters: MetadataFilters | None
 
 
 class RecallClient:
-    """Recalls from `POST /v1/recall`.
+    """Recalls from `POST /v1/recall` of `server`."""
 
-    Args:
-        api_base: address up to `/v1`.
-        timeout_s: of one request, connecting included.
-    """
-
-    def __init__(self, index: Index, api_base: str, *, api_key: str = "EMPTY", timeout_s: float = 60.0) -> None:
+    def __init__(self, index: Index, server: Server) -> None:
         self._index = index
-        self._url = f"{api_base.rstrip('/')}/recall"
+        self._server = server
         self._name: str | None = None
         self._asked = False
-        self._options: dict[str, Any] = {"timeout": timeout_s, "headers": {"Authorization": f"Bearer {api_key}"}}
 
-    def recall(self, text: str, *, k: int, width: int | None, budget: int | None, filters: Filters) -> Ranking | None:
+    def recall(self, query: Query) -> Ranking | None:
         """The best `k` images, or None where the server does not serve this version of the index.
 
         Raises:
-            ServerUnreachable, ServerError: nothing answers, or with an error.
+            ServerUnreachable, ServerError: nothing answers, or with an error. ImageError: the image cannot be read.
         """
-        with httpx.Client(**self._options) as client, server_errors(self._url):
+        with self._server.connection() as connection:
             if not self._asked:
-                self._choose(client.get(f"{self._url}/indexes"))
+                self._choose(connection.request("GET", INDEXES))
             if self._name is None:
                 return None
-            answer = client.post(self._url, json=self._body(text, k, width, budget, filters))
-            return self._ranking(answer, certain=budget is None)
+            return self._ranking(connection.request("POST", RECALL, self._body(query)), query)
 
-    async def arecall(
-        self, text: str, *, k: int, width: int | None, budget: int | None, filters: Filters
-    ) -> Ranking | None:
+    async def arecall(self, query: Query) -> Ranking | None:
         """The same for an event loop."""
-        async with httpx.AsyncClient(**self._options) as client:
-            with server_errors(self._url):
-                if not self._asked:
-                    self._choose(await client.get(f"{self._url}/indexes"))
-                if self._name is None:
-                    return None
-                answer = await client.post(self._url, json=self._body(text, k, width, budget, filters))
-                return self._ranking(answer, certain=budget is None)
+        async with self._server.async_connection() as connection:
+            if not self._asked:
+                self._choose(await connection.request("GET", INDEXES))
+            if self._name is None:
+                return None
+            return self._ranking(await connection.request("POST", RECALL, self._body(query)), query)
 
     def _choose(self, answer: httpx.Response) -> None:
         """Remember under which name the server has this version; none, if it is a stock server or has another."""
-        self._asked = True
-        if answer.status_code == 404:
-            return
-        cards = IndexList.model_validate(_json(answer)).data
-        self._name = next((card.name for card in cards if card.version == self._index.version), None)
+        name = None
+        if answer.status_code != 404:
+            cards = _validated(IndexList, answer).data
+            name = next((card.name for card in cards if card.version == self._index.version), None)
+        self._asked, self._name = True, name
 
-    def _body(self, text: str, k: int, width: int | None, budget: int | None, filters: Filters) -> dict[str, Any]:
-        most = EXACT_BUDGET if budget is None else budget
-        mode = {"mode": "beam"} if budget == 0 else {"mode": "exact", "budget": most}
-        body = {"query": text, "k": k, "beam_width": width, "filters": dict(filters) or None, "index": self._name}
-        return RecallRequest.model_validate({**body, **mode}).model_dump()
+    def _body(self, query: Query) -> dict[str, Any]:
+        most = EXACT_BUDGET if query.budget is None else query.budget
+        mode: dict[str, Any] = {"mode": "beam"} if query.budget == 0 else {"mode": "exact", "budget": most}
+        image = to_data_url(query.prompt.image) if query.prompt.image else None
+        asked: dict[str, Any] = {"query": query.text or None, "image": image, "k": query.k, "beam_width": query.width}
+        request = RecallRequest(**asked, **mode, filters=query.filters, index=self._name)
+        return request.model_dump(mode="json")
 
-    def _ranking(self, answer: httpx.Response, *, certain: bool) -> Ranking | None:
+    def _ranking(self, answer: httpx.Response, query: Query) -> Ranking | None:
         """None too where the result must be certain, and the server's budget did not suffice."""
-        response = RecallResponse.model_validate(_json(answer))
+        if answer.status_code == 404:  # the index is gone from the server
+            self._asked, self._name = False, None
+            return None
+        response = _validated(RecallResponse, answer)
         if response.version != self._index.version:  # edited since: this client's records are older
             self._asked, self._name = False, None
             return None
         (result,) = response.results
-        if certain and not result.exact:
+        if query.budget is None and not result.exact:
             return None
         return Ranking(tuple(self._hits(result)), result.exact, result.nodes_expanded)
 
@@ -100,10 +102,9 @@ class RecallClient:
         return [Hit(row, row, self._index.token_ids(row), min(hit.log_prob, 0.0)) for row, hit in pairs]
 
 
-def _json(answer: httpx.Response) -> Any:
-    if answer.status_code != 200:
-        raise ServerError(f"{answer.url} answered {answer.status_code}: {answer.text[:500]}")
+def _validated(model: Any, answer: httpx.Response) -> Any:
+    body = json_object(answer)
     try:
-        return answer.json()
-    except (ValueError, ValidationError) as error:
-        raise ServerError(f"{answer.url} answered no JSON: {answer.text[:200]!r}.") from error
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise ServerError(f"{answer.url} answered something else than a recall: {error}") from error

@@ -17,7 +17,6 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import Counter, Histogram
 
-from llama_index_genret.corpus import Record
 from llama_index_genret.endpoint.engine_scorer import EngineScorer
 from llama_index_genret.endpoint.registry import LoadedIndex, Registry
 from llama_index_genret.endpoint.wire import (
@@ -28,12 +27,14 @@ from llama_index_genret.endpoint.wire import (
     RecallRequest,
     RecallResponse,
     RecallResult,
-    Scalar,
 )
-from llama_index_genret.errors import FilterError, GenretError, IndexNotFound, QueryError, SearchError
+from llama_index_genret.errors import FilterError, GenretError, ImageError, IndexNotFound, QueryError, SearchError
+from llama_index_genret.images import from_data_url
+from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import arecall
+from llama_index_genret.scorers.vllm import served_name
 from llama_index_genret.search import Ranking
-from llama_index_genret.trie import LeafFilter
+from llama_index_genret.store import Index
 
 CLIENT_CLOSED_REQUEST = 499
 
@@ -117,17 +118,17 @@ async def _answer(request: RecallRequest, app: FastAPI) -> RecallResponse:
     registry: Registry = app.state.genret
     loaded = await _current(registry, registry.name_of(request.index))
     index = loaded.index
-    prompts = [index.prompts.for_query(index.tokenizer, text) for text in request.texts()]
-    engine = app.state.engine_client
-    scorer = EngineScorer(engine, engine.vllm_config.model_config.max_model_len)
+    engine, adapters = app.state.engine_client, app.state.openai_serving_models.lora_requests
+    lora = adapters.get(served_name(index.weights_id or ""))
+    scorer = EngineScorer(engine, engine.vllm_config.model_config.max_model_len, lora)
     try:
         rankings = await arecall(
             scorer,
             index.trie,
-            prompts,
+            _prompts(request, index),
             k=request.k,
             width=request.beam_width,
-            allowed=_leaf_filter(loaded, request.filters),
+            allowed=loaded.leaf_filter(request.conditions()),
             budget=request.budget if request.mode == "exact" else 0,
         )
     finally:
@@ -143,24 +144,10 @@ async def _current(registry: Registry, name: str) -> LoadedIndex:
     return await asyncio.to_thread(registry.get, name)
 
 
-def _leaf_filter(loaded: LoadedIndex, filters: dict[str, Scalar | list[Scalar]] | None) -> LeafFilter | None:
-    if not filters:
-        return None
-    known = {key for record in loaded.index.records for key in record.metadata}
-    unknown = filters.keys() - known
-    if unknown:
-        raise FilterError(f"no image of {loaded.name!r} has metadata {sorted(unknown)}; it knows {sorted(known)}.")
-    wanted = {key: value if isinstance(value, list) else [value] for key, value in filters.items()}
-
-    def passes(record: Record) -> bool:
-        return all(_same_as_any(record.metadata.get(key), values) for key, values in wanted.items())
-
-    return loaded.index.leaf_filter(passes)
-
-
-def _same_as_any(found: Scalar | None, values: list[Scalar]) -> bool:
-    """Equal in type and value: 1 is not true, though Python says so."""
-    return any(found == value and isinstance(found, bool) == isinstance(value, bool) for value in values)
+def _prompts(request: RecallRequest, index: Index) -> list[Prompt]:
+    if request.image is not None:
+        return [index.prompts.for_image(index.tokenizer, from_data_url(request.image), request.query or "")]
+    return [index.prompts.for_query(index.tokenizer, text) for text in request.texts()]
 
 
 def _result(loaded: LoadedIndex, text: str, ranking: Ranking) -> RecallResult:
@@ -185,7 +172,7 @@ def _error(error: Exception) -> JSONResponse:
     """In the shape of the OpenAI API's errors."""
     if isinstance(error, IndexNotFound):
         status, kind = 404, "NotFoundError"
-    elif isinstance(error, (QueryError, FilterError, SearchError)):
+    elif isinstance(error, (QueryError, FilterError, SearchError, ImageError)):
         status, kind = 400, "BadRequestError"
     elif type(error).__name__ == "EngineDeadError":
         status, kind = 503, "ServiceUnavailableError"

@@ -8,27 +8,38 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from llama_index_genret.errors import GenretError, IndexNotFound, ModelMismatch
-from llama_index_genret.store import Index, load_index
+from llama_index_genret.store import Index, MetadataFilters, load_index
 from llama_index_genret.store.folder import MANIFEST
+from llama_index_genret.trie import LeafFilter
 
 log = logging.getLogger(__name__)
 
+CACHED_FILTERS = 64
+"""For each index; a quarter of a byte for each image and filter."""
 
-@dataclass(frozen=True)
+
 class LoadedIndex:
-    """One version of an index, under its name on this server."""
+    """One version of an index, under its name on this server. The leaves of the filters asked last are kept."""
 
-    name: str
-    index: Index
+    def __init__(self, name: str, index: Index) -> None:
+        self.name, self.index = name, index
+        self._leaves = lru_cache(maxsize=CACHED_FILTERS)(self._leaf_filter)
 
     @property
     def version(self) -> str:
         """See `Index.version`."""
         return self.index.version
+
+    def leaf_filter(self, filters: MetadataFilters | None) -> LeafFilter | None:
+        """See `Index.leaf_filter`."""
+        return None if filters is None else self._leaves(filters.model_dump_json())
+
+    def _leaf_filter(self, filters: str) -> LeafFilter:
+        return self.index.leaf_filter(MetadataFilters.model_validate_json(filters))
 
 
 class Registry:
@@ -93,7 +104,9 @@ class Registry:
                 f"{folder} was trained again (weights {index.weights_id}, served {served.index.weights_id}). "
                 "Restart `genret serve` on it."
             )
-        self._loaded[name], self.problems[name] = LoadedIndex(name, index), ""
+        loaded = LoadedIndex(name, index)
+        loaded.leaf_filter(MetadataFilters(filters=[]))  # reads the metadata now, in the thread that loads
+        self._loaded[name], self.problems[name] = loaded, ""
 
 
 def _stamp(folder: Path) -> tuple[int, int, int]:

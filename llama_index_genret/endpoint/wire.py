@@ -1,6 +1,6 @@
 """What goes over the wire: the request and the answer of `POST /v1/recall`, and the list of indexes.
 
-Knows pydantic only.
+Knows pydantic and metadata filters.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Scalar = str | int | float | bool
+from llama_index_genret.corpus import Scalar
+from llama_index_genret.store import MetadataFilters
+from llama_index_genret.store.filters import Value
 
 INDEXES_VARIABLE = "GENRET_INDEXES"
 """Environment of the server: `name=folder`, one index a line. vLLM passes no arguments on to a middleware."""
@@ -23,6 +25,9 @@ MAX_QUERIES = 256
 MAX_K = 1000
 """Images that a query may ask for, and the widest beam."""
 
+MAX_IMAGE_CHARACTERS = 2**25
+"""Of a data URL: an image of some 25 MB."""
+
 EXACT_BUDGET = 1000
 """Prefixes that an exact search expands before it goes on as a beam, where the request names no budget."""
 
@@ -30,8 +35,10 @@ EXACT_BUDGET = 1000
 class RecallRequest(BaseModel):
     """Which images do these queries mean?
 
-    query, queries: one or the other.
-    filters: metadata that an image must have; of a list, any one.
+    query, queries: one or the other, or neither with an image.
+    image: a `data:image/...;base64,` URL, the query itself, or with a text: "the same, but red". Nothing is fetched.
+    filters: metadata that an image must have, `{"album": "2024", "shape": ["bar", "frame"]}` (of a list, any one), or
+        conditions in the JSON form of LlamaIndex's MetadataFilters.
     mode: "beam", or "exact": until the best are certain, or `budget` prefixes were expanded.
     index: name of a loaded index; may be left out where there is one.
     """
@@ -39,8 +46,9 @@ class RecallRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     query: str | None = None
     queries: list[str] | None = Field(default=None, min_length=1, max_length=MAX_QUERIES)
+    image: str | None = Field(default=None, max_length=MAX_IMAGE_CHARACTERS)
     k: int = Field(default=5, ge=1, le=MAX_K)
-    filters: dict[str, Scalar | list[Scalar]] | None = None
+    filters: MetadataFilters | dict[str, Value | list[Value]] | None = None
     beam_width: int | None = Field(default=None, ge=1, le=MAX_K)
     mode: Literal["beam", "exact"] = "beam"
     budget: int = Field(default=EXACT_BUDGET, ge=0)
@@ -48,13 +56,19 @@ class RecallRequest(BaseModel):
 
     @model_validator(mode="after")
     def _one_of_both(self) -> RecallRequest:
-        if (self.query is None) == (self.queries is None):
-            raise ValueError("give either 'query' or 'queries'")
+        if self.image is not None and self.queries is not None:
+            raise ValueError("'image' goes with one 'query', or with none")
+        if self.image is None and (self.query is None) == (self.queries is None):
+            raise ValueError("give either 'query' or 'queries', or an 'image'")
         return self
 
     def texts(self) -> list[str]:
         """The queries."""
         return self.queries if self.queries is not None else [self.query or ""]
+
+    def conditions(self) -> MetadataFilters | None:
+        """The filters, None where there are none."""
+        return MetadataFilters.equal(self.filters) if isinstance(self.filters, dict) else self.filters
 
 
 class RecallHit(BaseModel):
@@ -66,7 +80,7 @@ class RecallHit(BaseModel):
     identifier: str
     score: float
     log_prob: float
-    metadata: dict[str, Scalar | None]
+    metadata: dict[str, Scalar]
 
 
 class RecallResult(BaseModel):

@@ -62,7 +62,8 @@ class TransformersScorer:
             hidden (queries, h) of the last token, mask (queries, length) bool: False where padded.
         """
         if all(prompt.image for prompt in prompts):
-            inputs = self.mllm.processed([p.text for p in prompts], [load_image(p.image) for p in prompts if p.image])
+            images = [load_image(prompt.image) for prompt in prompts if prompt.image]
+            inputs = self.mllm.processed([p.text for p in prompts], images, [p.rest for p in prompts])
             output = self.mllm.model.model(**inputs, past_key_values=cache, use_cache=True)
             return torch.as_tensor(output.last_hidden_state[:, -1]), inputs["attention_mask"].bool()
         if any(prompt.image for prompt in prompts):

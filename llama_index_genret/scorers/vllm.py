@@ -16,10 +16,14 @@ from typing import Any
 import httpx
 import numpy as np
 
-from llama_index_genret.errors import QueryError, ServerError, ServerUnreachable
+from llama_index_genret.errors import QueryError, ServerError
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session
+from llama_index_genret.scorers.http import AsyncConnection, Connection, Server, json_object
 from llama_index_genret.search import Normalise, Rows
+
+SERVED_NAME = "genret"
+"""Name under which `genret serve` serves a model that answers."""
 
 MAX_TOKENS_ASKED = 128
 """vLLM's limit of `logprob_token_ids` in one request."""
@@ -29,6 +33,11 @@ ROOM_FOR_IDENTIFIER = 16
 
 MAX_PROMPTS = 256
 """Prompts in one request; a server's queue holds more, its body limit may not."""
+
+
+def served_name(weights_id: str) -> str:
+    """Name under which the model with an index's weights recalls: a client knows by it that they are the index's."""
+    return f"{SERVED_NAME}-{weights_id}"
 
 
 @dataclass(frozen=True)
@@ -60,25 +69,20 @@ class VllmScorer:
         timeout_s: float = 60.0,
         weights_id: str | None = None,
     ) -> None:
-        self.api_base = api_base.rstrip("/")
+        self.server = Server(api_base.rstrip("/"), api_key, timeout_s)
         self._model = model
         self._weights_id = weights_id
         self._served: tuple[str, int | None] | None = None
-        self._options: dict[str, Any] = {
-            "timeout": timeout_s,
-            "headers": {"Authorization": f"Bearer {api_key}"},
-            "verify": httpx.create_ssl_context() if self.api_base.startswith("https") else False,
-        }
 
     def served_model(self) -> str:
-        """The name under which the server serves the model.
+        """The name under which the server serves the model that answers.
 
         Raises:
             ServerUnreachable, ServerError: nothing answers, or the model is not served.
         """
         with self.session([], Normalise.CHILDREN):
-            pass
-        return self._served[0] if self._served else ""
+            name = self._served[0] if self._served else ""
+        return SERVED_NAME if name == served_name(self._weights_id or "") else name
 
     @contextmanager
     def session(self, prompts: Sequence[Prompt], normalise: Normalise) -> Iterator[Session]:
@@ -88,96 +92,73 @@ class VllmScorer:
             ServerUnreachable, ServerError: nothing answers, or the model is not served.
             QueryError: an image prompt, or one longer than the served model reads.
         """
-        with httpx.Client(
-            transport=httpx.HTTPTransport(retries=2, verify=self._options["verify"]), **self._options
-        ) as client:
-            with server_errors(self.api_base):
-                if self._served is None:
-                    self._served = self._choose_model(client.get(f"{self.api_base}/models"))
+        with self.server.connection() as connection:
+            if self._served is None:
+                self._served = self._choose_model(connection.request("GET", "/models"))
             _check_prompts(prompts, *self._served)
-            yield _HttpSession(client, f"{self.api_base}/completions", self._served[0], prompts)
+            yield _HttpSession(connection, self._served[0], prompts)
 
     @asynccontextmanager
     async def async_session(self, prompts: Sequence[Prompt], normalise: Normalise) -> AsyncIterator[AsyncSession]:
         """See `Scorer.async_session`: a client of its own for each session, so that event loops may come and go."""
-        transport = httpx.AsyncHTTPTransport(retries=2, verify=self._options["verify"])
-        async with httpx.AsyncClient(transport=transport, **self._options) as client:
+        async with self.server.async_connection() as connection:
             if self._served is None:
-                with server_errors(self.api_base):
-                    answer = await client.get(f"{self.api_base}/models")
-                self._served = self._choose_model(answer)
+                self._served = self._choose_model(await connection.request("GET", "/models"))
             _check_prompts(prompts, *self._served)
-            yield _AsyncHttpSession(client, f"{self.api_base}/completions", self._served[0], prompts)
+            yield _AsyncHttpSession(connection, self._served[0], prompts)
 
     def _choose_model(self, response: httpx.Response) -> tuple[str, int | None]:
         """Name and context length of the served model."""
-        models = {m.get("id"): m.get("max_model_len") for m in _json(response).get("data", []) if isinstance(m, dict)}
-        ids = {str(name).removeprefix("genret-") for name in models if str(name).startswith("genret-")}
-        if self._weights_id and ids and self._weights_id not in ids:
+        models = {
+            m.get("id"): m.get("max_model_len") for m in json_object(response).get("data", []) if isinstance(m, dict)
+        }
+        named = [str(name) for name in models if str(name).startswith(served_name(""))]
+        own = served_name(self._weights_id or "")
+        if self._weights_id and named and own not in named:
             raise ServerError(
-                f"{self.api_base} serves the weights {sorted(ids)}, the index has {self._weights_id}: it was trained "
-                "again, or is another one. Restart `genret serve` on this index."
+                f"{self.server.api_base} serves the weights {sorted(n.removeprefix(served_name('')) for n in named)}, "
+                f"the index has {self._weights_id}: it was trained again, or is another one. Restart `genret serve` on "
+                "this index."
             )
-        ours = [name for name in models if not str(name).startswith("genret-")]
-        name = self._model or (ours[0] if len(ours) == 1 else None)
+        others = [name for name in models if name not in named]
+        name = self._model or (own if own in named else others[0] if len(others) == 1 else None)
         if name not in models:
             raise ServerError(
-                f"{self.api_base} serves {sorted(map(str, ours))}, not {name!r}: name one of them as model."
+                f"{self.server.api_base} serves {sorted(map(str, others))}, not {name!r}: name one of them as model."
             )
         return str(name), models[name]
 
 
 @dataclass(frozen=True)
 class _HttpSession:
-    client: httpx.Client
-    url: str
+    connection: Connection
     model: str
     prompts: Sequence[Prompt]
 
     def score(self, rows: Rows) -> Scores:
         groups = _plan(rows, self.prompts)
-        with server_errors(self.url):
-            answers = [self.client.post(self.url, json=_request(self.model, group)) for group in groups]
+        answers = [self.connection.request("POST", "/completions", _request(self.model, group)) for group in groups]
         return _merge(rows, groups, answers)
 
 
 @dataclass(frozen=True)
 class _AsyncHttpSession:
-    client: httpx.AsyncClient
-    url: str
+    connection: AsyncConnection
     model: str
     prompts: Sequence[Prompt]
 
     async def score(self, rows: Rows) -> Scores:
         groups = _plan(rows, self.prompts)
-        with server_errors(self.url):
-            posts = [self.client.post(self.url, json=_request(self.model, group)) for group in groups]
-            answers = await asyncio.gather(*posts)
-        return _merge(rows, groups, answers)
-
-
-@contextmanager
-def server_errors(url: str) -> Iterator[None]:
-    """Turn httpx's errors into ours, which tell what to do."""
-    try:
-        yield
-    except httpx.ConnectError as error:
-        raise ServerUnreachable(
-            f"no server answers at {url}: {error}. Start one with `genret serve INDEX`, or correct the address."
-        ) from error
-    except httpx.TimeoutException as error:
-        raise ServerUnreachable(
-            f"{url} did not answer in time: {error!r}. Raise timeout_s, or look at the server."
-        ) from error
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ServerUnreachable(f"the connection to {url} failed: {error!r}.") from error
+        posts = [self.connection.request("POST", "/completions", _request(self.model, group)) for group in groups]
+        return _merge(rows, groups, await asyncio.gather(*posts))
 
 
 def _check_prompts(prompts: Sequence[Prompt], model: str, max_model_len: int | None) -> None:
     for prompt in prompts:
         if prompt.image is not None:
             raise QueryError(
-                "a stock vLLM server cannot score image queries: recall them with a model in this process."
+                "a stock vLLM server cannot score image queries: recall them through the endpoint of `genret serve`, "
+                "with this very version of the index, or with a model in this process."
             )
         if max_model_len and len(prompt.token_ids) > max_model_len - ROOM_FOR_IDENTIFIER:
             raise QueryError(
@@ -226,7 +207,7 @@ def _request(model: str, group: Sequence[_Part]) -> dict[str, Any]:
 def _merge(rows: Rows, groups: Sequence[Sequence[_Part]], answers: Sequence[httpx.Response]) -> Scores:
     scores = np.full(len(rows.token_ids), np.nan)
     for group, answer in zip(groups, answers, strict=True):
-        choices = sorted(_json(answer).get("choices", []), key=lambda choice: int(choice.get("index", 0)))
+        choices = sorted(json_object(answer).get("choices", []), key=lambda choice: int(choice.get("index", 0)))
         if len(choices) != len(group):
             raise ServerError(f"{answer.url} answered {len(choices)} choices for {len(group)} prompts.")
         for part, choice in zip(group, choices, strict=True):
@@ -244,15 +225,3 @@ def _read_choice(choice: dict[str, Any], part: _Part, url: httpx.URL) -> list[fl
             f"{url} did not give the log-probabilities asked for ({error!r}). It must be a vLLM server (0.30 or newer) "
             "started with --max-logprobs -1, as `genret serve` does."
         ) from error
-
-
-def _json(response: httpx.Response) -> dict[str, Any]:
-    if response.status_code != 200:
-        raise ServerError(f"{response.url} answered {response.status_code}: {response.text[:500]}")
-    try:
-        body = response.json()
-    except ValueError as error:
-        raise ServerError(f"{response.url} answered no JSON: {response.text[:200]!r}. Is it a vLLM server?") from error
-    if not isinstance(body, dict):
-        raise ServerError(f"{response.url} answered {type(body).__name__}, not an object. Is it a vLLM server?")
-    return body

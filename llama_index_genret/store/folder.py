@@ -24,7 +24,7 @@ from llama_index_genret.errors import IndexDamaged, IndexExists, IndexNotFound, 
 from llama_index_genret.identifiers import Alphabet
 from llama_index_genret.prompts import PromptSet
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 _DATA_FOLDER = re.compile(r"data-[0-9a-f]{12}")
 _TEMPORARY_MANIFEST = re.compile(re.escape(MANIFEST) + r"\.[0-9a-f]{12}")

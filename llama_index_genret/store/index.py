@@ -8,20 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from llama_index_genret.corpus import Record
-from llama_index_genret.errors import FilterError, IndexDamaged, ModelMismatch
+from llama_index_genret.errors import IndexDamaged, ModelMismatch
 from llama_index_genret.identifiers import Alphabet, Identifier, Scheme, get_scheme
 from llama_index_genret.prompts import PromptSet
 from llama_index_genret.search import Hit
+from llama_index_genret.store.filters import Columns, MetadataFilters
 from llama_index_genret.store.folder import (
     FORMAT_VERSION,
     MANIFEST,
@@ -103,25 +105,35 @@ class Index:
         """Token ids of the identifier of record `row`."""
         return tuple(self.tokenizer.symbol_id(symbol) for symbol in self.identifiers[row])
 
-    def leaf_filter(self, keep: Callable[[Record], bool]) -> LeafFilter:
-        """The leaves whose records `keep` accepts, for the `allowed` of a search."""
-        kept = np.fromiter((keep(record) for record in self.records), bool, len(self.records))
-        row = self.trie.key(np.arange(self.trie.n_leaves))
+    @cached_property
+    def columns(self) -> Columns:
+        """The metadata of all records, by key."""
+        return Columns([record.metadata for record in self.records])
+
+    @cached_property
+    def _rows_of_leaves(self) -> NDArray[np.int64]:
+        return self.trie.key(np.arange(self.trie.n_leaves))
+
+    def leaf_filter(self, filters: MetadataFilters) -> LeafFilter:
+        """The leaves whose records pass, for the `allowed` of a search.
+
+        Raises:
+            FilterError: see `Columns.passing`.
+        """
+        passing, row = self.columns.passing(filters), self._rows_of_leaves
         mask = np.zeros(len(row), np.bool_)
-        mask[row >= 0] = kept[row[row >= 0]]  # a removed leaf has no record
+        mask[row >= 0] = passing[row[row >= 0]]  # a removed leaf has no record
         return LeafFilter.from_mask(mask)
 
-    def equals_filter(self, wanted: Mapping[str, str]) -> LeafFilter:
-        """Records whose metadata equal all of `wanted`, compared as text.
+    def text_filter(self, wanted: Mapping[str, str]) -> MetadataFilters:
+        """Records whose metadata equal all of `wanted`, compared as text: "2024" is also the number.
 
         Raises:
             FilterError: no record has one of the keys.
         """
-        known = {key for record in self.records for key in record.metadata}
-        for key in wanted:
-            if key not in known:
-                raise FilterError(f"no image has metadata {key!r}; the index knows {sorted(known)}.")
-        return self.leaf_filter(lambda r: all(str(r.metadata.get(key)) == value for key, value in wanted.items()))
+        return MetadataFilters.equal(
+            {key: [v for v in self.columns.distinct(key) if str(v) == text] for key, text in wanted.items()}
+        )
 
     def scheme(self) -> Scheme:
         """The scheme with its frozen codebooks."""

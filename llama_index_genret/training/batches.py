@@ -54,7 +54,7 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
     def _prompt(self, example: Example) -> dict[str, Any]:
         prompts, tokenizer = self._index.prompts, self._index.tokenizer
         if example.task == "retrieve":
-            return {"input_ids": torch.tensor(prompts.retrieve.fill_text(tokenizer, example.text))}
+            return {"input_ids": torch.tensor(prompts.query_tokens(tokenizer, example.text))}
         if example.task == "describe":
             return {"input_ids": torch.tensor(prompts.describe.fill(tokenizer, self._index.token_ids(example.row)))}
         text = prompts.memorise

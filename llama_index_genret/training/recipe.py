@@ -161,7 +161,7 @@ def _adapted(index: Index, mllm: Mllm, options: TrainOptions) -> Any:
         r=options.lora_rank,
         lora_alpha=2 * options.lora_rank,
         target_modules=linears,
-        modules_to_save=connectors or None,
+        modules_to_save=connectors if connectors and new_symbols else None,  # else plain LoRA, which vLLM serves
         trainable_token_indices={name.rpartition(".")[2]: new_symbols} if new_symbols else None,
     )
     adapted = get_peft_model(model, config)

@@ -1,0 +1,150 @@
+"""Metadata filters: which records they let pass, for a whole index at once.
+
+The operators and their meaning are those of LlamaIndex's `MetadataFilters`, nesting included, and so is the JSON form;
+this module does not need LlamaIndex, so that a server applies the same filters as a client.
+
+Knows metadata values and arrays; nothing of tries or identifiers. Each key's values are stored once, so that an
+operator runs in Python over the distinct values only.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from llama_index_genret.corpus import Scalar
+from llama_index_genret.errors import FilterError
+
+Value = str | int | float | bool
+Operator = Literal[
+    "==", "!=", ">", ">=", "<", "<=", "in", "nin", "any", "all", "contains",
+    "text_match", "text_match_insensitive", "is_empty",
+]  # fmt: skip
+Mask = NDArray[np.bool_]
+
+
+class MetadataFilter(BaseModel):
+    """One condition on one metadata key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    key: str
+    value: Value | list[Value] | None = None
+    operator: Operator = "=="
+
+
+class MetadataFilters(BaseModel):
+    """Conditions that hold together ("and"), one of them at least ("or"), or none of them ("not").
+
+    No conditions let everything pass.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    filters: list[MetadataFilter | MetadataFilters] = Field(max_length=1000)
+    condition: Literal["and", "or", "not"] | None = "and"
+
+    @classmethod
+    def equal(cls, wanted: Mapping[str, Value | list[Value]]) -> MetadataFilters:
+        """Every key equals its value, or one of a list of them."""
+        return cls(
+            filters=[
+                MetadataFilter(key=key, value=value, operator="in" if isinstance(value, list) else "==")
+                for key, value in wanted.items()
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class Column:
+    """The values of one key over n records.
+
+    values: the distinct ones; None stands for "absent". codes: (n,) int32, which of them each record has.
+    """
+
+    values: Sequence[Scalar]
+    codes: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, values: Iterable[Scalar]) -> Column:
+        """Of the value of each record."""
+        places: dict[Scalar, int] = {}
+        codes = np.fromiter((places.setdefault(value, len(places)) for value in values), np.int32)
+        return cls(tuple(places), codes)
+
+
+class Columns:
+    """The metadata of n records, by key."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Scalar]]) -> None:
+        self._n = len(rows)
+        keys = dict.fromkeys(key for row in rows for key in row)
+        self._columns = {key: Column.of(row.get(key) for row in rows) for key in keys}
+
+    def distinct(self, key: str) -> Sequence[Value]:
+        """The values that the records have under `key`.
+
+        Raises:
+            FilterError: no record has the key.
+        """
+        if key not in self._columns:
+            raise FilterError(f"no image has metadata {key!r}; the index knows {sorted(self._columns)}.")
+        return [value for value in self._columns[key].values if value is not None]
+
+    def passing(self, filters: MetadataFilters) -> Mask:
+        """(n,) bool: which records pass.
+
+        Raises:
+            FilterError: a key that no record has, or an operator that does not apply to the values.
+        """
+        masks = [
+            self.passing(part) if isinstance(part, MetadataFilters) else self._matching(part)
+            for part in filters.filters
+        ]
+        if not masks:
+            return np.ones(self._n, np.bool_)
+        together: Mask = (np.all if filters.condition in ("and", None) else np.any)(masks, axis=0)
+        return ~together if filters.condition == "not" else together
+
+    def _matching(self, part: MetadataFilter) -> Mask:
+        if not self._n:
+            return np.zeros(0, np.bool_)
+        self.distinct(part.key)
+        column = self._columns[part.key]
+        try:
+            matches = [_matches(part, value) for value in column.values]
+        except TypeError as error:
+            asked = f"{part.key} {part.operator} {part.value!r}"
+            raise FilterError(f"the filter {asked} does not apply to the values of {part.key!r}: {error}.") from error
+        return np.array(matches, np.bool_)[column.codes]
+
+
+def _matches(part: MetadataFilter, found: Scalar) -> bool:
+    if part.operator == "is_empty":
+        return found is None or found == ""
+    if found is None:
+        return part.operator in ("!=", "nin")
+    if part.operator.startswith("text_match") and not (isinstance(part.value, str) and isinstance(found, str)):
+        raise TypeError(f"it compares texts, not {type(found).__name__} with {type(part.value).__name__}")
+    return bool(_OPERATORS[part.operator](found, part.value))
+
+
+_OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+    "in": lambda found, value: found in value,
+    "nin": lambda found, value: found not in value,
+    "contains": operator.contains,
+    "any": lambda found, value: any(one in found for one in value),
+    "all": lambda found, value: all(one in found for one in value),
+    "text_match": operator.contains,
+    "text_match_insensitive": lambda found, value: value.lower() in found.lower(),
+}
