@@ -6,7 +6,6 @@ Only vLLM's public surface: `engine_client.generate` and `SamplingParams`. Loads
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -15,12 +14,13 @@ from typing import Any
 
 import numpy as np
 from vllm import SamplingParams
+from vllm.inputs import TokensPrompt, tokens_input
 
 from llama_index_genret.errors import QueryError, ServerError
 from llama_index_genret.images import load_image
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores
-from llama_index_genret.scorers.vllm import MAX_TOKENS_ASKED
+from llama_index_genret.scorers.vllm import MAX_TOKENS_ASKED, ROOM_FOR_IDENTIFIER
 from llama_index_genret.search import Normalise, Rows
 
 
@@ -44,54 +44,54 @@ class EngineScorer:
         Raises:
             QueryError: a prompt leaves no room for an identifier in the served context.
         """
-        longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
-        if longest >= self._max_model_len:
+        rendered = await asyncio.gather(*map(self._rendered, prompts))
+        longest = max((len(prompt["prompt_token_ids"]) for prompt in rendered), default=0)
+        if longest > self._max_model_len - ROOM_FOR_IDENTIFIER:
             raise QueryError(
                 f"the query's prompt has {longest} tokens, the model is served with --max-model-len "
                 f"{self._max_model_len}: shorten the query or raise it."
             )
-        images = await asyncio.gather(*(asyncio.to_thread(_image_input, prompt) for prompt in prompts))
-        yield _EngineSession(self, prompts, images)
+        yield _EngineSession(self, rendered)
 
-    async def ask(self, prompt: dict[str, Any], wanted: list[int]) -> list[float]:
-        """Log-probabilities of `wanted`, at most MAX_TOKENS_ASKED tokens, after a prompt of vLLM's."""
-        parameters = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=wanted, detokenize=False)
+    async def _rendered(self, prompt: Prompt) -> Any:
+        """What the engine takes of a prompt, made once: an image is processed here, and no more for each beam.
+
+        Raises:
+            ImageError: see `load_image`.
+        """
+        if prompt.image is None:
+            return tokens_input(list(prompt.token_ids))
+        image = await asyncio.to_thread(load_image, prompt.image)
+        asked = TokensPrompt(prompt_token_ids=list(prompt.token_ids), multi_modal_data={"image": image})
+        (rendered,) = await self._engine.renderer.render_cmpl_async([asked])
+        return rendered
+
+    async def ask(self, prompt: Any, wanted: list[int]) -> list[float]:
+        """Log-probabilities of `wanted`, at most MAX_TOKENS_ASKED tokens, after a rendered prompt."""
+        parameters = SamplingParams(
+            max_tokens=1, temperature=0, logprob_token_ids=wanted, detokenize=False, flat_logprobs=True
+        )
         answer: Any = None
         request_id = f"recall-{uuid.uuid4().hex}"
         async for part in self._engine.generate(prompt, parameters, request_id, lora_request=self._lora):
             answer = part
         if answer is None or not answer.outputs or not answer.outputs[0].logprobs:
             raise ServerError("the engine gave no log-probabilities: start the server with --max-logprobs -1.")
-        found = answer.outputs[0].logprobs[0]
-        return [float(found[token].logprob) for token in wanted]
-
-
-def _image_input(prompt: Prompt) -> dict[str, Any]:
-    """What vLLM takes of a prompt's image. Its id, the hash of its bytes, lets every later step find it processed.
-
-    Raises:
-        ImageError: see `load_image`.
-    """
-    if prompt.image is None:
-        return {}
-    content = prompt.image if isinstance(prompt.image, bytes) else prompt.image.read_bytes()
-    name = hashlib.sha256(content).hexdigest()
-    return {"multi_modal_data": {"image": load_image(content)}, "multi_modal_uuids": {"image": name}}
+        found = answer.outputs[0].logprobs  # the sampled token comes first, and padding last
+        if found.token_ids[1 : len(wanted) + 1] != wanted:
+            raise ServerError("the engine gave log-probabilities of other tokens than were asked for.")
+        return list(found.logprobs[1 : len(wanted) + 1])
 
 
 @dataclass(frozen=True)
 class _EngineSession:
     scorer: EngineScorer
-    prompts: Sequence[Prompt]
-    images: Sequence[dict[str, Any]]
+    rendered: Sequence[Any]
 
     async def score(self, rows: Rows) -> Scores:
         self.scorer.steps += 1
         asked = [
-            (
-                {"prompt_token_ids": [*self.prompts[row.query].token_ids, *row.prefix], **self.images[row.query]},
-                row.token_ids[start : start + MAX_TOKENS_ASKED].tolist(),
-            )
+            (_followed(self.rendered[row.query], row.prefix), row.token_ids[start : start + MAX_TOKENS_ASKED].tolist())
             for row in rows
             for start in range(0, len(row.token_ids), MAX_TOKENS_ASKED)
         ]
@@ -101,3 +101,8 @@ class _EngineSession:
         finally:  # one that fails, or a client that leaves, ends them all
             for task in tasks:
                 task.cancel()
+
+
+def _followed(rendered: Any, prefix: tuple[int, ...]) -> Any:
+    """A rendered prompt with an identifier's first tokens after it; its image lies before them."""
+    return {**rendered, "prompt_token_ids": [*rendered["prompt_token_ids"], *prefix]}
