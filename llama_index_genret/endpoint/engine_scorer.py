@@ -18,7 +18,7 @@ from vllm import SamplingParams
 from llama_index_genret.errors import QueryError, ServerError
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores
-from llama_index_genret.scorers.vllm import MAX_TOKENS_ASKED
+from llama_index_genret.scorers.vllm import Part, parts_of
 from llama_index_genret.search import Normalise, Rows
 
 
@@ -45,12 +45,13 @@ class EngineScorer:
             )
         yield _EngineSession(self, prompts)
 
-    async def ask(self, token_ids: tuple[int, ...], wanted: list[int]) -> list[float]:
-        """Log-probabilities of `wanted`, at most MAX_TOKENS_ASKED tokens, after `token_ids`."""
+    async def ask(self, part: Part) -> list[float]:
+        """Log-probabilities of the part's tokens."""
+        wanted = list(part.token_ids)
         parameters = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=wanted, detokenize=False)
         answer: Any = None
         request_id = f"recall-{uuid.uuid4().hex}"
-        async for part in self._engine.generate({"prompt_token_ids": list(token_ids)}, parameters, request_id):
+        async for part in self._engine.generate({"prompt_token_ids": list(part.prompt)}, parameters, request_id):
             answer = part
         if answer is None or not answer.outputs or not answer.outputs[0].logprobs:
             raise ServerError("the engine gave no log-probabilities: start the server with --max-logprobs -1.")
@@ -65,12 +66,7 @@ class _EngineSession:
 
     async def score(self, rows: Rows) -> Scores:
         self.scorer.steps += 1
-        asked = [
-            (self.prompts[row.query].token_ids + row.prefix, row.token_ids[start : start + MAX_TOKENS_ASKED].tolist())
-            for row in rows
-            for start in range(0, len(row.token_ids), MAX_TOKENS_ASKED)
-        ]
-        tasks = [asyncio.create_task(self.scorer.ask(*question)) for question in asked]
+        tasks = [asyncio.create_task(self.scorer.ask(part)) for part in parts_of(rows, self.prompts)]
         try:
             return np.concatenate(await asyncio.gather(*tasks))
         finally:  # one that fails, or a client that leaves, ends them all
