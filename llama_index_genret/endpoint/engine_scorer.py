@@ -51,8 +51,8 @@ class EngineScorer:
         parameters = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=wanted, detokenize=False)
         answer: Any = None
         request_id = f"recall-{uuid.uuid4().hex}"
-        async for part in self._engine.generate({"prompt_token_ids": list(part.prompt)}, parameters, request_id):
-            answer = part
+        async for so_far in self._engine.generate({"prompt_token_ids": list(part.prompt)}, parameters, request_id):
+            answer = so_far
         if answer is None or not answer.outputs or not answer.outputs[0].logprobs:
             raise ServerError("the engine gave no log-probabilities: start the server with --max-logprobs -1.")
         found = answer.outputs[0].logprobs[0]

@@ -53,11 +53,13 @@ class VllmOfflineScorer:
 
     @classmethod
     def load(cls, checkpoint: Path, **options: Any) -> VllmOfflineScorer:
-        """Start vLLM on a checkpoint, in processes that end with this one.
+        """Start vLLM on a checkpoint.
 
-            scorer = VllmOfflineScorer.load(served_checkpoint(index))
+            if __name__ == "__main__":  # vLLM's processes may import the script again
+                scorer = VllmOfflineScorer.load(served_checkpoint(index))
 
-        A script that calls this does so below `if __name__ == "__main__":`, as vLLM may import it again.
+        vLLM puts its engine in a process that ends with this one, but not if this one is killed. With
+        VLLM_ENABLE_V1_MULTIPROCESSING=0 in the environment it keeps the engine here, as `genret batch` does.
 
         Args:
             checkpoint: of `serving.served_checkpoint` or `export.export_checkpoint`.
