@@ -10,16 +10,16 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast, get_args
 
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 
-from llama_index_genret.corpus import Record
 from llama_index_genret.errors import FilterError, GenretError
 from llama_index_genret.identifiers import Alphabet, get_scheme
 from llama_index_genret.identifiers.diagnostics import Diagnosis, diagnose
@@ -31,6 +31,12 @@ app = typer.Typer(
 log = Console(stderr=True)
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"
+
+VLLM_ENVIRONMENT = {
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # an engine process of its own outlives this one when it is killed
+    "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",  # a fork would inherit the threads of torch
+}
 
 IndexDir = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder of the index.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
@@ -91,7 +97,7 @@ def index(
     from llama_index_genret.modeling import load_mllm
 
     check_free(out, overwrite=overwrite)
-    options = _parse_scheme_options(scheme_option or [])
+    options = _parse_options("--scheme-option", scheme_option or [])
     if alphabet not in get_args(Alphabet):
         raise typer.BadParameter(f"--alphabet is one of {', '.join(get_args(Alphabet))}, not {alphabet!r}")
     get_scheme(scheme, **options)
@@ -195,10 +201,10 @@ def query(
     table = _table("image", "caption", "score", "log p", "identifier", title=text)
     rows = []
     for hit in ranking.hits:
-        record, identifier = loaded.record_of(hit), loaded.identifier_of(hit)
-        rows.append(_hit(record, hit.score, hit.log_prob, identifier))
+        record = loaded.record_of(hit)
+        rows.append(loaded.hit_to_json(hit))
         caption = record.captions[0] if record.captions else ""
-        table.add_row(record.file_name, caption, f"{hit.score:.4f}", f"{hit.log_prob:.3f}", identifier)
+        table.add_row(record.file_name, caption, f"{hit.score:.4f}", f"{hit.log_prob:.3f}", loaded.identifier_of(hit))
     certificate = {"exact": ranking.exact, "nodes_expanded": ranking.nodes_expanded}
     _emit(as_json, {"query": text, "hits": rows, **certificate}, table)
 
@@ -232,8 +238,13 @@ def ask(
     table.add_row(str(response), "\n".join(sources))
     hits = []
     for node in response.source_nodes:
-        record, facts = loaded.records[loaded.rows_by_id[node.node.metadata["image_id"]]], node.node.metadata
-        hits.append(_hit(record, node.score or 0.0, facts["genret_log_prob"], facts["genret_identifier"]))
+        facts = node.node.metadata
+        names = {
+            "image_id": facts["image_id"],
+            "file_name": loaded.records[loaded.rows_by_id[facts["image_id"]]].file_name,
+        }
+        scores = {"score": node.score or 0.0, "log_prob": facts["genret_log_prob"]}
+        hits.append({**names, **scores, "identifier": facts["genret_identifier"]})
     _emit(as_json, {"query": question, "hits": hits, "answer": str(response), "sources": sources}, table)
 
 
@@ -264,6 +275,52 @@ def evaluate_command(
         write_evaluation_report(report, loaded, evaluation)
         log.print(f"report: {report}", markup=False)
     _emit(as_json, {**figures, "baselines": {name: peer.figures() for name, peer in peers.items()}}, table)
+
+
+@app.command()
+def batch(
+    index_dir: IndexDir,
+    queries: Annotated[Path, typer.Argument(metavar="QUERIES.jsonl", help='{"query": "..."} a line, and any keys.')],
+    out: Annotated[Path, typer.Option(metavar="HITS.jsonl", help="One line for each query, in their order.")],
+    k: TopK = 10,
+    exact: Annotated[bool, typer.Option(help="Search until the best are certain, instead of with a beam.")] = False,
+    filters: Filters = None,
+    server: Server = None,
+    offline: Annotated[bool, typer.Option("--offline", help="With vllm.LLM in this process.")] = False,
+    vllm_option: Annotated[
+        list[str] | None,
+        typer.Option(help="key=value of vllm.LLM, the value in JSON: tensor_parallel_size=2, max_model_len=4096."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Queries in one search.")] = 32,
+    overwrite: Annotated[bool, typer.Option(help="Replace HITS.jsonl, or an unfinished run of other options.")] = False,
+    api_key: ApiKey = "EMPTY",
+    model: BaseModel = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Recall images for a whole file of queries. Killed, the same command goes on where it stopped."""
+    from llama_index_genret.batch import open_batch
+
+    if offline and (server or model or device != "auto"):
+        raise typer.BadParameter("--offline takes no --server, --model or --device: vLLM runs where it was built for")
+    if vllm_option and not offline:
+        raise typer.BadParameter("--vllm-option is for --offline; a server has its own flags")
+    vllm_options = _parse_options("--vllm-option", vllm_option or [])
+    loaded, wanted = load_index(index_dir), _parse_filters(filters or [])
+    kind = "vllm.LLM" if offline else "server" if server else f"transformers on {device}"
+    began = time.monotonic()
+    with open_batch(loaded, queries, out, k=k, exact=exact, filters=wanted, scored_by=kind, overwrite=overwrite) as run:
+        scorer = _offline_scorer(loaded, vllm_options) if offline else _scorer(loaded, server, api_key, model, device)
+        columns = (TextColumn("Recalling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=log) as bar:
+            task = bar.add_task("", total=run.total)
+            summary = run.finish(scorer, batch_size=batch_size, progress=lambda done: bar.update(task, completed=done))
+    if summary.refused:
+        log.print(f"{summary.refused} queries were refused: their lines have an error instead of hits", style="yellow")
+    figures = {**dataclasses.asdict(summary), "out": str(out), "seconds": round(time.monotonic() - began, 1)}
+    table = _table(*figures)
+    table.add_row(*map(str, figures.values()))
+    _emit(as_json, figures, table)
 
 
 @app.command()
@@ -373,9 +430,14 @@ def _scorer(loaded: Index, server: str | None, api_key: str, model: str | None, 
     return TransformersScorer(load_trained(loaded, device=device, base=model))
 
 
-def _hit(record: Record, score: float, log_prob: float, identifier: str) -> dict[str, Any]:
-    names = {"image_id": record.image_id, "file_name": record.file_name}
-    return {**names, "score": score, "log_prob": log_prob, "identifier": identifier}
+def _offline_scorer(loaded: Index, options: dict[str, Any]) -> Any:
+    """A `VllmOfflineScorer`, of a vLLM that suits a command line, unless the environment says otherwise."""
+    for variable, value in VLLM_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    from llama_index_genret.scorers.vllm_offline import VllmOfflineScorer
+    from llama_index_genret.serving import served_checkpoint
+
+    return VllmOfflineScorer.load(served_checkpoint(loaded), **options)
 
 
 def _parse_filters(filters: list[str]) -> dict[str, str]:
@@ -388,13 +450,13 @@ def _parse_filters(filters: list[str]) -> dict[str, str]:
     return wanted
 
 
-def _parse_scheme_options(options: list[str]) -> dict[str, Any]:
+def _parse_options(flag: str, options: list[str]) -> dict[str, Any]:
     """`levels=3`, `sizes=[32,16]`; what is no JSON is a text, as in `method=rq`."""
     parsed: dict[str, Any] = {}
     for text in options:
         key, equals, value = text.partition("=")
         if not key.isidentifier() or not equals:
-            raise typer.BadParameter(f"--scheme-option {text!r} must read key=value")
+            raise typer.BadParameter(f"{flag} {text!r} must read key=value")
         try:
             parsed[key] = json.loads(value)
         except json.JSONDecodeError:

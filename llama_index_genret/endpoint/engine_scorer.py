@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from vllm import SamplingParams
 from vllm.inputs import TokensPrompt, tokens_input
 
-from llama_index_genret.errors import QueryError, ServerError
+from llama_index_genret.errors import QueryError
 from llama_index_genret.images import load_image
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores
-from llama_index_genret.scorers.vllm import MAX_TOKENS_ASKED, ROOM_FOR_IDENTIFIER
+from llama_index_genret.scorers.vllm import ROOM_FOR_IDENTIFIER, Part, parts_of
+from llama_index_genret.scorers.vllm_request import scores, scoring
 from llama_index_genret.search import Normalise, Rows
 
 
@@ -66,21 +66,14 @@ class EngineScorer:
         (rendered,) = await self._engine.renderer.render_cmpl_async([asked])
         return rendered
 
-    async def ask(self, prompt: Any, wanted: list[int]) -> list[float]:
-        """Log-probabilities of `wanted`, at most MAX_TOKENS_ASKED tokens, after a rendered prompt."""
-        parameters = SamplingParams(
-            max_tokens=1, temperature=0, logprob_token_ids=wanted, detokenize=False, flat_logprobs=True
-        )
+    async def ask(self, rendered: Any, part: Part) -> list[float]:
+        """Log-probabilities of the part's tokens after a rendered prompt."""
+        prompt = {**rendered, "prompt_token_ids": [*rendered["prompt_token_ids"], *part.prefix]}
         answer: Any = None
         request_id = f"recall-{uuid.uuid4().hex}"
-        async for part in self._engine.generate(prompt, parameters, request_id, lora_request=self._lora):
-            answer = part
-        if answer is None or not answer.outputs or not answer.outputs[0].logprobs:
-            raise ServerError("the engine gave no log-probabilities: start the server with --max-logprobs -1.")
-        found = answer.outputs[0].logprobs  # the sampled token comes first, and padding last
-        if found.token_ids[1 : len(wanted) + 1] != wanted:
-            raise ServerError("the engine gave log-probabilities of other tokens than were asked for.")
-        return list(found.logprobs[1 : len(wanted) + 1])
+        async for so_far in self._engine.generate(prompt, scoring(part), request_id, lora_request=self._lora):
+            answer = so_far
+        return scores(answer, part)
 
 
 @dataclass(frozen=True)
@@ -90,19 +83,10 @@ class _EngineSession:
 
     async def score(self, rows: Rows) -> Scores:
         self.scorer.steps += 1
-        asked = [
-            (_followed(self.rendered[row.query], row.prefix), row.token_ids[start : start + MAX_TOKENS_ASKED].tolist())
-            for row in rows
-            for start in range(0, len(row.token_ids), MAX_TOKENS_ASKED)
-        ]
-        tasks = [asyncio.create_task(self.scorer.ask(*question)) for question in asked]
+        asked = [self.scorer.ask(self.rendered[part.query], part) for part in parts_of(rows)]
+        tasks = list(map(asyncio.create_task, asked))
         try:
             return np.concatenate(await asyncio.gather(*tasks))
         finally:  # one that fails, or a client that leaves, ends them all
             for task in tasks:
                 task.cancel()
-
-
-def _followed(rendered: Any, prefix: tuple[int, ...]) -> Any:
-    """A rendered prompt with an identifier's first tokens after it; its image lies before them."""
-    return {**rendered, "prompt_token_ids": [*rendered["prompt_token_ids"], *prefix]}

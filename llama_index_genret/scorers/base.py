@@ -5,8 +5,11 @@ Knows searches and prompts; nothing of models or HTTP.
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,6 +34,22 @@ class AsyncSession(Protocol):
 
     async def score(self, rows: Rows) -> Scores:
         """As `Session.score`."""
+
+
+@dataclass(frozen=True)
+class ThreadSession:
+    """A `Session` that computes in this process, for an event loop: each step in a thread, one at a time."""
+
+    session: Session
+    lock: threading.Lock
+
+    async def score(self, rows: Rows) -> Scores:
+        """As `Session.score`."""
+        return await asyncio.to_thread(self._score, rows)
+
+    def _score(self, rows: Rows) -> Scores:
+        with self.lock:
+            return self.session.score(rows)
 
 
 class AsyncScorer(Protocol):

@@ -11,7 +11,6 @@ Needs torch; loads on first use.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -24,7 +23,7 @@ from llama_index_genret.errors import ModelError
 from llama_index_genret.images import load_image
 from llama_index_genret.modeling import Mllm
 from llama_index_genret.prompts import Prompt
-from llama_index_genret.scorers.base import AsyncSession, Scores, Session
+from llama_index_genret.scorers.base import AsyncSession, Scores, Session, ThreadSession
 from llama_index_genret.scorers.packed_weights import PackedLinear, PackedModel, packed_linear
 from llama_index_genret.search import Normalise, Row, Rows
 
@@ -53,7 +52,7 @@ class TransformersScorer:
     @asynccontextmanager
     async def async_session(self, prompts: Sequence[Prompt], normalise: Normalise) -> AsyncIterator[AsyncSession]:
         """See `Scorer.async_session`: computes in a thread, one step at a time."""
-        yield _ThreadSession(self._lock, _TreeSession(self, prompts, normalise))
+        yield ThreadSession(_TreeSession(self, prompts, normalise), self._lock)
 
     def _prefill(self, prompts: Sequence[Prompt], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Fill the cache with the prompts, left-padded.
@@ -174,16 +173,3 @@ class _TreeSession:
             use_cache=True,
         )
         self._hidden = torch.cat([self._hidden, output.last_hidden_state], 1)
-
-
-class _ThreadSession:
-    def __init__(self, lock: threading.Lock, session: _TreeSession) -> None:
-        self._lock = lock
-        self._session = session
-
-    async def score(self, rows: Rows) -> Scores:
-        return await asyncio.to_thread(self._score, rows)
-
-    def _score(self, rows: Rows) -> Scores:
-        with self._lock:
-            return self._session.score(rows)

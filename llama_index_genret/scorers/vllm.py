@@ -41,13 +41,32 @@ def served_name(weights_id: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A row, or a slice of a row with more children than one request may ask."""
+class Part:
+    """A row, or a slice of a row with more children than one request may ask.
+
+    query: position of its prompt. prefix: what follows it. token_ids: to score, from the row's `start` on.
+    """
 
     row: int
     start: int
-    prompt: tuple[int, ...]
+    query: int
+    prefix: tuple[int, ...]
     token_ids: tuple[int, ...]
+
+
+def parts_of(rows: Rows) -> list[Part]:
+    """What to ask vLLM for one step: the rows in order, each in as many parts as `MAX_TOKENS_ASKED` needs."""
+    return [
+        Part(
+            i,
+            start,
+            row.query,
+            row.prefix,
+            tuple(row.token_ids[start : start + MAX_TOKENS_ASKED].tolist()),
+        )
+        for i, row in enumerate(rows)
+        for start in range(0, len(row.token_ids), MAX_TOKENS_ASKED)
+    ]
 
 
 class VllmScorer:
@@ -136,8 +155,11 @@ class _HttpSession:
     prompts: Sequence[Prompt]
 
     def score(self, rows: Rows) -> Scores:
-        groups = _plan(rows, self.prompts)
-        answers = [self.connection.request("POST", "/completions", _request(self.model, group)) for group in groups]
+        groups = _plan(rows)
+        answers = [
+            self.connection.request("POST", "/completions", _request(self.model, self.prompts, group))
+            for group in groups
+        ]
         return _merge(rows, groups, answers)
 
 
@@ -148,8 +170,11 @@ class _AsyncHttpSession:
     prompts: Sequence[Prompt]
 
     async def score(self, rows: Rows) -> Scores:
-        groups = _plan(rows, self.prompts)
-        posts = [self.connection.request("POST", "/completions", _request(self.model, group)) for group in groups]
+        groups = _plan(rows)
+        posts = [
+            self.connection.request("POST", "/completions", _request(self.model, self.prompts, group))
+            for group in groups
+        ]
         return _merge(rows, groups, await asyncio.gather(*posts))
 
 
@@ -167,20 +192,10 @@ def _check_prompts(prompts: Sequence[Prompt], model: str, max_model_len: int | N
             )
 
 
-def _plan(rows: Rows, prompts: Sequence[Prompt]) -> list[list[_Part]]:
+def _plan(rows: Rows) -> list[list[Part]]:
     """Requests for one step: parts whose children together fit into one `logprob_token_ids`."""
-    parts = [
-        _Part(
-            i,
-            start,
-            prompts[row.query].token_ids + row.prefix,
-            tuple(map(int, row.token_ids[start : start + MAX_TOKENS_ASKED])),
-        )
-        for i, row in enumerate(rows)
-        for start in range(0, len(row.token_ids), MAX_TOKENS_ASKED)
-    ]
-    groups: list[tuple[set[int], list[_Part]]] = []
-    for part in parts:
+    groups: list[tuple[set[int], list[Part]]] = []
+    for part in parts_of(rows):
         for asked, members in groups:
             if len(members) < MAX_PROMPTS and len(asked | set(part.token_ids)) <= MAX_TOKENS_ASKED:
                 asked.update(part.token_ids)
@@ -191,10 +206,10 @@ def _plan(rows: Rows, prompts: Sequence[Prompt]) -> list[list[_Part]]:
     return [members for _, members in groups]
 
 
-def _request(model: str, group: Sequence[_Part]) -> dict[str, Any]:
+def _request(model: str, prompts: Sequence[Prompt], group: Sequence[Part]) -> dict[str, Any]:
     return {
         "model": model,
-        "prompt": [list(part.prompt) for part in group],
+        "prompt": [[*prompts[part.query].token_ids, *part.prefix] for part in group],
         "max_tokens": 1,
         "temperature": 0,
         "logprobs": 1,
@@ -204,7 +219,7 @@ def _request(model: str, group: Sequence[_Part]) -> dict[str, Any]:
     }
 
 
-def _merge(rows: Rows, groups: Sequence[Sequence[_Part]], answers: Sequence[httpx.Response]) -> Scores:
+def _merge(rows: Rows, groups: Sequence[Sequence[Part]], answers: Sequence[httpx.Response]) -> Scores:
     scores = np.full(len(rows.token_ids), np.nan)
     for group, answer in zip(groups, answers, strict=True):
         choices = sorted(json_object(answer).get("choices", []), key=lambda choice: int(choice.get("index", 0)))
@@ -216,7 +231,7 @@ def _merge(rows: Rows, groups: Sequence[Sequence[_Part]], answers: Sequence[http
     return scores
 
 
-def _read_choice(choice: dict[str, Any], part: _Part, url: httpx.URL) -> list[float]:
+def _read_choice(choice: dict[str, Any], part: Part, url: httpx.URL) -> list[float]:
     try:
         top = choice["logprobs"]["top_logprobs"][0]
         return [float(top[f"token_id:{token}"]) for token in part.token_ids]

@@ -96,6 +96,12 @@ class Index:
         """The identifier as people read it, `<g0_17><g1_5>` or `red apple`."""
         return self.tokenizer.read(self.identifiers[hit.key])
 
+    def hit_to_json(self, hit: Hit) -> dict[str, Any]:
+        """A hit in the words of the command line."""
+        record = self.record_of(hit)
+        names = {"image_id": record.image_id, "file_name": record.file_name}
+        return {**names, "score": hit.score, "log_prob": hit.log_prob, "identifier": self.identifier_of(hit)}
+
     @property
     def end_token(self) -> int:
         """What closes an identifier that is the beginning of another: the token with which the model ends its turn."""
