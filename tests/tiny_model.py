@@ -3,6 +3,7 @@
 Knows the builder of the base model; nothing of the package under test.
 """
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def make_tiny_model(directory: Path, *, seed: int = 0, vocabulary: int = VOCABUL
     The same seed gives the same weights; the tokenizer, trained on `text`, is the same for all seeds.
     """
     processor = build_processor(
-        _byte_pairs(vocabulary, text), side=SIDE, image_tokens=(SIDE // PATCH // SCALE_FACTOR) ** 2
+        byte_pairs(vocabulary, text, SPECIAL_TOKENS), side=SIDE, image_tokens=(SIDE // PATCH // SCALE_FACTOR) ** 2
     )
     model = build_model(
         {
@@ -65,13 +66,13 @@ def make_tiny_model(directory: Path, *, seed: int = 0, vocabulary: int = VOCABUL
     return directory
 
 
-def _byte_pairs(vocabulary: int, text: str) -> BPE:
-    """All bytes, and the most frequent pairs of a few sentences."""
+def byte_pairs(vocabulary: int, text: str, special_tokens: Sequence[str]) -> BPE:
+    """The special tokens, all bytes, and the most frequent pairs of a few sentences."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(special_tokens),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

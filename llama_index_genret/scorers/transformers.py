@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -54,17 +55,18 @@ class TransformersScorer:
         """See `Scorer.async_session`: computes in a thread, one step at a time."""
         yield ThreadSession(_TreeSession(self, prompts, normalise), self._lock)
 
-    def _prefill(self, prompts: Sequence[Prompt], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fill the cache with the prompts, left-padded.
-
-        Returns:
-            hidden (queries, h) of the last token, mask (queries, length) bool: False where padded.
-        """
+    def _prefill(self, prompts: Sequence[Prompt], cache: DynamicCache) -> _Prefilled:
+        """Fill the cache with the prompts, left-padded."""
         if all(prompt.image for prompt in prompts):
             images = [load_image(prompt.image) for prompt in prompts if prompt.image]
             inputs = self.mllm.processed([p.text for p in prompts], images, [p.rest for p in prompts])
-            output = self.mllm.model.model(**inputs, past_key_values=cache, use_cache=True)
-            return torch.as_tensor(output.last_hidden_state[:, -1]), inputs["attention_mask"].bool()
+            core = self.mllm.model.model
+            output = core(**inputs, past_key_values=cache, use_cache=True)
+            mask = inputs["attention_mask"].bool()
+            # Where positions have three dimensions (M-RoPE), an image takes fewer of them than it has tokens.
+            deltas = getattr(core, "rope_deltas", None)
+            end = mask.sum(1, keepdim=True) + (0 if deltas is None else deltas)
+            return _Prefilled(output.last_hidden_state[:, -1], mask.cpu(), end.cpu())
         if any(prompt.image for prompt in prompts):
             raise ModelError("text and image queries cannot share one batch: recall them apart.")
         length = max(len(prompt.token_ids) for prompt in prompts)
@@ -79,7 +81,7 @@ class TransformersScorer:
         output = self._decoder(
             input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True
         )
-        return torch.as_tensor(output.last_hidden_state[:, -1]), mask
+        return _Prefilled(output.last_hidden_state[:, -1], mask.cpu(), mask.sum(1, keepdim=True).cpu())
 
     def _logits(self, hidden: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
         """(rows, tokens) float32 logits of the given tokens, or of all."""
@@ -96,6 +98,20 @@ class TransformersScorer:
         return logits
 
 
+@dataclass(frozen=True)
+class _Prefilled:
+    """The prompts of one batch, computed.
+
+    hidden: (queries, h) of the last token, on the model's device.
+    mask: (queries, length) bool, on the CPU: False where padded.
+    end: (queries, 1) int64, on the CPU: the position of the token that follows the prompt.
+    """
+
+    hidden: torch.Tensor
+    mask: torch.Tensor
+    end: torch.Tensor
+
+
 class _TreeSession:
     """The KV cache of one batch of queries, and where each prefix lies in it.
 
@@ -110,14 +126,16 @@ class _TreeSession:
         self._slots: list[dict[tuple[int, ...], int]] = [{(): 0} for _ in prompts]
         self._hidden = torch.zeros((0, 0, 0))  # (queries, slots, h)
         self._prompt_mask = torch.zeros((0, 0))
+        self._prompt_end = torch.zeros((0, 0))
 
     @torch.inference_mode()
     def score(self, rows: Rows) -> Scores:
         asked = list(rows)
         with self._scorer._packed_decoder.applied():
             if self._cache.get_seq_length() == 0:
-                last, mask = self._scorer._prefill(self._prompts, self._cache)
-                self._hidden, self._prompt_mask = last[:, None], mask.cpu()
+                computed = self._scorer._prefill(self._prompts, self._cache)
+                self._hidden, self._prompt_mask = computed.hidden[:, None], computed.mask
+                self._prompt_end = computed.end
             self._append(asked)
         slots = [self._slots[row.query][row.prefix] for row in asked]
         hidden = self._hidden[torch.from_numpy(rows.query), slots]
@@ -168,7 +186,7 @@ class _TreeSession:
         output = self._scorer._decoder(
             input_ids=ids.to(weight.device),
             attention_mask=mask[:, None].to(weight.device),
-            position_ids=(self._prompt_mask.sum(1)[:, None] + depths - 1).to(weight.device),
+            position_ids=(self._prompt_end + depths - 1).to(weight.device),
             past_key_values=self._cache,
             use_cache=True,
         )

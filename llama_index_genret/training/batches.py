@@ -26,7 +26,10 @@ CACHED_IMAGES = 1024
 
 
 class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
-    """Item i: `input_ids` (t,), `labels` (t,) and the processor's image tensors of the i-th example."""
+    """Item i: `input_ids` (t,), `labels` (t,) and, of an example with an image, what else the processor gives.
+
+    That is image tensors, and for some models a kind of each token (t,), by which they count positions.
+    """
 
     def __init__(self, index: Index, mllm: Mllm, examples: Interleaved) -> None:
         self._index = index
@@ -40,11 +43,11 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         example = self._examples[i]
-        item, target = self._prompt(example), self._target(example) + self._end
-        sequence = item["input_ids"]
-        item["input_ids"] = torch.cat([sequence, torch.tensor(target)])
-        item["labels"] = torch.cat([torch.full_like(sequence, IGNORED), torch.tensor(target)])
-        return item
+        item, target = self._prompt(example), torch.tensor(self._target(example) + self._end)
+        item["labels"] = torch.full_like(item["input_ids"], IGNORED)
+        ends = {"input_ids": target, "labels": target}
+        text = torch.zeros_like(target)  # the kind of a token that is text
+        return item | {name: torch.cat([item[name], ends.get(name, text)]) for name in _per_token(item)}
 
     def _target(self, example: Example) -> list[int]:
         if example.target is None:
@@ -62,9 +65,8 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
             text = prompts.answer.before + example.text + prompts.answer.after
         image = self._image(self._index.records[example.row].path)
         inputs = self._mllm.processor(text=[text], images=[[image]], return_tensors="pt")
-        sequence = inputs["input_ids"]
-        per_token = {k for k, v in inputs.items() if v.shape == sequence.shape}
-        return {"input_ids": sequence[0]} | {k: v for k, v in inputs.items() if k not in per_token}
+        of_tokens = inputs["input_ids"].shape
+        return {k: v[0] if v.shape == of_tokens else v for k, v in inputs.items() if k != "attention_mask"}
 
     def _image(self, path: Path) -> Any:
         if path not in self._images:
@@ -84,16 +86,19 @@ def collate(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, dict[str,
 
 
 def _padded(items: Sequence[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
-    """Left-padded `input_ids`, `attention_mask`, `labels` (rows, t), and the images of all items in order."""
+    """Left-padded tensors of tokens (rows, t), `attention_mask` among them, and the images of all items in order."""
     length = max(len(item["input_ids"]) for item in items)
 
     def padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
         return torch.stack([torch.cat([row.new_full((length - len(row),), value), row]) for row in rows])
 
-    batch = {
-        "input_ids": padded([item["input_ids"] for item in items], pad),
-        "attention_mask": padded([torch.ones_like(item["input_ids"]) for item in items], 0),
-        "labels": padded([item["labels"] for item in items], IGNORED),
-    }
-    images = [name for name in items[0] if name not in ("input_ids", "labels")]
-    return batch | {name: torch.cat([item[name] for item in items]) for name in images}
+    fill = {"input_ids": pad, "labels": IGNORED}
+    of_tokens = _per_token(items[0])
+    batch = {name: padded([item[name] for item in items], fill.get(name, 0)) for name in of_tokens}
+    batch["attention_mask"] = padded([torch.ones_like(item["input_ids"]) for item in items], 0)
+    return batch | {name: torch.cat([item[name] for item in items]) for name in items[0] if name not in of_tokens}
+
+
+def _per_token(item: dict[str, torch.Tensor]) -> list[str]:
+    """The names of an item's tensors that have one entry a token."""
+    return [name for name, tensor in item.items() if tensor.shape == item["input_ids"].shape]

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,22 +26,19 @@ from llama_index_genret.modeling import Mllm, load_base
 from llama_index_genret.store import Index, store_adapter
 from llama_index_genret.training.batches import IGNORED, ExampleTensors, collate
 from llama_index_genret.training.examples import Interleaved, epoch_length, examples_of
+from llama_index_genret.training.tower_cache import cached_tower
 
 try:
     from peft import LoraConfig, get_peft_model
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from tqdm.auto import tqdm
     from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
     from transformers.trainer_utils import get_last_checkpoint
 except ImportError as error:
     raise MissingExtra("training needs peft and accelerate: pip install 'llama-index-genret[train]'.") from error
 
 CONNECTORS = ("connector", "multi_modal_projector")
 """Names of the module between vision tower and language model, in the models that have one of their own."""
-
-CACHED_FEATURES = 2048
-"""Images whose vision-tower features are kept in memory while training (0.4 MB each for 256 patches x 384)."""
 
 WORK = "training"
 """Folder of a run's checkpoints, inside the index; removed when the run is complete."""
@@ -87,7 +83,7 @@ def train(
         mllm.model.set_attn_implementation("eager")
     work = index.folder / WORK / _run_key(index, options)
     model = _adapted(index, mllm, options)
-    with _cached_tower(mllm.model), _fast_symbol_rows(model):
+    with cached_tower(mllm.model), _fast_symbol_rows(model):
         trainer = _LabelTrainer(
             model=model,
             args=TrainingArguments(
@@ -154,15 +150,17 @@ def _adapted(index: Index, mllm: Mllm, options: TrainOptions) -> Any:
     linears = [n for n, m in model.named_modules() if id(m) in decoder and isinstance(m, torch.nn.Linear)]
     connectors = [name for name in CONNECTORS if any(n.rpartition(".")[2] == name for n, _ in model.named_modules())]
     new_symbols = index.new_token_ids()  # also those that no image has yet: untrained rows would be random
-    embedding = model.get_input_embeddings()
-    _spread_rows(embedding.weight, new_symbols, seed=options.seed)
-    name = next(n for n, m in model.named_modules() if m is embedding)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    vocabularies = [embedding] if head.weight is embedding.weight else [embedding, head]
+    for vocabulary in vocabularies:
+        _spread_rows(vocabulary.weight, new_symbols, seed=options.seed)
+    names = [n.rpartition(".")[2] for n, m in model.named_modules() if any(m is v for v in vocabularies)]
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=2 * options.lora_rank,
         target_modules=linears,
         modules_to_save=connectors if connectors and new_symbols else None,  # else plain LoRA, which vLLM serves
-        trainable_token_indices={name.rpartition(".")[2]: new_symbols} if new_symbols else None,
+        trainable_token_indices=dict.fromkeys(names, new_symbols) if new_symbols else None,
     )
     adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
@@ -231,41 +229,6 @@ def _summed_loss(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Ten
     targets = labels[:, -reach:]
     known = targets != IGNORED
     return functional.cross_entropy(logits[known].float(), targets[known], reduction="sum"), int(known.sum())
-
-
-@contextlib.contextmanager
-def _cached_tower(model: Any) -> Iterator[None]:
-    """While inside, the frozen vision tower's features are computed once per distinct image.
-
-    Only towers that take (images, channels, height, width) are cached; others run as they are.
-    """
-    core = getattr(model, "model", model)
-    tower = getattr(core, "vision_model", None) or getattr(core, "vision_tower", None)
-    if tower is None:
-        yield
-        return
-    cache: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-    original = tower.forward
-
-    def forward(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if pixel_values.ndim != 4:
-            return original(pixel_values, *args, **kwargs)
-        keys = [hashlib.blake2b(image.cpu().view(torch.uint8).numpy()).digest() for image in pixel_values]
-        for i, key in enumerate(keys):
-            if key not in cache:
-                one = {name: v[i : i + 1] if isinstance(v, torch.Tensor) else v for name, v in kwargs.items()}
-                with torch.no_grad():
-                    cache[key] = original(pixel_values[i : i + 1], *args, **one).last_hidden_state[0]
-        features = torch.stack([cache[key] for key in keys])
-        while len(cache) > CACHED_FEATURES:
-            cache.popitem(last=False)
-        return BaseModelOutputWithPooling(last_hidden_state=features)
-
-    tower.forward = forward
-    try:
-        yield
-    finally:
-        tower.forward = original
 
 
 @contextlib.contextmanager

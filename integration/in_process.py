@@ -1,0 +1,50 @@
+"""What the model of an index recalls and answers in a process of its own, as JSON.
+
+    python -m integration.in_process INDEX < questions.json
+
+For models that load only in a process set up for them. Questions are {"texts": [...], "images": [files],
+"question": ...}: texts and images recall, the question is asked of each image.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle
+
+from llama_index_genret import GenerativeImageRetriever, InProcessLLM, image_query_engine
+from llama_index_genret.modeling import load_trained
+from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.store import load_index
+
+TOP_K, ANSWER_TOKENS = 5, 4
+
+
+def ranked(retriever, query):
+    """Image ids and log-probabilities."""
+    nodes = retriever.retrieve(query)
+    return {node.node.node_id: node.node.metadata["genret_log_prob"] for node in nodes}
+
+
+def answers(llm, retriever, question, images):
+    """What `llm` says to the question about each image alone, without spaces around it."""
+    engine = image_query_engine(retriever, llm)
+    shown = [[NodeWithScore(node=ImageNode(image_path=image, image_mimetype="image/png"))] for image in images]
+    return [str(engine.synthesize(QueryBundle(question), nodes)).strip() for nodes in shown]
+
+
+def main(folder):
+    asked = json.load(sys.stdin)
+    index = load_index(folder)
+    mllm = load_trained(index, device="cpu")
+    retriever = GenerativeImageRetriever(index, TransformersScorer(mllm), similarity_top_k=TOP_K)
+    found = {
+        "texts": [ranked(retriever, text) for text in asked["texts"]],
+        "images": [ranked(retriever, QueryBundle("", image_path=image)) for image in asked["images"]],
+        "answers": answers(InProcessLLM(mllm, max_tokens=ANSWER_TOKENS), retriever, asked["question"], asked["images"]),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
