@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -111,12 +112,15 @@ def running_server(
     log: Path,
     environment: Mapping[str, str] | None = None,
     timeout_s: float = 300.0,
+    stop_timeout_s: float = 30.0,
 ) -> Iterator[ServedModel]:
     """Start the server, wait until it answers, and stop it, with its children, on leaving.
 
     Args:
         log: file that takes its output.
         environment: variables beside those of this process; of `serve_environment`.
+        timeout_s: until it answers.
+        stop_timeout_s: until it has ended its children and itself; then all are killed.
     Raises:
         ServerError: it ended, or did not answer in time; carries the end of the log.
     """
@@ -127,6 +131,7 @@ def running_server(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env={**os.environ, **(environment or {})},
+            start_new_session=True,
         )
     try:
         _wait_until_ready(process, f"http://{host}:{port}", log, timeout_s)
@@ -134,9 +139,9 @@ def running_server(
     finally:
         process.terminate()
         try:
-            process.wait(30)
+            process.wait(stop_timeout_s)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # vLLM's processes outlive the one that started them
             process.wait()
 
 
