@@ -20,7 +20,7 @@ test: test-unit test-integration
 test-unit: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
 
-test-integration: $(VENV)/.serving $(VENV)/.benches $(VENV)/.browser $(VENV)/.qwen
+test-integration: $(VENV)/.serving $(VENV)/.benches $(VENV)/.browser $(VENV)/.qwen $(VENV)/.deploy
 	$(BIN)/python -m pytest integration
 
 check: $(VENV)/.installed
@@ -72,6 +72,12 @@ $(VENV)/.qwen: $(VENV)/.serving
 # The page tests need a browser of the system.
 $(VENV)/.browser: $(VENV)/.installed
 	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium)
+	touch $@
+
+# What reads the files of integration/deploy: docker-compose, without Docker, and the schemas of Kubernetes.
+$(VENV)/.deploy: $(VENV)/.installed
+	command -v docker-compose >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends docker-compose)
+	$(PIP) kubernetes-validate
 	touch $@
 
 clean:

