@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 
 from integration.bench.agreement import Ranked, assert_same_ranking
-from integration.bench.corpus import LEVELS, SYMBOLS, Corpus
+from integration.bench.corpus import Corpus
 from integration.bench.recall_bench import WIDTH
-from llama_index_genret.corpus import Record
+from llama_index_genret.corpus import Record, Scalar
 from llama_index_genret.endpoint.wire import INDEXES_VARIABLE, MIDDLEWARE
 from llama_index_genret.identifiers import get_scheme
 from llama_index_genret.modeling import Mllm, render_prompts
@@ -37,6 +37,7 @@ _WORDS = (
 )
 WORDS = _WORDS.split()
 WORDS_OF_A_QUERY = 6
+Metadata = Callable[[int], Mapping[str, Scalar]]
 
 
 def index_name(shape: str, n: int) -> str:
@@ -62,12 +63,14 @@ class Site:
     indexes: Mapping[str, Index]
 
     @classmethod
-    def prepare(cls, mllm: Mllm, corpora: Mapping[str, Corpus], folder: Path) -> Site:
-        """Write the checkpoint and the indexes. `mllm` has the level symbols."""
+    def prepare(
+        cls, mllm: Mllm, corpora: Mapping[str, Corpus], folder: Path, metadata: Metadata = lambda row: {}
+    ) -> Site:
+        """Write the checkpoint and the indexes. `mllm` has the level symbols; metadata: of the image in each row."""
         checkpoint = folder / "checkpoint"
         mllm.model.save_pretrained(checkpoint)
         mllm.processor.save_pretrained(checkpoint)
-        indexes = {name: synthetic_index(folder / name, mllm, corpus) for name, corpus in corpora.items()}
+        indexes = {name: synthetic_index(folder / name, mllm, corpus, metadata) for name, corpus in corpora.items()}
         return cls(mllm, TransformersScorer(mllm), checkpoint, corpora, indexes)
 
     @contextmanager
@@ -106,16 +109,18 @@ class Site:
         return [(self.indexes[name].record_of(hit).image_id, hit.log_prob) for hit in hits]
 
 
-def synthetic_index(folder: Path, mllm: Mllm, corpus: Corpus) -> Index:
+def synthetic_index(folder: Path, mllm: Mllm, corpus: Corpus, metadata: Metadata) -> Index:
     """An index whose images nobody has: only their names matter here."""
     names = [f"image-{row}" for row in range(len(corpus))]
     identifiers = [tuple(f"<g{level}_{code}>" for level, code in enumerate(row)) for row in corpus.codes.tolist()]
     return create_index(
         folder,
         images=folder,
-        records=[Record(name, folder / name, name, "0" * 64) for name in names],
+        records=[Record(name, folder / name, name, "0" * 64, (), metadata(row)) for row, name in enumerate(names)],
         identifiers=identifiers,
-        scheme=get_scheme("structured", levels=LEVELS, sizes=SYMBOLS),
+        scheme=get_scheme(
+            "numeric"
+        ),  # would name further images; these have names, and no features to fit codebooks to
         tokenizer=mllm.tokenizer,
         model=mllm.entry(),
         prompts=render_prompts(mllm),
