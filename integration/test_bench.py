@@ -1,6 +1,7 @@
 """The benchmarks at small sizes: they check equality themselves before they time. Only wide margins are asserted."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 
@@ -10,11 +11,16 @@ from integration.bench import (
     memory_bench,
     processor_bench,
     recall_bench,
+    serve_bench,
     step_bench,
+    throughput_bench,
     trie_bench,
 )
+from integration.bench.agreement import disagreement
 from integration.bench.corpus import FIRST_TOKEN, LEVELS, SYMBOLS, Corpus
 from integration.bench.peers import PEERS
+from integration.bench.served import SHAPES, Site, index_name
+from llama_index_genret.modeling import load_mllm
 
 
 @pytest.fixture
@@ -102,3 +108,81 @@ def test_recall_of_a_real_model_finds_what_generate_finds(results):
     found = results(recall_bench, "--sizes", "2000")
     assert found["largest difference of log-probabilities to generate's"] < recall_bench.TOLERANCE
     assert found["recall, N=2000"]["times_ours"]["generate, 10 beams, dict trie"] > 1
+
+
+def test_a_balanced_corpus_branches_alike_at_every_level():
+    for n, branching in ((1_000, 6), (10_000, 10), (100_000, 18), (1_000_000, 32)):
+        corpus = Corpus.balanced(n, 0)
+        assert len(corpus) == branching**LEVELS
+        assert [len(set(corpus.codes[:, level].tolist())) for level in range(LEVELS)] == [branching] * LEVELS
+    assert corpus.codes.tolist() == sorted(corpus.codes.tolist())
+
+
+@pytest.mark.parametrize(
+    ("found", "same"),
+    [
+        ([("a", -1.0), ("b", -2.0), ("c", -3.0)], True),
+        ([("a", -1.0005), ("b", -2.0), ("c", -3.0)], True),
+        ([("a", -1.0), ("b", -2.0), ("d", -3.0)], True),  # may tie with c, which the list's end cut off
+        ([("b", -1.0), ("a", -2.0), ("c", -3.0)], False),
+        ([("a", -1.0), ("d", -2.0), ("c", -3.0)], False),
+        ([("a", -1.0), ("b", -2.01), ("c", -3.0)], False),
+        ([("a", -1.0), ("a", -2.0), ("c", -3.0)], False),
+        ([("a", -1.0), ("b", -2.0)], False),
+    ],
+)
+def test_rankings_are_the_same_up_to_ties(found, same):
+    assert (disagreement(found, [("a", -1.0), ("b", -2.0), ("c", -3.0)]) == "") == same
+
+
+SIZES = (300, 1_000)
+
+
+@pytest.fixture(scope="module")
+def served_site(tiny_model_dir, tmp_path_factory):
+    """A tiny model and four small indexes, with the one server that the served benchmarks share."""
+    mllm = recall_bench.with_symbols(load_mllm(str(tiny_model_dir), device="cpu"), 0)
+    corpora = {index_name(shape, n): make(n, 0) for shape, make in SHAPES.items() for n in SIZES}
+    site = Site.prepare(mllm, corpora, tmp_path_factory.mktemp("served-site"))
+    with site.serving() as server:
+        yield site, server
+
+
+@pytest.fixture
+def on_served_site(served_site, monkeypatch):
+    site, server = served_site
+    for bench in (serve_bench, throughput_bench):
+        monkeypatch.setattr(bench, "model_with_symbols", lambda seed: site.mllm)
+    monkeypatch.setattr(Site, "prepare", lambda *_: site)
+    monkeypatch.setattr(Site, "serving", lambda *_: nullcontext(server))
+    return site
+
+
+def test_one_query_is_measured_beside_vllms_own_ways(results, on_served_site):
+    found = results(serve_bench, "--sizes", ",".join(map(str, SIZES)))
+    for shape in SHAPES:
+        for state in ("cold", "warm"):
+            times = found[f"{index_name(shape, SIZES[-1])}, {shape}, blocks of 32, {state}"]["times"]
+            assert times.keys() == {"ours", serve_bench.STOCK, serve_bench.BEAMS, serve_bench.GREEDY}
+        assert len(found[f"sizes, {shape}, blocks of 32"]["times"]) == len(SIZES)
+
+
+def test_an_endpoint_that_answers_wrongly_stops_the_benchmark(on_served_site, monkeypatch):
+    monkeypatch.setattr(serve_bench, "ranked", lambda answer: [("image-0", -1.0)])
+    with pytest.raises(AssertionError, match="endpoint"):
+        serve_bench.main(["--sizes", ",".join(map(str, SIZES)), "--rounds", "1"])
+
+
+def test_many_clients_are_measured_beside_grace(results, on_served_site, monkeypatch):
+    monkeypatch.setattr(throughput_bench, "CLIENTS", (1, 4))
+    monkeypatch.setattr(throughput_bench, "BATCH", 4)
+    monkeypatch.setattr(throughput_bench, "FEWEST", 4)
+    name = index_name("balanced", SIZES[-1])
+    found = results(throughput_bench, "--sizes", str(SIZES[-1]))
+    assert found[f"a query at 4 clients, {name}"]["times"].keys() == {
+        "ours",
+        throughput_bench.BATCHED,
+        throughput_bench.ALONE,
+    }
+    for kind in ("1 clients, cold", "4 clients, cold", "4 clients, warm"):
+        assert found[f"{name}, {kind}: latency p50"] <= found[f"{name}, {kind}: latency p95"]

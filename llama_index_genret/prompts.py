@@ -22,6 +22,9 @@ PREFIX_BLOCK = 32
 MAX_QUERY_TOKENS = 256
 """A longer query is refused, not cut."""
 
+MAX_QUERY_CHARACTERS = 32 * MAX_QUERY_TOKENS
+"""A longer query is refused unread: to count the tokens of a megabyte takes most of a second of a server's loop."""
+
 RETRIEVE = "Find: {}"
 MEMORISE = "Name this image."
 DESCRIBE = "Describe {}"
@@ -79,7 +82,8 @@ class PromptSet(BaseModel):
         """The prompt that retrieves for a text query.
 
         Raises:
-            QueryError: the query is empty, is not valid Unicode, or has more than MAX_QUERY_TOKENS tokens.
+            QueryError: the query is empty, is not valid Unicode, or has more than MAX_QUERY_TOKENS tokens or
+                MAX_QUERY_CHARACTERS characters.
         """
         words = query.strip()
         if not words:
@@ -108,6 +112,11 @@ class PromptSet(BaseModel):
 
 
 def _check_length(tokenizer: IndexTokenizer, words: str) -> None:
+    if len(words) > MAX_QUERY_CHARACTERS:
+        raise QueryError(
+            f"the query has {len(words)} characters, at most {MAX_QUERY_CHARACTERS} of {MAX_QUERY_TOKENS} tokens are "
+            "read. Shorten it: it is refused, not cut."
+        )
     try:
         words.encode()
     except UnicodeEncodeError as error:

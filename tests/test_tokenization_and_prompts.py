@@ -80,3 +80,10 @@ def test_a_long_query_is_refused_not_cut(untrained_index):
     prompts.for_query(tokenizer, word * MAX_QUERY_TOKENS)
     with pytest.raises(QueryError, match=f"{MAX_QUERY_TOKENS + 1} tokens"):
         prompts.for_query(tokenizer, word * (MAX_QUERY_TOKENS + 1))
+
+
+def test_a_query_of_a_megabyte_is_refused_before_its_tokens_are_counted(untrained_index, monkeypatch):
+    prompts, tokenizer = untrained_index.prompts, untrained_index.tokenizer
+    monkeypatch.setattr(type(tokenizer), "encode_text", lambda *_: pytest.fail("tokenized"))
+    with pytest.raises(QueryError, match=f"1000000 characters.*{MAX_QUERY_TOKENS} tokens"):
+        prompts.for_query(tokenizer, "x" * 1_000_000)

@@ -62,6 +62,17 @@ class Corpus:
         """Draw it; the same for the same arguments."""
         return cls(hierarchical_codes(n, seed), seed)
 
+    @classmethod
+    def balanced(cls, n: int, seed: int) -> Corpus:
+        """All products of the first b symbols, b ** LEVELS as near to n as can be: every prefix has b children.
+
+        Below a random prefix of a small corpus there is often one child only, and a search skips that step; here none
+        can be skipped at any size.
+        """
+        b = max(2, round(n ** (1 / LEVELS)))
+        codes = np.indices((b,) * LEVELS).reshape(LEVELS, -1).T
+        return cls(np.ascontiguousarray(codes.astype(np.uint8)), seed)
+
     @cached_property
     def token_ids(self) -> Int64:
         """(n, LEVELS) token ids."""

@@ -7,7 +7,7 @@ their log-probabilities are those of `recall` with `Normalise.VOCABULARY`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +28,18 @@ from llama_index_genret.trie import build_trie
 
 QUERY, WIDTH, THREADS, TOLERANCE = "a dog that runs on the beach", 10, 2, 1e-3
 OURS = "ours"
+Constraint = Callable[[int, torch.Tensor], list[int]]
 
 
 def model_with_symbols(seed: int) -> Mllm:
     """The base model, its vocabulary widened by the level symbols; they are the last rows."""
     recipe = Recipe()
     make_base_model(recipe, default_folder(recipe))
-    mllm = load_mllm(str(default_folder(recipe)), device="cpu")
+    return with_symbols(load_mllm(str(default_folder(recipe)), device="cpu"), seed)
+
+
+def with_symbols(mllm: Mllm, seed: int) -> Mllm:
+    """The model itself, widened in place."""
     symbols = [f"<g{level}_{code}>" for level in range(LEVELS) for code in range(SYMBOLS)]
     mllm.processor.tokenizer.add_tokens(symbols)
     torch.manual_seed(seed)
@@ -44,17 +49,24 @@ def model_with_symbols(seed: int) -> Mllm:
 
 @dataclass(frozen=True)
 class Peer:
-    """`generate` over one prompt."""
+    """`generate` over prompts, padded on the left."""
 
     mllm: Mllm
-    prompt: Prompt
+    prompts: Sequence[Prompt]
+
+    @property
+    def length(self) -> int:
+        """Columns of the padded prompts."""
+        return max(len(prompt.token_ids) for prompt in self.prompts)
 
     def generate(self, **chosen: Any) -> Any:
         """LEVELS new tokens, neither more nor fewer."""
-        input_ids = torch.tensor([self.prompt.token_ids])
+        padding = [self.length - len(prompt.token_ids) for prompt in self.prompts]
+        rows = [[0] * n + list(prompt.token_ids) for n, prompt in zip(padding, self.prompts, strict=True)]
+        mask = [[0] * n + [1] * (self.length - n) for n in padding]
         return self.mllm.model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
+            input_ids=torch.tensor(rows),
+            attention_mask=torch.tensor(mask),
             do_sample=False,
             max_new_tokens=LEVELS,
             eos_token_id=None,
@@ -67,11 +79,9 @@ class Peer:
         """Any tokens: what an answer of this length costs at least."""
         return self.generate(min_new_tokens=LEVELS)
 
-    def beams(self, **constraint: Any) -> Any:
-        """As many identifiers as recall gives, by beams of the same width."""
-        return self.generate(
-            num_beams=WIDTH, num_return_sequences=WIDTH, length_penalty=0.0, output_scores=True, **constraint
-        )
+    def beams(self, **chosen: Any) -> Any:
+        """As many identifiers as recall gives, by beams of the same width. With `output_scores`, their scores too."""
+        return self.generate(num_beams=WIDTH, num_return_sequences=WIDTH, length_penalty=0.0, **chosen)
 
 
 def assert_same(hits: tuple[Hit, ...], output: Any, prompt: Prompt) -> float:
@@ -81,6 +91,16 @@ def assert_same(hits: tuple[Hit, ...], output: Any, prompt: Prompt) -> float:
     difference = float(np.abs(np.array([hit.log_prob for hit in hits]) - output.sequences_scores.numpy()).max())
     assert difference < TOLERANCE, f"log-probabilities differ by {difference}"
     return difference
+
+
+def dict_trie_constraint(corpus: Corpus, first_token: int, start: int) -> Constraint:
+    """GRACE's `prefix_allowed_tokens_fn`: nested dicts, walked from the root for every beam.
+
+    first_token: where this vocabulary has the level symbols that the corpus has at FIRST_TOKEN; start: of the answers.
+    """
+    shift, nested = first_token - FIRST_TOKEN, DictTrie()
+    nested.build(corpus)
+    return lambda _, row: [token + shift for token in nested.get((row[start:] - shift).tolist())]
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
@@ -100,22 +120,21 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 
 def measure(report: Report, mllm: Mllm, prompt: Prompt, corpus: Corpus, first_token: int, rounds: int) -> None:
-    """One size. first_token: where this vocabulary has the level symbols that the corpus has at FIRST_TOKEN."""
-    shift = first_token - FIRST_TOKEN
-    trie, _ = build_trie(corpus.token_ids + shift)
-    scorer, peer, start, nested = TransformersScorer(mllm), Peer(mllm, prompt), len(prompt.token_ids), DictTrie()
-    nested.build(corpus)
-
-    def children(_: int, row: torch.Tensor) -> list[int]:
-        return [token + shift for token in nested.get((row[start:] - shift).tolist())]
+    """One size. first_token: see `dict_trie_constraint`."""
+    trie, _ = build_trie(corpus.token_ids + first_token - FIRST_TOKEN)
+    scorer, peer, start = TransformersScorer(mllm), Peer(mllm, [prompt]), len(prompt.token_ids)
+    children = dict_trie_constraint(corpus, first_token, start)
 
     def found(normalise: Normalise) -> tuple[Hit, ...]:
         return recall(scorer, trie, [prompt], k=WIDTH, width=WIDTH, normalise=normalise)[0].hits
 
     def with_processor() -> Any:
-        return peer.beams(logits_processor=[TrieLogitsProcessor(trie, start, 0)])
+        return peer.beams(logits_processor=[TrieLogitsProcessor(trie, start, 0)], output_scores=True)
 
-    difference = assert_same(found(Normalise.VOCABULARY), peer.beams(prefix_allowed_tokens_fn=children), prompt)
+    def with_dict_trie() -> Any:
+        return peer.beams(prefix_allowed_tokens_fn=children, output_scores=True)
+
+    difference = assert_same(found(Normalise.VOCABULARY), with_dict_trie(), prompt)
     assert_same(found(Normalise.VOCABULARY), with_processor(), prompt)
     report.value("largest difference of log-probabilities to generate's", difference)
     times = interleaved_wall(
@@ -123,7 +142,7 @@ def measure(report: Report, mllm: Mllm, prompt: Prompt, corpus: Corpus, first_to
             OURS: lambda: found(Normalise.CHILDREN),
             "ours, over the vocabulary": lambda: found(Normalise.VOCABULARY),
             "generate, greedy, unconstrained": peer.greedy,
-            f"generate, {WIDTH} beams, dict trie": lambda: peer.beams(prefix_allowed_tokens_fn=children),
+            f"generate, {WIDTH} beams, dict trie": with_dict_trie,
             f"generate, {WIDTH} beams, our processor": with_processor,
         },
         rounds=rounds,

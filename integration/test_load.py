@@ -1,0 +1,77 @@
+"""The load test, for half a minute: the server holds, and what would break it is noticed."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+
+from integration.bench import load_test
+from integration.bench.corpus import Corpus
+from integration.bench.load_reference import GONE, STATES, EditedIndex, Question, Reference, group, metadata
+from integration.bench.load_traffic import SHARES
+from integration.bench.recall_bench import with_symbols
+from integration.bench.served import Site, queries
+from llama_index_genret.modeling import load_mllm
+from llama_index_genret.store import load_index
+
+
+@pytest.fixture
+def site(tiny_model_dir, tmp_path):
+    mllm = with_symbols(load_mllm(str(tiny_model_dir), device="cpu"), 0)
+    return Site.prepare(mllm, {"pictures": Corpus.sample(40, 0)}, tmp_path, metadata)
+
+
+def result(index, text, ranking, exact=True):
+    hits = [
+        {"image_id": name, "log_prob": log_prob, "metadata": dict(index.records[index.rows_by_id[name]].metadata)}
+        for name, log_prob in ranking
+    ]
+    return {"query": text, "hits": hits, "exact": exact}
+
+
+def test_the_reference_takes_right_answers_and_no_others(site):
+    index, texts = site.indexes["pictures"], list(islice(queries(0), 3))
+    reference, question = Reference(site, index, texts), Question(5)
+    right = {text: site.ranked("pictures", site.recall_by(site.scorer, "pictures", text))[:5] for text in texts}
+    for text, ranking in right.items():
+        assert reference.problem(0, text, question, result(index, text, ranking)) == ""
+        assert reference.problem(0, text, question, result(index, text, ranking[::-1])) != ""
+        assert reference.problem(0, text, question, result(index, text, ranking[:4])) != ""
+        assert reference.problem(0, text, question, result(index, "other", ranking)) != ""
+        other = [*ranking[:-1], ("image-39", ranking[-1][1])]
+        assert reference.problem(0, text, question, result(index, text, other)) != ""
+        moved = [(name, log_prob - 0.01) for name, log_prob in ranking]
+        assert reference.problem(0, text, question, result(index, text, moved)) != ""
+        assert reference.problem(2, text, question, result(index, text, ranking)) != ""
+    assert len({str(ranking) for ranking in right.values()}) == len(texts), "all queries rank alike"
+    text, filtered = texts[0], replace(question, filters={"color": "red"})
+    assert "filter" in reference.problem(0, text, filtered, result(index, text, right[text]))
+
+
+def test_the_edits_go_round_through_all_states(site):
+    index = site.indexes["pictures"]
+    edited = EditedIndex(index)
+    for number in range(1, 2 * STATES + 1):
+        edited.edit()
+        assert (edited.newest.number, edited.newest.state) == (number, number % STATES)
+        gone = GONE[edited.newest.state]
+        expected = {record.image_id for row, record in enumerate(index.records) if group(row) not in gone}
+        assert {record.image_id for record in load_index(index.folder).records} == expected
+
+
+def test_memory_that_grows_is_noticed_after_the_warm_up():
+    assert load_test.Memory(0, [100.0] * 300).growth == 0
+    assert load_test.Memory(0, [50.0] * 100 + [100.0] * 200).growth == 0
+    assert load_test.Memory(0, [100.0 + 0.1 * second for second in range(1200)]).growth > load_test.ALLOWED_GROWTH
+    assert math.isnan(load_test.Memory(0, [100.0 + second for second in range(60)]).growth)
+
+
+def test_the_server_holds(tmp_path, capsys):
+    found = tmp_path / "load.json"
+    code = load_test.main(["--minutes", "0.5", "--clients", "8", "--json", str(found)])
+    results = json.loads(found.read_text())["load_test"]["results"]
+    assert (code, results["broken"]) == (0, []), capsys.readouterr().out
+    assert all(sum(v for k, v in results[kind].items() if k != "latency_ms") for kind in SHARES)
+    assert results["versions that answered"] > 2
