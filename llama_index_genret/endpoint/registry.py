@@ -96,7 +96,13 @@ class Registry:
 
     def _load(self, name: str) -> None:
         folder = self._folders[name]
-        self._seen[name] = _stamp(folder)
+        stamp = _stamp(folder)
+        try:
+            self._loaded[name], self.problems[name] = self._read(name, folder), ""
+        finally:
+            self._seen[name] = stamp  # only now: who asks meanwhile waits for the newer version
+
+    def _read(self, name: str, folder: Path) -> LoadedIndex:
         index = load_index(folder)
         served = self._loaded.get(name)
         if served and index.weights_id != served.index.weights_id:
@@ -106,7 +112,7 @@ class Registry:
             )
         loaded = LoadedIndex(name, index)
         loaded.leaf_filter(MetadataFilters(filters=[]))  # reads the metadata now, in the thread that loads
-        self._loaded[name], self.problems[name] = loaded, ""
+        return loaded
 
 
 def _stamp(folder: Path) -> tuple[int, int, int]:

@@ -259,7 +259,7 @@ def load_index(folder: Path) -> Index:
 
     rows = [json.loads(line) for line in verified("records.jsonl").read_text(encoding="utf-8").splitlines()]
     identifiers = tuple(tuple(row.pop("identifier")) for row in rows)
-    folders = [Path(manifest.folders[row.pop("folder")]) for row in rows]
+    folders = [Path(folder).absolute() for folder in manifest.folders]
     tokenizer = IndexTokenizer.from_file(verified("tokenizer.json"))
     if tokenizer.fingerprint != manifest.tokenizer:
         raise IndexDamaged(f"{folder / MANIFEST} records another tokenizer than tokenizer.json beside it.")
@@ -267,7 +267,7 @@ def load_index(folder: Path) -> Index:
     return Index(
         folder=folder,
         manifest=manifest,
-        records=tuple(Record.from_json(row, images) for row, images in zip(rows, folders, strict=True)),
+        records=tuple(Record.from_json(row, folders[row.pop("folder")]) for row in rows),
         identifiers=identifiers,
         trie=with_edits(base, keys, load_file(verified(EDITS)))
         if EDITS in manifest.files
