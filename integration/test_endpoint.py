@@ -6,11 +6,13 @@ import shutil
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from llama_index.core.vector_stores import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
 from integration.conftest import GENRET, genret_json
 from llama_index_genret import GenerativeImageRetriever
+from llama_index_genret.errors import ServerError
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.serving import CPU_FLAGS, free_port, running_server
@@ -30,12 +32,17 @@ def served_index(trained_index, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def endpoint(served_index, tmp_path_factory):
+def server(served_index, tmp_path_factory):
     port, log = free_port(), tmp_path_factory.mktemp("endpoint") / "vllm.log"
     flags = [*CPU_FLAGS, "--api-key", KEY]
     command = [*GENRET, "serve", str(served_index.folder), "--port", str(port), "--", *flags]
-    with running_server(command, host="127.0.0.1", port=port, log=log):
-        yield f"http://127.0.0.1:{port}"
+    with running_server(command, host="127.0.0.1", port=port, log=log) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def endpoint(server):
+    return server.api_base.removesuffix("/v1")
 
 
 @pytest.fixture
@@ -247,3 +254,26 @@ def test_reloads_in_the_middle_never_mix_two_versions(endpoint, client, served_i
 
 def _remove(folder, image_id):
     remove_images(load_index(folder), [image_id])
+
+
+def test_when_the_engine_dies_requests_get_503_and_the_client_says_so(server, endpoint, served_index):
+    """The last test of this server."""
+    (engine,) = [
+        p for p in psutil.Process(server.pid).children(recursive=True) if "EngineCore" in " ".join(p.cmdline())
+    ]
+    retriever = GenerativeImageRetriever.from_server(served_index.folder, f"{endpoint}/v1", api_key=KEY)
+
+    async def asked_while_it_dies():
+        headers = {"Authorization": f"Bearer {KEY}"}
+        async with httpx.AsyncClient(base_url=endpoint, headers=headers, timeout=60) as opened:
+            body = {"queries": [f"{text} {n}" for n in range(60) for text in TEXTS], "mode": "exact"}
+            asking = [asyncio.create_task(opened.post("/v1/recall", json=body)) for _ in range(4)]
+            await asyncio.sleep(0.5)
+            engine.kill()
+            return await asyncio.gather(*asking)
+
+    for answer in asyncio.run(asked_while_it_dies()):
+        assert answer.status_code == 503, answer.text
+        assert answer.json()["error"]["type"] == "ServiceUnavailableError"
+    with pytest.raises(ServerError, match=r"engine has died|no server answers"):
+        retriever.retrieve("red circle")

@@ -179,7 +179,8 @@ def remove(
 @app.command()
 def query(
     index_dir: IndexDir,
-    text: Annotated[str, typer.Argument(help="What the image shows.")],
+    text: Annotated[str, typer.Argument(help="What the image shows, or how it differs from --image.")] = "",
+    image: Annotated[Path | None, typer.Option(help="A picture to recall, alone or with a text.")] = None,
     k: TopK = 5,
     filters: Filters = None,
     exact: Annotated[bool, typer.Option(help="Search until the best are certain, instead of with a beam.")] = False,
@@ -189,15 +190,20 @@ def query(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Recall images for a text."""
+    """Recall images for a text, for a picture, or for both."""
+    from llama_index_genret.endpoint.client import Query
     from llama_index_genret.scorers.base import recall
 
     loaded = load_index(index_dir)
-    allowed = loaded.leaf_filter(loaded.text_filter(_parse_filters(filters))) if filters else None
-    prompt = loaded.prompts.for_query(loaded.tokenizer, text)
-    scorer = _scorer(loaded, server, api_key, model, device)
-    budget = None if exact else 0
-    (ranking,) = recall(scorer, loaded.trie, [prompt], k=k, allowed=allowed, budget=budget)
+    conditions = loaded.text_filter(_parse_filters(filters)) if filters else None
+    prompts, tokenizer = loaded.prompts, loaded.tokenizer
+    prompt = prompts.for_image(tokenizer, image, text) if image else prompts.for_query(tokenizer, text)
+    scorer, budget = _scorer(loaded, server, api_key, model, device), None if exact else 0
+    endpoint = _endpoint(loaded, scorer) if server else None
+    ranking = endpoint.recall(Query(text, prompt, k, None, budget, conditions)) if endpoint else None
+    if ranking is None:
+        allowed = loaded.leaf_filter(conditions) if conditions else None
+        (ranking,) = recall(scorer, loaded.trie, [prompt], k=k, allowed=allowed, budget=budget)
     table = _table("image", "caption", "score", "log p", "identifier", title=text)
     rows = []
     for hit in ranking.hits:
@@ -231,7 +237,9 @@ def ask(
         llm: Any = genret_llm(server, model=scorer.served_model(), api_key=api_key)
     else:
         llm = InProcessLLM(scorer.mllm)
-    engine = image_query_engine(GenerativeImageRetriever(loaded, scorer, similarity_top_k=k), llm)
+    endpoint = _endpoint(loaded, scorer) if server else None
+    retriever = GenerativeImageRetriever(loaded, scorer, similarity_top_k=k, endpoint=endpoint)
+    engine = image_query_engine(retriever, llm)
     response = engine.query(question)
     sources = [node.node.metadata["image_id"] for node in response.source_nodes]
     table = _table("answer", "sources", title=question)
@@ -438,6 +446,13 @@ def _offline_scorer(loaded: Index, options: dict[str, Any]) -> Any:
     from llama_index_genret.serving import served_checkpoint
 
     return VllmOfflineScorer.load(served_checkpoint(loaded), **options)
+
+
+def _endpoint(loaded: Index, scorer: Any) -> Any:
+    """One request instead of one a step, where the server has the endpoint."""
+    from llama_index_genret.endpoint.client import RecallClient
+
+    return RecallClient(loaded, scorer.server)
 
 
 def _parse_filters(filters: list[str]) -> dict[str, str]:

@@ -53,10 +53,6 @@ class Blank(BaseModel):
     before: str
     after: str
 
-    def fill_text(self, tokenizer: IndexTokenizer, text: str) -> list[int]:
-        """Token ids with plain `text` in the blank."""
-        return self.fill(tokenizer, tokenizer.encode_text(text))
-
     def fill(self, tokenizer: IndexTokenizer, token_ids: Sequence[int]) -> list[int]:
         """Token ids with just these tokens in the blank."""
         return [*tokenizer.encode_markup(self.before), *token_ids, *tokenizer.encode_markup(self.after)]
@@ -65,8 +61,9 @@ class Blank(BaseModel):
 class PromptSet(BaseModel):
     """The rendered prompts of the tasks, and of a query that is an image and a text. `end` closes the model's turn.
 
-    block: the prompt of a text query is made a multiple of so many tokens, by its first token repeated in front. A
-    server that caches prefixes in blocks then computes it once, and one or two tokens for each beam of each step.
+    block: the prompt of a text query is filled up to a multiple of so many tokens, with the query's own words before
+    it. A server that caches prefixes in blocks then computes it once, and one or two tokens for each beam of a step. A
+    model that reads words twice understands them better, too (arXiv:2402.15449); other fillings hinder it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -93,8 +90,11 @@ class PromptSet(BaseModel):
 
     def query_tokens(self, tokenizer: IndexTokenizer, text: str) -> list[int]:
         """The token ids of `for_query`, of a text of any length."""
-        token_ids = self.retrieve.fill_text(tokenizer, text)
-        return [token_ids[0]] * (-len(token_ids) % self.block) + token_ids
+        words = tokenizer.encode_text(text)
+        room = -len(self.retrieve.fill(tokenizer, words)) % self.block
+        again = [*words, *tokenizer.encode_text("\n")]
+        filling = (again * -(-room // len(again)))[-room:] if room else []
+        return self.retrieve.fill(tokenizer, [*filling, *words])
 
     def for_image(self, tokenizer: IndexTokenizer, image: Path | bytes, text: str = "") -> Prompt:
         """The prompt that names an image, or, with a text, the one that is asked for: "the same, but red".

@@ -37,6 +37,10 @@ def test_from_a_folder_to_an_answer(pictures, tiny_model_dir, tmp_path):
     assert set(found["hits"][0]) == {"image_id", "file_name", "score", "log_prob", "identifier"}
     certain = genret_json("query", folder, "red circle", "-k", 3, "--exact", "--device", "cpu")
     assert certain["exact"]
+    picture = pictures / "red-circle.png"
+    for text in ([], ["the same, but blue"]):
+        pictured = genret_json("query", folder, *text, "--image", picture, "-k", 3, "--device", "cpu")
+        assert len(pictured["hits"]) == 3
     asked = genret_json("ask", folder, "What is it?", "-k", 2, "--device", "cpu")
     assert asked["sources"] == [hit["image_id"] for hit in asked["hits"]]
     assert len(asked["sources"]) == 2

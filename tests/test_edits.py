@@ -1,6 +1,5 @@
 """A changing set of identifiers answers like a trie that is built anew after every change."""
 
-import threading
 from collections import Counter
 
 import numpy as np
@@ -16,7 +15,6 @@ from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
 from llama_index_genret.search import Normalise
 from llama_index_genret.trie import (
-    EditableTrie,
     LeafFilter,
     LiveTrie,
     add_identifiers,
@@ -72,24 +70,18 @@ class Editing(RuleBasedStateMachine):
     def build(self, names):
         self.model = {name: key for key, name in enumerate(sorted(names))}
         trie, order = build_trie(close_beginnings(list(self.model), END))
-        self.editable = EditableTrie(LiveTrie(trie, keys=order), end_token=END)
+        self.trie = LiveTrie(trie, keys=order)
         self.next_key = len(self.model)
-
-    @property
-    def trie(self):
-        return self.editable.current
 
     @rule(names=st.lists(NAMES, min_size=1, max_size=3))
     def add(self, names):
         OPERATIONS["add"] += 1
         keys = range(self.next_key, self.next_key + len(names))
         if len(set(names)) < len(names) or self.model.keys() & set(names):
-            before = self.trie
             with pytest.raises(IdentifierCollision):
-                self.editable.add(names, keys)
-            assert self.trie is before
+                add_identifiers(self.trie, names, keys, end_token=END)
             return
-        self.editable.add(names, keys)
+        self.trie = add_identifiers(self.trie, names, keys, end_token=END)
         self.model |= dict(zip(names, keys, strict=True))
         self.next_key += len(names)
 
@@ -99,26 +91,23 @@ class Editing(RuleBasedStateMachine):
         if self.model and data.draw(st.booleans()):
             names = [data.draw(st.sampled_from(sorted(self.model)))]
         if len(set(names)) < len(names) or not set(names) <= self.model.keys():
-            before = self.trie
             with pytest.raises(IdentifierError):
-                self.editable.remove(names)
-            assert self.trie is before
+                remove_identifiers(self.trie, names, end_token=END)
             return
-        self.editable.remove(names)
+        self.trie = remove_identifiers(self.trie, names, end_token=END)
         for name in names:
             del self.model[name]
 
     @rule()
     def compact(self):
         OPERATIONS["compact"] += 1
-        self.editable.compact().result(10)
+        self.trie = compact(self.trie)
         assert not self.model or (self.trie.added is None and self.trie.live is None)
 
     @rule()
     def store_and_restore(self):
         OPERATIONS["store"] += 1
-        trie = self.trie
-        self.editable = EditableTrie(with_edits(trie.base, trie.keys, edits_of(trie)), end_token=END)
+        self.trie = with_edits(self.trie.base, self.trie.keys, edits_of(self.trie))
 
     @precondition(lambda self: self.model)
     @rule(data=st.data(), k=st.integers(1, 5), width=st.integers(1, 4))
@@ -226,72 +215,9 @@ def test_a_removed_sibling_takes_no_probability():
     assert [(hit.token_ids, hit.score) for hit in ranking.hits] == [((0, 1), 1.0)]
 
 
-def test_edits_made_while_compaction_runs_are_kept(monkeypatch):
-    from llama_index_genret.trie import edits as module
-
-    started, go_on = threading.Event(), threading.Event()
-
-    def slow(trie):
-        started.set()
-        assert go_on.wait(10)
-        return compact(trie)
-
-    monkeypatch.setattr(module, "compact", slow)
-    editable = EditableTrie(LiveTrie(build_trie([(0, 1), (2, 3)])[0]), end_token=END)
-    editable.add([(4, 4)], [2])
-    done = editable.compact()
-    assert started.wait(10)
-    editable.add([(4, 4, 0)], [3])
-    editable.remove([(0, 1)])
-    assert live_of(editable.current) == {(2, 3): 1, (4, 4): 2, (4, 4, 0): 3}
-    assert editable.compact() is done
-    go_on.set()
-    done.result(10)
-    assert live_of(editable.current) == {(2, 3): 1, (4, 4): 2, (4, 4, 0): 3}
-    assert editable.current.base.n_leaves == 3
-
-
-def test_a_compaction_that_fails_leaves_the_version_and_says_so(monkeypatch):
-    from llama_index_genret.trie import edits as module
-
-    def broken(trie):
-        raise MemoryError("no room")
-
-    monkeypatch.setattr(module, "compact", broken)
-    editable = EditableTrie(LiveTrie(build_trie([(0, 1)])[0]))
-    editable.add([(4, 4)], [1])
-    with pytest.raises(MemoryError):
-        editable.compact().result(10)
-    assert live_of(editable.current) == {(0, 1): 0, (4, 4): 1}
-
-
-def test_compaction_starts_by_itself():
-    editable = EditableTrie(LiveTrie(build_trie([(0, 1)])[0]), compact_from=0.5)
-    editable.add([(1, row) for row in range(1025)], range(1, 1026))
-    editable.compact().result(10)
-    assert editable.current.base.n_leaves == 1026
-
-
-def test_many_threads_edit_one_trie(tmp_path):
-    """Each adds and removes its own; what is left is all of it, also after it was stored and opened."""
-    editable = EditableTrie(LiveTrie(build_trie([(9, 9)])[0]), compact_from=0.01)
-
-    def edit(thread):
-        for row in range(10, 70):
-            editable.add([(thread, row)], [100 * thread + row])
-            if row % 3 == 0:
-                editable.remove([(thread, row)])
-            if row % 20 == 0:
-                editable.compact()
-
-    threads = [threading.Thread(target=edit, args=(thread,)) for thread in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for _ in range(2):  # the first may be one that began before the last edits
-        editable.compact().result(10)
-    left = {(t, r): 100 * t + r for t in range(4) for r in range(10, 70) if r % 3} | {(9, 9): 0}
-    assert live_of(editable.current) == left
-    save_trie(editable.current.base, tmp_path / "trie.bin")
-    assert live_of(LiveTrie(open_trie(tmp_path / "trie.bin"), keys=editable.current.keys)) == left
+def test_an_edited_and_compacted_trie_is_stored_and_opened_again(tmp_path):
+    trie = add_identifiers(LiveTrie(build_trie([(9, 9)])[0]), [(1, row) for row in range(70)], range(1, 71))
+    trie = compact(remove_identifiers(trie, [(1, row) for row in range(0, 70, 3)]))
+    save_trie(trie.base, tmp_path / "trie.bin")
+    expected = {(9, 9): 0} | {(1, row): row + 1 for row in range(70) if row % 3}
+    assert live_of(LiveTrie(open_trie(tmp_path / "trie.bin"), keys=trie.keys)) == expected

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from llama_index_genret.errors import IdentifierError, ModelError, QueryError
-from llama_index_genret.prompts import MAX_QUERY_TOKENS
+from llama_index_genret.prompts import MAX_QUERY_TOKENS, PREFIX_BLOCK
 from llama_index_genret.tokenization import IndexTokenizer
 
 SYMBOLS = ["<g0_1>", "<g1_2>"]
@@ -60,11 +60,28 @@ def test_a_file_that_is_no_tokenizer_is_an_error_that_names_it(tmp_path):
         IndexTokenizer.from_file(tmp_path / "tokenizer.json")
 
 
-def test_a_query_stands_between_the_rendered_chat_markup(untrained_index):
+def test_a_query_stands_between_the_rendered_chat_markup_after_its_own_words(untrained_index):
     prompts, tokenizer = untrained_index.prompts, untrained_index.tokenizer
-    prompt = prompts.for_query(tokenizer, "  red circle ")
-    expected = "<|im_start|>user\nFind: red circle<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(prompt.token_ids) == expected
+    prompt = tokenizer.decode(prompts.for_query(tokenizer, "  red circle ").token_ids)
+    before, after = "<|im_start|>user\nFind: ", "<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt.startswith(before)
+    assert prompt.endswith(f"\nred circle{after}")
+    filling = prompt.removeprefix(before).removesuffix(f"red circle{after}")
+    assert ("red circle\n" * 20).endswith(filling)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60).filter(str.strip))
+def test_the_prompt_of_a_query_fills_whole_blocks_with_the_fewest_tokens(untrained_index, text):
+    prompts, tokenizer = untrained_index.prompts, untrained_index.tokenizer
+    words = tokenizer.encode_text(text.strip())
+    alone = prompts.retrieve.fill(tokenizer, words)
+    prompt = list(prompts.for_query(tokenizer, text).token_ids)
+    assert len(prompt) % PREFIX_BLOCK == 0
+    assert 0 <= len(prompt) - len(alone) < PREFIX_BLOCK
+    unfilled = prompts.model_copy(update={"block": 1})
+    assert list(unfilled.for_query(tokenizer, text).token_ids) == alone
+    end = len(words) + len(tokenizer.encode_markup(prompts.retrieve.after))
+    assert prompt[-end:] == alone[-end:]
 
 
 @pytest.mark.parametrize("query", ["", "  \n", "\ud800"])

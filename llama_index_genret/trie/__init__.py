@@ -3,7 +3,6 @@
 from llama_index_genret.trie.build import build_trie
 from llama_index_genret.trie.children import Children
 from llama_index_genret.trie.edits import (
-    EditableTrie,
     add_identifiers,
     close_beginnings,
     compact,
@@ -18,7 +17,6 @@ from llama_index_genret.trie.live import Expansion, LiveTrie, Nodes
 
 __all__ = [
     "Children",
-    "EditableTrie",
     "Expansion",
     "LeafFilter",
     "LiveTrie",

@@ -1,13 +1,11 @@
-"""Adding and removing identifiers: each edit makes a new `LiveTrie`; `EditableTrie` is the holder that threads share.
+"""Adding and removing identifiers: each edit makes a new `LiveTrie`, and leaves the one before as it is.
 
 Knows token ids and keys; nothing of files or images.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -20,7 +18,6 @@ from llama_index_genret.trie.flat import Int64, Trie
 from llama_index_genret.trie.live import LiveTrie, leaves_before
 
 Path = tuple[int, ...]
-Edit = Callable[[LiveTrie], LiveTrie]
 
 
 def close_beginnings(identifiers: Sequence[Sequence[int]], end_token: int) -> list[Path]:
@@ -151,76 +148,6 @@ def with_edits(base: Trie, keys: Int64 | None, edits: Mapping[str, NDArray[np.in
     kept = LiveTrie(base, None, live, keys)
     paths = [tuple(token for token in path if token >= 0) for path in added.tolist()]
     return _join(kept, paths, edits["added_keys"].astype(np.int64))
-
-
-class EditableTrie:
-    """The current version of a changing set of identifiers. Readers take `current` and keep it for a whole search;
-    writers, in any number of threads, are applied one after another.
-
-    Args:
-        end_token: see `add_identifiers`.
-        compact_from: compaction starts by itself, in the background, when tombstones and added identifiers are more
-            than this share of the base, and more than 1,024.
-    """
-
-    def __init__(self, trie: LiveTrie, *, end_token: int | None = None, compact_from: float = 0.1) -> None:
-        self._current = trie
-        self._end_token = end_token
-        self._compact_from = compact_from
-        self._lock = threading.Lock()
-        self._compaction: Future[None] | None = None
-        self._meanwhile: list[Edit] = []
-
-    @property
-    def current(self) -> LiveTrie:
-        """The version as of now; it never changes."""
-        return self._current
-
-    def add(self, identifiers: Sequence[Sequence[int]], keys: Sequence[int]) -> LiveTrie:
-        """See `add_identifiers`."""
-        return self._apply(lambda trie: add_identifiers(trie, identifiers, keys, end_token=self._end_token))
-
-    def remove(self, identifiers: Sequence[Sequence[int]]) -> LiveTrie:
-        """See `remove_identifiers`."""
-        return self._apply(lambda trie: remove_identifiers(trie, identifiers, end_token=self._end_token))
-
-    def compact(self) -> Future[None]:
-        """Start compaction in the background, if none is running. Edits made meanwhile are not lost: they are applied
-        to the compacted version before it takes the place of the current one, in one assignment."""
-        with self._lock:
-            return self._start_compaction()
-
-    def _apply(self, edit: Edit) -> LiveTrie:
-        with self._lock:
-            self._current = edit(self._current)
-            if self._compaction:
-                self._meanwhile.append(edit)
-            elif self._edited() > max(1024, self._compact_from * self._current.base.n_leaves):
-                self._start_compaction()
-            return self._current
-
-    def _edited(self) -> int:
-        trie = self._current
-        return 2 * trie.n_leaves - trie.n_live - trie.base.n_leaves
-
-    def _start_compaction(self) -> Future[None]:
-        if self._compaction is None:
-            self._compaction, self._meanwhile = Future(), []
-            threading.Thread(target=self._compact, args=(self._current, self._compaction), daemon=True).start()
-        return self._compaction
-
-    def _compact(self, trie: LiveTrie, done: Future[None]) -> None:
-        try:
-            compacted = compact(trie)
-            with self._lock:
-                for edit in self._meanwhile:
-                    compacted = edit(compacted)
-                self._current, self._compaction = compacted, None
-            done.set_result(None)
-        except BaseException as error:
-            with self._lock:
-                self._compaction = None
-            done.set_exception(error)
 
 
 class _Places:
