@@ -39,7 +39,7 @@ bench: $(VENV)/.benches $(VENV)/.serving
 	for bench in recall_bench serve_bench; do \
 	    $(BIN)/python -m integration.bench.$$bench --rounds 15 --json integration/bench/results.json || exit 1; \
 	done
-	$(BIN)/python -m integration.bench.throughput_bench --rounds 5 --json integration/bench/results.json
+	$(BIN)/python -m integration.bench.throughput_bench --rounds 1 --json integration/bench/results.json
 
 $(VENV)/.benches: $(VENV)/.installed
 	$(PIP) -e '.[bench]'

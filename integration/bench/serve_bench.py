@@ -23,9 +23,6 @@ from integration.bench.timing import Report, interleaved_wall, options
 from llama_index_genret.scorers.vllm import VllmScorer
 from llama_index_genret.serving import ServedModel
 
-BLOCK_SIZES = (128, 32)
-"""Tokens of a block of vLLM's prefix cache: its default on a CPU, and the smallest there."""
-
 CHECKED = 3
 """Queries of every index whose answers are compared before anything is timed."""
 
@@ -33,7 +30,7 @@ STOCK, BEAMS, GREEDY = "stock protocol", "vLLM's beam search", "vLLM, greedy"
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
-    """Serve all sizes with each block size, and measure."""
+    """Serve all sizes, and measure."""
     args = options(__doc__ or "", sizes=(1_000, 10_000, 100_000, 1_000_000), argv=argv)
     report, mllm = Report("serve_bench", args.seed), model_with_symbols(args.seed)
     corpora = {index_name(shape, n): make(n, args.seed) for shape, make in SHAPES.items() for n in args.sizes}
@@ -42,15 +39,13 @@ def main(argv: Sequence[str] | None = None) -> Report:
         for name, index in site.indexes.items():
             report.value(f"identifiers of {name}", len(index.records))
         report.value("tokens of a prompt", len(site.prompt(QUERY).token_ids))
-        for block_size in BLOCK_SIZES:
-            blocks = f"blocks of {block_size}"
-            with site.serving("--block-size", str(block_size)) as server, _client(server) as client:
-                check(site, server, client, args.seed)
-                for shape in SHAPES:
-                    report.section(f"one query, {shape} trie, width {WIDTH}, {blocks}, wall clock")
-                    compare(report, f"{shape}, {blocks}", site, server, client, index_name(shape, args.sizes[-1]), args)
-                    names = [index_name(shape, n) for n in args.sizes]
-                    grow(report, f"{shape}, {blocks}", client, names, queries(args.seed + 2), args.rounds)
+        with site.serving() as server, _client(server) as client:
+            check(site, server, client, args.seed)
+            for shape in SHAPES:
+                report.section(f"one query, {shape} trie, width {WIDTH}, wall clock")
+                compare(report, site, server, client, index_name(shape, args.sizes[-1]), args)
+                names = [index_name(shape, n) for n in args.sizes]
+                grow(report, shape, client, names, queries(args.seed + 2), args.rounds)
     report.write(args.json)
     return report
 
@@ -68,9 +63,7 @@ def check(site: Site, server: ServedModel, client: httpx.Client, seed: int) -> N
             site.assert_same(site.ranked(name, site.recall_by(stock, name, text)), name, text, STOCK)
 
 
-def compare(
-    report: Report, key: str, site: Site, server: ServedModel, client: httpx.Client, name: str, args: Any
-) -> None:
+def compare(report: Report, site: Site, server: ServedModel, client: httpx.Client, name: str, args: Any) -> None:
     """The endpoint beside the stock protocol and vLLM's own beam search and greedy decoding, cold and warm."""
     stock = VllmScorer(server.api_base)
 
@@ -89,19 +82,19 @@ def compare(
 
     for state, texts in (("cold", queries(args.seed + 1)), ("warm", repeat(QUERY))):
         times = interleaved_wall(candidates(texts), rounds=args.rounds)
-        times_ours = report.times(f"{name}, {key}, {state}", times)
+        times_ours = report.times(f"{name}, {state}", times)
         for peer, most in ((BEAMS, 0.6), (GREEDY, 2.5), (STOCK, 0.8)):
-            report.goal(f"ours / {peer}, {key}, {state}", 1 / times_ours[peer], at_most=most)
+            report.goal(f"ours / {peer}, {name}, {state}", 1 / times_ours[peer], at_most=most)
 
 
 def grow(
-    report: Report, key: str, client: httpx.Client, names: Sequence[str], texts: Iterator[str], rounds: int
+    report: Report, shape: str, client: httpx.Client, names: Sequence[str], texts: Iterator[str], rounds: int
 ) -> None:
     """The endpoint at every size, cold: the sizes take turns."""
     times = interleaved_wall({name: _endpoint(client, name, texts) for name in names}, rounds=rounds)
-    report.times(f"sizes, {key}", times, ours=names[0])
+    report.times(f"sizes, {shape}", times, ours=names[0])
     medians = [time.median for time in times.values()]
-    report.goal(f"slowest size / fastest, {key}", max(medians) / min(medians), at_most=1.1)
+    report.goal(f"slowest size / fastest, {shape}", max(medians) / min(medians), at_most=1.1)
 
 
 def _endpoint(client: httpx.Client, name: str, texts: Iterator[str]) -> Callable[[], object]:

@@ -6,7 +6,6 @@ One server serves every size, so that ratios between them come from one process.
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.search import Hit, Normalise
-from llama_index_genret.serving import CPU_FLAGS, ServedModel, free_port, running_server
+from llama_index_genret.serving import CPU_FLAGS, ServedModel, free_port, running_server, vllm_serve_command
 from llama_index_genret.store import Index, create_index
 
 SHAPES = {"balanced": Corpus.balanced, "random": Corpus.sample}
@@ -74,13 +73,13 @@ class Site:
         return cls(mllm, TransformersScorer(mllm), checkpoint, corpora, indexes)
 
     @contextmanager
-    def serving(self, *flags: str) -> Iterator[ServedModel]:
+    def serving(self) -> Iterator[ServedModel]:
         """A vLLM server with the recall endpoint. Its output goes into a file beside the checkpoint."""
         port = free_port()
         command = [
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.checkpoint)),
+            *(*vllm_serve_command(), str(self.checkpoint)),
             *("--served-model-name", "genret", "--host", "127.0.0.1", "--port", str(port), "--max-logprobs", "-1"),
-            *("--middleware", MIDDLEWARE, *CPU_FLAGS, *flags),
+            *("--middleware", MIDDLEWARE, *CPU_FLAGS),
         ]
         named = "\n".join(f"{name}={index.folder.resolve()}" for name, index in self.indexes.items())
         log = self.checkpoint.with_name("vllm.log")
@@ -118,9 +117,7 @@ def synthetic_index(folder: Path, mllm: Mllm, corpus: Corpus, metadata: Metadata
         images=folder,
         records=[Record(name, folder / name, name, "0" * 64, (), metadata(row)) for row, name in enumerate(names)],
         identifiers=identifiers,
-        scheme=get_scheme(
-            "numeric"
-        ),  # would name further images; these have names, and no features to fit codebooks to
+        scheme=get_scheme("numeric"),  # would name further images: there are no features to fit codebooks to
         tokenizer=mllm.tokenizer,
         model=mllm.entry(),
         prompts=render_prompts(mllm),

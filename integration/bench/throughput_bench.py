@@ -41,7 +41,6 @@ CLIENTS = (1, 8, 32, 128)
 BATCH = 32
 """Queries that GRACE decodes in one `generate`, and the number of clients that it is compared with."""
 
-BLOCK_SIZE = 32
 FEWEST = 16
 """Answers that a round counts at least."""
 
@@ -60,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> Report:
         for name in site.indexes:
             report.section(f"GRACE's decoding, {name}, width {WIDTH}, wall clock, {THREADS} threads")
             peers[name] = grace(report, site, name, args.rounds, args.seed)
-        with site.serving("--block-size", str(BLOCK_SIZE)) as server:
+        with site.serving() as server:
             for name in site.indexes:
-                report.section(f"served, {name}, width {WIDTH}, blocks of {BLOCK_SIZE}, wall clock")
+                report.section(f"served, {name}, width {WIDTH}, wall clock")
                 serve(report, site, server.api_base, name, peers[name], args.rounds, args.seed)
     report.write(args.json)
     return report
