@@ -121,6 +121,10 @@ def test_what_does_not_get_better_is_an_error_after_a_bounded_number_of_tries(
     assert server.seen == requests
 
 
+def test_a_key_is_not_shown():
+    assert "secret" not in repr(Server("http://127.0.0.1:1/v1", "secret"))
+
+
 @pytest.mark.parametrize(("how", "act"), [("sync", "slow"), ("async", "slow"), ("async", "drip")])
 def test_a_deadline_holds_for_all_tries_together(faulty, how, act):
     server = faulty(503, act)
