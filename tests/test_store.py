@@ -23,6 +23,7 @@ from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
 from llama_index_genret.store import check_free, load_index
+from llama_index_genret.store.folder import FORMAT_VERSION
 from llama_index_genret.tokenization import IndexTokenizer
 
 
@@ -85,7 +86,7 @@ def test_no_index_there_is_an_error_that_tells_how_to_make_one(tmp_path):
         load_index(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
+@pytest.mark.parametrize("version", [0, FORMAT_VERSION - 1, FORMAT_VERSION + 1, str(FORMAT_VERSION), None])
 def test_another_format_version_is_an_error(copied, version):
     manifest = json.loads((copied / "manifest.json").read_text())
     (copied / "manifest.json").write_text(json.dumps({**manifest, "format_version": version}))
@@ -93,7 +94,7 @@ def test_another_format_version_is_an_error(copied, version):
         load_index(copied)
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"format_version": 2}', "\x00"])
+@pytest.mark.parametrize("content", ["", "{", f'{{"format_version": {FORMAT_VERSION}}}', "\x00"])
 def test_a_broken_manifest_is_an_error_that_names_it(copied, content):
     (copied / "manifest.json").write_text(content)
     with pytest.raises(IndexDamaged, match=r"manifest\.json"):
