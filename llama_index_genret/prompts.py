@@ -114,8 +114,8 @@ class PromptSet(BaseModel):
 def _check_length(tokenizer: IndexTokenizer, words: str) -> None:
     if len(words) > MAX_QUERY_CHARACTERS:
         raise QueryError(
-            f"the query has {len(words)} characters, at most {MAX_QUERY_CHARACTERS} of {MAX_QUERY_TOKENS} tokens are "
-            "read. Shorten it: it is refused, not cut."
+            f"the query has {len(words)} characters, at most {MAX_QUERY_TOKENS} tokens of {MAX_QUERY_CHARACTERS} "
+            "characters together are read. Shorten it: it is refused, not cut."
         )
     try:
         words.encode()
