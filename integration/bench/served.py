@@ -5,6 +5,7 @@ One server serves every size, so that ratios between them come from one process.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -82,9 +83,11 @@ class Site:
             *("--middleware", MIDDLEWARE, *CPU_FLAGS),
         ]
         named = "\n".join(f"{name}={index.folder.resolve()}" for name, index in self.indexes.items())
+        # vLLM would leave a core to the API server; the peers in this process compute on all of them.
+        environment = {INDEXES_VARIABLE: named, "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}
         log = self.checkpoint.with_name("vllm.log")
         with running_server(
-            command, host="127.0.0.1", port=port, log=log, environment={INDEXES_VARIABLE: named}, timeout_s=900
+            command, host="127.0.0.1", port=port, log=log, environment=environment, timeout_s=900
         ) as server:
             yield server
 
