@@ -18,6 +18,7 @@ from llama_index_genret.training.examples import Interleaved, examples_of
 from llama_index_genret.training.recipe import TrainOptions, _adapted, _fast_symbol_rows, _summed_loss
 from llama_index_genret.training.tower_cache import cached_tower
 from tests.conftest import draw_pictures
+from tests.test_training import loss_and_gradients
 from tests.tiny_qwen import FAMILIES, IMAGE, SIZES, resize_pictures, tiny_qwen, tiny_qwen_processor
 
 PREFIXES = [(), (100,), (110,), (100, 130), (110, 140), (110, 150)]
@@ -140,17 +141,11 @@ def test_cached_features_and_fast_rows_change_neither_loss_nor_gradients(fresh, 
     encoded = []
     fresh.model.model.visual.patch_embed.register_forward_hook(lambda *_: encoded.append(1))
 
-    def loss_and_gradients():
-        model.zero_grad()
-        loss = sum(_summed_loss(model, dict(part))[0] for part in batch.values())
-        loss.backward()
-        return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-    plain_loss, plain = loss_and_gradients()
+    plain_loss, plain = loss_and_gradients(model, batch)
     encoded.clear()
     with cached_tower(fresh.model), _fast_symbol_rows(model):
         for _ in range(2):
-            fast_loss, fast = loss_and_gradients()
+            fast_loss, fast = loss_and_gradients(model, batch)
             assert fast_loss == pytest.approx(plain_loss, rel=1e-5)
             assert fast.keys() == plain.keys()
             for name, gradient in plain.items():

@@ -99,22 +99,23 @@ def test_the_loss_of_a_padded_batch_is_the_sum_of_the_losses_alone(fresh_index):
     assert float(sum(loss for loss, _ in together)) == pytest.approx(float(sum(loss for loss, _ in alone)), rel=1e-4)
 
 
+def loss_and_gradients(model, batch):
+    model.zero_grad()
+    loss = sum(_summed_loss(model, dict(part))[0] for part in batch.values())
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
 def test_cached_features_and_fast_rows_change_neither_loss_nor_gradients(fresh_index):
     mllm = load_base(fresh_index, device="cpu")
     model = _adapted(fresh_index, mllm, TrainOptions(lora_rank=2))
     tensors = ExampleTensors(fresh_index, mllm, Interleaved(examples_of(fresh_index), 20, seed=0))
     batch = collate([tensors[i] for i in range(20)], pad=0)
 
-    def loss_and_gradients():
-        model.zero_grad()
-        loss = sum(_summed_loss(model, dict(part))[0] for part in batch.values())
-        loss.backward()
-        return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-    plain_loss, plain = loss_and_gradients()
+    plain_loss, plain = loss_and_gradients(model, batch)
     with cached_tower(mllm.model), _fast_symbol_rows(model):
         for _ in range(2):
-            fast_loss, fast = loss_and_gradients()
+            fast_loss, fast = loss_and_gradients(model, batch)
             assert fast_loss == pytest.approx(plain_loss, rel=1e-5)
             assert fast.keys() == plain.keys()
             assert any("trainable_tokens" in name for name in fast)

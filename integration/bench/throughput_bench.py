@@ -49,7 +49,7 @@ BATCHED, ALONE = "GRACE, a batch of queries at once", "GRACE, one query after an
 
 def main(argv: Sequence[str] | None = None) -> Report:
     """Measure GRACE, then start the server and measure it."""
-    args = options(__doc__ or "", sizes=(100_000,), argv=argv)
+    args = options(__doc__ or "", sizes=(10_000,), argv=argv)
     torch.set_num_threads(THREADS)
     report, mllm = Report("throughput_bench", args.seed), model_with_symbols(args.seed)
     corpora = {index_name(shape, n): make(n, args.seed) for shape, make in SHAPES.items() for n in args.sizes}

@@ -1,6 +1,7 @@
 """The engine of a vLLM server as a scorer, from inside the server's process: no HTTP between the steps.
 
-Only vLLM's public surface: `engine_client.generate` and `SamplingParams`. Loads in the server only.
+Only vLLM's public surface: `engine_client.generate`, its renderer, `vllm.inputs` and `SamplingParams`. Loads in the
+server only.
 """
 
 from __future__ import annotations

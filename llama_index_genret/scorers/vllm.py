@@ -75,7 +75,7 @@ class VllmScorer:
     Args:
         api_base: address up to `/v1`, for example `http://127.0.0.1:8000/v1`.
         model: the served name; the server's only model if not given.
-        timeout_s: of one request, connecting included.
+        timeout_s: of one request, connecting and further tries included.
         weights_id: `Index.weights_id`; a server started by `genret serve` with other weights is then refused.
     """
 
