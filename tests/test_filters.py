@@ -1,14 +1,17 @@
 """Metadata filters over whole indexes: the same as LlamaIndex's own evaluator, record by record."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_index.core.vector_stores import types as llama_index_types
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn
+from pydantic import ValidationError
 
 from llama_index_genret.errors import FilterError
-from llama_index_genret.store.filters import Columns, MetadataFilter, MetadataFilters
+from llama_index_genret.store.filters import MAX_DEPTH, Columns, MetadataFilter, MetadataFilters
 
 OPERATORS = [operator.value for operator in llama_index_types.FilterOperator]
 WORDS = st.sampled_from(["red", "Red", "re", "blue", "", "2024"])
@@ -93,6 +96,17 @@ def test_what_does_not_apply_names_the_filter_and_the_known_keys():
         columns.passing(MetadataFilters(filters=[MetadataFilter(key="color", value=3, operator=">")]))
     with pytest.raises(FilterError, match=r"'size'; the index knows \['color'\]"):
         columns.passing(MetadataFilters.equal({"size": 1}))
+
+
+@pytest.mark.parametrize(("depth", "taken"), [(MAX_DEPTH, True), (MAX_DEPTH + 1, False), (200, False)])
+def test_filters_that_lie_too_deep_are_refused_and_the_others_can_be_written_again(depth, taken):
+    nested = {"key": "color", "value": "red"}
+    for _ in range(depth):
+        nested = {"filters": [nested]}
+    with nullcontext() if taken else pytest.raises(ValidationError, match=f"at most {MAX_DEPTH} deep"):
+        filters = MetadataFilters.model_validate(nested)
+        assert MetadataFilters.model_validate_json(filters.model_dump_json()) == filters
+        assert Columns([{"color": "red"}]).passing(filters).tolist() == [True]
 
 
 def test_an_index_without_records_lets_nothing_pass():

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llama_index_genret.corpus import Scalar
 from llama_index_genret.errors import FilterError
@@ -27,6 +27,10 @@ Operator = Literal[
     "text_match", "text_match_insensitive", "is_empty",
 ]  # fmt: skip
 Mask = NDArray[np.bool_]
+
+
+MAX_DEPTH = 32
+"""Of nested filters: deeper ones could be read, but not written as JSON again."""
 
 
 class MetadataFilter(BaseModel):
@@ -41,12 +45,23 @@ class MetadataFilter(BaseModel):
 class MetadataFilters(BaseModel):
     """Conditions that hold together ("and"), one of them at least ("or"), or none of them ("not").
 
-    No conditions let everything pass.
+    No conditions let everything pass. At most MAX_DEPTH lie in one another.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     filters: list[MetadataFilter | MetadataFilters] = Field(max_length=1000)
     condition: Literal["and", "or", "not"] | None = "and"
+
+    @property
+    def depth(self) -> int:
+        """How many conditions lie in one another."""
+        return 1 + max((part.depth for part in self.filters if isinstance(part, MetadataFilters)), default=0)
+
+    @model_validator(mode="after")
+    def _shallow(self) -> MetadataFilters:
+        if self.depth > MAX_DEPTH:
+            raise ValueError(f"filters lie in one another at most {MAX_DEPTH} deep")
+        return self
 
     @classmethod
     def equal(cls, wanted: Mapping[str, Value | list[Value]]) -> MetadataFilters:
