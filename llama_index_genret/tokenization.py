@@ -126,8 +126,17 @@ class IndexTokenizer:
         ]
         encoded = self.encode_texts([both for _, _, both in whole])
         kept = [(i, word) for (i, word, _), back in zip(whole, encoded, strict=True) if back == [i, i]]
-        kept.sort(key=lambda entry: (not (entry[1].isascii() and entry[1].islower()), entry[0]))
+        kept.sort(key=lambda entry: (not _is_common(entry[1]), entry[0]))
         return self.pieces([i for i, _ in kept])
+
+    @property
+    def common_words(self) -> list[str]:
+        """Those of `words` that are plain lower-case letters, as text."""
+        return [
+            word
+            for word in map(str.strip, self.decode_all([[self.symbol_id(p)] for p in self.words]))
+            if _is_common(word)
+        ]
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode_text` of many texts, faster."""
@@ -142,3 +151,7 @@ class IndexTokenizer:
         grown = Tokenizer.from_str(self._json)
         grown.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in symbols])
         return IndexTokenizer(grown)
+
+
+def _is_common(word: str) -> bool:
+    return word.isascii() and word.islower()

@@ -11,15 +11,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from llama_index_genret.errors import TrainingError
 from llama_index_genret.images import load_image
 from llama_index_genret.modeling import Mllm
 from llama_index_genret.store import Index
 from llama_index_genret.training.examples import Example, Interleaved
+from llama_index_genret.training.soft_targets import Paths
+from llama_index_genret.training.teacher import Teacher
 
 IGNORED = -100
 """Label of a position without loss, as in transformers."""
+
+ALIKE = 32
+"""Text examples whose lengths share this multiple make one batch: about a block of a prompt."""
+
+_SOFT = ("offsets", "soft")
 
 CACHED_IMAGES = 1024
 """Processed images kept in memory."""
@@ -28,14 +37,21 @@ CACHED_IMAGES = 1024
 class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
     """Item i: `input_ids` (t,), `labels` (t,) and, of an example with an image, what else the processor gives.
 
-    That is image tensors, and for some models a kind of each token (t,), by which they count positions.
+    That is image tensors, and for some models a kind of each token (t,), by which they count positions. An example
+    that imitates the teacher has no labels, but for each of its m last tokens that are to be predicted `offsets` (m,),
+    how far from the end it stands, and `soft` (m, u), probabilities of the tokens of `paths`, -1 where one may not be.
     """
 
-    def __init__(self, index: Index, mllm: Mllm, examples: Interleaved) -> None:
+    def __init__(
+        self, index: Index, mllm: Mllm, examples: Interleaved, teacher: Teacher | None = None, *, seed: int = 0
+    ) -> None:
         self._index = index
         self._mllm = mllm
         self._examples = examples
+        self._teacher = teacher
+        self._seed = seed
         self._end = index.tokenizer.encode_markup(index.prompts.end)
+        self.paths = Paths([(*index.token_ids(row), index.end_token) for row in range(len(index.records))])
         self._images: OrderedDict[Path, Any] = OrderedDict()
 
     def __len__(self) -> int:
@@ -43,11 +59,30 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         example = self._examples[i]
+        if example.task == "imitate":
+            return self._imitating(example, i)
         item, target = self._prompt(example), torch.tensor(self._target(example) + self._end)
         item["labels"] = torch.full_like(item["input_ids"], IGNORED)
         ends = {"input_ids": target, "labels": target}
         text = torch.zeros_like(target)  # the kind of a token that is text
         return item | {name: torch.cat([item[name], ends.get(name, text)]) for name in _per_token(item)}
+
+    def _imitating(self, example: Example, i: int) -> dict[str, Any]:
+        """An image is drawn as the teacher would; at each of its symbols, all that may stand there are weighed."""
+        if self._teacher is None:
+            raise TrainingError("examples of the task 'imitate' need a teacher.")
+        probabilities = self._teacher.probabilities(example.row)
+        row = int(np.random.default_rng((self._seed, i)).choice(len(probabilities), p=probabilities))
+        targets = self.paths.targets(row, probabilities)
+        n_symbols = targets[-1].depth + 1 if targets else 0
+        soft = torch.full((len(targets), len(self.paths.token_ids)), -1.0)
+        for place, target in enumerate(targets):
+            soft[place, torch.from_numpy(target.columns)] = torch.from_numpy(target.probabilities)
+        prompt = self._index.prompts.query_tokens(self._index.tokenizer, example.text)
+        input_ids = torch.tensor([*prompt, *self._index.token_ids(row)[:n_symbols]])
+        offsets = torch.tensor([n_symbols - target.depth for target in targets], dtype=torch.long)
+        labels = torch.full_like(input_ids, IGNORED)
+        return {"input_ids": input_ids, "labels": labels, "offsets": offsets, "soft": soft}
 
     def _target(self, example: Example) -> list[int]:
         if example.target is None:
@@ -77,12 +112,23 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def collate(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, dict[str, torch.Tensor]]:
-    """One batch for the examples with an image and one for those without: the latter are half as long."""
-    parts = {
-        "image": [item for item in items if len(item) > 2],
-        "text": [item for item in items if len(item) == 2],
-    }
-    return {name: _padded(part, pad) for name, part in parts.items() if part}
+    """Batches of items of about the same length, those with an image apart: padding costs as much as text.
+
+    Where some are to be imitated, a batch also has `soft` (m, u) of all its rows, `soft_rows` and `offsets` (m,).
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for item in items:
+        has_image = not item.keys() <= {"input_ids", "labels", *_SOFT}
+        groups.setdefault("image" if has_image else f"text {len(item['input_ids']) // ALIKE}", []).append(item)
+    return {name: _padded(group, pad) | _imitated(group) for name, group in groups.items()}
+
+
+def _imitated(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    rows = [(row, item) for row, item in enumerate(items) if "soft" in item]
+    if not rows:
+        return {}
+    together = {name: torch.cat([item[name] for _, item in rows]) for name in _SOFT}
+    return together | {"soft_rows": torch.cat([torch.full_like(item["offsets"], row) for row, item in rows])}
 
 
 def _padded(items: Sequence[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
@@ -93,10 +139,11 @@ def _padded(items: Sequence[dict[str, Any]], pad: int) -> dict[str, torch.Tensor
         return torch.stack([torch.cat([row.new_full((length - len(row),), value), row]) for row in rows])
 
     fill = {"input_ids": pad, "labels": IGNORED}
-    of_tokens = _per_token(items[0])
+    of_tokens = [name for name in _per_token(items[0]) if name not in _SOFT]
     batch = {name: padded([item[name] for item in items], fill.get(name, 0)) for name in of_tokens}
     batch["attention_mask"] = padded([torch.ones_like(item["input_ids"]) for item in items], 0)
-    return batch | {name: torch.cat([item[name] for item in items]) for name in items[0] if name not in of_tokens}
+    other = [name for name in items[0] if name not in (*of_tokens, *_SOFT)]
+    return batch | {name: torch.cat([item[name] for item in items]) for name in other}
 
 
 def _per_token(item: dict[str, torch.Tensor]) -> list[str]:

@@ -4,12 +4,13 @@ Knows the index; nothing of torch. Example `i` is a function of the seed and `i`
 any number of processes, see the same stream.
 
 Source: memorise and retrieve are GRACE's two tasks (arXiv:2402.10805), mixed in every batch rather than phased;
-describe and answer keep the model able to speak of the image behind a name, and of a picture.
+describe and answer keep the model able to speak of the image behind a name, and of a picture. imitate: any query at
+all, for which a teacher says how likely each image is meant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -21,22 +22,22 @@ from llama_index_genret.corpus import Record
 from llama_index_genret.errors import TrainingError
 from llama_index_genret.store import Index
 
-Task = Literal["memorise", "retrieve", "describe", "answer"]
+Task = Literal["memorise", "retrieve", "describe", "answer", "imitate"]
 
 CARRIERS = ("a picture of {}", "find {}", "what is the {} like?", "image: {}")
 """How a caption is put as a query while training, beside the caption as it is. A question is a query too: that of
 `genret ask`."""
 
-MIX: dict[Task, int] = {"retrieve": 8, "memorise": 3, "describe": 1, "answer": 8}
-"""Examples of each task in every twenty."""
+MIX: dict[Task, int] = {"retrieve": 8, "memorise": 3, "describe": 1, "answer": 8, "imitate": 20}
+"""Examples of each task in a block; tasks without examples are left out."""
 
 
 @dataclass(frozen=True)
 class Example:
     """One input and its target.
 
-    row: of the record. text: what fills the task's blank; empty for memorise, which has none, and for describe,
-    which takes the identifier's tokens. target: None for the identifier.
+    row: of the record; for imitate, of the query among the teacher's. text: what fills the task's blank; empty for
+    memorise, which has none, and for describe, which takes the identifier's tokens. target: None for the identifier.
     """
 
     task: Task
@@ -45,13 +46,15 @@ class Example:
     target: str | None
 
 
-def examples_of(index: Index) -> dict[Task, list[Example]]:
+def examples_of(index: Index, imitated: Sequence[str] = ()) -> dict[Task, list[Example]]:
     """All examples of every task that the records allow, in the order of the records.
 
+    Args:
+        imitated: queries for which a teacher is imitated.
     Raises:
         TrainingError: no record has a caption, so that nothing teaches query -> identifier.
     """
-    tasks: dict[Task, list[Example]] = {"memorise": [], "retrieve": [], "describe": [], "answer": []}
+    tasks: dict[Task, list[Example]] = {task: [] for task in MIX}
     for row, record in enumerate(index.records):
         tasks["memorise"].append(Example("memorise", row, "", None))
         for place, caption in enumerate(record.captions):
@@ -65,6 +68,7 @@ def examples_of(index: Index) -> dict[Task, list[Example]]:
             f"no image of {index.folder} has a caption, so nothing teaches which query means which image. "
             "Give captions in metadata.jsonl ('text') and index again."
         )
+    tasks["imitate"] = [Example("imitate", number, query, None) for number, query in enumerate(imitated)]
     return {task: examples for task, examples in tasks.items() if examples}
 
 
@@ -81,11 +85,13 @@ class Interleaved(Sequence[Example]):
     for block: tasks = shuffle(mix); for task in tasks: next example of that task's current shuffle
     """
 
-    def __init__(self, tasks: dict[Task, list[Example]], n_examples: int, *, seed: int) -> None:
+    def __init__(
+        self, tasks: Mapping[Task, list[Example]], n_examples: int, *, seed: int, mix: Mapping[Task, int] = MIX
+    ) -> None:
         self._tasks = tasks
         self._n_examples = n_examples
         self._seed = seed
-        self._block = [task for task, count in MIX.items() for _ in range(count) if task in tasks]
+        self._block = [task for task in MIX for _ in range(mix.get(task, 0)) if task in tasks]
 
     def __len__(self) -> int:
         return self._n_examples
@@ -102,10 +108,10 @@ class Interleaved(Sequence[Example]):
         return self._tasks[task][int(shuffle[position])]
 
 
-def epoch_length(tasks: dict[Task, list[Example]]) -> int:
+def epoch_length(tasks: Mapping[Task, list[Example]], mix: Mapping[Task, int] = MIX) -> int:
     """Interleaved examples until every retrieve example was seen once."""
-    block = sum(MIX[task] for task in tasks)
-    return int(np.ceil(len(tasks["retrieve"]) * block / MIX["retrieve"]))
+    block = sum(mix.get(task, 0) for task in tasks)
+    return int(np.ceil(len(tasks["retrieve"]) * block / mix["retrieve"]))
 
 
 @lru_cache(maxsize=16)

@@ -12,20 +12,29 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
 from llama_index_genret.errors import MissingExtra, TrainingError
-from llama_index_genret.modeling import Mllm, load_base
+from llama_index_genret.modeling import Mllm, load_base, vision_features
 from llama_index_genret.store import Index, store_adapter
 from llama_index_genret.training.batches import IGNORED, ExampleTensors, collate
-from llama_index_genret.training.examples import Interleaved, epoch_length, examples_of
+from llama_index_genret.training.examples import (
+    MIX,
+    Interleaved,
+    Task,
+    epoch_length,
+    examples_of,
+)
+from llama_index_genret.training.symbol_rows import start_rows
+from llama_index_genret.training.teacher import Teacher, teach
 from llama_index_genret.training.tower_cache import cached_tower
 
 try:
@@ -49,17 +58,30 @@ class TrainOptions:
     """What can be chosen of a run. A changed option is another run: its checkpoints are not those of this one.
 
     epochs: passes over the retrieve examples; max_steps overrides it.
+    batch_size: examples a step, over all processes; accumulate: parts in which a step computes them.
     learning_rate: of the LoRA matrices and the connector; symbol_learning_rate: of the new symbols' rows.
+    symbol_start: where rows of new symbols start: at centroids of the images' features by the model's own vision
+        tower, of their captions' embeddings by the teacher, or as noise.
+    mix: examples of each task in a block, see `examples.MIX`.
+    teacher: a text encoder that `sentence-transformers` loads, whose similarities are imitated for any query at all;
+        it is needed while training only. teacher_temperature: of its distribution over images.
+    imitated: more queries to imitate it on, beside captions, words of the model's vocabulary and lists of those.
     """
 
     epochs: float = 3.0
     max_steps: int | None = None
     batch_size: int = 20
+    accumulate: int = 1
     learning_rate: float = 2e-3
     symbol_learning_rate: float = 1e-2
     lora_rank: int = 32
     checkpoint_every: int = 100
     seed: int = 0
+    symbol_start: Literal["images", "captions", "noise"] = "images"
+    mix: Mapping[Task, int] = field(default_factory=lambda: dict(MIX))
+    teacher: str | None = None
+    teacher_temperature: float = 0.05
+    imitated: tuple[str, ...] = ()
 
 
 def train(
@@ -74,17 +96,23 @@ def train(
     """
     options = options or TrainOptions()
     torch.manual_seed(options.seed)
-    tasks = examples_of(index)
     mllm = load_base(index, device=device)
-    steps = options.max_steps or max(1, round(options.epochs * epoch_length(tasks) / options.batch_size))
-    examples = Interleaved(tasks, steps * options.batch_size, seed=options.seed)
+    teacher = _teacher(index, options, str(mllm.model.device), show_progress=show_progress)
+    tasks = examples_of(index, teacher.texts if teacher else ())
+    steps = options.max_steps or max(1, round(options.epochs * epoch_length(tasks, options.mix) / options.batch_size))
+    examples = Interleaved(tasks, steps * options.batch_size, seed=options.seed, mix=options.mix)
+    tensors = ExampleTensors(index, mllm, examples, teacher, seed=options.seed)
 
     if mllm.model.device.type == "cpu":  # short rows: PyTorch's fused attention is the slower one there
         mllm.model.set_attn_implementation("eager")
     work = index.folder / WORK / _run_key(index, options)
-    model = _adapted(index, mllm, options)
+    vectors = None
+    if index.new_token_ids() and options.symbol_start != "noise":
+        vectors = _vectors(index, mllm, teacher, options, show_progress=show_progress)
+    model = _adapted(index, mllm, options, vectors)
     with cached_tower(mllm.model), _fast_symbol_rows(model):
         trainer = _LabelTrainer(
+            torch.from_numpy(tensors.paths.token_ids),
             model=model,
             args=TrainingArguments(
                 output_dir=str(work),
@@ -106,7 +134,7 @@ def train(
                 seed=options.seed,
                 dataloader_pin_memory=False,
             ),
-            train_dataset=ExampleTensors(index, mllm, examples),
+            train_dataset=tensors,
             data_collator=partial(collate, pad=mllm.processor.tokenizer.pad_token_id or 0),
             optimizers=(_optimizer(model, options), None),
         )
@@ -132,6 +160,21 @@ def train(
     return trained
 
 
+def _teacher(index: Index, options: TrainOptions, device: str, *, show_progress: bool) -> Teacher | None:
+    if options.teacher is None:
+        return None
+    return teach(
+        options.teacher,
+        [record.captions for record in index.records],
+        words=index.tokenizer.common_words,
+        queries=options.imitated,
+        temperature=options.teacher_temperature,
+        seed=options.seed,
+        device=device,
+        progress=partial(tqdm, desc="Asking the teacher", unit="batch", disable=not show_progress),
+    )
+
+
 def _run_key(index: Index, options: TrainOptions) -> str:
     """Names a run by all that decides its course, so that only the same run resumes."""
     identity = {
@@ -143,7 +186,19 @@ def _run_key(index: Index, options: TrainOptions) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _adapted(index: Index, mllm: Mllm, options: TrainOptions) -> Any:
+def _vectors(
+    index: Index, mllm: Mllm, teacher: Teacher | None, options: TrainOptions, *, show_progress: bool
+) -> NDArray[np.float32]:
+    """(images, v) what the images are, to start the rows of their symbols from."""
+    if options.symbol_start == "captions":
+        if teacher is None:
+            raise TrainingError("symbol_start='captions' takes the captions' embeddings by a teacher: name one.")
+        return teacher.images
+    bar = partial(tqdm, desc="Looking", unit="batch", disable=not show_progress)
+    return vision_features(mllm, [record.path for record in index.records], bar)
+
+
+def _adapted(index: Index, mllm: Mllm, options: TrainOptions, vectors: NDArray[np.float32] | None = None) -> Any:
     """The model with trainable LoRA matrices, symbol rows and connector; all else frozen."""
     model = mllm.model
     decoder = {id(module) for module in model.get_decoder().modules()}
@@ -153,7 +208,8 @@ def _adapted(index: Index, mllm: Mllm, options: TrainOptions) -> Any:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     vocabularies = [embedding] if head.weight is embedding.weight else [embedding, head]
     for vocabulary in vocabularies:
-        _spread_rows(vocabulary.weight, new_symbols, seed=options.seed)
+        identifiers = [index.token_ids(row) for row in range(len(index.records))]
+        start_rows(vocabulary.weight, new_symbols, seed=options.seed, identifiers=identifiers, vectors=vectors)
     names = [n.rpartition(".")[2] for n, m in model.named_modules() if any(m is v for v in vocabularies)]
     config = LoraConfig(
         r=options.lora_rank,
@@ -172,17 +228,6 @@ def _adapted(index: Index, mllm: Mllm, options: TrainOptions) -> Any:
 def _multiplies_bfloat16(device: torch.device) -> bool:
     """Whether mixed precision pays: any GPU, and CPUs with AVX-512 BF16 or AMX (2 to 3 times on their matrices)."""
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-@torch.no_grad()
-def _spread_rows(weight: torch.Tensor, rows: list[int], *, seed: int) -> None:
-    """Start each new symbol at its own place, spread like the trained rows: equal rows learn nothing apart."""
-    if not rows:
-        return
-    trained = weight[: min(rows)].float()
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn((len(rows), weight.shape[1]), generator=generator).to(weight.device)
-    weight[rows] = (trained.mean(0) + noise * trained.std(0)).to(weight.dtype)
 
 
 def _optimizer(model: Any, options: TrainOptions) -> torch.optim.Optimizer:
@@ -213,22 +258,40 @@ class _Bar(TrainerCallback):  # type: ignore[misc]  # transformers is untyped he
 
 
 class _LabelTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
-    """Computes the LM head at the positions of the targets only, which stand at the right edge of a batch."""
+    """Computes the LM head at the positions of the targets only, which stand at the right edge of a batch.
+
+    Args:
+        symbols: (u,) the token ids of identifiers, which the columns of soft targets stand for.
+    """
+
+    def __init__(self, symbols: torch.Tensor, **others: Any) -> None:
+        super().__init__(**others)
+        self._symbols = symbols
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
-        parts = [_summed_loss(model, dict(part)) for part in inputs.values()]
+        parts = [_summed_loss(model, dict(part), self._symbols) for part in inputs.values()]
         loss = torch.stack([part for part, _ in parts]).sum() / sum(n_targets for _, n_targets in parts)
         return (loss, {}) if return_outputs else loss
 
 
-def _summed_loss(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """Cross-entropy summed over the targets, and their number."""
-    labels = inputs.pop("labels")
-    reach = int((labels != IGNORED).any(0).flip(0).nonzero().max()) + 1
+def _summed_loss(model: Any, inputs: dict[str, torch.Tensor], symbols: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Cross-entropy summed over the targets, and their number.
+
+    A label's is taken over the vocabulary; a soft target's over the symbols that may stand there.
+    """
+    labels, rows = inputs.pop("labels"), inputs.pop("soft_rows", None)
+    offsets, soft = inputs.pop("offsets", None), inputs.pop("soft", None)
+    positions = (labels != IGNORED).any(0).flip(0).nonzero().flatten() + 1
+    reach = int(torch.cat([positions] + ([offsets] if offsets is not None else [])).max())
     logits = model(**inputs, logits_to_keep=reach + 1, use_cache=False).logits[:, :-1]
     targets = labels[:, -reach:]
     known = targets != IGNORED
-    return functional.cross_entropy(logits[known].float(), targets[known], reduction="sum"), int(known.sum())
+    loss = functional.cross_entropy(logits[known].float(), targets[known], reduction="sum")
+    if rows is None or offsets is None or soft is None:
+        return loss, int(known.sum())
+    scores = logits[rows, reach - offsets][:, symbols.to(logits.device)].float()
+    log_probs = scores.masked_fill(soft < 0, -torch.inf).log_softmax(-1)
+    return loss - (soft.clamp(min=0) * log_probs.masked_fill(soft < 0, 0)).sum(), int(known.sum()) + len(rows)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,232 @@
+"""Imitating a text encoder: its distribution over images, the same as targets for symbols, and that it is learned."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Pooling, Transformer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from llama_index_genret.corpus import read_corpus
+from llama_index_genret.errors import TrainingError
+from llama_index_genret.indexing import build_index
+from llama_index_genret.modeling import load_base, load_trained
+from llama_index_genret.scorers.base import recall
+from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.training.batches import ExampleTensors, collate
+from llama_index_genret.training.examples import Example, Interleaved, examples_of
+from llama_index_genret.training.recipe import TrainOptions, _summed_loss, train
+from llama_index_genret.training.soft_targets import Paths
+from llama_index_genret.training.symbol_rows import start_rows
+from llama_index_genret.training.teacher import Teacher, teach
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """A tiny random text encoder, as `sentence-transformers` stores one."""
+    folder = tmp_path_factory.mktemp("encoder")
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "a",
+        "thing",
+        "red",
+        "green",
+        "blue",
+        "white",
+        "black",
+        "circle",
+        "bar",
+        "square",
+        "ring",
+        "ball",
+    ]
+    tokenizer = Tokenizer(WordLevel(dict(zip(words, range(len(words)), strict=True)), unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(folder / "bert")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        initializer_range=1.0,
+    )
+    BertModel(config).save_pretrained(folder / "bert")
+    transformer = Transformer(str(folder / "bert"))
+    SentenceTransformer(modules=[transformer, Pooling(16, "mean")], device="cpu").save(str(folder / "encoder"))
+    return str(folder / "encoder")
+
+
+def taught(encoder, captions, **chosen):
+    options = {"words": ["red", "blue"], "temperature": 0.05, "seed": 0, "device": "cpu"}
+    return teach(encoder, captions, **(options | chosen))
+
+
+def test_a_teacher_is_asked_captions_words_lists_of_both_and_what_it_is_given(encoder):
+    teacher = taught(encoder, [["red circle", "red ball"], [], ["blue bar"]], queries=["a green square"])
+    assert teacher.texts[:5] == ("red circle", "red ball", "blue bar", "red", "blue")
+    assert teacher.texts[-1] == "a green square"
+    assert len(set(teacher.texts)) == len(teacher.texts) == len(teacher.queries)
+    known = set(teacher.texts[:5])
+    for made_up in teacher.texts[5:-1]:
+        assert set(made_up.split(", ")) <= known or all(word in " ".join(known) for word in made_up.split())
+    np.testing.assert_allclose(np.linalg.norm(teacher.queries, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(teacher.images, axis=1), [1, 0, 1], rtol=1e-5)
+
+
+def test_a_teacher_means_the_image_whose_captions_are_nearest(encoder):
+    teacher = taught(encoder, [["red circle"], ["blue bar"], ["green square"]])
+    for number, caption in enumerate(["red circle", "blue bar", "green square"]):
+        probabilities = teacher.probabilities(teacher.texts.index(caption))
+        assert probabilities.argmax() == number
+        assert probabilities.sum() == pytest.approx(1)
+
+
+def test_a_list_reads_to_the_teacher_as_words(encoder):
+    teacher = taught(encoder, [["red circle"]], queries=["red, blue", "red blue"])
+    lists, words = (teacher.queries[teacher.texts.index(text)] for text in ("red, blue", "red blue"))
+    np.testing.assert_allclose(lists, words, atol=1e-6)
+
+
+def test_without_captions_there_is_nothing_to_teach(encoder):
+    with pytest.raises(TrainingError, match="no image of the index has one"):
+        taught(encoder, [[], []])
+
+
+def test_a_folder_that_is_no_encoder_is_named(tmp_path):
+    with pytest.raises(TrainingError, match=str(tmp_path)):
+        taught(str(tmp_path), [["red"]])
+
+
+identifiers = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1, max_size=12).map(
+    lambda rows: sorted({(*row, 0) for row in rows})  # the end closes each, so that none begins another
+)
+
+
+@given(identifiers, st.integers(0, 2**32 - 1))
+def test_soft_targets_multiply_to_the_distribution_over_images(names, seed):
+    draw = np.random.default_rng(seed)
+    order = draw.permutation(len(names))
+    names = [names[place] for place in order]
+    wanted = draw.random(len(names)) + 1e-3
+    wanted /= wanted.sum()
+    paths = Paths(names)
+    assert paths.token_ids.tolist() == sorted(set(itertools.chain(*names)))
+    for row, name in enumerate(names):
+        product = 1.0
+        for target in paths.targets(row, wanted):
+            assert len(target.columns) > 1
+            assert target.probabilities.sum() == pytest.approx(1, abs=1e-5)
+            followers = {other[target.depth] for other in names if other[: target.depth] == name[: target.depth]}
+            assert set(paths.token_ids[target.columns].tolist()) == followers
+            column = int(np.searchsorted(paths.token_ids, name[target.depth]))
+            product *= float(target.probabilities[target.columns.tolist().index(column)])
+        assert product == pytest.approx(wanted[row], rel=1e-4)
+
+
+def table_teacher(index):
+    """A teacher who likes images in the order of a table."""
+    n_images = len(index.records)
+    queries = np.eye(16, dtype=np.float32)[:4]
+    images = np.random.default_rng(1).random((n_images, 16)).astype(np.float32)
+    return Teacher(
+        ("red thing", "blue thing", "a bar", "some wide and long and very wordy query"), queries, images, 1.0
+    )
+
+
+@pytest.mark.parametrize("scheme", ["structured", "atomic", "numeric"])
+def test_the_soft_loss_is_the_cross_entropy_of_the_drawn_paths(pictures, tiny_mllm, tmp_path, scheme):
+    """Against log-probabilities of the search over the same model, which renormalises over the same children."""
+    index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm, scheme=scheme)
+    mllm, teacher = load_base(index, device="cpu"), table_teacher(index)
+    examples = [Example("imitate", number, text, None) for number, text in enumerate(teacher.texts)] * 3
+    tensors = ExampleTensors(index, mllm, examples, teacher)
+    items = [tensors[i] for i in range(len(examples))]
+    symbols = torch.from_numpy(tensors.paths.token_ids)
+    with torch.no_grad():
+        parts = [_summed_loss(mllm.model, part, symbols) for part in collate(items, pad=0).values()]
+    rankings = recall(
+        TransformersScorer(mllm),
+        index.trie,
+        [index.prompts.for_query(index.tokenizer, example.text) for example in examples],
+        k=len(index.records),
+        budget=None,
+    )
+    expected, n_targets = 0.0, 0
+    for i, (example, ranking) in enumerate(zip(examples, rankings, strict=True)):
+        found = {index.record_of(hit).image_id: np.exp(hit.log_prob) for hit in ranking.hits}
+        model = np.array([found[record.image_id] for record in index.records])
+        wanted = teacher.probabilities(example.row)
+        row = int(np.random.default_rng((0, i)).choice(len(wanted), p=wanted))
+        theirs, ours = tensors.paths.targets(row, wanted), tensors.paths.targets(row, model)
+        n_targets += len(theirs)
+        for target, of_model in zip(theirs, ours, strict=True):
+            expected -= float((target.probabilities * np.log(of_model.probabilities)).sum())
+    assert sum(n for _, n in parts) == n_targets
+    assert float(sum(loss for loss, _ in parts)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_imitation_teaches_queries_that_no_caption_has(pictures, tiny_mllm, tmp_path, encoder):
+    index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm, scheme="atomic")
+    options = TrainOptions(
+        max_steps=40,
+        batch_size=10,
+        learning_rate=1e-2,
+        symbol_learning_rate=2e-2,
+        teacher=encoder,
+        symbol_start="captions",
+        imitated=("red circle", "thing blue"),
+        mix={"retrieve": 1, "imitate": 9},
+    )
+    trained = train(index, options, device="cpu", show_progress=False)
+    assert trained.manifest.training["teacher"] == encoder
+
+    def agreement(model):
+        """Probability that the model gives to what the teacher means by a query that is no caption."""
+        captions = [record.captions for record in index.records]
+        teacher = taught(encoder, captions, words=[], queries=["thing blue"])
+        prompts = [index.prompts.for_query(index.tokenizer, "thing blue")]
+        (ranking,) = recall(TransformersScorer(model), trained.trie, prompts, k=len(index.records), budget=None)
+        found = {trained.record_of(hit).image_id: hit.log_prob for hit in ranking.hits}
+        wanted = teacher.probabilities(teacher.texts.index("thing blue"))
+        return sum(p * found[record.image_id] for p, record in zip(wanted, trained.records, strict=True))
+
+    assert agreement(load_trained(trained, device="cpu")) > agreement(load_base(trained, device="cpu")) + 0.3
+
+
+def test_examples_to_imitate_stand_in_the_stream_only_with_a_teacher(untrained_index):
+    assert "imitate" not in examples_of(untrained_index)
+    tasks = examples_of(untrained_index, ["one", "two"])
+    stream = Interleaved(tasks, 40, seed=0, mix={"imitate": 3, "retrieve": 1})
+    assert [example.task for example in stream].count("imitate") == 30
+
+
+def test_symbol_rows_start_with_the_angles_of_their_images():
+    weight = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    trained = weight[:200].clone()
+    vectors = np.eye(4, dtype=np.float32)[[0, 0, 1, 2, 3]]
+    names = [(200, 250), (200, 251), (201, 250), (202, 252), (203, 253)]
+    start_rows(weight, range(200, 300), seed=0, identifiers=names, vectors=vectors)
+    torch.testing.assert_close(weight[:200], trained)
+    rows = (weight[200:] - trained.mean(0)) / trained.std(0)
+    assert len(np.unique(rows.numpy().round(4), axis=0)) == 100  # no two alike, those that no image bears included
+    cosine = torch.nn.functional.cosine_similarity
+    same_image = cosine(rows[2], rows[52], dim=0)  # 202 and 252 are borne by one image alone
+    assert same_image > 0.9
+    assert cosine(rows[0], rows[2], dim=0) < 0.3
+    torch.testing.assert_close(rows.norm(dim=1).mean(), torch.tensor(8.0), rtol=0.05, atol=0)
+
+
+def test_starting_from_captions_needs_a_teacher(untrained_index):
+    with pytest.raises(TrainingError, match="name one"):
+        train(untrained_index, TrainOptions(max_steps=1, symbol_start="captions"), device="cpu", show_progress=False)
