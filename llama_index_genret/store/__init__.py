@@ -2,14 +2,16 @@
 
 INDEX/manifest.json      the commit point: versions, scheme, fingerprints, and the checksum of every file
 INDEX/data-<12 hex>/     what one write added: records.jsonl, trie.bin, edits.safetensors, tokenizer.json,
-                         codebooks.safetensors, adapter/...; files of earlier writes stay where they are while
-                         the manifest names them
+                         codebooks.safetensors, adapter/..., update/..., new_rows.safetensors; files of earlier
+                         writes stay where they are while the manifest names them
 """
 
 from llama_index_genret.store.edit import add_images, remove_images
 from llama_index_genret.store.filters import MetadataFilter, MetadataFilters
 from llama_index_genret.store.folder import FileEntry, Manifest, ModelEntry, check_free
-from llama_index_genret.store.index import Index, create_index, load_index, store_adapter
+from llama_index_genret.store.index import Index, create_index, load_index
+from llama_index_genret.store.trained import drop_update, store_adapter, store_update
+from llama_index_genret.store.weights import NewRows
 
 __all__ = [
     "FileEntry",
@@ -18,10 +20,13 @@ __all__ = [
     "MetadataFilter",
     "MetadataFilters",
     "ModelEntry",
+    "NewRows",
     "add_images",
     "check_free",
     "create_index",
+    "drop_update",
     "load_index",
     "remove_images",
     "store_adapter",
+    "store_update",
 ]

@@ -1,4 +1,4 @@
-"""Adding and removing images of an index, without touching its weights: one write, whole or not at all.
+"""Adding and removing images of an index, without training: one write, whole or not at all.
 
 The trie's file stays as it is while few images have changed; the edits lie beside it. Past `COMPACT_FROM` they are
 merged into a new one in the same write.
@@ -9,6 +9,7 @@ Knows the index; nothing of models. How new images are named is `indexing.name_n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from llama_index_genret.errors import DuplicateImage, UnknownImage
 from llama_index_genret.identifiers import Identifier, Scheme
 from llama_index_genret.store.folder import commit
 from llama_index_genret.store.index import EDITS, Index, load_index, write_records
+from llama_index_genret.store.weights import NEW_ROWS, NewRows
+from llama_index_genret.tokenization import IndexTokenizer
 from llama_index_genret.trie import LiveTrie, add_identifiers, compact, edits_of, remove_identifiers, save_trie
 
 COMPACT_FROM = 0.1
@@ -44,11 +47,20 @@ def remove_images(index: Index, image_ids: Sequence[str]) -> Index:
     return _write(index, _renumbered(trie, new_row), records, identifiers, index.scheme())
 
 
-def add_images(index: Index, records: Sequence[Record], identifiers: Sequence[Identifier], scheme: Scheme) -> Index:
+def add_images(
+    index: Index,
+    records: Sequence[Record],
+    identifiers: Sequence[Identifier],
+    scheme: Scheme,
+    *,
+    tokenizer: IndexTokenizer | None = None,
+    new_rows: NewRows | None = None,
+) -> Index:
     """The index with more images, found by their names at once; the model has not seen them.
 
     Args:
-        identifiers, scheme: as `indexing.name_new_images` gives them.
+        identifiers, scheme, tokenizer: as `indexing.name_new_images` gives them.
+        new_rows: of all symbols that the trained weights lack, in place of those stored.
     Raises:
         DuplicateImage: an image id is in the index already. IdentifierCollision: an identifier is.
     """
@@ -58,10 +70,11 @@ def add_images(index: Index, records: Sequence[Record], identifiers: Sequence[Id
             f"{index.folder} has an image {twice[0]!r} already ({len(twice)} of {len(records)} are known). Give it "
             "another image_id in metadata.jsonl, or remove the old one first: `genret remove`."
         )
+    index = replace(index, tokenizer=tokenizer or index.tokenizer)
     token_ids = [[index.tokenizer.symbol_id(symbol) for symbol in identifier] for identifier in identifiers]
     keys = range(len(index.records), len(index.records) + len(records))
     trie = add_identifiers(index.trie, token_ids, keys, end_token=index.end_token)
-    return _write(index, trie, [*index.records, *records], [*index.identifiers, *identifiers], scheme)
+    return _write(index, trie, [*index.records, *records], [*index.identifiers, *identifiers], scheme, new_rows)
 
 
 def _renumbered(trie: LiveTrie, new_row: np.ndarray[tuple[int], np.dtype[np.int64]]) -> LiveTrie:
@@ -72,7 +85,12 @@ def _renumbered(trie: LiveTrie, new_row: np.ndarray[tuple[int], np.dtype[np.int6
 
 
 def _write(
-    index: Index, trie: LiveTrie, records: Sequence[Record], identifiers: Sequence[Identifier], scheme: Scheme
+    index: Index,
+    trie: LiveTrie,
+    records: Sequence[Record],
+    identifiers: Sequence[Identifier],
+    scheme: Scheme,
+    new_rows: NewRows | None = None,
 ) -> Index:
     changed = 2 * trie.n_leaves - trie.n_live - trie.base.n_leaves
     if changed > COMPACT_FROM * trie.base.n_leaves:
@@ -87,6 +105,7 @@ def _write(
     replaced = {"records.jsonl", "leaf_to_record.npy", "codebooks.safetensors", EDITS}
     if trie.base is not index.trie.base:
         replaced.add("trie.bin")
+    grows = index.tokenizer.fingerprint != index.manifest.tokenizer
 
     def write(into: Path) -> None:
         write_records(into, records, identifiers, places)
@@ -95,10 +114,19 @@ def _write(
             save_trie(trie.base, into / "trie.bin")
         if trie.added or trie.live:
             save_file(edits_of(trie), into / EDITS)
+        if grows:
+            (into / "tokenizer.json").write_text(index.tokenizer.to_json(), encoding="utf-8")
+        if new_rows:
+            new_rows.save(into / NEW_ROWS)
         if scheme.arrays():
             save_file(dict(scheme.arrays()), into / "codebooks.safetensors")
 
-    manifest = index.manifest.model_copy(update={"folders": folders, "scheme_options": scheme.options()})
+    changed_fields = {
+        "folders": folders,
+        "scheme_options": scheme.options(),
+        "tokenizer": index.tokenizer.fingerprint,
+    }
+    manifest = index.manifest.model_copy(update=changed_fields)
     commit(index.folder, manifest, write, keep=lambda name: name not in replaced)
     return load_index(index.folder)
 

@@ -55,6 +55,7 @@ class Manifest(BaseModel):
     """What an index is. Unknown fields are an error: a newer format has another version.
 
     folders: of the images; a record names its own by position.
+    training, update: options and course of both trainings.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +68,7 @@ class Manifest(BaseModel):
     tokenizer: str
     prompts: PromptSet
     training: dict[str, Any] | None = None
+    update: dict[str, Any] | None = None
     files: dict[str, FileEntry]
 
 
