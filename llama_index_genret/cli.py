@@ -23,7 +23,7 @@ from rich.table import Table
 from llama_index_genret.errors import FilterError, GenretError
 from llama_index_genret.identifiers import Alphabet, get_scheme
 from llama_index_genret.identifiers.diagnostics import Diagnosis, diagnose
-from llama_index_genret.store import Index, check_free, load_index, remove_images
+from llama_index_genret.store import Index, check_free, drop_update, load_index, remove_images
 
 app = typer.Typer(
     help="A multimodal LLM that has memorised your images.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -121,7 +121,18 @@ def index(
 @app.command()
 def train(
     index_dir: IndexDir,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the captions.")] = None,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update", help="Learn the images added since, on top of the trained weights, old ones replayed."
+        ),
+    ] = False,
+    drop: Annotated[
+        bool, typer.Option("--drop-update", help="Go back to the weights before the update; trains nothing.")
+    ] = False,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the captions, in an update over those of the new images.")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     learning_rate: Annotated[
@@ -132,14 +143,20 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Teach the model the index's identifiers. Killed, the same command goes on from its last checkpoint."""
-    from llama_index_genret.training.recipe import TrainOptions, train
-
     if epochs is not None and max_steps is not None:
         raise typer.BadParameter("give --epochs or --max-steps, not both")
     given: dict[str, Any] = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
-    given |= {"learning_rate": learning_rate, "seed": seed}
-    options = TrainOptions(**{name: value for name, value in given.items() if value is not None})
-    trained = train(load_index(index_dir), options, device=device)
+    given |= {"learning_rate": learning_rate}
+    given = {name: value for name, value in given.items() if value is not None}
+    if drop and (update or given):
+        raise typer.BadParameter("--drop-update trains nothing: give it alone")
+    if drop:
+        trained = drop_update(load_index(index_dir))
+    else:
+        from llama_index_genret.training.recipe import UPDATE_OPTIONS, TrainOptions, train
+
+        options = dataclasses.replace(UPDATE_OPTIONS if update else TrainOptions(), seed=seed, **given)
+        trained = train(load_index(index_dir), options, update=update, device=device)
     _emit(as_json, _facts(trained), _facts_table(trained))
 
 
@@ -151,7 +168,7 @@ def add(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Add images without training: named by the frozen codebooks, they can be found at once."""
+    """Add images without training: named by the frozen scheme, they can be found at once."""
     from llama_index_genret.corpus import read_corpus
     from llama_index_genret.indexing import add_to_index, needs_features
     from llama_index_genret.modeling import load_base
@@ -162,7 +179,16 @@ def add(
     new = [record for record in corpus.records if (record.image_id, record.sha256) not in known]
     mllm = load_base(loaded, device=device, base=model) if new and needs_features(loaded) else None
     grown = add_to_index(loaded, new, mllm, progress=_bar("Encoding")) if new else loaded
-    _emit(as_json, {**_facts(grown), "added": len(new), "known": len(corpus) - len(new)}, _facts_table(grown))
+    other_weights = grown.weights_id != loaded.weights_id
+    if other_weights:
+        log.print(
+            f"the new images have rows of their own: the weights are {grown.weights_id} now. Restart `genret serve`; "
+            "a running server goes on without the new images.",
+            style="yellow",
+            markup=False,
+        )
+    counts = {"added": len(new), "known": len(corpus) - len(new), "other_weights": other_weights}
+    _emit(as_json, {**_facts(grown), **counts}, _facts_table(grown))
 
 
 @app.command()
@@ -492,7 +518,7 @@ def _levels_table(diagnosis: Diagnosis) -> Table:
 
 
 def _facts(loaded: Index) -> dict[str, Any]:
-    trie = loaded.trie.base
+    trie, unseen = loaded.trie.base, loaded.unseen_rows()
     return {
         "index": str(loaded.folder),
         "images": len(loaded.records),
@@ -507,6 +533,8 @@ def _facts(loaded: Index) -> dict[str, Any]:
         "model": loaded.manifest.model.name_or_path,
         "trained": loaded.is_trained,
         "training": loaded.manifest.training,
+        "update": loaded.manifest.update,
+        "untrained_images": None if unseen is None else len(unseen),
         "missing_images": [r.file_name for r in loaded.records if not r.path.is_file()],
     }
 

@@ -39,11 +39,9 @@ def join_adapters(first: Path, second: Path, out: Path) -> Path:
     Raises:
         ModelMismatch: they adapt other modules, or one holds more than LoRA matrices.
     """
-    configs, weights = (
-        [_config(folder) for folder in (first, second)],
-        [load_file(f / WEIGHTS) for f in (first, second)],
-    )
-    for folder, config, tensors in zip((first, second), configs, weights, strict=True):
+    folders = (first, second)
+    configs, weights = [_config(folder) for folder in folders], [load_file(folder / WEIGHTS) for folder in folders]
+    for folder, config, tensors in zip(folders, configs, weights, strict=True):
         more = [name for name, value in _PLAIN.items() if config.get(name, value) != value]
         more += [name for name in _UNSET if config.get(name)]
         more += [name for name in tensors if not name.endswith((_A, _B))]
