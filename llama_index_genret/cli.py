@@ -123,9 +123,7 @@ def train(
     index_dir: IndexDir,
     update: Annotated[
         bool,
-        typer.Option(
-            "--update", help="Learn the images added since, on top of the trained weights, old ones replayed."
-        ),
+        typer.Option("--update", help="Learn the images added since, in an adapter on top; old ones are replayed."),
     ] = False,
     drop: Annotated[
         bool, typer.Option("--drop-update", help="Go back to the weights before the update; trains nothing.")
@@ -153,7 +151,8 @@ def train(
     if drop:
         trained = drop_update(load_index(index_dir))
     else:
-        from llama_index_genret.training.recipe import UPDATE_OPTIONS, TrainOptions, train
+        from llama_index_genret.training.options import UPDATE_OPTIONS, TrainOptions
+        from llama_index_genret.training.recipe import train
 
         options = dataclasses.replace(UPDATE_OPTIONS if update else TrainOptions(), seed=seed, **given)
         trained = train(load_index(index_dir), options, update=update, device=device)

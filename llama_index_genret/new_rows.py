@@ -60,7 +60,7 @@ class RowRegression:
 
     def predict(self, features: Float32) -> Float32:
         """(n, d) rows for features (n, v)."""
-        return self.mean_rows + (features - self.mean_features) @ self.weights
+        return np.asarray(self.mean_rows + (features - self.mean_features) @ self.weights, np.float32)
 
 
 def guess_rows(
