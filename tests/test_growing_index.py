@@ -131,10 +131,11 @@ def test_schemes_without_features_grow_without_a_model(pictures, more_pictures, 
 
 def test_one_symbol_per_image_grows_the_vocabulary(pictures, more_pictures, tiny_mllm, tmp_path):
     index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm, scheme="atomic")
+    names, symbols = identifiers_of(index), index.new_token_ids()
     grown = add_to_index(index, read_corpus(more_pictures).records)
     assert recalled(grown).keys() == grown.rows_by_id.keys()
-    assert {image_id: identifiers_of(grown)[image_id] for image_id in identifiers_of(index)} == identifiers_of(index)
-    assert grown.new_token_ids() == [*index.new_token_ids(), *range(340, 344)]
+    assert {image_id: identifiers_of(grown)[image_id] for image_id in names} == names
+    assert grown.new_token_ids() == [*symbols, *range(symbols[-1] + 1, symbols[-1] + 5)]
     assert grown.new_rows() is None  # the training will give them
 
 
