@@ -123,24 +123,46 @@ def train(
     index_dir: IndexDir,
     epochs: Annotated[float | None, typer.Option(help="Passes over the captions.")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step, over all processes.")] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Parts in which a step is computed.")] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Less memory, a third more time.")] = False,
     learning_rate: Annotated[
         float | None, typer.Option(help="Of the LoRA matrices; 0.002 suits 0.1 B parameters, less suits larger models.")
     ] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=1)] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Text encoder to imitate on any query: a folder or hub id of sentence-transformers."),
+    ] = None,
+    imitate: Annotated[
+        Path | None, typer.Option(help="More queries to imitate it on, one a line.", exists=True, dir_okay=False)
+    ] = None,
+    symbol_start: Annotated[
+        str | None, typer.Option(help="Where new symbols start: images, captions (by the teacher) or noise.")
+    ] = None,
+    mix: Annotated[str | None, typer.Option(help="Examples of each task, as retrieve=8,memorise=3,answer=8.")] = None,
     seed: int = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Teach the model the index's identifiers. Killed, the same command goes on from its last checkpoint."""
+    """Teach the model the index's identifiers. Killed, the same command goes on from its last checkpoint.
+
+    Several processes, as many GPUs: accelerate launch --num_processes 4 -m llama_index_genret.cli train INDEX
+    """
+    from llama_index_genret.training.examples import read_mix
     from llama_index_genret.training.recipe import TrainOptions, train
 
     if epochs is not None and max_steps is not None:
         raise typer.BadParameter("give --epochs or --max-steps, not both")
     given: dict[str, Any] = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
-    given |= {"learning_rate": learning_rate, "seed": seed}
+    given |= {"accumulate": accumulate, "recompute": recompute, "learning_rate": learning_rate, "lora_rank": lora_rank}
+    given |= {"teacher": teacher, "symbol_start": symbol_start, "seed": seed}
+    given |= {"mix": None if mix is None else read_mix(mix)}
+    given |= {"imitated": None if imitate is None else tuple(imitate.read_text(encoding="utf-8").splitlines())}
     options = TrainOptions(**{name: value for name, value in given.items() if value is not None})
     trained = train(load_index(index_dir), options, device=device)
-    _emit(as_json, _facts(trained), _facts_table(trained))
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        _emit(as_json, _facts(trained), _facts_table(trained))
 
 
 @app.command()

@@ -108,6 +108,24 @@ class Interleaved(Sequence[Example]):
         return self._tasks[task][int(shuffle[position])]
 
 
+def read_mix(text: str) -> dict[Task, int]:
+    """`retrieve=8,memorise=3`: how many examples of each task a block has; tasks that are not named have none.
+
+    Raises:
+        TrainingError: a task or number is none, or nothing is left to retrieve.
+    """
+    mix: dict[Task, int] = {}
+    for part in text.split(","):
+        name, _, number = part.strip().partition("=")
+        task = next((task for task in MIX if task == name), None)
+        if task is None or not number.isdecimal():
+            raise TrainingError(f"mix {text!r}: want task=number of the tasks {', '.join(MIX)}, found {part!r}.")
+        mix[task] = int(number)
+    if not mix.get("retrieve"):
+        raise TrainingError(f"mix {text!r} has no retrieve: at least one, or nothing is taught to be found.")
+    return mix
+
+
 def epoch_length(tasks: Mapping[Task, list[Example]], mix: Mapping[Task, int] = MIX) -> int:
     """Interleaved examples until every retrieve example was seen once."""
     block = sum(mix.get(task, 0) for task in tasks)

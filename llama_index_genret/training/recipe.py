@@ -2,7 +2,8 @@
 connector, by Hugging Face's `Trainer`.
 
 The vision tower is frozen, and its features are computed once per image. The loss is taken at the targets only.
-A run that was killed goes on from its last checkpoint when the same command is given again.
+A run that was killed goes on from its last checkpoint when the same command is given again. Under `accelerate launch`
+several processes train one model: each step has the same examples as in one process, and the same loss.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.nn import functional
 
 from llama_index_genret.errors import MissingExtra, TrainingError
 from llama_index_genret.modeling import Mllm, load_base, vision_features
-from llama_index_genret.store import Index, store_adapter
+from llama_index_genret.store import Index, load_index, store_adapter
 from llama_index_genret.training.batches import IGNORED, ExampleTensors, collate
 from llama_index_genret.training.examples import (
     MIX,
@@ -38,6 +39,7 @@ from llama_index_genret.training.teacher import Teacher, teach
 from llama_index_genret.training.tower_cache import cached_tower
 
 try:
+    from accelerate import PartialState
     from peft import LoraConfig, get_peft_model
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from tqdm.auto import tqdm
@@ -58,7 +60,9 @@ class TrainOptions:
     """What can be chosen of a run. A changed option is another run: its checkpoints are not those of this one.
 
     epochs: passes over the retrieve examples; max_steps overrides it.
-    batch_size: examples a step, over all processes; accumulate: parts in which a step computes them.
+    batch_size: examples a step, over all processes; accumulate: parts in which each process computes its share, one
+        after another. recompute: keep no activations of the layers, but compute them again (gradient checkpointing):
+        less memory, a third more time.
     learning_rate: of the LoRA matrices and the connector; symbol_learning_rate: of the new symbols' rows.
     symbol_start: where rows of new symbols start: at centroids of the images' features by the model's own vision
         tower, of their captions' embeddings by the teacher, or as noise.
@@ -72,6 +76,7 @@ class TrainOptions:
     max_steps: int | None = None
     batch_size: int = 20
     accumulate: int = 1
+    recompute: bool = False
     learning_rate: float = 2e-3
     symbol_learning_rate: float = 1e-2
     lora_rank: int = 32
@@ -92,10 +97,21 @@ def train(
     Returns:
         The index as stored, trained.
     Raises:
-        TrainingError: no captions, or the loss is not a number. ModelMismatch: the base model has changed.
+        TrainingError: no captions, the loss is not a number, or the batch does not divide among the processes.
+        ModelMismatch: the base model has changed.
     """
     options = options or TrainOptions()
+    if options.symbol_start not in ("images", "captions", "noise"):
+        raise TrainingError(f"symbol_start={options.symbol_start!r} must be 'images', 'captions' or 'noise'.")
     torch.manual_seed(options.seed)
+    processes = PartialState(cpu=device == "cpu")
+    show_progress = show_progress and processes.is_main_process
+    share, left = divmod(options.batch_size, processes.num_processes * options.accumulate)
+    if left or not share:
+        raise TrainingError(
+            f"batch_size={options.batch_size} does not divide into {processes.num_processes} processes with "
+            f"accumulate={options.accumulate}: choose a multiple of {processes.num_processes * options.accumulate}."
+        )
     mllm = load_base(index, device=device)
     teacher = _teacher(index, options, str(mllm.model.device), show_progress=show_progress)
     tasks = examples_of(index, teacher.texts if teacher else ())
@@ -117,7 +133,11 @@ def train(
             args=TrainingArguments(
                 output_dir=str(work),
                 max_steps=steps,
-                per_device_train_batch_size=options.batch_size,
+                per_device_train_batch_size=share,
+                gradient_accumulation_steps=options.accumulate,
+                gradient_checkpointing=options.recompute,
+                gradient_checkpointing_kwargs={"use_reentrant": False} if options.recompute else None,
+                ddp_find_unused_parameters=False,
                 train_sampling_strategy="sequential",
                 lr_scheduler_type="cosine",
                 warmup_steps=max(1, steps // 20),
@@ -145,19 +165,25 @@ def train(
         checkpoint = get_last_checkpoint(str(work)) if work.is_dir() else None
         result = trainer.train(resume_from_checkpoint=checkpoint)
     if not np.isfinite(result.training_loss):
-        shutil.rmtree(work)
+        if processes.is_main_process:
+            shutil.rmtree(work)
         raise TrainingError(f"the loss became {result.training_loss} after {steps} steps: lower the learning rate.")
 
-    final = work / "final"
-    model.save_pretrained(final, save_embedding_layers=False)
-    course = {
-        "steps": steps,
-        "resumed_at_step": int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
-        "final_loss": next(e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e),
-    }
-    trained = store_adapter(index, final, dataclasses.asdict(options) | course)
-    shutil.rmtree(index.folder / WORK)
-    return trained
+    final, losses = work / "final", [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered, where they lie in shards
+    if processes.is_main_process:
+        course = {
+            "steps": steps,
+            "processes": processes.num_processes,
+            "resumed_at_step": int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
+            "losses": losses,
+            "final_loss": losses[-1],
+        }
+        model.save_pretrained(final, state_dict=weights, save_embedding_layers=False)
+        store_adapter(index, final, dataclasses.asdict(options) | course)
+        shutil.rmtree(index.folder / WORK)
+    processes.wait_for_everyone()
+    return load_index(index.folder)
 
 
 def _teacher(index: Index, options: TrainOptions, device: str, *, show_progress: bool) -> Teacher | None:
@@ -270,7 +296,11 @@ class _LabelTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped h
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         parts = [_summed_loss(model, dict(part), self._symbols) for part in inputs.values()]
-        loss = torch.stack([part for part, _ in parts]).sum() / sum(n_targets for _, n_targets in parts)
+        loss = torch.stack([part for part, _ in parts]).sum()
+        n_targets = torch.tensor(sum(n_targets for _, n_targets in parts), device=loss.device)
+        loss = loss / self.accelerator.reduce(n_targets, reduction="mean")  # gradients are averaged over processes
+        if self.accelerator.num_processes > 1:  # which each must have of every parameter, images or not
+            loss = loss + 0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         return (loss, {}) if return_outputs else loss
 
 
