@@ -138,6 +138,7 @@ def train(
                 gradient_checkpointing=options.recompute,
                 gradient_checkpointing_kwargs={"use_reentrant": False} if options.recompute else None,
                 ddp_find_unused_parameters=False,
+                ddp_broadcast_buffers=False,  # processes differ in how often a step passes through the model
                 train_sampling_strategy="sequential",
                 lr_scheduler_type="cosine",
                 warmup_steps=max(1, steps // 20),
@@ -297,7 +298,7 @@ class _LabelTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped h
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         parts = [_summed_loss(model, dict(part), self._symbols) for part in inputs.values()]
         loss = torch.stack([part for part, _ in parts]).sum()
-        n_targets = torch.tensor(sum(n_targets for _, n_targets in parts), device=loss.device)
+        n_targets = torch.tensor(float(sum(n_targets for _, n_targets in parts)), device=loss.device)
         loss = loss / self.accelerator.reduce(n_targets, reduction="mean")  # gradients are averaged over processes
         if self.accelerator.num_processes > 1:  # which each must have of every parameter, images or not
             loss = loss + 0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
