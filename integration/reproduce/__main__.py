@@ -23,7 +23,7 @@ from integration.reproduce.clip_peer import clip_rankings
 from integration.reproduce.karpathy import HELD_OUT, Karpathy, checked_files, read_karpathy
 from integration.reproduce.protocols import PROTOCOLS, check_options, plan
 from integration.reproduce.pseudo_queries import PseudoQueries, read_pseudo_queries
-from integration.reproduce.runs import POOLS, Run, bar, write_whole
+from integration.reproduce.runs import POOLS, Pool, Run, bar, write_whole
 from integration.reproduce.table import Measured, markdown, measured
 from llama_index_genret.errors import CorpusError, GenretError
 from llama_index_genret.training.recipe import TrainOptions
@@ -59,7 +59,8 @@ def reproduce(args: argparse.Namespace) -> list[Measured]:
 
     queries = dataset.queries(args.split)
     right = [image_id for _, image_id in queries]
-    sizes = {"test": len(dataset.of_split(args.split)), "full": len(dataset.images)}
+    sizes: dict[Pool, int] = {"split": len(dataset.of_split(args.split)), "full": len(dataset.images)}
+    labels: dict[Pool, str] = {"split": args.split, "full": "full"}
     rows: list[Measured] = []
     for protocol in protocols:
         for scheme in schemes:
@@ -81,7 +82,7 @@ def reproduce(args: argparse.Namespace) -> list[Measured]:
             )
             if args.until == "recall":
                 found = run.recall(queries)
-                rows += [measured(scheme, protocol, pool, sizes[pool], found[pool], right) for pool in POOLS]
+                rows += [measured(scheme, protocol, labels[pool], sizes[pool], found[pool], right) for pool in POOLS]
             else:
                 run.build() if args.until == "index" else run.train()
     if args.clip and args.until == "recall":
@@ -95,7 +96,7 @@ def reproduce(args: argparse.Namespace) -> list[Measured]:
             device=args.device or _device(),
         )
         name = f"CLIP {Path(args.clip).name}"
-        rows += [measured(name, "zero-shot", pool, sizes[pool], found[pool], right) for pool in POOLS]
+        rows += [measured(name, "zero-shot", labels[pool], sizes[pool], found[pool], right) for pool in POOLS]
     if rows:
         _report(args, dataset, pseudo, train_options, rows)
     return rows

@@ -16,7 +16,7 @@ import transformers
 from numpy.typing import NDArray
 
 from integration.reproduce.karpathy import Karpathy
-from integration.reproduce.runs import DEPTH, POOLS, Ranked, bar, write_whole
+from integration.reproduce.runs import DEPTH, POOLS, Pool, Ranked, bar, write_whole
 from llama_index_genret.images import load_image
 
 BATCH = 64
@@ -32,7 +32,7 @@ def clip_rankings(
     split: str,
     out: Path,
     device: str = "auto",
-) -> dict[str, Ranked]:
+) -> dict[Pool, Ranked]:
     """For each pool the ten images nearest to every query (text, image id). What is encoded is kept in `out`.
 
     A query longer than the text tower reads is cut, as CLIP is used everywhere; the note says how many were.
@@ -55,8 +55,8 @@ def clip_rankings(
     cut = json.loads((out / "cut.json").read_text())["cut"]
     vectors = {name: np.load(file) for name, file in files.items()}
     ids = [image.image_id for image in dataset.images]
-    rows = {
-        "test": [row for row, image in enumerate(dataset.images) if image.split == split],
+    rows: dict[Pool, list[int]] = {
+        "split": [row for row, image in enumerate(dataset.images) if image.split == split],
         "full": list(range(len(ids))),
     }
     right = [name for _, name in queries]

@@ -3,7 +3,7 @@
     python -m integration.reproduce.miniature --out DIR
 
 writes DIR/flickr30k and DIR/coco, each with dataset_NAME.json, images/ and pseudo_queries.jsonl. A picture shows a
-colored shape somewhere beside another; no two show the same, and so no two captions are alike.
+colored shape beside or above another; no two show the same, and no caption fits two.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ SPLITS = {
 
 CAPTIONS = (
     "A {0} {1} {4} a {2} {3}.",
-    "There is a {0} {1}, and {4} it a {2} {3}.",
-    "Two shapes: one {1} that is {0} and one {3} that is {2}.",
+    "There is a {0} {1}; it is {4} a {2} {3}.",
+    "Two shapes: a {1} that is {0}, {4} a {3} that is {2}.",
     "The {0} {1} is drawn {4} the {2} {3}",
-    "a picture of a {0} {1} with a {2} {3} next to it",
+    "a picture of a {0} {1} that stands {4} a {2} {3}",
 )
-PSEUDO_QUERIES = ("{0} {1} and {2} {3}", "some {0} {1} {4} something {2}")
+PSEUDO_QUERIES = ("{0} {1} and {2} {3}", "a {0} thing {4} a {2} {3}")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def write_miniature(out: Path) -> Path:
             scene.draw().save(path, quality=95)
             said = [scene.say(template) for template in CAPTIONS]
             if name == "coco" and number == len(splits) - 1:  # some of its images have six
-                said.append(scene.say("{2} {3}, {0} {1}"))
+                said.append(scene.say("{0} {1} seen {4} one {2} {3}"))
             ids = list(range(sentences, sentences + len(said)))
             sentences += len(said)
             images.append(

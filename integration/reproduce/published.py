@@ -23,7 +23,10 @@ class Certainty(str, Enum):
 
 @dataclass(frozen=True)
 class Published:
-    """One row. recall: @1, @5, @10 in percent, None where it is not known. setting: what the model saw of the test images."""
+    """One row, of the test images alone as the pool.
+
+    recall: @1, @5, @10 in percent, None where it is not known. setting: what the model saw of the test images.
+    """
 
     dataset: str
     system: str

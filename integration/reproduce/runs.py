@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -35,7 +36,8 @@ from llama_index_genret.training.recipe import TrainOptions, train
 DEPTH = 10
 """Ranked images of a query, and so of MRR@10."""
 
-POOLS = ("test", "full")
+Pool = Literal["split", "full"]
+POOLS: tuple[Pool, ...] = ("split", "full")
 """Among which images is searched: those of the evaluated split (1k, 5k), or the whole dataset (31k, 123k)."""
 
 
@@ -136,7 +138,7 @@ class Run:
             self._write("added.json", images=0, error=str(error))
         return index
 
-    def recall(self, queries: Sequence[tuple[str, str]]) -> dict[str, Ranked]:
+    def recall(self, queries: Sequence[tuple[str, str]]) -> dict[Pool, Ranked]:
         """For each pool the ranked images of every query (text, image id). Killed, it goes on in the middle.
 
         Raises:
@@ -147,7 +149,7 @@ class Run:
             raise TrainingError(f"{index.folder} was trained again after its images were added: remove {self.folder}.")
         added = json.loads((self.folder / "added.json").read_text()) if self.plan.added else {}
         if "error" in added:
-            nothing = Ranked(((),) * len(queries), len(queries), added["error"])
+            nothing = Ranked(((),) * len(queries), len(queries), "names no image without training: all missed")
             return dict.fromkeys(POOLS, nothing)
         asked = self.folder / "queries.jsonl"
         asked.write_text("".join(json.dumps({"query": text, "image_id": name}) + "\n" for text, name in queries))
@@ -162,8 +164,8 @@ class Run:
         note = _collisions(index)
         return {pool: replace(read_hits(file), note=note) for pool, file in files.items()}
 
-    def _ask(self, index: Index, scorer: Any, asked: Path, pool: str, out: Path) -> None:
-        filters = {"split": self.split} if pool == "test" else None
+    def _ask(self, index: Index, scorer: Any, asked: Path, pool: Pool, out: Path) -> None:
+        filters = {"split": self.split} if pool == "split" else None
         with (
             open_batch(index, asked, out, k=DEPTH, filters=filters, scored_by="transformers", overwrite=True) as run,
             tqdm(total=run.total, desc=f"Recalling, {pool} pool", unit="query") as progress,
@@ -187,7 +189,7 @@ def read_hits(path: Path) -> Ranked:
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
 

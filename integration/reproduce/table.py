@@ -31,7 +31,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of ours. setting: transductive, inductive, or zero-shot. pool: images that were searched."""
+    """One row of ours. setting: transductive, inductive, or zero-shot. pool: "full", or the split that was searched."""
 
     system: str
     setting: str
@@ -68,12 +68,12 @@ def markdown(dataset: str, rows: Sequence[Measured], notes: Sequence[str] = ()) 
     lines = [_line(header), _line(["---"] * len(header))]
     lines += [_line(_ours(row)) for row in rows]
     lines += [_line(_theirs(row)) for row in published(dataset)]
-    real = REAL_POOLS.get(dataset)
+    real = dict(zip(("test", "full"), REAL_POOLS[dataset], strict=True))
     sizes = {row.pool: row.pool_size for row in rows}
-    strange = real is not None and bool(sizes) and (sizes.get("test"), sizes.get("full")) != real
     foot = [
-        f"{dataset}, text -> image, in percent, with 95 % intervals over draws of test images. Image -> text is not measured.",
-        *([f"NOT COMPARABLE: the pools have {sizes} images, those of published work {real}."] if strange else []),
+        f"{dataset}, text -> image, in percent, with 95 % intervals over draws of the images that are asked for. "
+        "Image -> text is not measured.",
+        *([f"NOT COMPARABLE: the pools have {sizes} images, those of published work {real}."] if sizes != real else []),
         *notes,
     ]
     return "\n".join([*foot, "", *lines]) + "\n"
@@ -89,7 +89,8 @@ def _ours(row: Measured) -> list[str]:
 
 def _theirs(row: Published) -> list[str]:
     figures = ["-" if value is None else f"{value:g}" for value in row.recall]
-    return [row.system, row.setting, "test", *figures, "-", "-", row.certainty.value, row.source]
+    pool = f"test, {REAL_POOLS[row.dataset][0]:,} images"
+    return [row.system, row.setting, pool, *figures, "-", "-", row.certainty.value, row.source]
 
 
 def _line(cells: Sequence[str]) -> str:
