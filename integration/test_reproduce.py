@@ -27,6 +27,7 @@ from integration.reproduce.pseudo_queries import PseudoQueries, read_pseudo_quer
 from integration.reproduce.published import PUBLISHED
 from integration.reproduce.runs import Ranked
 from integration.reproduce.table import markdown, measured
+from llama_index_genret.cli import app
 from llama_index_genret.corpus import Corpus
 from llama_index_genret.errors import CorpusError, TrainingError
 from llama_index_genret.indexing import build_index
@@ -271,6 +272,44 @@ def test_pseudo_queries_for_a_train_image_are_an_error(coco, tmp_path):
     path.write_text(json.dumps({"file_name": coco.images[0].file_name, "text": ["x"]}))
     with pytest.raises(CorpusError, match=r"line 1.*no image of the split 'test'"):
         read_pseudo_queries(path, coco, "test")
+
+
+HAS_WRITER = any(command.callback.__name__ == "write_queries" for command in app.registered_commands)
+
+
+@pytest.mark.skipif(not HAS_WRITER, reason="this version has no `genret write-queries`")
+def test_the_model_itself_writes_pseudo_queries_and_sees_no_held_out_caption(miniature, tiny_model_dir, tmp_path, coco):
+    from llama_index_genret.store import Provenance, PseudoQuery, WrittenQueries, store_pseudo_queries
+
+    out, folder = tmp_path / "out", miniature / "coco"
+    arguments = [*command(folder, "coco", tiny_model_dir, out, "--write-queries", 3), "--schemes", "string"]
+    main([*arguments, "--until", "index"])
+    index = load_index(out / "captioner/index")
+    test = {image.image_id: image for image in coco.of_split("test")}
+    assert [(record.image_id, record.captions) for record in index.records] == [(name, ()) for name in test]
+    style = (out / "captioner/style.txt").read_text().splitlines()
+    assert set(style) == {caption for image in coco.images if image.is_trained_on for caption in image.captions}
+    assert set(read_pseudo_queries(out / "captioner/written.jsonl", coco, "test").texts) == set(test)
+
+    # A random model writes nonsense, which the command refuses: in its place what a better one would have stored.
+    how = Provenance(model="m", fingerprint=None, written_by="a test", seed=0, temperature=1.0, style=None)
+    said = {name: (f"number {row}", image.captions[0], "three") for row, (name, image) in enumerate(test.items())}
+    stored = [
+        WrittenQueries(
+            image_id=record.image_id,
+            sha256=record.sha256,
+            wanted=3,
+            queries=tuple(PseudoQuery(text=text, kind="scene") for text in said[record.image_id]),
+            provenance=how,
+        )
+        for record in index.records
+    ]
+    store_pseudo_queries(index, stored)
+    (out / "captioner/written.jsonl").unlink()
+    shutil.rmtree(out / "string")
+    main([*arguments, "--until", "index"])
+    known = {r.image_id: r.captions for r in load_index(out / "string/transductive/index").records}
+    assert {name: known[name] for name in test} == {name: (first, third) for name, (first, _, third) in said.items()}
 
 
 # --- inductive ---------------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from integration.reproduce.captioner import write_pseudo_queries
 from integration.reproduce.clip_peer import clip_rankings
-from integration.reproduce.karpathy import HELD_OUT, Karpathy, checked_files, read_karpathy
+from integration.reproduce.karpathy import HELD_OUT, Karpathy, checked_files, read_karpathy, records_of
 from integration.reproduce.protocols import PROTOCOLS, check_options, plan
 from integration.reproduce.pseudo_queries import PseudoQueries, read_pseudo_queries
 from integration.reproduce.runs import POOLS, Pool, Run, bar, write_whole
@@ -51,11 +52,10 @@ def reproduce(args: argparse.Namespace) -> list[Measured]:
     if dataset.name != args.dataset:
         raise CorpusError(f"{args.json} is the dataset {dataset.name!r}, not {args.dataset!r}.")
     check_options(dataclasses.asdict(train_options), dataset)
-    pseudo = PseudoQueries({})
-    if args.pseudo_queries:
-        pseudo = read_pseudo_queries(args.pseudo_queries, dataset, args.split)
     _check_settings(args, train_options, scheme_options)
+    device = args.device or _device()
     sha256 = _checked(args.out / "images.jsonl", dataset, args.images)
+    pseudo = _pseudo_queries(args, dataset, sha256, device)
 
     queries = dataset.queries(args.split)
     right = [image_id for _, image_id in queries]
@@ -77,7 +77,7 @@ def reproduce(args: argparse.Namespace) -> list[Measured]:
                 args.model,
                 scheme_options.get(scheme, {}),
                 train_options,
-                args.device or _device(),
+                device,
                 args.batch_size,
             )
             if args.until == "recall":
@@ -93,13 +93,30 @@ def reproduce(args: argparse.Namespace) -> list[Measured]:
             queries,
             split=args.split,
             out=args.out / "clip",
-            device=args.device or _device(),
+            device=device,
         )
         name = f"CLIP {Path(args.clip).name}"
         rows += [measured(name, "zero-shot", labels[pool], sizes[pool], found[pool], right) for pool in POOLS]
     if rows:
         _report(args, dataset, pseudo, train_options, rows)
     return rows
+
+
+def _pseudo_queries(args: argparse.Namespace, dataset: Karpathy, sha256: dict[str, str], device: str) -> PseudoQueries:
+    """Those of a file, or those that the model itself writes, or none."""
+    path = args.pseudo_queries
+    if args.write_queries:
+        images = args.images.resolve()
+        path = write_pseudo_queries(
+            args.out / "captioner",
+            dataset,
+            records_of(dataset.of_split(args.split), images, sha256, {}),
+            per_image=args.write_queries,
+            images=images,
+            model=args.model,
+            device=device,
+        )
+    return read_pseudo_queries(path, dataset, args.split) if path else PseudoQueries({})
 
 
 def _report(
@@ -143,6 +160,7 @@ def _check_settings(args: argparse.Namespace, options: TrainOptions, scheme_opti
         "split": args.split,
         "train_options": json.loads(json.dumps(dataclasses.asdict(options))),
         "scheme_options": scheme_options,
+        "write_queries": args.write_queries,
         "pseudo_queries": _sha256(args.pseudo_queries) if args.pseudo_queries else None,
     }
     path = args.out / "settings.json"
@@ -217,7 +235,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--schemes", default="all", help=f"all, or of {','.join(SCHEMES)}")
     parser.add_argument("--protocols", default="all", help=f"all, or of {','.join(PROTOCOLS)}")
     parser.add_argument("--split", default="test", choices=HELD_OUT, help="evaluated; choose options on val")
-    parser.add_argument("--pseudo-queries", type=Path, help='{"file_name": "...", "text": [...]} a line')
+    queries = parser.add_mutually_exclusive_group()
+    queries.add_argument("--pseudo-queries", type=Path, help='{"file_name": "...", "text": [...]} a line')
+    queries.add_argument("--write-queries", type=int, metavar="N", help="of each image, by the model itself; GRACE: 5")
     parser.add_argument("--train-option", action="append", default=[], metavar="NAME=VALUE", help="of the recipe")
     parser.add_argument("--scheme-option", action="append", default=[], metavar="SCHEME.NAME=VALUE")
     parser.add_argument("--clip", help="local folder or hub id of a CLIP checkpoint, measured beside")
