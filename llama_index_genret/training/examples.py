@@ -49,7 +49,7 @@ def examples_of(index: Index) -> dict[Task, list[Example]]:
     """All examples of every task that the records allow, in the order of the records.
 
     Raises:
-        TrainingError: no record has a caption, so that nothing teaches query -> identifier.
+        TrainingError: no record has a caption or a pseudo-query, so that nothing teaches query -> identifier.
     """
     tasks: dict[Task, list[Example]] = {"memorise": [], "retrieve": [], "describe": [], "answer": []}
     for row, record in enumerate(index.records):
@@ -59,11 +59,13 @@ def examples_of(index: Index) -> dict[Task, list[Example]]:
             queries = [carrier.replace("{}", caption) for carrier in carriers]
             tasks["retrieve"] += [Example("retrieve", row, query, None) for query in queries]
             tasks["describe"].append(Example("describe", row, "", caption))
+        tasks["retrieve"] += [Example("retrieve", row, q.text, None) for q in index.pseudo_queries_of(record)]
         tasks["answer"] += [Example("answer", row, question, answer) for question, answer in _questions(record)]
     if not tasks["retrieve"]:
         raise TrainingError(
             f"no image of {index.folder} has a caption, so nothing teaches which query means which image. "
-            "Give captions in metadata.jsonl ('text') and index again."
+            "Give captions in metadata.jsonl ('text') and index again, or let the model write queries: "
+            f"`genret write-queries {index.folder}`."
         )
     return {task: examples for task, examples in tasks.items() if examples}
 
