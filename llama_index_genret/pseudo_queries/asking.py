@@ -15,7 +15,7 @@ from typing import Protocol
 
 from llama_index_genret.errors import CorpusError
 
-MAX_CHARACTERS = 200
+MAX_CHARACTERS = 160
 """A longer text is no query: a written one is refused, a sample is not shown."""
 
 SHOWN_SAMPLES = 5

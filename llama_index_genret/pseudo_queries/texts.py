@@ -50,14 +50,13 @@ class Candidates:
 
 
 def clean(line: str) -> str:
-    """The query in a line: without list marks, quotes, labels, "The image shows", and a full stop at its end."""
+    """The query in a line: without list marks, quotes, labels, "The image shows", and the stops around it."""
     before, text = None, " ".join(line.split())
     while text != before:
         before = text
         for beginning in (_MARKER, _LABEL, _LEAD):
             text = beginning.sub("", text, count=1) if beginning.match(text) else text
-        text = text.strip(_QUOTES)
-        text = text[:-1] if text.endswith((".", "。", ",", ";")) else text
+        text = text.strip(_QUOTES).lstrip(".,;:!?").rstrip(".,;。")
     return text
 
 

@@ -195,9 +195,9 @@ def open_writing(
     asked = Asked(**options.model_dump(), model=model, style=style, written_by=written_by)
     path = index.folder / PART
     with locked(path, way_out="make it writable") as part:
-        earlier = read_asked(part) if size(part) else asked
+        earlier = read_asked(part)
         if earlier != asked:
-            if not options.overwrite:
+            if read_batches(part) and not options.overwrite:
                 way_out = "remove the file, or pass --overwrite to write for all images anew."
                 raise BatchError(difference(path, earlier, asked, way_out=way_out))
             part.truncate(0)
