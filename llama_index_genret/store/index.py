@@ -91,16 +91,14 @@ class Index:
 
     @cached_property
     def pseudo_queries(self) -> dict[str, WrittenQueries]:
-        """What a model has written of each image, by image id: of the pictures that the index has now. Never captions.
+        """What a model has written of each image, by image id. Never captions.
 
         Raises:
             IndexDamaged: the file is missing, differs from the manifest, or is broken.
         """
         if PSEUDO_QUERIES not in self.manifest.files:
             return {}
-        sha256 = {record.image_id: record.sha256 for record in self.records}
-        lines = read_written(self.file(PSEUDO_QUERIES))
-        return {line.image_id: line for line in lines if sha256.get(line.image_id) == line.sha256}
+        return {line.image_id: line for line in read_written(self.file(PSEUDO_QUERIES))}
 
     def pseudo_queries_of(self, record: Record) -> tuple[PseudoQuery, ...]:
         """What a model has written of one image."""
