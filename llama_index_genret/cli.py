@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast, get_args
 
@@ -50,6 +51,11 @@ SchemeOptions = Annotated[
     list[str] | None,
     typer.Option(help="key=value of the scheme, the value in JSON: levels=3, sizes=[32,16], method=rq."),
 ]
+Offline = Annotated[bool, typer.Option("--offline", help="With vllm.LLM in this process.")]
+VllmOption = Annotated[
+    list[str] | None,
+    typer.Option(help="key=value of vllm.LLM, the value in JSON: tensor_parallel_size=2, max_model_len=4096."),
+]
 TopK = Annotated[int, typer.Option("-k", min=1, help="Images wanted.")]
 
 
@@ -58,6 +64,15 @@ def _bar(label: str) -> Any:
         yield from track(items, description=label, console=log, transient=True)
 
     return progress
+
+
+@contextmanager
+def _counting_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar that is told how many are done."""
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=log) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def _emit(as_json: bool, value: dict[str, Any], table: Table) -> None:
@@ -116,6 +131,74 @@ def index(
         progress=_bar("Encoding"),
     )
     _emit(as_json, {**_facts(built), "skipped": len(corpus.skipped)}, _facts_table(built))
+
+
+@app.command()
+def write_queries(
+    index_dir: IndexDir,
+    per_image: Annotated[int, typer.Option(min=1, help="Queries that an image should have, its captions counted.")] = 8,
+    style: Annotated[
+        Path | None, typer.Option(help="Queries of users, whose style is taken: one a line, or QUERIES.jsonl.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.05, max=2.0)] = 0.8,
+    seed: int = 0,
+    server: Annotated[
+        str | None, typer.Option(help="Address of a vLLM server of the base model: http://HOST:PORT/v1")
+    ] = None,
+    offline: Offline = False,
+    vllm_option: VllmOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that the model looks at together.")] = 8,
+    overwrite: Annotated[bool, typer.Option(help="Write for all images anew.")] = False,
+    api_key: ApiKey = "EMPTY",
+    model: Annotated[
+        str | None, typer.Option("--model", help="The base model, if it has moved; with --server, its served name.")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Let the base model write queries of images with few captions, to train on. Killed, the same command goes on.
+
+    Images that have theirs are left alone. What is written is no caption: `genret eval` compares without it.
+    """
+    from llama_index_genret.pseudo_queries import WriteOptions, open_writing, read_samples
+
+    if offline and (server or device != "auto"):
+        raise typer.BadParameter("--offline takes no --server or --device: vLLM runs where it was built for")
+    if vllm_option and not offline:
+        raise typer.BadParameter("--vllm-option is for --offline; a server has its own flags")
+    vllm_options = _parse_options("--vllm-option", vllm_option or [])
+    loaded, samples = load_index(index_dir), read_samples(style) if style else ()
+
+    def writer() -> Any:
+        if server:
+            from llama_index_genret.pseudo_queries.server import ServerWriter
+
+            return ServerWriter(server, model=model, api_key=api_key)
+        if offline:
+            _prepare_vllm()
+            from llama_index_genret.pseudo_queries.offline import OfflineWriter
+
+            return OfflineWriter.load(loaded, base=model, **vllm_options)
+        from llama_index_genret.modeling import load_base
+        from llama_index_genret.pseudo_queries.in_process import InProcessWriter
+
+        return InProcessWriter(loaded, load_base(loaded, device=device, base=model))
+
+    kind = "vllm.LLM" if offline else "server" if server else f"transformers on {device}"
+    options = WriteOptions(
+        per_image=per_image, temperature=temperature, seed=seed, batch_size=batch_size, overwrite=overwrite
+    )
+    with (
+        open_writing(loaded, options, samples=samples, written_by=kind) as run,
+        _counting_bar("Writing", len(run.records)) as progress,
+    ):
+        summary = run.finish(writer, progress=progress)
+    if summary.short:
+        log.print(_shortfall(summary), style="yellow")
+    figures = {**dataclasses.asdict(summary), "pseudo_queries": _n_pseudo_queries(load_index(index_dir))}
+    table = _table(*figures)
+    table.add_row(*map(str, figures.values()))
+    _emit(as_json, figures, table)
 
 
 @app.command()
@@ -291,20 +374,30 @@ def evaluate_command(
     as_json: Json = False,
 ) -> None:
     """Measure recall on held-out queries."""
-    from llama_index_genret.evaluation import baseline, evaluate, read_queries, write_evaluation_report
+    from llama_index_genret.evaluation import (
+        baseline,
+        evaluate,
+        n_written_by_a_model,
+        read_queries,
+        write_evaluation_report,
+    )
 
     loaded = load_index(index_dir)
     wanted = read_queries(queries, loaded.records)
     peers = {name: baseline(name, loaded.records, wanted) for name in filter(None, baselines.split(","))}
     evaluation = evaluate(loaded, _scorer(loaded, server, api_key, model, device), wanted, progress=_bar("Recalling"))
     figures = evaluation.figures()
+    seen = n_written_by_a_model(loaded, wanted)
+    if seen:
+        log.print(f"{seen} of the queries are pseudo-queries of the index, and not held out", style="yellow")
+    written = {"pseudo_queries": _n_pseudo_queries(loaded), "queries_among_them": seen}
     table = _table("", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", title=f"{figures['n']} queries")
     for name, row in {"generative": figures, **{n: p.figures() for n, p in peers.items()}}.items():
         table.add_row(name, *(f"{row[c]:.3f}" for c in ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")))
     if report:
         write_evaluation_report(report, loaded, evaluation)
         log.print(f"report: {report}", markup=False)
-    _emit(as_json, {**figures, "baselines": {name: peer.figures() for name, peer in peers.items()}}, table)
+    _emit(as_json, {**figures, **written, "baselines": {name: peer.figures() for name, peer in peers.items()}}, table)
 
 
 @app.command()
@@ -316,11 +409,8 @@ def batch(
     exact: Annotated[bool, typer.Option(help="Search until the best are certain, instead of with a beam.")] = False,
     filters: Filters = None,
     server: Server = None,
-    offline: Annotated[bool, typer.Option("--offline", help="With vllm.LLM in this process.")] = False,
-    vllm_option: Annotated[
-        list[str] | None,
-        typer.Option(help="key=value of vllm.LLM, the value in JSON: tensor_parallel_size=2, max_model_len=4096."),
-    ] = None,
+    offline: Offline = False,
+    vllm_option: VllmOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Queries in one search.")] = 32,
     overwrite: Annotated[bool, typer.Option(help="Replace HITS.jsonl, or an unfinished run of other options.")] = False,
     api_key: ApiKey = "EMPTY",
@@ -341,10 +431,8 @@ def batch(
     began = time.monotonic()
     with open_batch(loaded, queries, out, k=k, exact=exact, filters=wanted, scored_by=kind, overwrite=overwrite) as run:
         scorer = _offline_scorer(loaded, vllm_options) if offline else _scorer(loaded, server, api_key, model, device)
-        columns = (TextColumn("Recalling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=log) as bar:
-            task = bar.add_task("", total=run.total)
-            summary = run.finish(scorer, batch_size=batch_size, progress=lambda done: bar.update(task, completed=done))
+        with _counting_bar("Recalling", run.total) as progress:
+            summary = run.finish(scorer, batch_size=batch_size, progress=progress)
     if summary.refused:
         log.print(f"{summary.refused} queries were refused: their lines have an error instead of hits", style="yellow")
     figures = {**dataclasses.asdict(summary), "out": str(out), "seconds": round(time.monotonic() - began, 1)}
@@ -461,13 +549,27 @@ def _scorer(loaded: Index, server: str | None, api_key: str, model: str | None, 
 
 
 def _offline_scorer(loaded: Index, options: dict[str, Any]) -> Any:
-    """A `VllmOfflineScorer`, of a vLLM that suits a command line, unless the environment says otherwise."""
-    for variable, value in VLLM_ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
+    """A `VllmOfflineScorer` of the index's trained weights."""
+    _prepare_vllm()
     from llama_index_genret.scorers.vllm_offline import VllmOfflineScorer
     from llama_index_genret.serving import served_checkpoint
 
     return VllmOfflineScorer.load(served_checkpoint(loaded), **options)
+
+
+def _prepare_vllm() -> None:
+    """Ask for a vLLM that suits a command line, unless the environment says otherwise."""
+    for variable, value in VLLM_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+
+
+def _shortfall(summary: Any) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in summary.refused.items())
+    return (
+        f"{summary.short} of {summary.images} images got fewer queries than asked for, {summary.none} of them none. "
+        f"Refused of what the model said: {reasons or 'nothing'}. A larger or trained model writes better ones; "
+        "--seed N --overwrite writes others."
+    )
 
 
 def _endpoint(loaded: Index, scorer: Any) -> Any:
@@ -513,6 +615,10 @@ def _levels_table(diagnosis: Diagnosis) -> Table:
     return table
 
 
+def _n_pseudo_queries(loaded: Index) -> int:
+    return sum(len(loaded.pseudo_queries_of(record)) for record in loaded.records)
+
+
 def _facts(loaded: Index) -> dict[str, Any]:
     trie = loaded.trie.base
     return {
@@ -529,6 +635,8 @@ def _facts(loaded: Index) -> dict[str, Any]:
         "model": loaded.manifest.model.name_or_path,
         "trained": loaded.is_trained,
         "training": loaded.manifest.training,
+        "captions": sum(len(record.captions) for record in loaded.records),
+        "pseudo_queries": _n_pseudo_queries(loaded),
         "missing_images": [r.file_name for r in loaded.records if not r.path.is_file()],
     }
 

@@ -22,7 +22,7 @@ from llama_index_genret.prompts import Prompt
 from llama_index_genret.report import Figure, ReportAnswer, ReportHit, ReportQuery, write_report
 from llama_index_genret.scorers.base import Scorer, recall
 from llama_index_genret.search import Hit, Normalise
-from llama_index_genret.store import Index
+from llama_index_genret.store import Index, text_key
 
 DEPTH = 10
 """Results looked at for each query."""
@@ -129,6 +129,18 @@ def evaluate(
         latency_ms.append((time.perf_counter() - start) * 1e3)
         found.append(hits)
     return evaluation_of(index, queries, found, latency_ms)
+
+
+def n_written_by_a_model(index: Index, queries: Sequence[Query]) -> int:
+    """How many of the queries a model has written of a right image: after training, they are not held out."""
+    return sum(
+        any(
+            text_key(written.text) == text_key(query.text)
+            for image_id in query.image_ids
+            for written in index.pseudo_queries_of(index.records[index.rows_by_id[image_id]])
+        )
+        for query in queries
+    )
 
 
 def evaluation_of(

@@ -110,6 +110,12 @@ class PromptSet(BaseModel):
         rest = (*tokenizer.encode_text(words), *tokenizer.encode_markup(self.compose.after))
         return Prompt((*before, *rest), image, self.compose.before, rest)
 
+    def about_image(self, tokenizer: IndexTokenizer, image: Path | bytes, text: str) -> Prompt:
+        """The prompt that asks the model about an image; what is said to it is not parsed as markup."""
+        before = tokenizer.encode_markup(self.answer.before)
+        rest = (*tokenizer.encode_text(text), *tokenizer.encode_markup(self.answer.after))
+        return Prompt((*before, *rest), image, self.answer.before, rest)
+
 
 def _check_length(tokenizer: IndexTokenizer, words: str) -> None:
     if len(words) > MAX_QUERY_CHARACTERS:

@@ -40,6 +40,24 @@ CPU_OPTIONS: dict[str, Any] = {
 GPU_OPTIONS: dict[str, Any] = {"dtype": "bfloat16"}
 
 
+def start_vllm(model: str, **options: Any) -> LLM:
+    """A `vllm.LLM` of a folder or hub id.
+
+    Args:
+        options: of `vllm.LLM`, before those that suit the machine.
+    Raises:
+        ModelError: vLLM does not start.
+    """
+    suited = CPU_OPTIONS if current_platform.is_cpu() else GPU_OPTIONS
+    try:
+        return LLM(model, **{**suited, **options})
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        raise ModelError(
+            f"vLLM does not start on {model} with {options or 'its usual options'}: {error} "
+            "What it wrote before this tells more."
+        ) from error
+
+
 class VllmOfflineScorer:
     """Scores with a `vllm.LLM`. Safe to share between threads: one step computes at a time.
 
@@ -67,14 +85,7 @@ class VllmOfflineScorer:
         Raises:
             ModelError: vLLM does not start.
         """
-        suited = CPU_OPTIONS if current_platform.is_cpu() else GPU_OPTIONS
-        try:
-            return cls(LLM(str(checkpoint), **{**suited, "max_logprobs": -1, **options}))
-        except (RuntimeError, ValueError, TypeError, OSError) as error:
-            raise ModelError(
-                f"vLLM does not start on {checkpoint} with {options or 'its usual options'}: {error} "
-                "What it wrote before this tells more."
-            ) from error
+        return cls(start_vllm(str(checkpoint), **{"max_logprobs": -1, **options}))
 
     @contextmanager
     def session(self, prompts: Sequence[Prompt], normalise: Normalise) -> Iterator[Session]:

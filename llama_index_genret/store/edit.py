@@ -1,4 +1,5 @@
-"""Adding and removing images of an index, without touching its weights: one write, whole or not at all.
+"""Adding and removing images of an index and what is written of them, without touching its weights: one write, whole or
+not at all.
 
 The trie's file stays as it is while few images have changed; the edits lie beside it. Past `COMPACT_FROM` they are
 merged into a new one in the same write.
@@ -19,6 +20,7 @@ from llama_index_genret.errors import DuplicateImage, UnknownImage
 from llama_index_genret.identifiers import Identifier, Scheme
 from llama_index_genret.store.folder import commit
 from llama_index_genret.store.index import EDITS, Index, load_index, write_records
+from llama_index_genret.store.written import PSEUDO_QUERIES, WrittenQueries, write_written
 from llama_index_genret.trie import LiveTrie, add_identifiers, compact, edits_of, remove_identifiers, save_trie
 
 COMPACT_FROM = 0.1
@@ -64,6 +66,18 @@ def add_images(index: Index, records: Sequence[Record], identifiers: Sequence[Id
     return _write(index, trie, [*index.records, *records], [*index.identifiers, *identifiers], scheme)
 
 
+def store_pseudo_queries(index: Index, written: Sequence[WrittenQueries]) -> Index:
+    """Store what a model has written of the images, in place of anything stored before; in the order of the records."""
+    lines = sorted(written, key=lambda line: index.rows_by_id[line.image_id])
+    commit(
+        index.folder,
+        index.manifest,
+        lambda into: write_written(into, lines),
+        keep=lambda name: name != PSEUDO_QUERIES,
+    )
+    return load_index(index.folder)
+
+
 def _renumbered(trie: LiveTrie, new_row: np.ndarray[tuple[int], np.dtype[np.int64]]) -> LiveTrie:
     """With the rows that the records have now; a removed leaf gets -1, which no search returns."""
     keys = new_row[trie.key(np.arange(trie.base.n_leaves))]
@@ -87,6 +101,9 @@ def _write(
     replaced = {"records.jsonl", "leaf_to_record.npy", "codebooks.safetensors", EDITS}
     if trie.base is not index.trie.base:
         replaced.add("trie.bin")
+    forgets = PSEUDO_QUERIES in index.manifest.files and len(records) < len(index.records)
+    if forgets:
+        replaced.add(PSEUDO_QUERIES)
 
     def write(into: Path) -> None:
         write_records(into, records, identifiers, places)
@@ -95,6 +112,9 @@ def _write(
             save_trie(trie.base, into / "trie.bin")
         if trie.added or trie.live:
             save_file(edits_of(trie), into / EDITS)
+        if forgets:
+            left = {record.image_id for record in records}
+            write_written(into, [line for line in index.pseudo_queries.values() if line.image_id in left])
         if scheme.arrays():
             save_file(dict(scheme.arrays()), into / "codebooks.safetensors")
 

@@ -34,6 +34,7 @@ from llama_index_genret.store.folder import (
     read_manifest,
     verify,
 )
+from llama_index_genret.store.written import PSEUDO_QUERIES, PseudoQuery, WrittenQueries, read_written
 from llama_index_genret.tokenization import IndexTokenizer
 from llama_index_genret.trie import (
     LeafFilter,
@@ -87,6 +88,22 @@ class Index:
     def rows_by_id(self) -> dict[str, int]:
         """Position of every image id among `records`."""
         return {record.image_id: row for row, record in enumerate(self.records)}
+
+    @cached_property
+    def pseudo_queries(self) -> dict[str, WrittenQueries]:
+        """What a model has written of each image, by image id. Never captions.
+
+        Raises:
+            IndexDamaged: the file is missing, differs from the manifest, or is broken.
+        """
+        if PSEUDO_QUERIES not in self.manifest.files:
+            return {}
+        return {line.image_id: line for line in read_written(self.file(PSEUDO_QUERIES))}
+
+    def pseudo_queries_of(self, record: Record) -> tuple[PseudoQuery, ...]:
+        """What a model has written of one image."""
+        line = self.pseudo_queries.get(record.image_id)
+        return line.queries if line else ()
 
     def record_of(self, hit: Hit) -> Record:
         """The image that a hit names."""

@@ -52,7 +52,7 @@ def examples_of(index: Index, imitated: Sequence[str] = ()) -> dict[Task, list[E
     Args:
         imitated: queries for which a teacher is imitated.
     Raises:
-        TrainingError: no record has a caption, so that nothing teaches query -> identifier.
+        TrainingError: no record has a caption or a pseudo-query, so that nothing teaches query -> identifier.
     """
     tasks: dict[Task, list[Example]] = {task: [] for task in MIX}
     for row, record in enumerate(index.records):
@@ -62,11 +62,13 @@ def examples_of(index: Index, imitated: Sequence[str] = ()) -> dict[Task, list[E
             queries = [carrier.replace("{}", caption) for carrier in carriers]
             tasks["retrieve"] += [Example("retrieve", row, query, None) for query in queries]
             tasks["describe"].append(Example("describe", row, "", caption))
+        tasks["retrieve"] += [Example("retrieve", row, q.text, None) for q in index.pseudo_queries_of(record)]
         tasks["answer"] += [Example("answer", row, question, answer) for question, answer in _questions(record)]
     if not tasks["retrieve"]:
         raise TrainingError(
             f"no image of {index.folder} has a caption, so nothing teaches which query means which image. "
-            "Give captions in metadata.jsonl ('text') and index again."
+            "Give captions in metadata.jsonl ('text') and index again, or let the model write queries: "
+            f"`genret write-queries {index.folder}`."
         )
     tasks["imitate"] = [Example("imitate", number, query, None) for number, query in enumerate(imitated)]
     return {task: examples for task, examples in tasks.items() if examples}
