@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.search import Normalise, Ranking, Rows, search
-from llama_index_genret.trie import LeafFilter, LiveTrie, Trie
+from llama_index_genret.trie import LeafFilter, LiveTrie, Trie, TriePrior
 
 Scores = NDArray[np.floating]
 
@@ -82,9 +82,21 @@ def recall(
     normalise: Normalise = Normalise.CHILDREN,
     allowed: LeafFilter | None = None,
     budget: int | None = 0,
+    prior: TriePrior | None = None,
+    eta: float = 0.0,
 ) -> list[Ranking]:
     """The best `k` identifiers for each prompt; arguments and errors of `search.search`."""
-    steps = search(trie, n_queries=len(prompts), k=k, width=width, normalise=normalise, allowed=allowed, budget=budget)
+    steps = search(
+        trie,
+        n_queries=len(prompts),
+        k=k,
+        width=width,
+        normalise=normalise,
+        allowed=allowed,
+        budget=budget,
+        prior=prior,
+        eta=eta,
+    )
     with scorer.session(prompts, normalise) as session:
         answer: Any = None
         try:
@@ -104,9 +116,21 @@ async def arecall(
     normalise: Normalise = Normalise.CHILDREN,
     allowed: LeafFilter | None = None,
     budget: int | None = 0,
+    prior: TriePrior | None = None,
+    eta: float = 0.0,
 ) -> list[Ranking]:
     """`recall` for an event loop: the same steps, each awaited."""
-    steps = search(trie, n_queries=len(prompts), k=k, width=width, normalise=normalise, allowed=allowed, budget=budget)
+    steps = search(
+        trie,
+        n_queries=len(prompts),
+        k=k,
+        width=width,
+        normalise=normalise,
+        allowed=allowed,
+        budget=budget,
+        prior=prior,
+        eta=eta,
+    )
     async with scorer.async_session(prompts, normalise) as session:
         answer: Any = None
         while True:
