@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.prompts import Prompt
+from llama_index_genret.scorers.rerank import Continuation, Float64, Rerank
 from llama_index_genret.search import Normalise, Ranking, Rows, search
 from llama_index_genret.trie import LeafFilter, LiveTrie, Trie, TriePrior
 
@@ -28,12 +29,23 @@ class Session(Protocol):
     def score(self, rows: Rows) -> Scores:
         """(m,) floats, one for each of `rows.token_ids`; see `search.search` for the meaning."""
 
+    def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
+        """(n,) natural log of the probability of each one's tokens after its prompt, over the whole vocabulary.
+
+            for one in continuations: yield sum(log p(token | prompt, tokens before it) for token in one.token_ids)
+
+        The prompts are those of the continuations, not of the session.
+        """
+
 
 class AsyncSession(Protocol):
     """The same for an event loop; it never blocks it."""
 
     async def score(self, rows: Rows) -> Scores:
         """As `Session.score`."""
+
+    async def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
+        """As `Session.log_likelihoods`."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +57,15 @@ class ThreadSession:
 
     async def score(self, rows: Rows) -> Scores:
         """As `Session.score`."""
-        return await asyncio.to_thread(self._score, rows)
+        return await asyncio.to_thread(self._locked, self.session.score, rows)
 
-    def _score(self, rows: Rows) -> Scores:
+    async def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
+        """As `Session.log_likelihoods`."""
+        return await asyncio.to_thread(self._locked, self.session.log_likelihoods, continuations)
+
+    def _locked(self, compute: Callable[[Any], Any], asked: Any) -> Any:
         with self.lock:
-            return self.session.score(rows)
+            return compute(asked)
 
 
 class AsyncScorer(Protocol):
@@ -84,12 +100,19 @@ def recall(
     budget: int | None = 0,
     prior: TriePrior | None = None,
     eta: float = 0.0,
+    rerank: Rerank | None = None,
 ) -> list[Ranking]:
-    """The best `k` identifiers for each prompt; arguments and errors of `search.search`."""
+    """The best `k` identifiers for each prompt; arguments and errors of `search.search`.
+
+    Args:
+        rerank: how the best are ranked anew. `Ranking.exact` then tells of the candidates.
+    Raises:
+        QueryError: a prompt that is re-ranked has no words.
+    """
     steps = search(
         trie,
         n_queries=len(prompts),
-        k=k,
+        k=max(k, rerank.candidates) if rerank else k,
         width=width,
         normalise=normalise,
         allowed=allowed,
@@ -103,7 +126,11 @@ def recall(
             while True:
                 answer = session.score(steps.send(answer))
         except StopIteration as stop:
-            return list(stop.value)
+            rankings: list[Ranking] = stop.value
+        if rerank is None:
+            return rankings
+        asked = rerank.asked(prompts, rankings)
+        return rerank.ranked(rankings, session.log_likelihoods(asked) if asked else np.zeros(0), k)
 
 
 async def arecall(
@@ -118,12 +145,13 @@ async def arecall(
     budget: int | None = 0,
     prior: TriePrior | None = None,
     eta: float = 0.0,
+    rerank: Rerank | None = None,
 ) -> list[Ranking]:
     """`recall` for an event loop: the same steps, each awaited."""
     steps = search(
         trie,
         n_queries=len(prompts),
-        k=k,
+        k=max(k, rerank.candidates) if rerank else k,
         width=width,
         normalise=normalise,
         allowed=allowed,
@@ -137,5 +165,10 @@ async def arecall(
             try:
                 rows = steps.send(answer)
             except StopIteration as stop:
-                return list(stop.value)
+                rankings: list[Ranking] = stop.value
+                break
             answer = await session.score(rows)
+        if rerank is None:
+            return rankings
+        asked = rerank.asked(prompts, rankings)
+        return rerank.ranked(rankings, await session.log_likelihoods(asked) if asked else np.zeros(0), k)

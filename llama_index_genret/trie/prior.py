@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_index_genret.trie.flat import Trie
+from llama_index_genret.trie.flat import Int64, Trie
 from llama_index_genret.trie.live import LiveTrie, Nodes
 
 Float32 = NDArray[np.float32]
@@ -66,10 +66,7 @@ class TriePrior:
         """
         if self.added is None or nodes.added is None:
             return self.base.take(nodes.base, axis=0).astype(np.float64)
-        base, added = (
-            np.where(node[:, None] >= 0, values.take(np.maximum(node, 0), axis=0), np.float32(_NONE)).astype(np.float64)
-            for node, values in ((nodes.base, self.base), (nodes.added, self.added))
-        )
+        base, added = _at(self.base, nodes.base), _at(self.added, nodes.added)
         mass = np.logaddexp(base[:, LOG_MASS], added[:, LOG_MASS])
         return np.stack([mass, np.minimum(base[:, LEAST], added[:, LEAST])], axis=1)
 
@@ -80,13 +77,14 @@ class TriePrior:
         added = _below_nodes(trie.added, leaves[n_base:]) if trie.added else None
         return cls(_below_nodes(trie.base, leaves[:n_base]), added)
 
-    def _least_of_relatives(self, trie: LiveTrie, leaves: NDArray[np.int64]) -> Float64:
+    def _least_of_relatives(self, trie: LiveTrie, leaves: Int64) -> Float64:
         """(n,) the least prior below the longest beginning of each leaf that has one, which the root has."""
         paths = np.concatenate([_padded(t.paths(), trie.depth) for t in (trie.base, trie.added) if t])[leaves]
         nodes = trie.roots(len(leaves))
         least = self.of(nodes)[:, LEAST]
         for column in paths.T:
-            nodes = Nodes(*(_step(t, node, column) for t, node in ((trie.base, nodes.base), (trie.added, nodes.added))))
+            added = None if trie.added is None or nodes.added is None else _step(trie.added, nodes.added, column)
+            nodes = Nodes(_step(trie.base, nodes.base, column), added)
             there = nodes.base >= 0 if nodes.added is None else (nodes.base >= 0) | (nodes.added >= 0)
             below = self.of(nodes)[:, LEAST]
             least = np.where(there & np.isfinite(below), below, least)
@@ -111,7 +109,7 @@ def _below_nodes(trie: Trie, leaves: Float64) -> Float32:
     return below.astype(np.float32)
 
 
-def _log_sums(values: Float64, starts: NDArray[np.int64]) -> Float64:
+def _log_sums(values: Float64, starts: Int64) -> Float64:
     """Logarithm of the sum of the exponentials of each segment."""
     top = np.maximum.reduceat(values, starts)
     top[np.isneginf(top)] = 0.0
@@ -124,10 +122,15 @@ def _padded(paths: NDArray[np.int32], width: int) -> NDArray[np.int32]:
     return np.pad(paths, ((0, 0), (0, width - paths.shape[1])), constant_values=-1)
 
 
-def _step(trie: Trie | None, nodes: NDArray[np.int64] | None, token_ids: NDArray[np.int32]) -> NDArray[np.int64] | None:
+def _at(values: Float32, nodes: Int64) -> Float64:
+    """(n, 2) of the nodes that there are, and of those that are -1 what stands for no images."""
+    found = values.take(np.maximum(nodes, 0), axis=0).astype(np.float64)
+    found[nodes < 0] = _NONE
+    return found
+
+
+def _step(trie: Trie, nodes: Int64, token_ids: NDArray[np.int32]) -> Int64:
     """The child of each node by its token, -1 where it has none."""
-    if trie is None or nodes is None:
-        return None
     there = (nodes >= 0) & (token_ids >= 0)
     child = np.full(len(nodes), -1)
     child[there] = trie.advance(nodes[there], token_ids[there])
