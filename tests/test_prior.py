@@ -81,9 +81,10 @@ def searched(live, leaves, scorer, **options):
 
 
 @settings(max_examples=300, deadline=None)
-@given(edited_tries(), st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 4), ETAS, st.sampled_from(Normalise))
-def test_exact_search_with_a_prior_equals_scoring_every_identifier(edited, seed, k, width, eta, normalise):
+@given(edited_tries(), st.integers(0, 2**32 - 1), st.integers(1, 6), ETAS, st.sampled_from(Normalise), st.data())
+def test_exact_search_with_a_prior_equals_scoring_every_identifier(edited, seed, k, eta, normalise, data):
     """The least prior below a prefix bounds its identifiers, whatever the sums say."""
+    width = data.draw(st.integers(1, 4))
     (live, priors, leaves), scorer = edited, FakeScorer(40, seed=seed, spread=seed % 5)
     ranking = searched(live, leaves, scorer, k=k, width=width, budget=None, normalise=normalise, eta=eta)
     assert ranking.exact
@@ -105,8 +106,8 @@ def test_with_a_prior_too_a_certificate_is_never_given_to_a_wrong_ranking(edited
         paths = {path_of(live, leaf) for leaf in live_leaves if mask[leaf]}
         everything = [row for row in everything if row[1] in paths]
     assert len(ranking.hits) == min(k, len(everything))
-    scores = dict(map(reversed, everything))
-    np.testing.assert_allclose([h.ranked_by for h in ranking.hits], [scores[h.token_ids] for h in ranking.hits], atol=1e-4)
+    scores, hits = dict(map(reversed, everything)), ranking.hits
+    np.testing.assert_allclose([h.ranked_by for h in hits], [scores[h.token_ids] for h in hits], atol=1e-4)
     if ranking.exact:
         assert_ranked(ranking.hits, everything)
 

@@ -1,4 +1,6 @@
-"""What is asked of vLLM's engine to score a row or a text, and what it answers: the same for a server's engine and `vllm.LLM`.
+"""What is asked of vLLM's engine to score a row or a text, and what it answers.
+
+The same for a server's engine and `vllm.LLM`.
 
 Needs vllm; loads on first use.
 """

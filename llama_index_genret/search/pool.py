@@ -49,12 +49,13 @@ class Beams:
         return self if mask.all() else self.take(np.flatnonzero(mask))
 
     def __add__(self, other: Beams) -> Beams:
+        both = None if self.discount is None or other.discount is None else (self.discount, other.discount)
         return Beams(
             np.concatenate([self.query, other.query]),
             np.concatenate([self.log_prob, other.log_prob]),
             self.nodes + other.nodes,
             np.concatenate([self.prefixes, other.prefixes]),
-            None if self.discount is None or other.discount is None else np.concatenate([self.discount, other.discount]),
+            None if both is None else np.concatenate(both),
         )
 
     def ranked(self, trie: LiveTrie, by: Float64) -> Beams:

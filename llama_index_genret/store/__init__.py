@@ -2,14 +2,15 @@
 
 INDEX/manifest.json      the commit point: versions, scheme, fingerprints, and the checksum of every file
 INDEX/data-<12 hex>/     what one write added: records.jsonl, trie.bin, edits.safetensors, tokenizer.json,
-                         codebooks.safetensors, adapter/...; files of earlier writes stay where they are while
-                         the manifest names them
+                         codebooks.safetensors, adapter/..., prior.npy; files of earlier writes stay where they are
+                         while the manifest names them
 """
 
 from llama_index_genret.store.edit import add_images, remove_images
 from llama_index_genret.store.filters import MetadataFilter, MetadataFilters
 from llama_index_genret.store.folder import FileEntry, Manifest, ModelEntry, check_free
-from llama_index_genret.store.index import Index, create_index, load_index, store_adapter
+from llama_index_genret.store.index import Index, create_index, load_index, store_adapter, store_tuned
+from llama_index_genret.store.scoring import Scoring, ScoringChoice, Tuned
 
 __all__ = [
     "FileEntry",
@@ -18,10 +19,14 @@ __all__ = [
     "MetadataFilter",
     "MetadataFilters",
     "ModelEntry",
+    "Scoring",
+    "ScoringChoice",
+    "Tuned",
     "add_images",
     "check_free",
     "create_index",
     "load_index",
     "remove_images",
     "store_adapter",
+    "store_tuned",
 ]

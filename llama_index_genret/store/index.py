@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from llama_index_genret.corpus import Record
-from llama_index_genret.errors import IndexDamaged, ModelMismatch
+from llama_index_genret.errors import IndexDamaged, ModelMismatch, StoreError
 from llama_index_genret.identifiers import Alphabet, Identifier, Scheme, get_scheme
-from llama_index_genret.prompts import PromptSet
+from llama_index_genret.prompts import Prompt, PromptSet
 from llama_index_genret.search import Hit
 from llama_index_genret.store.filters import Columns, MetadataFilters
 from llama_index_genret.store.folder import (
@@ -34,10 +34,12 @@ from llama_index_genret.store.folder import (
     read_manifest,
     verify,
 )
+from llama_index_genret.store.scoring import RerankBy, Scoring, ScoringChoice, Tuned
 from llama_index_genret.tokenization import IndexTokenizer
 from llama_index_genret.trie import (
     LeafFilter,
     LiveTrie,
+    TriePrior,
     build_trie,
     close_beginnings,
     open_trie,
@@ -49,6 +51,9 @@ ADAPTER = "adapter/"
 """Prefix of the logical names of the trained weights' files."""
 
 EDITS = "edits.safetensors"
+
+PRIOR = "prior.npy"
+"""(records,) float32, log p(image | no query) of every record; NaN of those added since it was computed."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,42 @@ class Index:
         return entry.sha256[:12] if entry else None
 
     @cached_property
+    def log_prior(self) -> NDArray[np.float32] | None:
+        """(records,) log p(image | no query), NaN where it is not known; None before `genret tune`."""
+        if PRIOR not in self.manifest.files:
+            return None
+        log_prior: NDArray[np.float32] = np.load(self.file(PRIOR), allow_pickle=False)
+        if log_prior.shape != (len(self.records),):
+            raise IndexDamaged(f"{PRIOR} of {self.folder} is {log_prior.shape} for {len(self.records)} images.")
+        return log_prior
+
+    @cached_property
+    def prior(self) -> TriePrior | None:
+        """`log_prior` of every node of `trie`."""
+        if self.log_prior is None:
+            return None
+        row = self._rows_of_leaves
+        of_leaves = np.where(row >= 0, self.log_prior[np.maximum(row, 0)], np.float32(np.nan))
+        return TriePrior.of_leaves(self.trie, of_leaves)
+
+    def scoring(self, choice: ScoringChoice | None = None, *, pictured: bool = False) -> Scoring:
+        """How hits are ranked: as chosen, else as tuned, else by log p(id | query).
+
+        Args:
+            pictured: of a query that is a picture; what was tuned on text queries does not apply to it.
+        """
+        default = Scoring() if pictured or self.manifest.tuned is None else self.manifest.tuned.scoring
+        if default.eta and self.prior is None:  # all images that it was of are removed
+            default = replace(default, eta=0.0)
+        return (choice or ScoringChoice()).over(default)
+
+    def describing_prompt(self, hit: Hit, by: RerankBy) -> Prompt:
+        """The prompt after which the model says what is in the image: told its identifier, or shown it."""
+        if by == "image":
+            return self.prompts.for_picture(self.tokenizer, self.record_of(hit).path)
+        return self.prompts.for_identifier(self.tokenizer, self.token_ids(hit.key))
+
+    @cached_property
     def version(self) -> str:
         """Twelve hex digits of everything that is stored; an edit or a training makes another."""
         return hashlib.sha256(self.manifest.model_dump_json(indent=1).encode()).hexdigest()[:12]
@@ -100,7 +141,9 @@ class Index:
         """A hit in the words of the command line."""
         record = self.record_of(hit)
         names = {"image_id": record.image_id, "file_name": record.file_name}
-        return {**names, "score": hit.score, "log_prob": hit.log_prob, "identifier": self.identifier_of(hit)}
+        scores = {"score": hit.score, "log_prob": hit.log_prob}
+        scores |= {} if hit.ranked_by is None else {"ranked_by": hit.ranked_by}
+        return {**names, **scores, "identifier": self.identifier_of(hit)}
 
     @property
     def end_token(self) -> int:
@@ -232,13 +275,35 @@ def create_index(
 
 
 def store_adapter(index: Index, source: Path, training: Mapping[str, Any]) -> Index:
-    """Store trained weights (the files of `source`) in place of any earlier ones."""
+    """Store trained weights (the files of `source`) in place of earlier ones, whose prior and tuning are dropped."""
 
     def write(into: Path) -> None:
         shutil.copytree(source, into / ADAPTER.rstrip("/"))
 
-    manifest = index.manifest.model_copy(update={"training": dict(training)})
-    commit(index.folder, manifest, write, keep=lambda name: not name.startswith(ADAPTER))
+    manifest = index.manifest.model_copy(update={"training": dict(training), "tuned": None})
+    commit(index.folder, manifest, write, keep=lambda name: not name.startswith(ADAPTER) and name != PRIOR)
+    return load_index(index.folder)
+
+
+def store_tuned(index: Index, log_prior: NDArray[np.float32], tuned: Tuned) -> Index:
+    """Store the prior of every record, and how hits are ranked from now on, in place of earlier ones.
+
+    Args:
+        log_prior: (records,) natural logarithms, finite; NaN of an image without one.
+    Raises:
+        StoreError: the index was trained or edited meanwhile: the prior is of what it was.
+    """
+    if load_index(index.folder).version != index.version:
+        raise StoreError(f"{index.folder} was changed while it was tuned. Nothing was stored: run `genret tune` again.")
+    if log_prior.shape != (len(index.records),) or np.isinf(log_prior).any():
+        raise StoreError(f"a prior is ({len(index.records)},) of finite numbers or NaN, not {log_prior!r}.")
+    manifest = index.manifest.model_copy(update={"tuned": tuned})
+    commit(
+        index.folder,
+        manifest,
+        lambda into: np.save(into / PRIOR, log_prior.astype(np.float32)),
+        keep=lambda name: name != PRIOR,
+    )
     return load_index(index.folder)
 
 
