@@ -136,6 +136,33 @@ def test_a_rare_image_that_the_query_makes_likelier_comes_before_one_that_is_alw
     np.testing.assert_allclose([hit.score for hit in ranking.hits], [0.4 / (0.4 + 0.1), 0.6 / (0.6 + 0.9)], rtol=1e-6)
 
 
+def flat(identifiers, priors):
+    """(scorer under which every step is even, trie, its prior)."""
+    trie, order = build_trie(identifiers)
+    return (
+        FakeScorer(VOCABULARY, spread=0.0),
+        trie,
+        TriePrior.of_leaves(LiveTrie(trie), np.log(np.float32(priors))[order]),
+    )
+
+
+@pytest.mark.parametrize("budget", [0, 1])
+def test_a_beam_that_drops_a_prefix_with_a_rare_image_is_not_certain_however_low_the_prefix_stood(budget):
+    """(2, 4) would win, but its prefix is last of three by its own score."""
+    scorer, trie, prior = flat([(0,), (1,), (2, 3), (2, 4)], [0.2, 0.25, 0.549, 0.001])
+    (beam,) = recall(scorer, trie, [PROMPT], k=1, width=1, budget=budget, prior=prior, eta=1.0)
+    (exact,) = recall(scorer, trie, [PROMPT], k=1, width=1, budget=None, prior=prior, eta=1.0)
+    assert (beam.hits[0].token_ids, beam.exact) == ((0,), False)
+    assert (exact.hits[0].token_ids, exact.exact) == ((2, 4), True)
+
+
+def test_an_exact_search_goes_first_where_the_best_image_may_be():
+    """The prefix (0,) has the better score, (2,) the rare image: its win makes (0,) not worth expanding."""
+    scorer, trie, prior = flat([(0, 1), (0, 2), (2, 3), (2, 4)], [0.2, 0.2, 0.599, 0.001])
+    (exact,) = recall(scorer, trie, [PROMPT], k=1, width=1, budget=None, prior=prior, eta=1.0)
+    assert (exact.hits[0].token_ids, exact.nodes_expanded) == ((2, 4), 2)
+
+
 @pytest.mark.parametrize("ranked_by", [-np.inf, -1e6, -800.0, -1.0, 0.0, 1.0, 30.0, 1e6])
 def test_a_score_lies_above_0_and_at_most_at_1_whatever_it_is_ranked_by(ranked_by):
     assert 0.0 < Hit(0, 0, (1,), -1.0, ranked_by).score <= 1.0
