@@ -340,7 +340,9 @@ def tune(
     tuned, trials = tune(loaded, scorer, wanted, rerank=rerank, rerank_by=by, progress=_bar("Tuning"))
     chosen = tuned.scoring()
     table = _table("eta", "rerank weight", *TUNED_FIGURES, title=f"{len(wanted)} queries; chosen: {chosen}")
-    for trial in trials:
+    best_last = sorted(trials, key=lambda trial: (trial.figures["mrr"], -trial.scoring.rerank_weight))
+    best = {trial.scoring.eta: trial for trial in best_last}
+    for trial in (best[eta] for eta in sorted(best)):
         weights = (f"{trial.scoring.eta:g}", f"{trial.scoring.rerank_weight:g}" if rerank else "")
         table.add_row(*weights, *(f"{trial.figures[name]:.3f}" for name in TUNED_FIGURES))
     value = {"index": str(tuned.folder), "n": len(wanted), "scoring": dataclasses.asdict(chosen)}

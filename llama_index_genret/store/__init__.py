@@ -9,7 +9,8 @@ INDEX/data-<12 hex>/     what one write added: records.jsonl, trie.bin, edits.sa
 from llama_index_genret.store.edit import add_images, remove_images
 from llama_index_genret.store.filters import MetadataFilter, MetadataFilters
 from llama_index_genret.store.folder import FileEntry, Manifest, ModelEntry, check_free
-from llama_index_genret.store.index import Index, create_index, load_index, store_adapter, store_tuned
+from llama_index_genret.store.index import Index, create_index, load_index
+from llama_index_genret.store.learnt import store_adapter, store_tuned
 from llama_index_genret.store.scoring import Scoring, ScoringChoice, Tuned
 
 __all__ = [

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from llama_index_genret.corpus import Record
-from llama_index_genret.errors import IndexDamaged, ModelMismatch, StoreError
+from llama_index_genret.errors import IndexDamaged, ModelMismatch
 from llama_index_genret.identifiers import Alphabet, Identifier, Scheme, get_scheme
 from llama_index_genret.prompts import Prompt, PromptSet
 from llama_index_genret.search import Hit
@@ -34,7 +33,7 @@ from llama_index_genret.store.folder import (
     read_manifest,
     verify,
 )
-from llama_index_genret.store.scoring import RerankBy, Scoring, ScoringChoice, Tuned
+from llama_index_genret.store.scoring import RerankBy, Scoring, ScoringChoice
 from llama_index_genret.tokenization import IndexTokenizer
 from llama_index_genret.trie import (
     LeafFilter,
@@ -58,7 +57,7 @@ PRIOR = "prior.npy"
 
 @dataclass(frozen=True)
 class Index:
-    """A loaded index. Immutable: a change is a new write (`store_adapter`, `edit_index`) and a new load."""
+    """A loaded index. Immutable: a change is a new write (`store_adapter`, `store_tuned`, `add_images`) and a new load."""
 
     folder: Path
     manifest: Manifest
@@ -272,39 +271,6 @@ def create_index(
     folder.mkdir(parents=True, exist_ok=True)
     commit(folder, manifest, write, keep=lambda name: False)
     return load_index(folder)
-
-
-def store_adapter(index: Index, source: Path, training: Mapping[str, Any]) -> Index:
-    """Store trained weights (the files of `source`) in place of earlier ones, whose prior and tuning are dropped."""
-
-    def write(into: Path) -> None:
-        shutil.copytree(source, into / ADAPTER.rstrip("/"))
-
-    manifest = index.manifest.model_copy(update={"training": dict(training), "tuned": None})
-    commit(index.folder, manifest, write, keep=lambda name: not name.startswith(ADAPTER) and name != PRIOR)
-    return load_index(index.folder)
-
-
-def store_tuned(index: Index, log_prior: NDArray[np.float32], tuned: Tuned) -> Index:
-    """Store the prior of every record, and how hits are ranked from now on, in place of earlier ones.
-
-    Args:
-        log_prior: (records,) natural logarithms, finite; NaN of an image without one.
-    Raises:
-        StoreError: the index was trained or edited meanwhile: the prior is of what it was.
-    """
-    if load_index(index.folder).version != index.version:
-        raise StoreError(f"{index.folder} was changed while it was tuned. Nothing was stored: run `genret tune` again.")
-    if log_prior.shape != (len(index.records),) or np.isinf(log_prior).any():
-        raise StoreError(f"a prior is ({len(index.records)},) of finite numbers or NaN, not {log_prior!r}.")
-    manifest = index.manifest.model_copy(update={"tuned": tuned})
-    commit(
-        index.folder,
-        manifest,
-        lambda into: np.save(into / PRIOR, log_prior.astype(np.float32)),
-        keep=lambda name: name != PRIOR,
-    )
-    return load_index(index.folder)
 
 
 def load_index(folder: Path) -> Index:
