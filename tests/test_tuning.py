@@ -139,7 +139,7 @@ def test_other_weights_drop_the_prior_and_what_was_tuned_with_it(index, scorer, 
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "adapter_model.safetensors").write_bytes(b"other")
     again = store_adapter(tuned, tmp_path / "weights", {})
-    assert (again.log_prior, again.prior, again.scoring()) == (None, None, Scoring())
+    assert (again.log_prior, again.prior, again.manifest.tuned) == (None, None, None)
 
 
 def test_a_prior_is_not_stored_over_an_index_that_was_changed_meanwhile(index, scorer):
