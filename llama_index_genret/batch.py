@@ -24,8 +24,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llama_index_genret.errors import BatchError, CorpusError, QueryError
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, recall
+from llama_index_genret.scorers.ranked import ranking_options
 from llama_index_genret.search import Ranking
-from llama_index_genret.store import Index
+from llama_index_genret.store import Index, Scoring
 from llama_index_genret.trie import LeafFilter
 from llama_index_genret.unfinished import difference, locked, size
 
@@ -48,6 +49,7 @@ class Asked(BaseModel):
     k: int = 10
     exact: bool = False
     filters: dict[str, str] = {}
+    scoring: Scoring = Scoring()
     scored_by: str = ""
 
 
@@ -96,7 +98,8 @@ class BatchRun:
         self.part.truncate(kept.end)
         self.part.seek(kept.end)
         progress(kept.answers)
-        options = {"k": self.asked.k, "allowed": self.allowed, "budget": None if self.asked.exact else 0}
+        how: dict[str, Any] = {"k": self.asked.k, "allowed": self.allowed, "budget": None if self.asked.exact else 0}
+        options = {**how, **ranking_options(self.index, self.asked.scoring)}
         done, refused = kept.answers, kept.refused
         rows = islice(read_rows(self.queries), kept.answers, None)
         while batch := list(islice(rows, batch_size)):
@@ -122,6 +125,7 @@ def open_batch(
     k: int = 10,
     exact: bool = False,
     filters: Mapping[str, str] | None = None,
+    scoring: Scoring | None = None,
     scored_by: str = "",
     overwrite: bool = False,
 ) -> Iterator[BatchRun]:
@@ -129,6 +133,7 @@ def open_batch(
 
     Args:
         k, exact, filters: as of `genret query`.
+        scoring: how hits are ranked, as the index was tuned if not given.
         scored_by: the kind of scorer, for a later run that goes on.
         overwrite: whether HITS.jsonl may be replaced, and an unfinished run that asks something else thrown away.
     Raises:
@@ -141,7 +146,13 @@ def open_batch(
         raise BatchError(f"{out} exists: name another file, or pass --overwrite to replace a file of hits.")
     total, sha256 = _survey(queries)
     asked = Asked(
-        index=index.version, queries=sha256, k=k, exact=exact, filters=dict(filters or {}), scored_by=scored_by
+        index=index.version,
+        queries=sha256,
+        k=k,
+        exact=exact,
+        filters=dict(filters or {}),
+        scoring=index.scoring() if scoring is None else scoring,
+        scored_by=scored_by,
     )
     with locked(_part_of(out), way_out="name another --out") as part:
         earlier = _read_header(_header_of(out)) if size(part) else asked

@@ -24,12 +24,14 @@ from rich.table import Table
 from llama_index_genret.errors import FilterError, GenretError
 from llama_index_genret.identifiers import Alphabet, get_scheme
 from llama_index_genret.identifiers.diagnostics import Diagnosis, diagnose
-from llama_index_genret.store import Index, check_free, load_index, remove_images
+from llama_index_genret.store import Index, ScoringChoice, check_free, load_index, remove_images
 
 app = typer.Typer(
     help="A multimodal LLM that has memorised your images.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 log = Console(stderr=True)
+
+TUNED_FIGURES = ("recall@1", "recall@5", "recall@10", "mrr")
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"
 
@@ -55,6 +57,21 @@ Offline = Annotated[bool, typer.Option("--offline", help="With vllm.LLM in this 
 VllmOption = Annotated[
     list[str] | None,
     typer.Option(help="key=value of vllm.LLM, the value in JSON: tensor_parallel_size=2, max_model_len=4096."),
+]
+Eta = Annotated[
+    float | None,
+    typer.Option(help="How much of the images' prior is taken off; as tuned if not given.", show_default=False, min=0),
+]
+Reranked = Annotated[
+    int | None,
+    typer.Option(
+        help="Best hits ranked anew by log p(query | image); as tuned if not given.", show_default=False, min=0
+    ),
+]
+RerankWeight = Annotated[float | None, typer.Option(help="Of that log p.", show_default=False, min=0)]
+RerankedBy = Annotated[
+    str | None,
+    typer.Option(help="What the model is given of an image: its identifier, or the image.", show_default=False),
 ]
 TopK = Annotated[int, typer.Option("-k", min=1, help="Images wanted.")]
 
@@ -289,6 +306,10 @@ def query(
     k: TopK = 5,
     filters: Filters = None,
     exact: Annotated[bool, typer.Option(help="Search until the best are certain, instead of with a beam.")] = False,
+    eta: Eta = None,
+    rerank: Reranked = None,
+    rerank_weight: RerankWeight = None,
+    rerank_by: RerankedBy = None,
     server: Server = None,
     api_key: ApiKey = "EMPTY",
     model: BaseModel = None,
@@ -298,17 +319,20 @@ def query(
     """Recall images for a text, for a picture, or for both."""
     from llama_index_genret.endpoint.client import Query
     from llama_index_genret.scorers.base import recall
+    from llama_index_genret.scorers.ranked import ranking_options
 
     loaded = load_index(index_dir)
     conditions = loaded.text_filter(_parse_filters(filters)) if filters else None
     prompts, tokenizer = loaded.prompts, loaded.tokenizer
     prompt = prompts.for_image(tokenizer, image, text) if image else prompts.for_query(tokenizer, text)
+    scoring = loaded.scoring(_choice(eta, rerank, rerank_weight, rerank_by), pictured=image is not None)
     scorer, budget = _scorer(loaded, server, api_key, model, device), None if exact else 0
     endpoint = _endpoint(loaded, scorer) if server else None
-    ranking = endpoint.recall(Query(text, prompt, k, None, budget, conditions)) if endpoint else None
+    ranking = endpoint.recall(Query(text, prompt, k, None, budget, conditions, scoring)) if endpoint else None
     if ranking is None:
         allowed = loaded.leaf_filter(conditions) if conditions else None
-        (ranking,) = recall(scorer, loaded.trie, [prompt], k=k, allowed=allowed, budget=budget)
+        options = ranking_options(loaded, scoring)
+        (ranking,) = recall(scorer, loaded.trie, [prompt], k=k, allowed=allowed, budget=budget, **options)
     table = _table("image", "caption", "score", "log p", "identifier", title=text)
     rows = []
     for hit in ranking.hits:
@@ -317,7 +341,7 @@ def query(
         caption = record.captions[0] if record.captions else ""
         table.add_row(record.file_name, caption, f"{hit.score:.4f}", f"{hit.log_prob:.3f}", loaded.identifier_of(hit))
     certificate = {"exact": ranking.exact, "nodes_expanded": ranking.nodes_expanded}
-    _emit(as_json, {"query": text, "hits": rows, **certificate}, table)
+    _emit(as_json, {"query": text, "hits": rows, **certificate, "scoring": dataclasses.asdict(scoring)}, table)
 
 
 @app.command()
@@ -368,6 +392,10 @@ def evaluate_command(
     server: Server = None,
     baselines: Annotated[str, typer.Option(help="Comma-separated, of: bm25, tfidf.")] = "",
     report: Annotated[Path | None, typer.Option(help="Write one HTML page with the pictures.")] = None,
+    eta: Eta = None,
+    rerank: Reranked = None,
+    rerank_weight: RerankWeight = None,
+    rerank_by: RerankedBy = None,
     api_key: ApiKey = "EMPTY",
     model: BaseModel = None,
     device: Device = "auto",
@@ -385,12 +413,14 @@ def evaluate_command(
     loaded = load_index(index_dir)
     wanted = read_queries(queries, loaded.records)
     peers = {name: baseline(name, loaded.records, wanted) for name in filter(None, baselines.split(","))}
-    evaluation = evaluate(loaded, _scorer(loaded, server, api_key, model, device), wanted, progress=_bar("Recalling"))
-    figures = evaluation.figures()
     seen = n_written_by_a_model(loaded, wanted)
     if seen:
         log.print(f"{seen} of the queries are pseudo-queries of the index, and not held out", style="yellow")
     written = {"pseudo_queries": _n_pseudo_queries(loaded), "queries_among_them": seen}
+    scoring = loaded.scoring(_choice(eta, rerank, rerank_weight, rerank_by))
+    scorer = _scorer(loaded, server, api_key, model, device)
+    evaluation = evaluate(loaded, scorer, wanted, progress=_bar("Recalling"), scoring=scoring)
+    figures = {**evaluation.figures(), "scoring": dataclasses.asdict(scoring)}
     table = _table("", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", title=f"{figures['n']} queries")
     for name, row in {"generative": figures, **{n: p.figures() for n, p in peers.items()}}.items():
         table.add_row(name, *(f"{row[c]:.3f}" for c in ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")))
@@ -401,6 +431,40 @@ def evaluate_command(
 
 
 @app.command()
+def tune(
+    index_dir: IndexDir,
+    queries: Annotated[Path | None, typer.Argument(metavar="VALIDATION.jsonl", help="As of `genret eval`.")] = None,
+    rerank: Annotated[
+        int, typer.Option(min=0, help="Try to rank so many of the best anew, by log p(query | image).")
+    ] = 0,
+    rerank_by: RerankedBy = None,
+    server: Server = None,
+    api_key: ApiKey = "EMPTY",
+    model: BaseModel = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compute the prior of the images, and choose on held-out queries how much of it is taken off their scores."""
+    from llama_index_genret.evaluation import read_queries
+    from llama_index_genret.tuning import tune
+
+    loaded = load_index(index_dir)
+    by = loaded.scoring(_choice(rerank_by=rerank_by)).rerank_by
+    wanted = read_queries(queries, loaded.records) if queries else []
+    scorer = _scorer(loaded, server, api_key, model, device)
+    tuned, trials = tune(loaded, scorer, wanted, rerank=rerank, rerank_by=by, progress=_bar("Tuning"))
+    chosen = tuned.scoring()
+    table = _table("eta", "rerank weight", *TUNED_FIGURES, title=f"{len(wanted)} queries; chosen: {chosen}")
+    best_last = sorted(trials, key=lambda trial: (trial.figures["mrr"], -trial.scoring.rerank_weight))
+    best = {trial.scoring.eta: trial for trial in best_last}
+    for trial in (best[eta] for eta in sorted(best)):
+        weights = (f"{trial.scoring.eta:g}", f"{trial.scoring.rerank_weight:g}" if rerank else "")
+        table.add_row(*weights, *(f"{trial.figures[name]:.3f}" for name in TUNED_FIGURES))
+    value = {"index": str(tuned.folder), "n": len(wanted), "scoring": dataclasses.asdict(chosen)}
+    _emit(as_json, {**value, "trials": [trial.to_json() for trial in trials]}, table)
+
+
+@app.command()
 def batch(
     index_dir: IndexDir,
     queries: Annotated[Path, typer.Argument(metavar="QUERIES.jsonl", help='{"query": "..."} a line, and any keys.')],
@@ -408,6 +472,10 @@ def batch(
     k: TopK = 10,
     exact: Annotated[bool, typer.Option(help="Search until the best are certain, instead of with a beam.")] = False,
     filters: Filters = None,
+    eta: Eta = None,
+    rerank: Reranked = None,
+    rerank_weight: RerankWeight = None,
+    rerank_by: RerankedBy = None,
     server: Server = None,
     offline: Offline = False,
     vllm_option: VllmOption = None,
@@ -429,7 +497,9 @@ def batch(
     loaded, wanted = load_index(index_dir), _parse_filters(filters or [])
     kind = "vllm.LLM" if offline else "server" if server else f"transformers on {device}"
     began = time.monotonic()
-    with open_batch(loaded, queries, out, k=k, exact=exact, filters=wanted, scored_by=kind, overwrite=overwrite) as run:
+    asked: dict[str, Any] = {"k": k, "exact": exact, "filters": wanted, "scored_by": kind}
+    asked["scoring"] = loaded.scoring(_choice(eta, rerank, rerank_weight, rerank_by))
+    with open_batch(loaded, queries, out, overwrite=overwrite, **asked) as run:
         scorer = _offline_scorer(loaded, vllm_options) if offline else _scorer(loaded, server, api_key, model, device)
         with _counting_bar("Recalling", run.total) as progress:
             summary = run.finish(scorer, batch_size=batch_size, progress=progress)
@@ -572,6 +642,15 @@ def _shortfall(summary: Any) -> str:
     )
 
 
+def _choice(
+    eta: float | None = None,
+    rerank: int | None = None,
+    rerank_weight: float | None = None,
+    rerank_by: str | None = None,
+) -> ScoringChoice:
+    return ScoringChoice(eta, rerank, rerank_weight, cast(Any, rerank_by))
+
+
 def _endpoint(loaded: Index, scorer: Any) -> Any:
     """One request instead of one a step, where the server has the endpoint."""
     from llama_index_genret.endpoint.client import RecallClient
@@ -637,6 +716,7 @@ def _facts(loaded: Index) -> dict[str, Any]:
         "training": loaded.manifest.training,
         "captions": sum(len(record.captions) for record in loaded.records),
         "pseudo_queries": _n_pseudo_queries(loaded),
+        "tuned": loaded.manifest.tuned and loaded.manifest.tuned.model_dump(),
         "missing_images": [r.file_name for r in loaded.records if not r.path.is_file()],
     }
 

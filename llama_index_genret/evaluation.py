@@ -21,8 +21,9 @@ from llama_index_genret.metrics import mean_reciprocal_rank, ndcg_at, recall_at
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.report import Figure, ReportAnswer, ReportHit, ReportQuery, write_report
 from llama_index_genret.scorers.base import Scorer, recall
+from llama_index_genret.scorers.ranked import ranking_options
 from llama_index_genret.search import Hit, Normalise
-from llama_index_genret.store import Index, text_key
+from llama_index_genret.store import Index, Scoring, text_key
 
 DEPTH = 10
 """Results looked at for each query."""
@@ -115,14 +116,20 @@ def evaluate(
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     width: int | None = None,
     normalise: Normalise = Normalise.CHILDREN,
+    scoring: Scoring | None = None,
 ) -> Evaluation:
-    """Recall every query, one at a time, and time each. A query that is refused has no results: a miss."""
+    """Recall every query, one at a time, and time each. A query that is refused has no results: a miss.
+
+    Args:
+        scoring: how hits are ranked, as the index was tuned if not given.
+    """
+    options = ranking_options(index, index.scoring() if scoring is None else scoring)
     found, latency_ms = [], []
     for query in progress(queries):
         start = time.perf_counter()
         try:
             prompt = index.prompts.for_query(index.tokenizer, query.text)
-            (ranking,) = recall(scorer, index.trie, [prompt], k=DEPTH, width=width, normalise=normalise)
+            (ranking,) = recall(scorer, index.trie, [prompt], k=DEPTH, width=width, normalise=normalise, **options)
             hits = ranking.hits
         except QueryError:
             hits = ()

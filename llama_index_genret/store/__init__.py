@@ -2,14 +2,16 @@
 
 INDEX/manifest.json      the commit point: versions, scheme, fingerprints, and the checksum of every file
 INDEX/data-<12 hex>/     what one write added: records.jsonl, trie.bin, edits.safetensors, tokenizer.json,
-                         codebooks.safetensors, pseudo_queries.jsonl, adapter/...; files of earlier writes stay
-                         where they are while the manifest names them
+                         codebooks.safetensors, pseudo_queries.jsonl, adapter/..., prior.npy; files of earlier writes
+                         stay where they are while the manifest names them
 """
 
 from llama_index_genret.store.edit import add_images, remove_images, store_pseudo_queries
 from llama_index_genret.store.filters import MetadataFilter, MetadataFilters
 from llama_index_genret.store.folder import FileEntry, Manifest, ModelEntry, check_free
-from llama_index_genret.store.index import Index, create_index, load_index, store_adapter
+from llama_index_genret.store.index import Index, create_index, load_index
+from llama_index_genret.store.learnt import store_adapter, store_tuned
+from llama_index_genret.store.scoring import Scoring, ScoringChoice, Tuned
 from llama_index_genret.store.written import PSEUDO_QUERIES, Provenance, PseudoQuery, WrittenQueries, text_key
 
 __all__ = [
@@ -22,6 +24,9 @@ __all__ = [
     "ModelEntry",
     "Provenance",
     "PseudoQuery",
+    "Scoring",
+    "ScoringChoice",
+    "Tuned",
     "WrittenQueries",
     "add_images",
     "check_free",
@@ -30,5 +35,6 @@ __all__ = [
     "remove_images",
     "store_adapter",
     "store_pseudo_queries",
+    "store_tuned",
     "text_key",
 ]

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import DuplicateImage, UnknownImage
 from llama_index_genret.identifiers import Identifier, Scheme
 from llama_index_genret.store.folder import commit
-from llama_index_genret.store.index import EDITS, Index, load_index, write_records
+from llama_index_genret.store.index import EDITS, PRIOR, Index, load_index, write_records
 from llama_index_genret.store.written import PSEUDO_QUERIES, WrittenQueries, write_written
 from llama_index_genret.trie import LiveTrie, add_identifiers, compact, edits_of, remove_identifiers, save_trie
 
@@ -43,7 +44,8 @@ def remove_images(index: Index, image_ids: Sequence[str]) -> Index:
     new_row = np.full(len(index.records), -1)
     new_row[kept] = np.arange(len(kept))
     records, identifiers = [index.records[row] for row in kept], [index.identifiers[row] for row in kept]
-    return _write(index, _renumbered(trie, new_row), records, identifiers, index.scheme())
+    prior = None if index.log_prior is None else index.log_prior[kept]
+    return _write(index, _renumbered(trie, new_row), records, identifiers, index.scheme(), prior)
 
 
 def add_images(index: Index, records: Sequence[Record], identifiers: Sequence[Identifier], scheme: Scheme) -> Index:
@@ -63,7 +65,9 @@ def add_images(index: Index, records: Sequence[Record], identifiers: Sequence[Id
     token_ids = [[index.tokenizer.symbol_id(symbol) for symbol in identifier] for identifier in identifiers]
     keys = range(len(index.records), len(index.records) + len(records))
     trie = add_identifiers(index.trie, token_ids, keys, end_token=index.end_token)
-    return _write(index, trie, [*index.records, *records], [*index.identifiers, *identifiers], scheme)
+    prior = index.log_prior
+    prior = None if prior is None else np.pad(prior, (0, len(records)), constant_values=np.nan)
+    return _write(index, trie, [*index.records, *records], [*index.identifiers, *identifiers], scheme, prior)
 
 
 def store_pseudo_queries(index: Index, written: Sequence[WrittenQueries]) -> Index:
@@ -86,7 +90,12 @@ def _renumbered(trie: LiveTrie, new_row: np.ndarray[tuple[int], np.dtype[np.int6
 
 
 def _write(
-    index: Index, trie: LiveTrie, records: Sequence[Record], identifiers: Sequence[Identifier], scheme: Scheme
+    index: Index,
+    trie: LiveTrie,
+    records: Sequence[Record],
+    identifiers: Sequence[Identifier],
+    scheme: Scheme,
+    log_prior: NDArray[np.float32] | None,
 ) -> Index:
     changed = 2 * trie.n_leaves - trie.n_live - trie.base.n_leaves
     if changed > COMPACT_FROM * trie.base.n_leaves:
@@ -98,7 +107,7 @@ def _write(
         if folder not in folders:
             folders.append(folder)
         places.append(folders.index(folder))
-    replaced = {"records.jsonl", "leaf_to_record.npy", "codebooks.safetensors", EDITS}
+    replaced = {"records.jsonl", "leaf_to_record.npy", "codebooks.safetensors", EDITS, PRIOR}
     if trie.base is not index.trie.base:
         replaced.add("trie.bin")
     forgets = PSEUDO_QUERIES in index.manifest.files and len(records) < len(index.records)
@@ -115,6 +124,8 @@ def _write(
         if forgets:
             left = {record.image_id for record in records}
             write_written(into, [line for line in index.pseudo_queries.values() if line.image_id in left])
+        if log_prior is not None:
+            np.save(into / PRIOR, log_prior)
         if scheme.arrays():
             save_file(dict(scheme.arrays()), into / "codebooks.safetensors")
 

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llama_index_genret.errors import IndexDamaged, IndexExists, IndexNotFound, IndexVersionError
 from llama_index_genret.identifiers import Alphabet
 from llama_index_genret.prompts import PromptSet
+from llama_index_genret.store.scoring import Tuned
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
@@ -55,6 +56,7 @@ class Manifest(BaseModel):
     """What an index is. Unknown fields are an error: a newer format has another version.
 
     folders: of the images; a record names its own by position.
+    tuned: of the trained weights; others drop it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +69,7 @@ class Manifest(BaseModel):
     tokenizer: str
     prompts: PromptSet
     training: dict[str, Any] | None = None
+    tuned: Tuned | None = None
     files: dict[str, FileEntry]
 
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import IndexDamaged, ModelMismatch
 from llama_index_genret.identifiers import Alphabet, Identifier, Scheme, get_scheme
-from llama_index_genret.prompts import PromptSet
+from llama_index_genret.prompts import Prompt, PromptSet
 from llama_index_genret.search import Hit
 from llama_index_genret.store.filters import Columns, MetadataFilters
 from llama_index_genret.store.folder import (
@@ -34,11 +33,13 @@ from llama_index_genret.store.folder import (
     read_manifest,
     verify,
 )
+from llama_index_genret.store.scoring import RerankBy, Scoring, ScoringChoice
 from llama_index_genret.store.written import PSEUDO_QUERIES, PseudoQuery, WrittenQueries, read_written
 from llama_index_genret.tokenization import IndexTokenizer
 from llama_index_genret.trie import (
     LeafFilter,
     LiveTrie,
+    TriePrior,
     build_trie,
     close_beginnings,
     open_trie,
@@ -51,10 +52,13 @@ ADAPTER = "adapter/"
 
 EDITS = "edits.safetensors"
 
+PRIOR = "prior.npy"
+"""(records,) float32, log p(image | no query) of every record; NaN of those added since it was computed."""
+
 
 @dataclass(frozen=True)
 class Index:
-    """A loaded index. Immutable: a change is a new write (`store_adapter`, `edit_index`) and a new load."""
+    """A loaded index. Immutable: a change is a new write (`store_adapter`, `store_tuned`, edits) and a new load."""
 
     folder: Path
     manifest: Manifest
@@ -78,6 +82,42 @@ class Index:
         """Twelve hex digits that name the trained weights, None without them. A server of theirs carries it."""
         entry = self.manifest.files.get(f"{ADAPTER}adapter_model.safetensors")
         return entry.sha256[:12] if entry else None
+
+    @cached_property
+    def log_prior(self) -> NDArray[np.float32] | None:
+        """(records,) log p(image | no query), NaN where it is not known; None before `genret tune`."""
+        if PRIOR not in self.manifest.files:
+            return None
+        log_prior: NDArray[np.float32] = np.load(self.file(PRIOR), allow_pickle=False)
+        if log_prior.shape != (len(self.records),):
+            raise IndexDamaged(f"{PRIOR} of {self.folder} is {log_prior.shape} for {len(self.records)} images.")
+        return log_prior
+
+    @cached_property
+    def prior(self) -> TriePrior | None:
+        """`log_prior` of every node of `trie`."""
+        if self.log_prior is None:
+            return None
+        row = self._rows_of_leaves
+        of_leaves = np.where(row >= 0, self.log_prior[np.maximum(row, 0)], np.float32(np.nan))
+        return TriePrior.of_leaves(self.trie, of_leaves)
+
+    def scoring(self, choice: ScoringChoice | None = None, *, pictured: bool = False) -> Scoring:
+        """How hits are ranked: as chosen, else as tuned, else by log p(id | query).
+
+        Args:
+            pictured: of a query that is a picture; what was tuned on text queries does not apply to it.
+        """
+        default = Scoring() if pictured or self.manifest.tuned is None else self.manifest.tuned.scoring
+        if default.eta and self.prior is None:  # all images that it was of are removed
+            default = replace(default, eta=0.0)
+        return (choice or ScoringChoice()).over(default)
+
+    def describing_prompt(self, hit: Hit, by: RerankBy) -> Prompt:
+        """The prompt after which the model says what is in the image: told its identifier, or shown it."""
+        if by == "image":
+            return self.prompts.for_picture(self.tokenizer, self.record_of(hit).path)
+        return self.prompts.for_identifier(self.tokenizer, self.token_ids(hit.key))
 
     @cached_property
     def version(self) -> str:
@@ -117,7 +157,9 @@ class Index:
         """A hit in the words of the command line."""
         record = self.record_of(hit)
         names = {"image_id": record.image_id, "file_name": record.file_name}
-        return {**names, "score": hit.score, "log_prob": hit.log_prob, "identifier": self.identifier_of(hit)}
+        scores = {"score": hit.score, "log_prob": hit.log_prob}
+        scores |= {} if hit.ranked_by is None else {"ranked_by": hit.ranked_by}
+        return {**names, **scores, "identifier": self.identifier_of(hit)}
 
     @property
     def end_token(self) -> int:
@@ -246,17 +288,6 @@ def create_index(
     folder.mkdir(parents=True, exist_ok=True)
     commit(folder, manifest, write, keep=lambda name: False)
     return load_index(folder)
-
-
-def store_adapter(index: Index, source: Path, training: Mapping[str, Any]) -> Index:
-    """Store trained weights (the files of `source`) in place of any earlier ones."""
-
-    def write(into: Path) -> None:
-        shutil.copytree(source, into / ADAPTER.rstrip("/"))
-
-    manifest = index.manifest.model_copy(update={"training": dict(training)})
-    commit(index.folder, manifest, write, keep=lambda name: not name.startswith(ADAPTER))
-    return load_index(index.folder)
 
 
 def load_index(folder: Path) -> Index:
