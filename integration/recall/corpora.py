@@ -82,7 +82,7 @@ def default_folder() -> Path:
     return cache / "llama-index-genret" / f"recall-corpora-{digest()}"
 
 
-def make_corpora(folder: Path) -> None:
+def make_corpora(folder: Path) -> Path:
     """Build the corpora in `folder`, unless they are there. The folder appears complete or not at all.
 
     Raises:
@@ -92,7 +92,7 @@ def make_corpora(folder: Path) -> None:
     """
     receipt = folder / RECEIPT
     if receipt.is_file() and json.loads(receipt.read_text())["digest"] == digest():
-        return
+        return folder
     if folder.exists():
         raise FileExistsError(f"{folder} exists and holds other corpora. Remove it, or name another --out.")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +102,7 @@ def make_corpora(folder: Path) -> None:
         build(building, downloads)
         (building / RECEIPT).write_text(json.dumps({"digest": digest()}))
         shutil.move(building, folder)
+    return folder
 
 
 def _say(text: str) -> None:
@@ -112,9 +113,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where to (default: the user's cache)")
-    folder = parser.parse_args().out or default_folder()
-    make_corpora(folder)
-    print(folder.resolve())
+    print(make_corpora(parser.parse_args().out or default_folder()).resolve())
 
 
 if __name__ == "__main__":

@@ -91,7 +91,9 @@ def read_clipart(folder: Path) -> list[Clipart]:
 def _read(path: Path, folder: Path) -> Clipart:
     image_id = path.relative_to(folder / "svg").with_suffix("").as_posix()
     # The drawing holds several resources; the first is the drawing itself.
-    work = next((node for node in ElementTree.parse(path).iter() if node.tag.endswith("}Work")), ElementTree.Element(""))
+    work = next(
+        (node for node in ElementTree.parse(path).iter() if node.tag.endswith("}Work")), ElementTree.Element("")
+    )
     subjects = [item.text for subject in work.findall(f"{_DC}subject") for item in subject.iter(f"{_RDF}li")]
     return Clipart(
         image_id,
