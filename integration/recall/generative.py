@@ -70,7 +70,8 @@ def prefix_survival(
 ) -> list[float]:
     """Share of the queries with a right image whose first 1, 2, ... symbols a beam of ten keeps.
 
-    The last figure is recall@10. A refused query keeps nothing.
+    A beginning that only one image has is that image: it is kept where the image is recalled. The last figure is
+    recall@10. A refused query keeps nothing.
     """
     watching = WatchingScorer(scorer)
     recalled = recall_queries(index, watching, queries, batch=batch, progress=progress)

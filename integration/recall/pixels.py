@@ -2,7 +2,6 @@
 
 from io import BytesIO
 
-import cairosvg
 from PIL import Image
 
 SIDE = 224
@@ -21,5 +20,7 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 def rendered(svg: bytes) -> Image.Image:
     """An SVG drawn as `on_white`."""
+    import cairosvg  # only who makes the corpora needs it
+
     png = cairosvg.svg2png(bytestring=svg, output_width=2 * SIDE, output_height=2 * SIDE)
     return on_white(Image.open(BytesIO(png)))
