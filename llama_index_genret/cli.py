@@ -423,7 +423,9 @@ def evaluate_command(
     figures = {**evaluation.figures(), "scoring": dataclasses.asdict(scoring)}
     table = _table("", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", title=f"{figures['n']} queries")
     for name, row in {"generative": figures, **{n: p.figures() for n, p in peers.items()}}.items():
-        table.add_row(name, *(f"{row[c]:.3f}" for c in ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")))
+        bounds = {column: " [{:.3f}, {:.3f}]".format(*interval) for column, interval in row["interval"].items()}
+        columns = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
+        table.add_row(name, *(f"{row[column]:.3f}{bounds.get(column, '')}" for column in columns))
     if report:
         write_evaluation_report(report, loaded, evaluation)
         log.print(f"report: {report}", markup=False)
