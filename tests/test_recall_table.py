@@ -135,16 +135,16 @@ def kept_by_definition(index, scorer, query, width=10):
 def test_prefix_survival_is_what_a_beam_keeps(untrained_index, seed):
     scorer = FakeScorer(untrained_index.tokenizer.vocab_size, seed=seed, spread=3.0)
     queries = [Query(f"{n}", frozenset([record.image_id])) for n, record in enumerate(untrained_index.records)]
-    queries.append(Query(" ", queries[0].image_ids))  # refused
-    found = prefix_survival(untrained_index, scorer, queries, batch=4)
+    refused = Query(" ", queries[0].image_ids)
+    found = prefix_survival(untrained_index, scorer, [refused, *queries], batch=4)
     expected = np.zeros(len(found))
-    for query, record in zip(queries[:-1], untrained_index.records, strict=True):
+    for query, record in zip(queries, untrained_index.records, strict=True):
         right = untrained_index.token_ids(untrained_index.rows_by_id[record.image_id])
         kept = kept_by_definition(untrained_index, scorer, query)
         for level in range(len(found)):
             expected[level] += right[: level + 1] in {prefix[: level + 1] for prefix in kept}
-    assert found == pytest.approx(expected / len(queries))
-    recalled = recall_queries(untrained_index, scorer, queries).evaluation()
+    assert found == pytest.approx(expected / (len(queries) + 1))
+    recalled = recall_queries(untrained_index, scorer, [refused, *queries]).evaluation()
     assert found[-1] == pytest.approx(recalled.figures()["recall@10"])
     assert 0 < found[-1] < found[0] < 1
 

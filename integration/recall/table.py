@@ -84,10 +84,10 @@ def measure(name: str, index: Index, scorer: Scorer, peers: Peers, asked: QueryS
         return tqdm(batches, desc=f"{name}: {asked.name}", file=sys.stderr)
 
     test = read_queries(queries / f"{asked.name}-test.jsonl", index.records)
-    rows = {
-        BEAM: recall_queries(index, scorer, test, progress=bar).evaluation(),
-        EXACT: recall_queries(index, scorer, test, exact=True, progress=bar).evaluation(),
-    }
+    beam = recall_queries(index, scorer, test, progress=bar)
+    # Identifiers of one symbol are all scored in the one step that there is.
+    exact = recall_queries(index, scorer, test, exact=True, progress=bar) if _is_tree(index) else beam
+    rows = {BEAM: beam.evaluation(), EXACT: exact.evaluation()}
     note = ""
     if not asked.shows_images:
         validation = read_queries(queries / f"{asked.name}-validation.jsonl", index.records)
@@ -178,21 +178,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", type=named_folder, action="append", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--corpora", type=Path, help="of integration.recall.corpora (default: made if needed)")
+    parser.add_argument("--sets", help="comma-separated names of query sets (default: all)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="file to add the results to")
     parser.add_argument("--picture", type=Path, help="a PNG of bars; needs matplotlib")
     options = parser.parse_args(argv)
+    names = options.sets.split(",") if options.sets else [asked.name for asked in QUERY_SETS]
     corpora = options.corpora or make_corpora(default_folder())
     report = Report("recall", seed=0)
     sections = []
+    peers: dict[str, Peers] = {}
     for name, folder in options.index:
         index = load_index(folder)
         corpus = corpus_of(index, corpora)
         scorer = TransformersScorer(load_trained(index, device=options.device))
-        peers = Peers(load_mllm(index.manifest.model.name_or_path, device=options.device))
+        base = index.manifest.model.name_or_path
+        if base not in peers:
+            peers[base] = Peers(load_mllm(base, device=options.device))
         for asked in QUERY_SETS:
-            if asked.corpus == corpus:
-                sections.append(measure(name, index, scorer, peers, asked, corpora / "queries"))
+            if asked.corpus == corpus and asked.name in names:
+                sections.append(measure(name, index, scorer, peers[base], asked, corpora / "queries"))
                 record(report, sections[-1])
                 report.write(options.json)
     if options.picture:
