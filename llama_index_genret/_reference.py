@@ -7,7 +7,7 @@ Knows token ids; nothing of NumPy, files or models.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llama_index_genret.errors import DeadEnd, IdentifierCollision, IdentifierError
@@ -71,15 +71,48 @@ def count_allowed(mask: Sequence[bool], lo: int, hi: int) -> int:
     return sum(1 for leaf in range(lo, hi) if mask[leaf])
 
 
+def with_unknown_priors(log_priors: Mapping[Prefix, float | None]) -> dict[Prefix, float]:
+    """Every identifier's prior, an unknown one as that of its least probable relative.
+
+    Relatives are the known ones that share its longest beginning among those that any known one has.
+    """
+    known = {identifier: prior for identifier, prior in log_priors.items() if prior is not None}
+
+    def least_relative(identifier: Prefix) -> float:
+        for length in range(len(identifier), -1, -1):
+            relatives = [p for other, p in known.items() if other[:length] == identifier[:length]]
+            if relatives:
+                return min(relatives)
+        raise IdentifierError("no identifier has a known prior.")
+
+    return {
+        identifier: least_relative(identifier) if prior is None else prior for identifier, prior in log_priors.items()
+    }
+
+
+def prior_below(log_priors: Mapping[Prefix, float | None], prefix: Prefix) -> tuple[float, float]:
+    """(log of the sum, least log) of the priors of the identifiers that begin so; the twin of `trie.TriePrior`."""
+    below = [p for identifier, p in with_unknown_priors(log_priors).items() if identifier[: len(prefix)] == prefix]
+    return math.log(math.fsum(math.exp(p - max(below)) for p in below)) + max(below), min(below)
+
+
 def rank_all(
-    identifiers: Sequence[Prefix], logits: Callable[[Prefix], Sequence[float]], *, over_children: bool
+    identifiers: Sequence[Prefix],
+    logits: Callable[[Prefix], Sequence[float]],
+    *,
+    over_children: bool,
+    log_priors: Mapping[Prefix, float | None] | None = None,
+    eta: float = 0.0,
 ) -> list[tuple[float, Prefix]]:
-    """Every identifier with its log-probability, best first, ties by tokens; the twin of `search.search`.
+    """Every identifier with its score, best first, ties by tokens; the twin of `search.search`.
+
+    The score is its log-probability, less `eta` times the logarithm of its prior.
 
     Args:
         logits: prefix -> one logit for every token of the vocabulary.
         over_children: whether a step's probabilities sum to one over the tokens that may come next, or over all.
     """
+    priors = with_unknown_priors(log_priors) if log_priors else dict.fromkeys(identifiers, 0.0)
     trie = DictTrie(identifiers)
     ranked = []
     for identifier in identifiers:
@@ -88,5 +121,5 @@ def rank_all(
             row = logits(identifier[:depth])
             rivals = trie.children(identifier[:depth]) if over_children else range(len(row))
             log_prob += row[token_id] - math.log(sum(math.exp(row[rival]) for rival in rivals))
-        ranked.append((log_prob, identifier))
+        ranked.append((log_prob - eta * priors[identifier], identifier))
     return sorted(ranked, key=lambda found: (-found[0], found[1]))

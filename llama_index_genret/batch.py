@@ -9,7 +9,6 @@ Knows scorers and files; nothing of LlamaIndex.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,13 +24,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llama_index_genret.errors import BatchError, CorpusError, QueryError
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, recall
+from llama_index_genret.scorers.ranked import ranking_options
 from llama_index_genret.search import Ranking
-from llama_index_genret.store import Index
+from llama_index_genret.store import Index, Scoring
 from llama_index_genret.trie import LeafFilter
+from llama_index_genret.unfinished import difference, locked, size
 
 BATCH_SIZE = 32
 WRITTEN = ("hits", "exact", "error")
 """Keys of an answer beside those of its query."""
+
+WAY_OUT = "name another --out, or pass --overwrite to throw away its answers."
 
 
 class Asked(BaseModel):
@@ -46,6 +49,7 @@ class Asked(BaseModel):
     k: int = 10
     exact: bool = False
     filters: dict[str, str] = {}
+    scoring: Scoring = Scoring()
     scored_by: str = ""
 
 
@@ -94,7 +98,8 @@ class BatchRun:
         self.part.truncate(kept.end)
         self.part.seek(kept.end)
         progress(kept.answers)
-        options = {"k": self.asked.k, "allowed": self.allowed, "budget": None if self.asked.exact else 0}
+        how: dict[str, Any] = {"k": self.asked.k, "allowed": self.allowed, "budget": None if self.asked.exact else 0}
+        options = {**how, **ranking_options(self.index, self.asked.scoring)}
         done, refused = kept.answers, kept.refused
         rows = islice(read_rows(self.queries), kept.answers, None)
         while batch := list(islice(rows, batch_size)):
@@ -120,6 +125,7 @@ def open_batch(
     k: int = 10,
     exact: bool = False,
     filters: Mapping[str, str] | None = None,
+    scoring: Scoring | None = None,
     scored_by: str = "",
     overwrite: bool = False,
 ) -> Iterator[BatchRun]:
@@ -127,6 +133,7 @@ def open_batch(
 
     Args:
         k, exact, filters: as of `genret query`.
+        scoring: how hits are ranked, as the index was tuned if not given.
         scored_by: the kind of scorer, for a later run that goes on.
         overwrite: whether HITS.jsonl may be replaced, and an unfinished run that asks something else thrown away.
     Raises:
@@ -139,20 +146,26 @@ def open_batch(
         raise BatchError(f"{out} exists: name another file, or pass --overwrite to replace a file of hits.")
     total, sha256 = _survey(queries)
     asked = Asked(
-        index=index.version, queries=sha256, k=k, exact=exact, filters=dict(filters or {}), scored_by=scored_by
+        index=index.version,
+        queries=sha256,
+        k=k,
+        exact=exact,
+        filters=dict(filters or {}),
+        scoring=index.scoring() if scoring is None else scoring,
+        scored_by=scored_by,
     )
-    with _locked(_part_of(out)) as part:
-        earlier = _read_header(_header_of(out)) if _size(part) else asked
+    with locked(_part_of(out), way_out="name another --out") as part:
+        earlier = _read_header(_header_of(out)) if size(part) else asked
         if earlier != asked:
             if not overwrite:
-                raise BatchError(_difference(_part_of(out), earlier, asked))
+                raise BatchError(difference(_part_of(out), earlier, asked, way_out=WAY_OUT))
             part.truncate(0)
-        if not _size(part):
+        if not size(part):
             _header_of(out).write_text(asked.model_dump_json(indent=1), encoding="utf-8")
         try:
             yield BatchRun(index, queries, out, asked, total, part, allowed)
         finally:
-            if not _size(part):
+            if not size(part):
                 _part_of(out).unlink(missing_ok=True)
                 _header_of(out).unlink(missing_ok=True)
 
@@ -241,39 +254,11 @@ def _whole_batches(part: BinaryIO, batch_size: int) -> _Part:
     return whole
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
-    """The file, opened to read and append, while nobody else holds it."""
-    try:
-        file = path.open("a+b")
-    except OSError as error:
-        raise BatchError(f"{path} cannot be written: {error}. Make its folder, or name another --out.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BatchError(f"another run is writing {path}: wait for it, or name another --out.") from error
-        yield file
-
-
-def _size(file: BinaryIO) -> int:
-    return os.fstat(file.fileno()).st_size
-
-
 def _read_header(path: Path) -> Asked | None:
     try:
         return Asked.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError):
         return None
-
-
-def _difference(part: Path, earlier: Asked | None, asked: Asked) -> str:
-    way_out = "name another --out, or pass --overwrite to throw away its answers."
-    if earlier is None:
-        return f"{part} is there, but not what it answers: {way_out}"
-    before, now = earlier.model_dump(), asked.model_dump()
-    differing = ", ".join(f"{key} {before[key]!r} (now {now[key]!r})" for key in now if before[key] != now[key])
-    return f"{part} is an unfinished run with {differing}. Repeat the command that began it to go on with it, {way_out}"
 
 
 def _part_of(out: Path) -> Path:

@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast, get_args
 
@@ -23,12 +24,14 @@ from rich.table import Table
 from llama_index_genret.errors import FilterError, GenretError
 from llama_index_genret.identifiers import Alphabet, get_scheme
 from llama_index_genret.identifiers.diagnostics import Diagnosis, diagnose
-from llama_index_genret.store import Index, check_free, drop_update, load_index, remove_images
+from llama_index_genret.store import Index, ScoringChoice, check_free, drop_update, load_index, remove_images
 
 app = typer.Typer(
     help="A multimodal LLM that has memorised your images.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 log = Console(stderr=True)
+
+TUNED_FIGURES = ("recall@1", "recall@5", "recall@10", "mrr")
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"
 
@@ -50,6 +53,26 @@ SchemeOptions = Annotated[
     list[str] | None,
     typer.Option(help="key=value of the scheme, the value in JSON: levels=3, sizes=[32,16], method=rq."),
 ]
+Offline = Annotated[bool, typer.Option("--offline", help="With vllm.LLM in this process.")]
+VllmOption = Annotated[
+    list[str] | None,
+    typer.Option(help="key=value of vllm.LLM, the value in JSON: tensor_parallel_size=2, max_model_len=4096."),
+]
+Eta = Annotated[
+    float | None,
+    typer.Option(help="How much of the images' prior is taken off; as tuned if not given.", show_default=False, min=0),
+]
+Reranked = Annotated[
+    int | None,
+    typer.Option(
+        help="Best hits ranked anew by log p(query | image); as tuned if not given.", show_default=False, min=0
+    ),
+]
+RerankWeight = Annotated[float | None, typer.Option(help="Of that log p.", show_default=False, min=0)]
+RerankedBy = Annotated[
+    str | None,
+    typer.Option(help="What the model is given of an image: its identifier, or the image.", show_default=False),
+]
 TopK = Annotated[int, typer.Option("-k", min=1, help="Images wanted.")]
 
 
@@ -58,6 +81,15 @@ def _bar(label: str) -> Any:
         yield from track(items, description=label, console=log, transient=True)
 
     return progress
+
+
+@contextmanager
+def _counting_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar that is told how many are done."""
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=log) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def _emit(as_json: bool, value: dict[str, Any], table: Table) -> None:
@@ -119,6 +151,74 @@ def index(
 
 
 @app.command()
+def write_queries(
+    index_dir: IndexDir,
+    per_image: Annotated[int, typer.Option(min=1, help="Queries that an image should have, its captions counted.")] = 8,
+    style: Annotated[
+        Path | None, typer.Option(help="Queries of users, whose style is taken: one a line, or QUERIES.jsonl.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.05, max=2.0)] = 0.8,
+    seed: int = 0,
+    server: Annotated[
+        str | None, typer.Option(help="Address of a vLLM server of the base model: http://HOST:PORT/v1")
+    ] = None,
+    offline: Offline = False,
+    vllm_option: VllmOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that the model looks at together.")] = 8,
+    overwrite: Annotated[bool, typer.Option(help="Write for all images anew.")] = False,
+    api_key: ApiKey = "EMPTY",
+    model: Annotated[
+        str | None, typer.Option("--model", help="The base model, if it has moved; with --server, its served name.")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Let the base model write queries of images with few captions, to train on. Killed, the same command goes on.
+
+    Images that have theirs are left alone. What is written is no caption: `genret eval` compares without it.
+    """
+    from llama_index_genret.pseudo_queries import WriteOptions, open_writing, read_samples
+
+    if offline and (server or device != "auto"):
+        raise typer.BadParameter("--offline takes no --server or --device: vLLM runs where it was built for")
+    if vllm_option and not offline:
+        raise typer.BadParameter("--vllm-option is for --offline; a server has its own flags")
+    vllm_options = _parse_options("--vllm-option", vllm_option or [])
+    loaded, samples = load_index(index_dir), read_samples(style) if style else ()
+
+    def writer() -> Any:
+        if server:
+            from llama_index_genret.pseudo_queries.server import ServerWriter
+
+            return ServerWriter(server, model=model, api_key=api_key)
+        if offline:
+            _prepare_vllm()
+            from llama_index_genret.pseudo_queries.offline import OfflineWriter
+
+            return OfflineWriter.load(loaded, base=model, **vllm_options)
+        from llama_index_genret.modeling import load_base
+        from llama_index_genret.pseudo_queries.in_process import InProcessWriter
+
+        return InProcessWriter(loaded, load_base(loaded, device=device, base=model))
+
+    kind = "vllm.LLM" if offline else "server" if server else f"transformers on {device}"
+    options = WriteOptions(
+        per_image=per_image, temperature=temperature, seed=seed, batch_size=batch_size, overwrite=overwrite
+    )
+    with (
+        open_writing(loaded, options, samples=samples, written_by=kind) as run,
+        _counting_bar("Writing", len(run.records)) as progress,
+    ):
+        summary = run.finish(writer, progress=progress)
+    if summary.short:
+        log.print(_shortfall(summary), style="yellow")
+    figures = {**dataclasses.asdict(summary), "pseudo_queries": _n_pseudo_queries(load_index(index_dir))}
+    table = _table(*figures)
+    table.add_row(*map(str, figures.values()))
+    _emit(as_json, figures, table)
+
+
+@app.command()
 def train(
     index_dir: IndexDir,
     update: Annotated[
@@ -132,31 +232,60 @@ def train(
         float | None, typer.Option(help="Passes over the captions, in an update over those of the new images.")
     ] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step, over all processes.")] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Parts in which a step is computed.")] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Less memory, a third more time.")] = False,
     learning_rate: Annotated[
         float | None, typer.Option(help="Of the LoRA matrices; 0.002 suits 0.1 B parameters, less suits larger models.")
     ] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=1)] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Text encoder to imitate on any query: a folder or hub id of sentence-transformers."),
+    ] = None,
+    imitate: Annotated[
+        Path | None, typer.Option(help="More queries to imitate it on, one a line.", exists=True, dir_okay=False)
+    ] = None,
+    symbol_start: Annotated[
+        str | None, typer.Option(help="Where new symbols start: images, captions (by the teacher) or noise.")
+    ] = None,
+    mix: Annotated[str | None, typer.Option(help="Examples of each task, as retrieve=8,memorise=3,answer=8.")] = None,
     seed: int = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Teach the model the index's identifiers. Killed, the same command goes on from its last checkpoint."""
+    """Teach the model the index's identifiers. Killed, the same command goes on from its last checkpoint.
+
+    Several processes, as many GPUs: accelerate launch --num_processes 4 -m llama_index_genret.cli train INDEX
+    """
     if epochs is not None and max_steps is not None:
         raise typer.BadParameter("give --epochs or --max-steps, not both")
     given: dict[str, Any] = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
-    given |= {"learning_rate": learning_rate}
+    given |= {"accumulate": accumulate, "recompute": recompute or None}
+    given |= {"learning_rate": learning_rate, "lora_rank": lora_rank, "teacher": teacher, "symbol_start": symbol_start}
+    given |= {"mix": mix, "imitated": imitate}
     given = {name: value for name, value in given.items() if value is not None}
     if drop and (update or given):
         raise typer.BadParameter("--drop-update trains nothing: give it alone")
     if drop:
         trained = drop_update(load_index(index_dir))
     else:
-        from llama_index_genret.training.options import UPDATE_OPTIONS, TrainOptions
-        from llama_index_genret.training.recipe import train
+        trained = _trained(load_index(index_dir), given | {"seed": seed}, update=update, device=device)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        _emit(as_json, _facts(trained), _facts_table(trained))
 
-        options = dataclasses.replace(UPDATE_OPTIONS if update else TrainOptions(), seed=seed, **given)
-        trained = train(load_index(index_dir), options, update=update, device=device)
-    _emit(as_json, _facts(trained), _facts_table(trained))
+
+def _trained(loaded: Index, given: dict[str, Any], *, update: bool, device: str) -> Index:
+    from llama_index_genret.training.examples import read_mix
+    from llama_index_genret.training.options import UPDATE_OPTIONS, TrainOptions
+    from llama_index_genret.training.recipe import train
+
+    if "mix" in given:
+        given["mix"] = read_mix(given["mix"])
+    if "imitated" in given:
+        given["imitated"] = tuple(given["imitated"].read_text(encoding="utf-8").splitlines())
+    options = dataclasses.replace(UPDATE_OPTIONS if update else TrainOptions(), **given)
+    return train(loaded, options, update=update, device=device)
 
 
 @app.command()
@@ -209,6 +338,10 @@ def query(
     k: TopK = 5,
     filters: Filters = None,
     exact: Annotated[bool, typer.Option(help="Search until the best are certain, instead of with a beam.")] = False,
+    eta: Eta = None,
+    rerank: Reranked = None,
+    rerank_weight: RerankWeight = None,
+    rerank_by: RerankedBy = None,
     server: Server = None,
     api_key: ApiKey = "EMPTY",
     model: BaseModel = None,
@@ -218,17 +351,20 @@ def query(
     """Recall images for a text, for a picture, or for both."""
     from llama_index_genret.endpoint.client import Query
     from llama_index_genret.scorers.base import recall
+    from llama_index_genret.scorers.ranked import ranking_options
 
     loaded = load_index(index_dir)
     conditions = loaded.text_filter(_parse_filters(filters)) if filters else None
     prompts, tokenizer = loaded.prompts, loaded.tokenizer
     prompt = prompts.for_image(tokenizer, image, text) if image else prompts.for_query(tokenizer, text)
+    scoring = loaded.scoring(_choice(eta, rerank, rerank_weight, rerank_by), pictured=image is not None)
     scorer, budget = _scorer(loaded, server, api_key, model, device), None if exact else 0
     endpoint = _endpoint(loaded, scorer) if server else None
-    ranking = endpoint.recall(Query(text, prompt, k, None, budget, conditions)) if endpoint else None
+    ranking = endpoint.recall(Query(text, prompt, k, None, budget, conditions, scoring)) if endpoint else None
     if ranking is None:
         allowed = loaded.leaf_filter(conditions) if conditions else None
-        (ranking,) = recall(scorer, loaded.trie, [prompt], k=k, allowed=allowed, budget=budget)
+        options = ranking_options(loaded, scoring)
+        (ranking,) = recall(scorer, loaded.trie, [prompt], k=k, allowed=allowed, budget=budget, **options)
     table = _table("image", "caption", "score", "log p", "identifier", title=text)
     rows = []
     for hit in ranking.hits:
@@ -237,7 +373,7 @@ def query(
         caption = record.captions[0] if record.captions else ""
         table.add_row(record.file_name, caption, f"{hit.score:.4f}", f"{hit.log_prob:.3f}", loaded.identifier_of(hit))
     certificate = {"exact": ranking.exact, "nodes_expanded": ranking.nodes_expanded}
-    _emit(as_json, {"query": text, "hits": rows, **certificate}, table)
+    _emit(as_json, {"query": text, "hits": rows, **certificate, "scoring": dataclasses.asdict(scoring)}, table)
 
 
 @app.command()
@@ -288,26 +424,78 @@ def evaluate_command(
     server: Server = None,
     baselines: Annotated[str, typer.Option(help="Comma-separated, of: bm25, tfidf.")] = "",
     report: Annotated[Path | None, typer.Option(help="Write one HTML page with the pictures.")] = None,
+    eta: Eta = None,
+    rerank: Reranked = None,
+    rerank_weight: RerankWeight = None,
+    rerank_by: RerankedBy = None,
     api_key: ApiKey = "EMPTY",
     model: BaseModel = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure recall on held-out queries."""
-    from llama_index_genret.evaluation import baseline, evaluate, read_queries, write_evaluation_report
+    from llama_index_genret.evaluation import (
+        baseline,
+        evaluate,
+        n_written_by_a_model,
+        read_queries,
+        write_evaluation_report,
+    )
 
     loaded = load_index(index_dir)
     wanted = read_queries(queries, loaded.records)
     peers = {name: baseline(name, loaded.records, wanted) for name in filter(None, baselines.split(","))}
-    evaluation = evaluate(loaded, _scorer(loaded, server, api_key, model, device), wanted, progress=_bar("Recalling"))
-    figures = evaluation.figures()
+    seen = n_written_by_a_model(loaded, wanted)
+    if seen:
+        log.print(f"{seen} of the queries are pseudo-queries of the index, and not held out", style="yellow")
+    written = {"pseudo_queries": _n_pseudo_queries(loaded), "queries_among_them": seen}
+    scoring = loaded.scoring(_choice(eta, rerank, rerank_weight, rerank_by))
+    scorer = _scorer(loaded, server, api_key, model, device)
+    evaluation = evaluate(loaded, scorer, wanted, progress=_bar("Recalling"), scoring=scoring)
+    figures = {**evaluation.figures(), "scoring": dataclasses.asdict(scoring)}
     table = _table("", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", title=f"{figures['n']} queries")
     for name, row in {"generative": figures, **{n: p.figures() for n, p in peers.items()}}.items():
-        table.add_row(name, *(f"{row[c]:.3f}" for c in ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")))
+        bounds = {column: " [{:.3f}, {:.3f}]".format(*interval) for column, interval in row["interval"].items()}
+        columns = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
+        table.add_row(name, *(f"{row[column]:.3f}{bounds.get(column, '')}" for column in columns))
     if report:
         write_evaluation_report(report, loaded, evaluation)
         log.print(f"report: {report}", markup=False)
-    _emit(as_json, {**figures, "baselines": {name: peer.figures() for name, peer in peers.items()}}, table)
+    _emit(as_json, {**figures, **written, "baselines": {name: peer.figures() for name, peer in peers.items()}}, table)
+
+
+@app.command()
+def tune(
+    index_dir: IndexDir,
+    queries: Annotated[Path | None, typer.Argument(metavar="VALIDATION.jsonl", help="As of `genret eval`.")] = None,
+    rerank: Annotated[
+        int, typer.Option(min=0, help="Try to rank so many of the best anew, by log p(query | image).")
+    ] = 0,
+    rerank_by: RerankedBy = None,
+    server: Server = None,
+    api_key: ApiKey = "EMPTY",
+    model: BaseModel = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compute the prior of the images, and choose on held-out queries how much of it is taken off their scores."""
+    from llama_index_genret.evaluation import read_queries
+    from llama_index_genret.tuning import tune
+
+    loaded = load_index(index_dir)
+    by = loaded.scoring(_choice(rerank_by=rerank_by)).rerank_by
+    wanted = read_queries(queries, loaded.records) if queries else []
+    scorer = _scorer(loaded, server, api_key, model, device)
+    tuned, trials = tune(loaded, scorer, wanted, rerank=rerank, rerank_by=by, progress=_bar("Tuning"))
+    chosen = tuned.scoring()
+    table = _table("eta", "rerank weight", *TUNED_FIGURES, title=f"{len(wanted)} queries; chosen: {chosen}")
+    best_last = sorted(trials, key=lambda trial: (trial.figures["mrr"], -trial.scoring.rerank_weight))
+    best = {trial.scoring.eta: trial for trial in best_last}
+    for trial in (best[eta] for eta in sorted(best)):
+        weights = (f"{trial.scoring.eta:g}", f"{trial.scoring.rerank_weight:g}" if rerank else "")
+        table.add_row(*weights, *(f"{trial.figures[name]:.3f}" for name in TUNED_FIGURES))
+    value = {"index": str(tuned.folder), "n": len(wanted), "scoring": dataclasses.asdict(chosen)}
+    _emit(as_json, {**value, "trials": [trial.to_json() for trial in trials]}, table)
 
 
 @app.command()
@@ -318,12 +506,13 @@ def batch(
     k: TopK = 10,
     exact: Annotated[bool, typer.Option(help="Search until the best are certain, instead of with a beam.")] = False,
     filters: Filters = None,
+    eta: Eta = None,
+    rerank: Reranked = None,
+    rerank_weight: RerankWeight = None,
+    rerank_by: RerankedBy = None,
     server: Server = None,
-    offline: Annotated[bool, typer.Option("--offline", help="With vllm.LLM in this process.")] = False,
-    vllm_option: Annotated[
-        list[str] | None,
-        typer.Option(help="key=value of vllm.LLM, the value in JSON: tensor_parallel_size=2, max_model_len=4096."),
-    ] = None,
+    offline: Offline = False,
+    vllm_option: VllmOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Queries in one search.")] = 32,
     overwrite: Annotated[bool, typer.Option(help="Replace HITS.jsonl, or an unfinished run of other options.")] = False,
     api_key: ApiKey = "EMPTY",
@@ -342,12 +531,12 @@ def batch(
     loaded, wanted = load_index(index_dir), _parse_filters(filters or [])
     kind = "vllm.LLM" if offline else "server" if server else f"transformers on {device}"
     began = time.monotonic()
-    with open_batch(loaded, queries, out, k=k, exact=exact, filters=wanted, scored_by=kind, overwrite=overwrite) as run:
+    asked: dict[str, Any] = {"k": k, "exact": exact, "filters": wanted, "scored_by": kind}
+    asked["scoring"] = loaded.scoring(_choice(eta, rerank, rerank_weight, rerank_by))
+    with open_batch(loaded, queries, out, overwrite=overwrite, **asked) as run:
         scorer = _offline_scorer(loaded, vllm_options) if offline else _scorer(loaded, server, api_key, model, device)
-        columns = (TextColumn("Recalling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=log) as bar:
-            task = bar.add_task("", total=run.total)
-            summary = run.finish(scorer, batch_size=batch_size, progress=lambda done: bar.update(task, completed=done))
+        with _counting_bar("Recalling", run.total) as progress:
+            summary = run.finish(scorer, batch_size=batch_size, progress=progress)
     if summary.refused:
         log.print(f"{summary.refused} queries were refused: their lines have an error instead of hits", style="yellow")
     figures = {**dataclasses.asdict(summary), "out": str(out), "seconds": round(time.monotonic() - began, 1)}
@@ -464,13 +653,36 @@ def _scorer(loaded: Index, server: str | None, api_key: str, model: str | None, 
 
 
 def _offline_scorer(loaded: Index, options: dict[str, Any]) -> Any:
-    """A `VllmOfflineScorer`, of a vLLM that suits a command line, unless the environment says otherwise."""
-    for variable, value in VLLM_ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
+    """A `VllmOfflineScorer` of the index's trained weights."""
+    _prepare_vllm()
     from llama_index_genret.scorers.vllm_offline import VllmOfflineScorer
     from llama_index_genret.serving import served_checkpoint
 
     return VllmOfflineScorer.load(served_checkpoint(loaded), **options)
+
+
+def _prepare_vllm() -> None:
+    """Ask for a vLLM that suits a command line, unless the environment says otherwise."""
+    for variable, value in VLLM_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+
+
+def _shortfall(summary: Any) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in summary.refused.items())
+    return (
+        f"{summary.short} of {summary.images} images got fewer queries than asked for, {summary.none} of them none. "
+        f"Refused of what the model said: {reasons or 'nothing'}. A larger or trained model writes better ones; "
+        "--seed N --overwrite writes others."
+    )
+
+
+def _choice(
+    eta: float | None = None,
+    rerank: int | None = None,
+    rerank_weight: float | None = None,
+    rerank_by: str | None = None,
+) -> ScoringChoice:
+    return ScoringChoice(eta, rerank, rerank_weight, cast(Any, rerank_by))
 
 
 def _endpoint(loaded: Index, scorer: Any) -> Any:
@@ -516,6 +728,10 @@ def _levels_table(diagnosis: Diagnosis) -> Table:
     return table
 
 
+def _n_pseudo_queries(loaded: Index) -> int:
+    return sum(len(loaded.pseudo_queries_of(record)) for record in loaded.records)
+
+
 def _facts(loaded: Index) -> dict[str, Any]:
     trie, unseen = loaded.trie.base, loaded.unseen_rows()
     return {
@@ -534,6 +750,9 @@ def _facts(loaded: Index) -> dict[str, Any]:
         "training": loaded.manifest.training,
         "update": loaded.manifest.update,
         "untrained_images": None if unseen is None else len(unseen),
+        "captions": sum(len(record.captions) for record in loaded.records),
+        "pseudo_queries": _n_pseudo_queries(loaded),
+        "tuned": loaded.manifest.tuned and loaded.manifest.tuned.model_dump(),
         "missing_images": [r.file_name for r in loaded.records if not r.path.is_file()],
     }
 

@@ -21,7 +21,7 @@
     │   └── ModelMismatch           model or tokenizer are not those the index was made with
     ├── ModelError                  a model folder cannot be loaded or used
     │   └── NotTrained              the index has no trained weights yet
-    ├── BatchError                  a file of hits cannot be written, or its unfinished run is another
+    ├── BatchError                  what a long run writes cannot be written, or its unfinished run is another
     ├── TrainingError               training cannot start or cannot go on
     ├── ServerError                 a vLLM server answered with an error or with nonsense
     │   └── ServerUnreachable       nothing answers at the address
@@ -117,7 +117,7 @@ class NotTrained(ModelError):
 
 
 class BatchError(GenretError):
-    """A file of hits cannot be written, or its unfinished run is another."""
+    """What a long run writes cannot be written, or its unfinished run is another."""
 
 
 class TrainingError(GenretError):

@@ -17,24 +17,45 @@ from numpy.typing import NDArray
 
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import CorpusError, MissingExtra, QueryError
-from llama_index_genret.metrics import mean_reciprocal_rank, ndcg_at, recall_at
+from llama_index_genret.metrics import (
+    Interval,
+    bootstrap_interval,
+    found_at,
+    mean_reciprocal_rank,
+    ndcg_at,
+    recall_at,
+    reciprocal_ranks,
+)
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.report import Figure, ReportAnswer, ReportHit, ReportQuery, write_report
 from llama_index_genret.scorers.base import Scorer, recall
+from llama_index_genret.scorers.ranked import ranking_options
 from llama_index_genret.search import Hit, Normalise
-from llama_index_genret.store import Index
+from llama_index_genret.store import Index, Scoring, text_key
 
 DEPTH = 10
 """Results looked at for each query."""
 
+NAMING_KEYS = ("image_id", "file_name")
+
 
 @dataclass(frozen=True)
 class Query:
-    """A query and the images that are right for it. kind: free text by which figures are parted."""
+    """A query and the images that are right for it.
+
+    kind: free text by which figures are parted. image: the file of a query that is a picture, alone or with a text.
+    """
 
     text: str
     image_ids: frozenset[str]
     kind: str = "query"
+    image: Path | None = None
+
+    def prompt(self, index: Index) -> Prompt:
+        """What the index's model is asked. Raises QueryError: see `PromptSet.for_query`."""
+        if self.image is None:
+            return index.prompts.for_query(index.tokenizer, self.text)
+        return index.prompts.for_image(index.tokenizer, self.image, self.text)
 
 
 @dataclass(frozen=True)
@@ -50,15 +71,27 @@ class Evaluation:
     latency_ms: tuple[float, ...] = ()
 
     def figures(self) -> dict[str, Any]:
-        """n, recall@1/5/10, mrr, ndcg@10, and latency percentiles where it was measured."""
+        """n, recall@1/5/10, mrr, ndcg@10, `interval` of recall and mrr, latency percentiles where it was measured."""
         expected = [query.image_ids for query in self.queries]
         figures: dict[str, Any] = {"n": len(self.queries)}
         figures |= {f"recall@{k}": recall_at(self.ranked, expected, k) for k in (1, 5, 10)}
         figures |= {"mrr": mean_reciprocal_rank(self.ranked, expected), "ndcg@10": ndcg_at(self.ranked, expected, 10)}
+        figures["interval"] = {name: list(interval) for name, interval in self.intervals().items()}
         if self.latency_ms:
             p50, p95 = np.percentile(self.latency_ms, [50, 95])
             figures["latency_ms"] = {"p50": round(float(p50), 1), "p95": round(float(p95), 1)}
         return figures
+
+    def of_each_query(self) -> dict[str, list[float]]:
+        """recall@1/5/10 and mrr of every query alone, in the order of `queries`."""
+        expected = [query.image_ids for query in self.queries]
+        values = {f"recall@{k}": found_at(self.ranked, expected, k) for k in (1, 5, 10)}
+        return values | {"mrr": reciprocal_ranks(self.ranked, expected)}
+
+    def intervals(self) -> dict[str, Interval]:
+        """95 % intervals of recall@1/5/10 and mrr; queries that ask for the same images are drawn together."""
+        asked = [query.image_ids for query in self.queries]
+        return {name: bootstrap_interval(values, asked) for name, values in self.of_each_query().items()}
 
     def of_kind(self, kind: str) -> Evaluation:
         """The part with queries of one kind."""
@@ -73,6 +106,8 @@ class Evaluation:
 
 def read_queries(path: Path, records: Sequence[Record]) -> list[Query]:
     """Read QUERIES.jsonl: `{"query": ..., "file_name" | "image_id": one or a list, "kind": optional}` a line.
+
+    A query that is a picture names its file in `image`, relative to the folder of `path`; `query` may then be left out.
 
     Raises:
         CorpusError: a line is broken or names an image that the index lacks; names file and line.
@@ -90,7 +125,8 @@ def read_queries(path: Path, records: Sequence[Record]) -> list[Query]:
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-            text, key = row["query"], next(k for k in ("image_id", "file_name") if k in row)
+            image = path.parent / row["image"] if "image" in row else None
+            text, key = row.get("query", "") if image else row["query"], next(k for k in NAMING_KEYS if k in row)
         except (json.JSONDecodeError, KeyError, TypeError, StopIteration) as error:
             raise CorpusError(
                 f'{where}: want {{"query": "...", "file_name": "..."}} (or "image_id"), found {line[:80]!r}.'
@@ -100,8 +136,10 @@ def read_queries(path: Path, records: Sequence[Record]) -> list[Query]:
         missing = [name for name in wanted if name not in known]
         if missing or not wanted or not isinstance(text, str):
             raise CorpusError(f"{where}: the index has no image {missing or wanted!r}. Correct {key}, or index it.")
+        if image is not None and not image.is_file():
+            raise CorpusError(f"{where}: the query's picture {image} does not exist.")
         image_ids = frozenset(wanted if key == "image_id" else (names[name] for name in wanted))
-        queries.append(Query(text, image_ids, str(row.get("kind", "query"))))
+        queries.append(Query(text, image_ids, str(row.get("kind", "query")), image))
     if not queries:
         raise CorpusError(f"{path} has no queries.")
     return queries
@@ -115,20 +153,38 @@ def evaluate(
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     width: int | None = None,
     normalise: Normalise = Normalise.CHILDREN,
+    scoring: Scoring | None = None,
 ) -> Evaluation:
-    """Recall every query, one at a time, and time each. A query that is refused has no results: a miss."""
+    """Recall every query, one at a time, and time each. A query that is refused has no results: a miss.
+
+    Args:
+        scoring: how hits are ranked, as the index was tuned if not given.
+    """
+    options = ranking_options(index, index.scoring() if scoring is None else scoring)
     found, latency_ms = [], []
     for query in progress(queries):
         start = time.perf_counter()
         try:
-            prompt = index.prompts.for_query(index.tokenizer, query.text)
-            (ranking,) = recall(scorer, index.trie, [prompt], k=DEPTH, width=width, normalise=normalise)
+            prompt = query.prompt(index)
+            (ranking,) = recall(scorer, index.trie, [prompt], k=DEPTH, width=width, normalise=normalise, **options)
             hits = ranking.hits
         except QueryError:
             hits = ()
         latency_ms.append((time.perf_counter() - start) * 1e3)
         found.append(hits)
     return evaluation_of(index, queries, found, latency_ms)
+
+
+def n_written_by_a_model(index: Index, queries: Sequence[Query]) -> int:
+    """How many of the queries a model has written of a right image: after training, they are not held out."""
+    return sum(
+        any(
+            text_key(written.text) == text_key(query.text)
+            for image_id in query.image_ids
+            for written in index.pseudo_queries_of(index.records[index.rows_by_id[image_id]])
+        )
+        for query in queries
+    )
 
 
 def evaluation_of(
@@ -156,7 +212,7 @@ def write_evaluation_report(
         path,
         title="Images recalled by a model that has memorised them",
         subtitle=f"{len(index.records)} images, scheme {index.manifest.scheme!r}: query left, recalled images right.",
-        figures=figures or [Figure(name, str(value)) for name, value in evaluation.figures().items()],
+        figures=figures or [Figure(name, str(v)) for name, v in evaluation.figures().items() if name != "interval"],
         queries=queries,
         answers=answers,
         images={record.image_id: record.path for record in index.records},
@@ -177,11 +233,14 @@ def recall_in_batches(
     k: int = DEPTH,
     batch: int = 32,
     normalise: Normalise = Normalise.CHILDREN,
+    budget: int | None = 0,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> list[tuple[Hit, ...]]:
-    """Hits of many prompts, `batch` at a time in one search."""
+    """Hits of many prompts, `batch` at a time in one search; `budget` as of `search.search`."""
     hits: list[tuple[Hit, ...]] = []
-    for start in range(0, len(prompts), batch):
-        rankings = recall(scorer, index.trie, prompts[start : start + batch], k=k, normalise=normalise)
+    for start in progress(range(0, len(prompts), batch)):
+        asked = prompts[start : start + batch]
+        rankings = recall(scorer, index.trie, asked, k=k, normalise=normalise, budget=budget)
         hits += [ranking.hits for ranking in rankings]
     return hits
 
@@ -197,12 +256,18 @@ def baseline(name: str, records: Sequence[Record], queries: Sequence[Query]) -> 
     scores = {"tfidf": _tfidf, "bm25": _bm25}.get(name)
     if scores is None:
         raise QueryError(f"there is no baseline {name!r}: choose of bm25, tfidf.")
-    matrix = scores(texts, [query.text for query in queries])
+    return evaluation_by_score(scores(texts, [query.text for query in queries]), records, queries)
+
+
+def evaluation_by_score(
+    scores: NDArray[np.floating], records: Sequence[Record], queries: Sequence[Query], *, depth: int = DEPTH
+) -> Evaluation:
+    """Every query's images ranked by (queries, images) scores; of images of equal score, the right ones come last."""
     ids = [record.image_id for record in records]
     ranked = []
-    for row, query in zip(matrix, queries, strict=True):
+    for row, query in zip(scores, queries, strict=True):
         right = np.array([image_id in query.image_ids for image_id in ids])
-        ranked.append(tuple(ids[i] for i in np.lexsort((right, -row))[:DEPTH]))
+        ranked.append(tuple(ids[i] for i in np.lexsort((right, -row))[:depth]))
     return Evaluation(tuple(queries), tuple(ranked))
 
 

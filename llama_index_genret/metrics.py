@@ -5,24 +5,71 @@ A query without an answer, or whose answer failed, counts as a miss: nothing lea
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
+
+RESAMPLES = 1000
+
+
+class Interval(NamedTuple):
+    """Between which values a mean over queries lies with the stated confidence."""
+
+    low: float
+    high: float
 
 
 def recall_at(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]], k: int) -> float:
     """Share of the queries with at least one expected id among the first `k` (the field's recall@k, or hit rate)."""
-    return _mean([bool(set(ids[:k]) & set(right)) for ids, right in zip(ranked, expected, strict=True)])
+    return _mean(found_at(ranked, expected, k))
 
 
 def mean_reciprocal_rank(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]]) -> float:
     """Mean of 1 / place of the first expected id, 0 where it is missing."""
-    return _mean([_reciprocal_rank(ids, right) for ids, right in zip(ranked, expected, strict=True)])
+    return _mean(reciprocal_ranks(ranked, expected))
 
 
 def ndcg_at(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]], k: int) -> float:
     """Normalised discounted cumulative gain at `k`, each expected id worth one (Järvelin and Kekäläinen 2002)."""
     return _mean([_ndcg(ids[:k], right, k) for ids, right in zip(ranked, expected, strict=True)])
+
+
+def found_at(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]], k: int) -> list[float]:
+    """Of each query: 1 where an expected id is among the first `k`, else 0. Their mean is `recall_at`."""
+    return [float(bool(set(ids[:k]) & set(right))) for ids, right in zip(ranked, expected, strict=True)]
+
+
+def reciprocal_ranks(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]]) -> list[float]:
+    """Of each query: what `mean_reciprocal_rank` is the mean of."""
+    return [_reciprocal_rank(ids, right) for ids, right in zip(ranked, expected, strict=True)]
+
+
+def bootstrap_interval(
+    values: Sequence[float], groups: Sequence[Hashable] | None = None, *, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """How far the mean of `values` may be off by the choice of the queries alone.
+
+        for _ in range(RESAMPLES): draw as many groups as there are, with replacement; take the mean of their values
+        the interval holds the middle `level` of these means
+
+    Of the differences between two systems, query by query, it is the paired bootstrap: it tells whether one is better.
+
+    Args:
+        values: (n,) one a query.
+        groups: (n,) queries of one group are drawn together, such as those that ask for the same image: they are not
+            independent. Each query by itself, if not given.
+    Source: the percentile and the cluster bootstrap (Davison and Hinkley 1997, sections 5.3 and 3.8).
+    """
+    if not len(values):
+        return Interval(0.0, 0.0)
+    places = {group: place for place, group in enumerate(dict.fromkeys(groups or range(len(values))))}
+    of_query = np.array([places[group] for group in groups or range(len(values))])
+    sums, counts = np.bincount(of_query, weights=values), np.bincount(of_query)
+    draws = np.random.default_rng(seed).multinomial(len(places), np.full(len(places), 1 / len(places)), RESAMPLES)
+    means = (draws @ sums) / (draws @ counts)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
 
 
 def _reciprocal_rank(ids: Sequence[str], right: Collection[str]) -> float:

@@ -30,6 +30,9 @@ MEMORISE = "Name this image."
 DESCRIBE = "Describe {}"
 ANSWER = "{}"
 
+LOOK = "What is in the picture?"
+"""The question to which the caption of an image without questions of its own is the answer in training."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -38,12 +41,14 @@ class Prompt:
     token_ids: of the whole prompt; of an image prompt, before the placeholder is expanded.
     image: the file of an image prompt, or its content.
     text, rest: of an image prompt only: the rendered chat text with the model's placeholder, and the tokens after it.
+    words: tokens of the query itself, of a text query only.
     """
 
     token_ids: tuple[int, ...]
     image: Path | bytes | None = None
     text: str = ""
     rest: tuple[int, ...] = ()
+    words: tuple[int, ...] = ()
 
 
 class Blank(BaseModel):
@@ -86,7 +91,21 @@ class PromptSet(BaseModel):
         if not words:
             raise QueryError("the query is empty: write what the image shows.")
         _check_length(tokenizer, words)
-        return Prompt(tuple(self.query_tokens(tokenizer, words)))
+        return Prompt(tuple(self.query_tokens(tokenizer, words)), words=tuple(tokenizer.encode_text(words)))
+
+    def for_no_query(self, tokenizer: IndexTokenizer) -> Prompt:
+        """The prompt of `for_query` without the query: what it makes probable is so whatever is asked."""
+        return Prompt(tuple(self.query_tokens(tokenizer, "")))
+
+    def for_identifier(self, tokenizer: IndexTokenizer, token_ids: Sequence[int]) -> Prompt:
+        """The prompt that describes the image of an identifier."""
+        return Prompt(tuple(self.describe.fill(tokenizer, token_ids)))
+
+    def for_picture(self, tokenizer: IndexTokenizer, image: Path | bytes) -> Prompt:
+        """The prompt that describes an image by looking at it."""
+        before, after = self.answer.before, tokenizer.encode_markup(self.answer.after)
+        rest = (*tokenizer.encode_text(LOOK), *after)
+        return Prompt((*tokenizer.encode_markup(before), *rest), image, before, rest)
 
     def query_tokens(self, tokenizer: IndexTokenizer, text: str) -> list[int]:
         """The token ids of `for_query`, of a text of any length."""
@@ -109,6 +128,12 @@ class PromptSet(BaseModel):
         before = tokenizer.encode_markup(self.compose.before)
         rest = (*tokenizer.encode_text(words), *tokenizer.encode_markup(self.compose.after))
         return Prompt((*before, *rest), image, self.compose.before, rest)
+
+    def about_image(self, tokenizer: IndexTokenizer, image: Path | bytes, text: str) -> Prompt:
+        """The prompt that asks the model about an image; what is said to it is not parsed as markup."""
+        before = tokenizer.encode_markup(self.answer.before)
+        rest = (*tokenizer.encode_text(text), *tokenizer.encode_markup(self.answer.after))
+        return Prompt((*before, *rest), image, self.answer.before, rest)
 
 
 def _check_length(tokenizer: IndexTokenizer, words: str) -> None:

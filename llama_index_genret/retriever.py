@@ -5,6 +5,7 @@ Knows LlamaIndex's contract and one `Scorer`; nothing of how it scores.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from llama_index_genret.endpoint.client import Query, RecallClient
 from llama_index_genret.errors import FilterError
 from llama_index_genret.images import sniff_mime
 from llama_index_genret.scorers.base import Scorer, arecall, recall
+from llama_index_genret.scorers.ranked import ranking_options
 from llama_index_genret.search import Hit, Normalise
-from llama_index_genret.store import Index, load_index
+from llama_index_genret.store import Index, ScoringChoice, load_index
+from llama_index_genret.store.scoring import RerankBy
 
 
 class GenerativeImageRetriever(BaseRetriever):
@@ -30,7 +33,8 @@ class GenerativeImageRetriever(BaseRetriever):
     from the file, `text` is its first caption, and the metadata are the record's own, flat, with `image_id`,
     `file_path`, `content_sha256`, `genret_identifier`, `genret_log_prob`, `genret_rank` and `genret_exact`. None of
     the metadata is shown to the answering model unless `llm_metadata_keys` names it: it looks at the picture.
-    Scores are probabilities in (0, 1]. Nodes are made fresh for each call; their ids are the image ids.
+    Scores lie in (0, 1]: probabilities, or where a prior or a re-ranking ranks them too what `search.Hit.score` says,
+    and `genret_ranked_by` then stands in the metadata. Nodes are made fresh for each call; their ids are the image ids.
 
     Args:
         index: from `load_index`.
@@ -41,6 +45,10 @@ class GenerativeImageRetriever(BaseRetriever):
         normalise: which of the two scores; see `search.Normalise`.
         search_budget: 0 for a beam search; None until the best are certain; a number for at most about so many
             expanded prefixes before it goes on as a beam. `genret_exact` in the metadata says which came out.
+        eta: how much of the prior of the images is taken off their score; needs `genret tune`. 0 for nothing.
+        rerank: how many of the best are ranked anew by log p(query | image), of text queries only. 0 for none.
+        rerank_weight, rerank_by: see `store.Scoring`. What is None of these four is as `genret tune` chose it for text
+            queries; where it did not run, and for pictures, eta and rerank are 0.
         endpoint: recalls in one request what it can; the scorer does the rest. `from_server` sets it.
     Source: GRACE (arXiv:2402.10805).
     """
@@ -55,6 +63,10 @@ class GenerativeImageRetriever(BaseRetriever):
         beam_width: int | None = None,
         normalise: Normalise = Normalise.CHILDREN,
         search_budget: int | None = 0,
+        eta: float | None = None,
+        rerank: int | None = None,
+        rerank_weight: float | None = None,
+        rerank_by: RerankBy | None = None,
         endpoint: RecallClient | None = None,
         llm_metadata_keys: tuple[str, ...] = (),
         **kwargs: Any,
@@ -69,6 +81,8 @@ class GenerativeImageRetriever(BaseRetriever):
         self._width, self._budget = beam_width, search_budget
         self._search: dict[str, Any] = {"width": beam_width, "budget": search_budget, "normalise": normalise}
         self._search["allowed"] = allowed
+        self._choice = ScoringChoice(eta, rerank, rerank_weight, rerank_by)
+        index.scoring(self._choice)  # refuses nonsense now
         self._endpoint = endpoint if normalise is Normalise.CHILDREN else None  # whose scores are those
         self._llm_metadata_keys = llm_metadata_keys
 
@@ -113,14 +127,16 @@ class GenerativeImageRetriever(BaseRetriever):
         query = self._query(query_bundle)
         ranking = self._endpoint.recall(query) if self._endpoint else None
         if ranking is None:
-            (ranking,) = recall(self._scorer, self.index.trie, [query.prompt], k=query.k, **self._search)
+            options = {**self._search, **ranking_options(self.index, query.scoring)}
+            (ranking,) = recall(self._scorer, self.index.trie, [query.prompt], k=query.k, **options)
         return [self._node(hit, rank, ranking.exact) for rank, hit in enumerate(ranking.hits, start=1)]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         query = self._query(query_bundle)
         ranking = await self._endpoint.arecall(query) if self._endpoint else None
         if ranking is None:
-            (ranking,) = await arecall(self._scorer, self.index.trie, [query.prompt], k=query.k, **self._search)
+            options = {**self._search, **ranking_options(self.index, query.scoring)}
+            (ranking,) = await arecall(self._scorer, self.index.trie, [query.prompt], k=query.k, **options)
         return [self._node(hit, rank, ranking.exact) for rank, hit in enumerate(ranking.hits, start=1)]
 
     def _query(self, bundle: QueryBundle) -> Query:
@@ -129,7 +145,10 @@ class GenerativeImageRetriever(BaseRetriever):
             prompt = prompts.for_image(tokenizer, Path(bundle.image_path), text)
         else:
             prompt = prompts.for_query(tokenizer, text)
-        return Query(text, prompt, self.similarity_top_k, self._width, self._budget, self._conditions)
+        pictured = prompt.image is not None
+        choice = replace(self._choice, rerank=None) if pictured else self._choice
+        scoring = self.index.scoring(choice, pictured=pictured)
+        return Query(text, prompt, self.similarity_top_k, self._width, self._budget, self._conditions, scoring)
 
     def _node(self, hit: Hit, rank: int, exact: bool) -> NodeWithScore:
         record = self.index.record_of(hit)
@@ -142,6 +161,7 @@ class GenerativeImageRetriever(BaseRetriever):
             "genret_log_prob": hit.log_prob,
             "genret_rank": rank,
             "genret_exact": exact,
+            **({} if hit.ranked_by is None else {"genret_ranked_by": hit.ranked_by}),
         }
         node = ImageNode(
             id_=record.image_id,

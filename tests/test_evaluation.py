@@ -2,14 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_index_genret import FakeScorer
 from llama_index_genret.errors import CorpusError, QueryError
-from llama_index_genret.evaluation import Query, baseline, evaluate, read_queries
-from llama_index_genret.metrics import mean_reciprocal_rank, ndcg_at, recall_at
+from llama_index_genret.evaluation import Query, baseline, evaluate, evaluation_by_score, read_queries
+from llama_index_genret.metrics import RESAMPLES, bootstrap_interval, mean_reciprocal_rank, ndcg_at, recall_at
+from llama_index_genret.scorers.transformers import TransformersScorer
 
 RANKED = [["a", "b", "c"], ["b", "c", "a"], ["c"], []]
 EXPECTED = [{"a"}, {"a"}, {"a"}, {"a"}]
@@ -28,6 +30,84 @@ def test_figures_lie_between_none_and_all_and_a_perfect_ranking_is_one(ranked, k
     assert recall_at(ranked, expected, k) == mean_reciprocal_rank(ranked, expected) == 1.0
     assert ndcg_at(ranked, expected, k) == pytest.approx(1.0)
     assert 0 <= recall_at(ranked, [{"a"}] * len(ranked), k) <= 1
+
+
+def interval_by_loops(values, groups, level, seed):
+    """The definition: draw groups, pool their values, take the mean; then the middle of the sorted means."""
+    distinct = list(dict.fromkeys(groups))
+    counts = np.random.default_rng(seed).multinomial(len(distinct), [1 / len(distinct)] * len(distinct), size=RESAMPLES)
+    means = []
+    for drawn in counts.tolist():
+        pool = [v for v, g in zip(values, groups, strict=True) for _ in range(drawn[distinct.index(g)])]
+        means.append(sum(pool) / len(pool))
+    means.sort()
+
+    def quantile(share):
+        place = share * (len(means) - 1)
+        below = int(place)
+        above = min(below + 1, len(means) - 1)
+        return means[below] + (place - below) * (means[above] - means[below])
+
+    return quantile((1 - level) / 2), quantile((1 + level) / 2)
+
+
+@pytest.mark.parametrize(("level", "seed"), [(0.95, 0), (0.5, 3)])
+def test_the_bootstrap_is_its_definition(level, seed):
+    rng = np.random.default_rng(seed)
+    values, groups = rng.normal(size=23).tolist(), rng.choice(list("abcdefgh"), size=23).tolist()
+    assert bootstrap_interval(values, groups, level=level, seed=seed) == pytest.approx(
+        interval_by_loops(values, groups, level, seed)
+    )
+    alone = interval_by_loops(values, range(23), level, seed)
+    assert bootstrap_interval(values, level=level, seed=seed) == pytest.approx(alone)
+
+
+def test_an_interval_is_as_wide_as_the_normal_one_and_no_narrower_for_repeated_queries():
+    values = [1.0] * 120 + [0.0] * 280
+    low, high = bootstrap_interval(values)
+    half = 1.96 * (0.3 * 0.7 / 400) ** 0.5
+    assert (low, high) == pytest.approx((0.3 - half, 0.3 + half), abs=0.006)
+    again = bootstrap_interval([v for v in values for _ in range(4)], [i for i in range(400) for _ in range(4)])
+    assert again == pytest.approx((low, high))
+    assert bootstrap_interval([0.25] * 7) == (0.25, 0.25)
+    assert bootstrap_interval([]) == (0.0, 0.0)
+
+
+def test_figures_have_an_interval_around_each_recall_with_queries_of_an_image_drawn_together(untrained_index):
+    records = untrained_index.records
+    asked = [Query(f"{r.captions[0]} {n}", frozenset([r.image_id])) for r in records[:6] for n in range(3)]
+    scores = np.zeros((18, len(records)))
+    scores[np.arange(9), np.repeat(np.arange(6), 3)[:9]] = 1  # the first three images are found
+    evaluation = evaluation_by_score(scores, records, asked)
+    figures = evaluation.figures()
+    assert figures["recall@1"] == 0.5
+    expected = interval_by_loops([1.0] * 9 + [0.0] * 9, [query.image_ids for query in asked], 0.95, 0)
+    assert figures["interval"]["recall@1"] == pytest.approx(list(expected))
+    assert set(figures["interval"]) == {"recall@1", "recall@5", "recall@10", "mrr"}
+
+
+def test_of_images_of_equal_score_the_right_one_is_ranked_last(untrained_index):
+    records = untrained_index.records
+    query = Query("?", frozenset([records[0].image_id]))
+    tied, ahead = np.zeros((1, len(records))), np.zeros((1, len(records)))
+    tied[0, :5] = 1
+    ahead[0, :5], ahead[0, 0] = 1, 2
+    (ranked,) = evaluation_by_score(tied, records, [query]).ranked
+    assert ranked.index(records[0].image_id) == 4
+    assert evaluation_by_score(ahead, records, [query]).ranked[0][0] == records[0].image_id
+
+
+def test_a_query_may_be_a_picture(trained_index, trained_mllm, tmp_path):
+    asked = trained_index.records[3]
+    (tmp_path / "q.png").write_bytes(asked.path.read_bytes())
+    path = write(tmp_path / "q.jsonl", {"image": "q.png", "image_id": asked.image_id, "kind": "image"})
+    queries = read_queries(path, trained_index.records)
+    assert queries == [Query("", frozenset([asked.image_id]), "image", tmp_path / "q.png")]
+    result = evaluate(trained_index, TransformersScorer(trained_mllm), queries)
+    assert len(result.ranked[0]) == 10
+    (tmp_path / "q.png").unlink()
+    with pytest.raises(CorpusError, match=r"line 1.*q\.png does not exist"):
+        read_queries(path, trained_index.records)
 
 
 def test_a_query_that_is_refused_is_a_miss_and_stays_in_the_count(untrained_index):

@@ -14,6 +14,7 @@ CLIENT = (
     "llama_index_genret.search",
     "llama_index_genret.store",
     "llama_index_genret.evaluation",
+    "llama_index_genret.pseudo_queries.server",
     "llama_index_genret.serving",
     "llama_index_genret.scorers.fake",
     "llama_index_genret.scorers.vllm",

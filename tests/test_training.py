@@ -23,7 +23,7 @@ from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import load_index
 from llama_index_genret.training.batches import IGNORED, ExampleTensors, collate
-from llama_index_genret.training.examples import MIX, Interleaved, examples_of
+from llama_index_genret.training.examples import MIX, Interleaved, examples_of, read_mix
 from llama_index_genret.training.recipe import (
     TrainOptions,
     _adapted,
@@ -173,6 +173,31 @@ train(load_index(Path({str(folder)!r})), options, device="cpu", show_progress=Fa
     for (name, ours), theirs in zip(interrupted.state_dict().items(), uninterrupted.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
     assert not (folder / "training").exists()
+
+
+def test_a_step_in_parts_and_with_less_memory_is_the_same_step(pictures, tiny_mllm, tmp_path):
+    losses = []
+    for number, chosen in enumerate([{}, {"accumulate": 2}, {"recompute": True}]):
+        index = build_index(read_corpus(pictures), tmp_path / str(number), tiny_mllm)
+        options = TrainOptions(max_steps=5, lora_rank=2, **chosen)
+        losses.append(train(index, options, device="cpu", show_progress=False).manifest.training["losses"])
+    assert len(losses[0]) == 5
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-2)  # of the means of two halves
+    np.testing.assert_allclose(losses[2], losses[0], rtol=2e-3)
+
+
+def test_a_batch_that_does_not_divide_into_parts_is_an_error(fresh_index):
+    with pytest.raises(TrainingError, match="multiple of 3"):
+        train(fresh_index, TrainOptions(max_steps=1, accumulate=3), device="cpu", show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("mix", "named"), [("retrieve=8,dream=2", "dream"), ("retrieve=eight", "eight"), ("memorise=3", "no retrieve")]
+)
+def test_a_mix_that_makes_no_sense_is_an_error_that_names_it(mix, named):
+    assert read_mix("retrieve=8, memorise=3") == {"retrieve": 8, "memorise": 3}
+    with pytest.raises(TrainingError, match=named):
+        read_mix(mix)
 
 
 def test_a_run_that_diverges_is_an_error_and_leaves_no_checkpoint_to_resume(fresh_index):

@@ -15,6 +15,7 @@ from llama_index_genret.errors import QueryError, ServerError, ServerUnreachable
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import arecall, recall
 from llama_index_genret.scorers.fake import FakeScorer
+from llama_index_genret.scorers.rerank import Continuation
 from llama_index_genret.scorers.vllm import MAX_TOKENS_ASKED, VllmScorer
 from llama_index_genret.search import Normalise
 from llama_index_genret.trie import build_trie
@@ -58,8 +59,19 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(request)
+        if "prompt_logprobs" in request:
+            choices = [{"index": i, "prompt_logprobs": self.of_prompt(ids)} for i, ids in enumerate(request["prompt"])]
+            self.answer(self.server.status, self.server.spoil({"choices": choices[::-1]}))
+            return
         choices = [self.choice(i, ids, request["logprob_token_ids"]) for i, ids in enumerate(request["prompt"])]
         self.answer(self.server.status, self.server.spoil({"choices": choices[::-1]}))
+
+    def of_prompt(self, ids):
+        """Of every token but the first its log-probability after those before it."""
+        first, *rest = ids
+        logits = [self.server.table.logits(Prompt((first,)), tuple(rest[:place])) for place in range(len(rest))]
+        values = [float(row[token] - np.logaddexp.reduce(row)) for row, token in zip(logits, rest, strict=True)]
+        return [None, *({str(token): {"logprob": value}} for token, value in zip(rest, values, strict=True))]
 
     def choice(self, i, ids, asked):
         """The table's log-probabilities after the longest known prompt, whole vocabulary."""
@@ -104,6 +116,47 @@ def test_a_step_of_many_beams_with_few_children_is_one_request(server):
     trie, _ = build_trie([(a, b, c) for a in range(5) for b in range(4) for c in range(3)])
     recall(VllmScorer(server.api_base), trie, PROMPTS, k=5)
     assert [len(request["prompt"]) for request in server.requests] == [2, 10, 20]
+
+
+CONTINUATIONS = [Continuation(Prompt((7,)), (8, 9)), Continuation(Prompt((6,)), (5, 4, 3))]
+
+
+def test_log_likelihoods_over_http_equal_those_from_the_table(server, monkeypatch):
+    """In requests of one prompt, too."""
+    scorer = VllmScorer(server.api_base)
+    with server.table.session([], Normalise.CHILDREN) as session:
+        expected = session.log_likelihoods(CONTINUATIONS)
+    for most in (256, 1):
+        monkeypatch.setattr("llama_index_genret.scorers.vllm.MAX_PROMPTS", most)
+        with scorer.session([], Normalise.CHILDREN) as session:
+            np.testing.assert_allclose(session.log_likelihoods(CONTINUATIONS), expected)
+
+    async def asked():
+        async with scorer.async_session([], Normalise.CHILDREN) as session:
+            return await session.log_likelihoods(CONTINUATIONS)
+
+    np.testing.assert_allclose(asyncio.run(asked()), expected)
+
+
+@pytest.mark.parametrize("bad", [None, [], [None], [None, {"8": {"logprob": -1.0}}, {"4": {"logprob": -1.0}}]])
+def test_likelihoods_that_a_server_does_not_give_are_an_error(server, bad):
+    server.spoil = lambda answer: answer["choices"][-1].update(prompt_logprobs=bad) or answer
+    with (
+        VllmScorer(server.api_base).session([], Normalise.CHILDREN) as session,
+        pytest.raises(ServerError, match="re-ranking"),
+    ):
+        session.log_likelihoods(CONTINUATIONS)
+
+
+def test_likelihoods_of_pictures_and_of_what_is_too_long_are_refused_before_they_are_sent(server, tmp_path):
+    with VllmScorer(server.api_base).session([], Normalise.CHILDREN) as session:
+        for one, words in (
+            (Continuation(Prompt((1,), tmp_path), (2,)), "in this process"),
+            (Continuation(Prompt(tuple(range(60))), tuple(range(40))), "--max-model-len 100"),
+        ):
+            with pytest.raises(QueryError, match=words):
+                session.log_likelihoods([one])
+    assert server.requests == []
 
 
 def spoilt(change):

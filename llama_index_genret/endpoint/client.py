@@ -5,7 +5,7 @@ Knows HTTP and the index; nothing of vLLM. Whoever calls it falls back to the st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import httpx
@@ -17,7 +17,7 @@ from llama_index_genret.images import to_data_url
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.http import Server, json_object
 from llama_index_genret.search import Hit, Ranking
-from llama_index_genret.store import Index, MetadataFilters
+from llama_index_genret.store import Index, MetadataFilters, Scoring
 
 RECALL = "/recall"
 INDEXES = "/recall/indexes"
@@ -25,7 +25,10 @@ INDEXES = "/recall/indexes"
 
 @dataclass(frozen=True)
 class Query:
-    """What one recall asks. prompt: of `text` or of an image; the other arguments are those of `search.search`."""
+    """What one recall asks.
+
+    prompt: of `text` or of an image. scoring: how hits are ranked. The other arguments are those of `search.search`.
+    """
 
     text: str
     prompt: Prompt
@@ -33,6 +36,7 @@ class Query:
     width: int | None
     budget: int | None
     filters: MetadataFilters | None
+    scoring: Scoring
 
 
 class RecallClient:
@@ -79,7 +83,7 @@ class RecallClient:
         mode: dict[str, Any] = {"mode": "beam"} if query.budget == 0 else {"mode": "exact", "budget": most}
         image = to_data_url(query.prompt.image) if query.prompt.image else None
         asked: dict[str, Any] = {"query": query.text or None, "image": image, "k": query.k, "beam_width": query.width}
-        request = RecallRequest(**asked, **mode, filters=query.filters, index=self._name)
+        request = RecallRequest(**asked, **mode, **asdict(query.scoring), filters=query.filters, index=self._name)
         return request.model_dump(mode="json")
 
     def _ranking(self, answer: httpx.Response, query: Query) -> Ranking | None:
@@ -99,7 +103,7 @@ class RecallClient:
     def _hits(self, result: RecallResult) -> list[Hit]:
         rows = [self._index.rows_by_id[hit.image_id] for hit in result.hits]
         pairs = zip(rows, result.hits, strict=True)
-        return [Hit(row, row, self._index.token_ids(row), min(hit.log_prob, 0.0)) for row, hit in pairs]
+        return [Hit(row, row, self._index.token_ids(row), min(hit.log_prob, 0.0), hit.ranked_by) for row, hit in pairs]
 
 
 def _validated(model: Any, answer: httpx.Response) -> Any:

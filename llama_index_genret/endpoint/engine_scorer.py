@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,9 @@ from llama_index_genret.errors import QueryError
 from llama_index_genret.images import load_image
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores
+from llama_index_genret.scorers.rerank import Continuation, Float64
 from llama_index_genret.scorers.vllm import ROOM_FOR_IDENTIFIER, Part, parts_of
-from llama_index_genret.scorers.vllm_request import scores, scoring
+from llama_index_genret.scorers.vllm_request import likelihood, log_likelihood, scores, scoring
 from llama_index_genret.search import Normalise, Rows
 
 
@@ -45,6 +46,14 @@ class EngineScorer:
         Raises:
             QueryError: a prompt leaves no room for an identifier in the served context.
         """
+        yield _EngineSession(self, await self.rendered(prompts))
+
+    async def rendered(self, prompts: Sequence[Prompt]) -> list[Any]:
+        """What the engine takes of prompts, made once: an image is processed here, and no more for each beam.
+
+        Raises:
+            QueryError: a prompt leaves no room for an identifier in the served context. ImageError: see `load_image`.
+        """
         rendered = await asyncio.gather(*map(self._rendered, prompts))
         longest = max((len(prompt["prompt_token_ids"]) for prompt in rendered), default=0)
         if longest > self._max_model_len - ROOM_FOR_IDENTIFIER:
@@ -52,14 +61,9 @@ class EngineScorer:
                 f"the query's prompt has {longest} tokens, the model is served with --max-model-len "
                 f"{self._max_model_len}: shorten the query or raise it."
             )
-        yield _EngineSession(self, rendered)
+        return rendered
 
     async def _rendered(self, prompt: Prompt) -> Any:
-        """What the engine takes of a prompt, made once: an image is processed here, and no more for each beam.
-
-        Raises:
-            ImageError: see `load_image`.
-        """
         if prompt.image is None:
             return tokens_input(list(prompt.token_ids))
         image = await asyncio.to_thread(load_image, prompt.image)
@@ -70,11 +74,18 @@ class EngineScorer:
     async def ask(self, rendered: Any, part: Part) -> list[float]:
         """Log-probabilities of the part's tokens after a rendered prompt."""
         prompt = {**rendered, "prompt_token_ids": [*rendered["prompt_token_ids"], *part.prefix]}
+        return scores(await self._generate(prompt, scoring(part)), part)
+
+    async def ask_likelihood(self, rendered: Any, one: Continuation) -> float:
+        """Log-probability of the tokens at the end of a rendered prompt."""
+        return log_likelihood(await self._generate(rendered, likelihood()), one.token_ids)
+
+    async def _generate(self, prompt: Any, params: Any) -> Any:
         answer: Any = None
         request_id = f"recall-{uuid.uuid4().hex}"
-        async for so_far in self._engine.generate(prompt, scoring(part), request_id, lora_request=self._lora):
+        async for so_far in self._engine.generate(prompt, params, request_id, lora_request=self._lora):
             answer = so_far
-        return scores(answer, part)
+        return answer
 
 
 @dataclass(frozen=True)
@@ -85,9 +96,20 @@ class _EngineSession:
     async def score(self, rows: Rows) -> Scores:
         self.scorer.steps += 1
         asked = [self.scorer.ask(self.rendered[part.query], part) for part in parts_of(rows)]
-        tasks = list(map(asyncio.create_task, asked))
-        try:
-            return np.concatenate(await asyncio.gather(*tasks))
-        finally:  # one that fails, or a client that leaves, ends them all
-            for task in tasks:
-                task.cancel()
+        return np.concatenate(await _all(asked))
+
+    async def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
+        self.scorer.steps += 1
+        rendered = await self.scorer.rendered([one.whole for one in continuations])
+        pairs = zip(rendered, continuations, strict=True)
+        return np.array(await _all([self.scorer.ask_likelihood(prompt, one) for prompt, one in pairs]))
+
+
+async def _all(asked: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """What all answer; one that fails, or a client that leaves, ends them all."""
+    tasks = list(map(asyncio.create_task, asked))
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

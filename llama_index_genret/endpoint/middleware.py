@@ -32,6 +32,7 @@ from llama_index_genret.errors import FilterError, GenretError, ImageError, Inde
 from llama_index_genret.images import from_data_url
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import arecall
+from llama_index_genret.scorers.ranked import ranking_options
 from llama_index_genret.scorers.vllm import served_name
 from llama_index_genret.search import Ranking
 from llama_index_genret.store import Index
@@ -121,6 +122,7 @@ async def _answer(request: RecallRequest, app: FastAPI) -> RecallResponse:
     engine, adapters = app.state.engine_client, app.state.openai_serving_models.lora_requests
     lora = adapters.get(served_name(index.weights_id or ""))
     scorer = EngineScorer(engine, engine.vllm_config.model_config.max_model_len, lora)
+    scoring = index.scoring(request.choice(), pictured=request.image is not None)
     try:
         rankings = await arecall(
             scorer,
@@ -130,11 +132,12 @@ async def _answer(request: RecallRequest, app: FastAPI) -> RecallResponse:
             width=request.beam_width,
             allowed=loaded.leaf_filter(request.conditions()),
             budget=request.budget if request.mode == "exact" else 0,
+            **ranking_options(index, scoring),
         )
     finally:
         STEPS.inc(scorer.steps)
     results = [_result(loaded, text, ranking) for text, ranking in zip(request.texts(), rankings, strict=True)]
-    return RecallResponse(index=loaded.name, version=loaded.version, results=results)
+    return RecallResponse(index=loaded.name, version=loaded.version, scoring=scoring, results=results)
 
 
 async def _current(registry: Registry, name: str) -> LoadedIndex:
@@ -162,6 +165,7 @@ def _result(loaded: LoadedIndex, text: str, ranking: Ranking) -> RecallResult:
                 identifier=loaded.index.identifier_of(hit),
                 score=hit.score,
                 log_prob=hit.log_prob,
+                ranked_by=hit.ranked_by,
                 metadata=dict(record.metadata),
             )
         )

@@ -112,6 +112,7 @@ class Registry:
             )
         loaded = LoadedIndex(name, index)
         loaded.leaf_filter(MetadataFilters(filters=[]))  # reads the metadata now, in the thread that loads
+        _ = index.prior  # the same of the prior of every node
         return loaded
 
 

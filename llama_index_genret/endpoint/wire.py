@@ -10,8 +10,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llama_index_genret.corpus import Scalar
-from llama_index_genret.store import MetadataFilters
+from llama_index_genret.store import MetadataFilters, Scoring, ScoringChoice
 from llama_index_genret.store.filters import Value
+from llama_index_genret.store.scoring import RerankBy
 
 INDEXES_VARIABLE = "GENRET_INDEXES"
 """Environment of the server: `name=folder`, one index a line. vLLM passes no arguments on to a middleware."""
@@ -40,6 +41,9 @@ class RecallRequest(BaseModel):
     filters: metadata that an image must have, `{"album": "2024", "shape": ["bar", "frame"]}` (of a list, any one), or
         conditions in the JSON form of LlamaIndex's MetadataFilters.
     mode: "beam", or "exact": until the best are certain, or `budget` prefixes were expanded.
+    eta: how much of the prior of the images is taken off their score, 0 for nothing.
+    rerank: how many of the best are ranked anew by log p(query | image), of text queries only; 0 for none.
+    rerank_weight, rerank_by: see `store.Scoring`. What is not given of these four is as `genret tune` chose it.
     index: name of a loaded index; may be left out where there is one.
     """
 
@@ -52,6 +56,10 @@ class RecallRequest(BaseModel):
     beam_width: int | None = Field(default=None, ge=1, le=MAX_K)
     mode: Literal["beam", "exact"] = "beam"
     budget: int = Field(default=EXACT_BUDGET, ge=0)
+    eta: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    rerank: int | None = Field(default=None, ge=0, le=MAX_K)
+    rerank_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    rerank_by: RerankBy | None = None
     index: str | None = None
 
     @model_validator(mode="after")
@@ -66,13 +74,17 @@ class RecallRequest(BaseModel):
         """The queries."""
         return self.queries if self.queries is not None else [self.query or ""]
 
+    def choice(self) -> ScoringChoice:
+        """How the hits are to be ranked."""
+        return ScoringChoice(self.eta, self.rerank, self.rerank_weight, self.rerank_by)
+
     def conditions(self) -> MetadataFilters | None:
         """The filters, None where there are none."""
         return MetadataFilters.equal(self.filters) if isinstance(self.filters, dict) else self.filters
 
 
 class RecallHit(BaseModel):
-    """One image. score: probability in (0, 1]; log_prob: its natural logarithm."""
+    """One image. log_prob: natural logarithm of its probability; score, ranked_by: see `search.Hit`."""
 
     image_id: str
     file_name: str
@@ -80,6 +92,7 @@ class RecallHit(BaseModel):
     identifier: str
     score: float
     log_prob: float
+    ranked_by: float | None = None
     metadata: dict[str, Scalar]
 
 
@@ -93,11 +106,12 @@ class RecallResult(BaseModel):
 
 
 class RecallResponse(BaseModel):
-    """The results in the order of the queries, all of one version of one index."""
+    """The results in the order of the queries, all of one version of one index. scoring: what they are ranked by."""
 
     object: Literal["recall"] = "recall"
     index: str
     version: str
+    scoring: Scoring
     results: list[RecallResult]
 
 

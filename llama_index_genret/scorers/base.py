@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.prompts import Prompt
+from llama_index_genret.scorers.rerank import Continuation, Float64, Rerank
 from llama_index_genret.search import Normalise, Ranking, Rows, search
-from llama_index_genret.trie import LeafFilter, LiveTrie, Trie
+from llama_index_genret.trie import LeafFilter, LiveTrie, Trie, TriePrior
 
 Scores = NDArray[np.floating]
 
@@ -28,12 +29,23 @@ class Session(Protocol):
     def score(self, rows: Rows) -> Scores:
         """(m,) floats, one for each of `rows.token_ids`; see `search.search` for the meaning."""
 
+    def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
+        """(n,) natural log of the probability of each one's tokens after its prompt, over the whole vocabulary.
+
+            for one in continuations: yield sum(log p(token | prompt, tokens before it) for token in one.token_ids)
+
+        The prompts are those of the continuations, not of the session.
+        """
+
 
 class AsyncSession(Protocol):
     """The same for an event loop; it never blocks it."""
 
     async def score(self, rows: Rows) -> Scores:
         """As `Session.score`."""
+
+    async def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
+        """As `Session.log_likelihoods`."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +57,15 @@ class ThreadSession:
 
     async def score(self, rows: Rows) -> Scores:
         """As `Session.score`."""
-        return await asyncio.to_thread(self._score, rows)
+        return await asyncio.to_thread(self._locked, self.session.score, rows)
 
-    def _score(self, rows: Rows) -> Scores:
+    async def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
+        """As `Session.log_likelihoods`."""
+        return await asyncio.to_thread(self._locked, self.session.log_likelihoods, continuations)
+
+    def _locked(self, compute: Callable[[Any], Any], asked: Any) -> Any:
         with self.lock:
-            return self.session.score(rows)
+            return compute(asked)
 
 
 class AsyncScorer(Protocol):
@@ -82,16 +98,39 @@ def recall(
     normalise: Normalise = Normalise.CHILDREN,
     allowed: LeafFilter | None = None,
     budget: int | None = 0,
+    prior: TriePrior | None = None,
+    eta: float = 0.0,
+    rerank: Rerank | None = None,
 ) -> list[Ranking]:
-    """The best `k` identifiers for each prompt; arguments and errors of `search.search`."""
-    steps = search(trie, n_queries=len(prompts), k=k, width=width, normalise=normalise, allowed=allowed, budget=budget)
+    """The best `k` identifiers for each prompt; arguments and errors of `search.search`.
+
+    Args:
+        rerank: how the best are ranked anew. `Ranking.exact` then tells of the candidates.
+    Raises:
+        QueryError: a prompt that is re-ranked has no words.
+    """
+    steps = search(
+        trie,
+        n_queries=len(prompts),
+        k=max(k, rerank.candidates) if rerank else k,
+        width=width,
+        normalise=normalise,
+        allowed=allowed,
+        budget=budget,
+        prior=prior,
+        eta=eta,
+    )
     with scorer.session(prompts, normalise) as session:
         answer: Any = None
         try:
             while True:
                 answer = session.score(steps.send(answer))
         except StopIteration as stop:
-            return list(stop.value)
+            rankings: list[Ranking] = stop.value
+        if rerank is None:
+            return rankings
+        asked = rerank.asked(prompts, rankings)
+        return rerank.ranked(rankings, session.log_likelihoods(asked) if asked else np.zeros(0), k)
 
 
 async def arecall(
@@ -104,14 +143,32 @@ async def arecall(
     normalise: Normalise = Normalise.CHILDREN,
     allowed: LeafFilter | None = None,
     budget: int | None = 0,
+    prior: TriePrior | None = None,
+    eta: float = 0.0,
+    rerank: Rerank | None = None,
 ) -> list[Ranking]:
     """`recall` for an event loop: the same steps, each awaited."""
-    steps = search(trie, n_queries=len(prompts), k=k, width=width, normalise=normalise, allowed=allowed, budget=budget)
+    steps = search(
+        trie,
+        n_queries=len(prompts),
+        k=max(k, rerank.candidates) if rerank else k,
+        width=width,
+        normalise=normalise,
+        allowed=allowed,
+        budget=budget,
+        prior=prior,
+        eta=eta,
+    )
     async with scorer.async_session(prompts, normalise) as session:
         answer: Any = None
         while True:
             try:
                 rows = steps.send(answer)
             except StopIteration as stop:
-                return list(stop.value)
+                rankings: list[Ranking] = stop.value
+                break
             answer = await session.score(rows)
+        if rerank is None:
+            return rankings
+        asked = rerank.asked(prompts, rankings)
+        return rerank.ranked(rankings, await session.log_likelihoods(asked) if asked else np.zeros(0), k)

@@ -14,6 +14,7 @@ import numpy as np
 
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session
+from llama_index_genret.scorers.rerank import Continuation, Float64
 from llama_index_genret.search import Normalise, Rows
 
 
@@ -66,6 +67,15 @@ class _FakeSession:
             scores.append(logits[row.token_ids])
         return np.concatenate(scores)
 
+    def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
+        return np.array([self._log_likelihood(one) for one in continuations])
+
+    def _log_likelihood(self, one: Continuation) -> float:
+        logits = [self.scorer.logits(one.prompt, one.token_ids[:place]) for place in range(len(one.token_ids))]
+        return sum(
+            float(row[token] - np.logaddexp.reduce(row)) for row, token in zip(logits, one.token_ids, strict=True)
+        )
+
 
 @dataclass(frozen=True)
 class _AsyncFakeSession:
@@ -73,3 +83,6 @@ class _AsyncFakeSession:
 
     async def score(self, rows: Rows) -> Scores:
         return self.sync.score(rows)
+
+    async def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
+        return self.sync.log_likelihoods(continuations)

@@ -26,7 +26,11 @@ from llama_index_genret.modeling import Mllm
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session, ThreadSession
 from llama_index_genret.scorers.packed_weights import PackedLinear, PackedModel, packed_linear
+from llama_index_genret.scorers.rerank import Continuation, Float64
 from llama_index_genret.search import Normalise, Row, Rows
+
+LIKELIHOOD_BATCH = 16
+"""Continuations in one forward pass."""
 
 
 class TransformersScorer:
@@ -66,7 +70,7 @@ class TransformersScorer:
             # Where positions have three dimensions (M-RoPE), an image takes fewer of them than it has tokens.
             deltas = getattr(core, "rope_deltas", None)
             end = mask.sum(1, keepdim=True) + (0 if deltas is None else deltas)
-            return _Prefilled(output.last_hidden_state[:, -1], mask.cpu(), end.cpu())
+            return _Prefilled(output.last_hidden_state, mask.cpu(), end.cpu())
         if any(prompt.image for prompt in prompts):
             raise ModelError("text and image queries cannot share one batch: recall them apart.")
         length = max(len(prompt.token_ids) for prompt in prompts)
@@ -81,7 +85,17 @@ class TransformersScorer:
         output = self._decoder(
             input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True
         )
-        return _Prefilled(output.last_hidden_state[:, -1], mask.cpu(), mask.sum(1, keepdim=True).cpu())
+        return _Prefilled(output.last_hidden_state, mask.cpu(), mask.sum(1, keepdim=True).cpu())
+
+    def _log_likelihoods(self, continuations: Sequence[Continuation]) -> torch.Tensor:
+        """(n,) of one batch: the tokens asked for are the last of each left-padded row."""
+        longest = max(len(one.token_ids) for one in continuations)
+        hidden = self._prefill([one.whole for one in continuations], DynamicCache()).hidden[:, -longest - 1 : -1]
+        asked = [(row, column) for row, one in enumerate(continuations) for column in range(-len(one.token_ids), 0)]
+        row, column = torch.tensor(asked).T
+        token_ids = torch.tensor([token for one in continuations for token in one.token_ids], device=hidden.device)
+        log_probs = self._logits(hidden[row, column], None).log_softmax(-1).gather(1, token_ids[:, None])[:, 0]
+        return torch.zeros(len(continuations), dtype=torch.float64).index_add(0, row, log_probs.double().cpu())
 
     def _logits(self, hidden: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
         """(rows, tokens) float32 logits of the given tokens, or of all."""
@@ -102,7 +116,7 @@ class TransformersScorer:
 class _Prefilled:
     """The prompts of one batch, computed.
 
-    hidden: (queries, h) of the last token, on the model's device.
+    hidden: (queries, length, h) of every token, on the model's device.
     mask: (queries, length) bool, on the CPU: False where padded.
     end: (queries, 1) int64, on the CPU: the position of the token that follows the prompt.
     """
@@ -134,7 +148,7 @@ class _TreeSession:
         with self._scorer._packed_decoder.applied():
             if self._cache.get_seq_length() == 0:
                 computed = self._scorer._prefill(self._prompts, self._cache)
-                self._hidden, self._prompt_mask = computed.hidden[:, None], computed.mask
+                self._hidden, self._prompt_mask = computed.hidden[:, -1:], computed.mask
                 self._prompt_end = computed.end
             self._append(asked)
         slots = [self._slots[row.query][row.prefix] for row in asked]
@@ -145,6 +159,12 @@ class _TreeSession:
         else:
             block = self._scorer._logits(hidden, alphabet)
         return rows.gather(block.cpu().numpy())
+
+    @torch.inference_mode()
+    def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
+        parts = [continuations[i : i + LIKELIHOOD_BATCH] for i in range(0, len(continuations), LIKELIHOOD_BATCH)]
+        with self._scorer._packed_decoder.applied():
+            return torch.cat([self._scorer._log_likelihoods(part) for part in parts]).numpy()
 
     def _append(self, rows: Sequence[Row]) -> None:
         """Compute the tokens of all prefixes that are not in the cache yet, ancestors included, in one pass."""

@@ -20,6 +20,7 @@ from llama_index_genret.errors import QueryError, ServerError
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session
 from llama_index_genret.scorers.http import AsyncConnection, Connection, Server, json_object
+from llama_index_genret.scorers.rerank import Continuation, Float64
 from llama_index_genret.search import Normalise, Rows
 
 SERVED_NAME = "genret"
@@ -115,7 +116,7 @@ class VllmScorer:
             if self._served is None:
                 self._served = self._choose_model(connection.request("GET", "/models"))
             _check_prompts(prompts, *self._served)
-            yield _HttpSession(connection, self._served[0], prompts)
+            yield _HttpSession(connection, *self._served, prompts)
 
     @asynccontextmanager
     async def async_session(self, prompts: Sequence[Prompt], normalise: Normalise) -> AsyncIterator[AsyncSession]:
@@ -124,7 +125,7 @@ class VllmScorer:
             if self._served is None:
                 self._served = self._choose_model(await connection.request("GET", "/models"))
             _check_prompts(prompts, *self._served)
-            yield _AsyncHttpSession(connection, self._served[0], prompts)
+            yield _AsyncHttpSession(connection, *self._served, prompts)
 
     def _choose_model(self, response: httpx.Response) -> tuple[str, int | None]:
         """Name and context length of the served model."""
@@ -152,6 +153,7 @@ class VllmScorer:
 class _HttpSession:
     connection: Connection
     model: str
+    max_model_len: int | None
     prompts: Sequence[Prompt]
 
     def score(self, rows: Rows) -> Scores:
@@ -162,11 +164,18 @@ class _HttpSession:
         ]
         return _merge(rows, groups, answers)
 
+    def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
+        groups = _likelihood_groups(continuations, self.model, self.max_model_len)
+        posts = [_likelihood_request(self.model, group) for group in groups]
+        answers = [self.connection.request("POST", "/completions", post) for post in posts]
+        return _read_likelihoods(groups, answers)
+
 
 @dataclass(frozen=True)
 class _AsyncHttpSession:
     connection: AsyncConnection
     model: str
+    max_model_len: int | None
     prompts: Sequence[Prompt]
 
     async def score(self, rows: Rows) -> Scores:
@@ -176,6 +185,12 @@ class _AsyncHttpSession:
             for group in groups
         ]
         return _merge(rows, groups, await asyncio.gather(*posts))
+
+    async def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
+        groups = _likelihood_groups(continuations, self.model, self.max_model_len)
+        posts = [_likelihood_request(self.model, group) for group in groups]
+        answers = await asyncio.gather(*(self.connection.request("POST", "/completions", post) for post in posts))
+        return _read_likelihoods(groups, answers)
 
 
 def _check_prompts(prompts: Sequence[Prompt], model: str, max_model_len: int | None) -> None:
@@ -222,13 +237,48 @@ def _request(model: str, prompts: Sequence[Prompt], group: Sequence[Part]) -> di
 def _merge(rows: Rows, groups: Sequence[Sequence[Part]], answers: Sequence[httpx.Response]) -> Scores:
     scores = np.full(len(rows.token_ids), np.nan)
     for group, answer in zip(groups, answers, strict=True):
-        choices = sorted(json_object(answer).get("choices", []), key=lambda choice: int(choice.get("index", 0)))
-        if len(choices) != len(group):
-            raise ServerError(f"{answer.url} answered {len(choices)} choices for {len(group)} prompts.")
-        for part, choice in zip(group, choices, strict=True):
+        for part, choice in zip(group, _choices(answer, len(group)), strict=True):
             start = rows.offsets[part.row] + part.start
             scores[start : start + len(part.token_ids)] = _read_choice(choice, part, answer.url)
     return scores
+
+
+def _choices(answer: httpx.Response, n_prompts: int) -> list[dict[str, Any]]:
+    choices = sorted(json_object(answer).get("choices", []), key=lambda choice: int(choice.get("index", 0)))
+    if len(choices) != n_prompts:
+        raise ServerError(f"{answer.url} answered {len(choices)} choices for {n_prompts} prompts.")
+    return choices
+
+
+def _likelihood_groups(
+    continuations: Sequence[Continuation], model: str, max_model_len: int | None
+) -> list[Sequence[Continuation]]:
+    """In requests of at most `MAX_PROMPTS`, once the model is known to read the longest."""
+    _check_prompts([one.whole for one in continuations], model, max_model_len)
+    return [continuations[start : start + MAX_PROMPTS] for start in range(0, len(continuations), MAX_PROMPTS)]
+
+
+def _likelihood_request(model: str, group: Sequence[Continuation]) -> dict[str, Any]:
+    """`prompt_logprobs` 0: of every token of the prompt its own log-probability, and of no other."""
+    prompt = [list(one.whole.token_ids) for one in group]
+    options = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0, "add_special_tokens": False}
+    return {"model": model, "prompt": prompt, **options}
+
+
+def _read_likelihoods(groups: Sequence[Sequence[Continuation]], answers: Sequence[httpx.Response]) -> Float64:
+    found = []
+    for group, answer in zip(groups, answers, strict=True):
+        for one, choice in zip(group, _choices(answer, len(group)), strict=True):
+            try:
+                places = choice["prompt_logprobs"][-len(one.token_ids) :]
+                pairs = zip(places, one.token_ids, strict=True)
+                found.append(sum(float(place[str(token)]["logprob"]) for place, token in pairs))
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise ServerError(
+                    f"{answer.url} did not give the log-probabilities of the prompt that a re-ranking asks for "
+                    f"({error!r}). It must be a vLLM server (0.30 or newer)."
+                ) from error
+    return np.array(found)
 
 
 def _read_choice(choice: dict[str, Any], part: Part, url: httpx.URL) -> list[float]:

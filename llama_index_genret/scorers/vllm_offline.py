@@ -19,8 +19,9 @@ from llama_index_genret.errors import MissingExtra, ModelError, QueryError
 from llama_index_genret.images import load_image
 from llama_index_genret.prompts import PREFIX_BLOCK, Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session, ThreadSession
-from llama_index_genret.scorers.vllm import ROOM_FOR_IDENTIFIER, Part, parts_of
-from llama_index_genret.scorers.vllm_request import scores, scoring
+from llama_index_genret.scorers.rerank import Continuation, Float64
+from llama_index_genret.scorers.vllm import ROOM_FOR_IDENTIFIER, parts_of
+from llama_index_genret.scorers.vllm_request import likelihood, log_likelihood, scores, scoring
 from llama_index_genret.search import Normalise, Rows
 
 try:
@@ -38,6 +39,24 @@ CPU_OPTIONS: dict[str, Any] = {
 """Arguments of `vllm.LLM` with which a small model starts on a small machine."""
 
 GPU_OPTIONS: dict[str, Any] = {"dtype": "bfloat16"}
+
+
+def start_vllm(model: str, **options: Any) -> LLM:
+    """A `vllm.LLM` of a folder or hub id.
+
+    Args:
+        options: of `vllm.LLM`, before those that suit the machine.
+    Raises:
+        ModelError: vLLM does not start.
+    """
+    suited = CPU_OPTIONS if current_platform.is_cpu() else GPU_OPTIONS
+    try:
+        return LLM(model, **{**suited, **options})
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        raise ModelError(
+            f"vLLM does not start on {model} with {options or 'its usual options'}: {error} "
+            "What it wrote before this tells more."
+        ) from error
 
 
 class VllmOfflineScorer:
@@ -67,14 +86,7 @@ class VllmOfflineScorer:
         Raises:
             ModelError: vLLM does not start.
         """
-        suited = CPU_OPTIONS if current_platform.is_cpu() else GPU_OPTIONS
-        try:
-            return cls(LLM(str(checkpoint), **{**suited, "max_logprobs": -1, **options}))
-        except (RuntimeError, ValueError, TypeError, OSError) as error:
-            raise ModelError(
-                f"vLLM does not start on {checkpoint} with {options or 'its usual options'}: {error} "
-                "What it wrote before this tells more."
-            ) from error
+        return cls(start_vllm(str(checkpoint), **{"max_logprobs": -1, **options}))
 
     @contextmanager
     def session(self, prompts: Sequence[Prompt], normalise: Normalise) -> Iterator[Session]:
@@ -92,6 +104,10 @@ class VllmOfflineScorer:
         yield ThreadSession(self._session(prompts), self._lock)
 
     def _session(self, prompts: Sequence[Prompt]) -> _OfflineSession:
+        self._check(prompts)
+        return _OfflineSession(self, prompts, _images(prompts))
+
+    def _check(self, prompts: Sequence[Prompt]) -> None:
         length = self._llm.model_config.max_model_len
         for prompt in prompts:
             if len(prompt.token_ids) > length - ROOM_FOR_IDENTIFIER:
@@ -99,27 +115,49 @@ class VllmOfflineScorer:
                     f"the query's prompt has {len(prompt.token_ids)} tokens, but the model is loaded with "
                     f"max_model_len {length}: shorten the query or raise it."
                 )
-        images = [{"image": load_image(prompt.image)} if prompt.image else None for prompt in prompts]
-        return _OfflineSession(self._llm, prompts, images)
+
+    def generate(self, requests: Sequence[dict[str, Any]], params: Sequence[Any]) -> list[Any]:
+        """vLLM's answers.
+
+        Raises:
+            QueryError: vLLM refuses a prompt.
+        """
+        try:
+            return list(self._llm.generate(requests, params, use_tqdm=False))
+        except ValueError as error:  # an image prompt is longer than its token ids tell
+            raise QueryError(f"vLLM refuses a prompt: {error}") from error
 
 
 @dataclass(frozen=True)
 class _OfflineSession:
     """images: what vLLM takes as `multi_modal_data`, for each prompt; None for text."""
 
-    llm: LLM
+    scorer: VllmOfflineScorer
     prompts: Sequence[Prompt]
     images: Sequence[dict[str, Any] | None]
 
     def score(self, rows: Rows) -> Scores:
         parts = parts_of(rows)
-        try:
-            answers = self.llm.generate(list(map(self._request, parts)), list(map(scoring, parts)), use_tqdm=False)
-        except ValueError as error:  # an image prompt is longer than its token ids tell
-            raise QueryError(f"vLLM refuses a prompt: {error}") from error
+        requests = [
+            _request([*self.prompts[part.query].token_ids, *part.prefix], self.images[part.query]) for part in parts
+        ]
+        answers = self.scorer.generate(requests, list(map(scoring, parts)))
         return np.concatenate([scores(answer, part) for part, answer in zip(parts, answers, strict=True)])
 
-    def _request(self, part: Part) -> dict[str, Any]:
-        request: dict[str, Any] = {"prompt_token_ids": [*self.prompts[part.query].token_ids, *part.prefix]}
-        image = self.images[part.query]
-        return {**request, "multi_modal_data": image} if image else request
+    def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
+        prompts = [one.whole for one in continuations]
+        self.scorer._check(prompts)
+        images = _images(prompts)
+        requests = [_request(prompt.token_ids, image) for prompt, image in zip(prompts, images, strict=True)]
+        answers = self.scorer.generate(requests, [likelihood()] * len(requests))
+        pairs = zip(answers, continuations, strict=True)
+        return np.array([log_likelihood(answer, one.token_ids) for answer, one in pairs])
+
+
+def _images(prompts: Sequence[Prompt]) -> list[dict[str, Any] | None]:
+    return [{"image": load_image(prompt.image)} if prompt.image else None for prompt in prompts]
+
+
+def _request(token_ids: Sequence[int], image: dict[str, Any] | None) -> dict[str, Any]:
+    request: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
+    return {**request, "multi_modal_data": image} if image else request

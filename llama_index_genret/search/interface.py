@@ -130,17 +130,28 @@ class Hit(NamedTuple):
     """One image found. `leaf` is its leaf number in the trie that was searched, `key` what the leaf stands for.
 
     log_prob: natural logarithm, <= 0, under the search's `Normalise`.
+    ranked_by: what it is ranked by where that is not `log_prob`: `log_prob` less eta times the logarithm of the prior,
+        and what a re-ranking adds (`scorers.rerank`). Natural logarithm, of any sign.
     """
 
     leaf: int
     key: int
     token_ids: tuple[int, ...]
     log_prob: float
+    ranked_by: float | None = None
 
     @property
     def score(self) -> float:
-        """The probability, in (0, 1]. One too small for a float is given as the smallest normal float."""
-        return max(math.exp(min(self.log_prob, 0.0)), sys.float_info.min)
+        """In (0, 1], in the order of the ranking. Too small for a float, it is given as the smallest normal float.
+
+        The probability; of a hit with `ranked_by` its logistic function, which is p / (p + prior ** eta): one half
+        where the query made the image just as probable as its discounted prior. It is more comparable between queries
+        than p, depends on no other hit, and is no probability of the image.
+        """
+        if self.ranked_by is None:
+            return max(math.exp(min(self.log_prob, 0.0)), sys.float_info.min)
+        odds = math.exp(-abs(self.ranked_by))
+        return max((1.0 if self.ranked_by > 0 else odds) / (1.0 + odds), sys.float_info.min)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Adding and removing images of an index, without training: one write, whole or not at all.
+"""Adding and removing images of an index and what is written of them, without training: one write, whole or not at all.
 
 The trie's file stays as it is while few images have changed; the edits lie beside it. Past `COMPACT_FROM` they are
 merged into a new one in the same write.
@@ -13,14 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import DuplicateImage, UnknownImage
 from llama_index_genret.identifiers import Identifier, Scheme
 from llama_index_genret.store.folder import commit
-from llama_index_genret.store.index import EDITS, Index, load_index, write_records
+from llama_index_genret.store.index import EDITS, PRIOR, Index, load_index, write_records
 from llama_index_genret.store.weights import NEW_ROWS, NewRows
+from llama_index_genret.store.written import PSEUDO_QUERIES, WrittenQueries, write_written
 from llama_index_genret.tokenization import IndexTokenizer
 from llama_index_genret.trie import LiveTrie, add_identifiers, compact, edits_of, remove_identifiers, save_trie
 
@@ -44,7 +46,8 @@ def remove_images(index: Index, image_ids: Sequence[str]) -> Index:
     new_row = np.full(len(index.records), -1)
     new_row[kept] = np.arange(len(kept))
     records, identifiers = [index.records[row] for row in kept], [index.identifiers[row] for row in kept]
-    return _write(index, _renumbered(trie, new_row), records, identifiers, index.scheme())
+    prior = None if index.log_prior is None else index.log_prior[kept]
+    return _write(index, _renumbered(trie, new_row), records, identifiers, index.scheme(), prior)
 
 
 def add_images(
@@ -74,7 +77,22 @@ def add_images(
     token_ids = [[index.tokenizer.symbol_id(symbol) for symbol in identifier] for identifier in identifiers]
     keys = range(len(index.records), len(index.records) + len(records))
     trie = add_identifiers(index.trie, token_ids, keys, end_token=index.end_token)
-    return _write(index, trie, [*index.records, *records], [*index.identifiers, *identifiers], scheme, new_rows)
+    prior = index.log_prior
+    prior = None if prior is None else np.pad(prior, (0, len(records)), constant_values=np.nan)
+    names = [*index.identifiers, *identifiers]
+    return _write(index, trie, [*index.records, *records], names, scheme, prior, new_rows)
+
+
+def store_pseudo_queries(index: Index, written: Sequence[WrittenQueries]) -> Index:
+    """Store what a model has written of the images, in place of anything stored before; in the order of the records."""
+    lines = sorted(written, key=lambda line: index.rows_by_id[line.image_id])
+    commit(
+        index.folder,
+        index.manifest,
+        lambda into: write_written(into, lines),
+        keep=lambda name: name != PSEUDO_QUERIES,
+    )
+    return load_index(index.folder)
 
 
 def _renumbered(trie: LiveTrie, new_row: np.ndarray[tuple[int], np.dtype[np.int64]]) -> LiveTrie:
@@ -90,6 +108,7 @@ def _write(
     records: Sequence[Record],
     identifiers: Sequence[Identifier],
     scheme: Scheme,
+    log_prior: NDArray[np.float32] | None,
     new_rows: NewRows | None = None,
 ) -> Index:
     changed = 2 * trie.n_leaves - trie.n_live - trie.base.n_leaves
@@ -102,10 +121,13 @@ def _write(
         if folder not in folders:
             folders.append(folder)
         places.append(folders.index(folder))
-    replaced = {"records.jsonl", "leaf_to_record.npy", "codebooks.safetensors", EDITS}
+    replaced = {"records.jsonl", "leaf_to_record.npy", "codebooks.safetensors", EDITS, PRIOR}
     if trie.base is not index.trie.base:
         replaced.add("trie.bin")
     grows = index.tokenizer.fingerprint != index.manifest.tokenizer
+    forgets = PSEUDO_QUERIES in index.manifest.files and len(records) < len(index.records)
+    if forgets:
+        replaced.add(PSEUDO_QUERIES)
 
     def write(into: Path) -> None:
         write_records(into, records, identifiers, places)
@@ -118,6 +140,11 @@ def _write(
             (into / "tokenizer.json").write_text(index.tokenizer.to_json(), encoding="utf-8")
         if new_rows:
             new_rows.save(into / NEW_ROWS)
+        if forgets:
+            left = {record.image_id for record in records}
+            write_written(into, [line for line in index.pseudo_queries.values() if line.image_id in left])
+        if log_prior is not None:
+            np.save(into / PRIOR, log_prior)
         if scheme.arrays():
             save_file(dict(scheme.arrays()), into / "codebooks.safetensors")
 

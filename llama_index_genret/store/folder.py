@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llama_index_genret.errors import IndexDamaged, IndexExists, IndexNotFound, IndexVersionError
 from llama_index_genret.identifiers import Alphabet
 from llama_index_genret.prompts import PromptSet
+from llama_index_genret.store.scoring import Tuned
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
@@ -56,6 +57,7 @@ class Manifest(BaseModel):
 
     folders: of the images; a record names its own by position.
     training, update: options and course of both trainings.
+    tuned: of the trained weights; others drop it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,6 +71,7 @@ class Manifest(BaseModel):
     prompts: PromptSet
     training: dict[str, Any] | None = None
     update: dict[str, Any] | None = None
+    tuned: Tuned | None = None
     files: dict[str, FileEntry]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import IndexDamaged, ModelMismatch
 from llama_index_genret.identifiers import Alphabet, Identifier, Scheme, get_scheme
-from llama_index_genret.prompts import PromptSet
+from llama_index_genret.prompts import Prompt, PromptSet
 from llama_index_genret.search import Hit
 from llama_index_genret.store.filters import Columns, MetadataFilters
 from llama_index_genret.store.folder import (
@@ -33,6 +33,7 @@ from llama_index_genret.store.folder import (
     read_manifest,
     verify,
 )
+from llama_index_genret.store.scoring import RerankBy, Scoring, ScoringChoice
 from llama_index_genret.store.weights import (
     ADAPTER,
     IMAGES,
@@ -43,10 +44,12 @@ from llama_index_genret.store.weights import (
     read_images,
     weights_id,
 )
+from llama_index_genret.store.written import PSEUDO_QUERIES, PseudoQuery, WrittenQueries, read_written
 from llama_index_genret.tokenization import IndexTokenizer
 from llama_index_genret.trie import (
     LeafFilter,
     LiveTrie,
+    TriePrior,
     build_trie,
     close_beginnings,
     open_trie,
@@ -56,10 +59,13 @@ from llama_index_genret.trie import (
 
 EDITS = "edits.safetensors"
 
+PRIOR = "prior.npy"
+"""(records,) float32, log p(image | no query) of every record; NaN of those added since it was computed."""
+
 
 @dataclass(frozen=True)
 class Index:
-    """A loaded index. Immutable: a change is a new write (`store_adapter`, `add_images`) and a new load."""
+    """A loaded index. Immutable: a change is a new write (`store_adapter`, `store_tuned`, edits) and a new load."""
 
     folder: Path
     manifest: Manifest
@@ -105,6 +111,42 @@ class Index:
         return NewRows.load(self.file(NEW_ROWS)) if NEW_ROWS in self.manifest.files else None
 
     @cached_property
+    def log_prior(self) -> NDArray[np.float32] | None:
+        """(records,) log p(image | no query), NaN where it is not known; None before `genret tune`."""
+        if PRIOR not in self.manifest.files:
+            return None
+        log_prior: NDArray[np.float32] = np.load(self.file(PRIOR), allow_pickle=False)
+        if log_prior.shape != (len(self.records),):
+            raise IndexDamaged(f"{PRIOR} of {self.folder} is {log_prior.shape} for {len(self.records)} images.")
+        return log_prior
+
+    @cached_property
+    def prior(self) -> TriePrior | None:
+        """`log_prior` of every node of `trie`."""
+        if self.log_prior is None:
+            return None
+        row = self._rows_of_leaves
+        of_leaves = np.where(row >= 0, self.log_prior[np.maximum(row, 0)], np.float32(np.nan))
+        return TriePrior.of_leaves(self.trie, of_leaves)
+
+    def scoring(self, choice: ScoringChoice | None = None, *, pictured: bool = False) -> Scoring:
+        """How hits are ranked: as chosen, else as tuned, else by log p(id | query).
+
+        Args:
+            pictured: of a query that is a picture; what was tuned on text queries does not apply to it.
+        """
+        default = Scoring() if pictured or self.manifest.tuned is None else self.manifest.tuned.scoring
+        if default.eta and self.prior is None:  # all images that it was of are removed
+            default = replace(default, eta=0.0)
+        return (choice or ScoringChoice()).over(default)
+
+    def describing_prompt(self, hit: Hit, by: RerankBy) -> Prompt:
+        """The prompt after which the model says what is in the image: told its identifier, or shown it."""
+        if by == "image":
+            return self.prompts.for_picture(self.tokenizer, self.record_of(hit).path)
+        return self.prompts.for_identifier(self.tokenizer, self.token_ids(hit.key))
+
+    @cached_property
     def version(self) -> str:
         """Twelve hex digits of everything that is stored; an edit or a training makes another."""
         return hashlib.sha256(self.manifest.model_dump_json(indent=1).encode()).hexdigest()[:12]
@@ -113,6 +155,22 @@ class Index:
     def rows_by_id(self) -> dict[str, int]:
         """Position of every image id among `records`."""
         return {record.image_id: row for row, record in enumerate(self.records)}
+
+    @cached_property
+    def pseudo_queries(self) -> dict[str, WrittenQueries]:
+        """What a model has written of each image, by image id. Never captions.
+
+        Raises:
+            IndexDamaged: the file is missing, differs from the manifest, or is broken.
+        """
+        if PSEUDO_QUERIES not in self.manifest.files:
+            return {}
+        return {line.image_id: line for line in read_written(self.file(PSEUDO_QUERIES))}
+
+    def pseudo_queries_of(self, record: Record) -> tuple[PseudoQuery, ...]:
+        """What a model has written of one image."""
+        line = self.pseudo_queries.get(record.image_id)
+        return line.queries if line else ()
 
     def record_of(self, hit: Hit) -> Record:
         """The image that a hit names."""
@@ -126,7 +184,9 @@ class Index:
         """A hit in the words of the command line."""
         record = self.record_of(hit)
         names = {"image_id": record.image_id, "file_name": record.file_name}
-        return {**names, "score": hit.score, "log_prob": hit.log_prob, "identifier": self.identifier_of(hit)}
+        scores = {"score": hit.score, "log_prob": hit.log_prob}
+        scores |= {} if hit.ranked_by is None else {"ranked_by": hit.ranked_by}
+        return {**names, **scores, "identifier": self.identifier_of(hit)}
 
     @property
     def end_token(self) -> int:

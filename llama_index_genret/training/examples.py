@@ -52,7 +52,7 @@ def examples_of(index: Index, imitated: Sequence[str] = ()) -> dict[Task, list[E
     Args:
         imitated: queries for which a teacher is imitated.
     Raises:
-        TrainingError: no record has a caption, so that nothing teaches query -> identifier.
+        TrainingError: no record has a caption or a pseudo-query, so that nothing teaches query -> identifier.
     """
     tasks: dict[Task, list[Example]] = {task: [] for task in MIX}
     for row, record in enumerate(index.records):
@@ -62,11 +62,13 @@ def examples_of(index: Index, imitated: Sequence[str] = ()) -> dict[Task, list[E
             queries = [carrier.replace("{}", caption) for carrier in carriers]
             tasks["retrieve"] += [Example("retrieve", row, query, None) for query in queries]
             tasks["describe"].append(Example("describe", row, "", caption))
+        tasks["retrieve"] += [Example("retrieve", row, q.text, None) for q in index.pseudo_queries_of(record)]
         tasks["answer"] += [Example("answer", row, question, answer) for question, answer in _questions(record)]
     if not tasks["retrieve"]:
         raise TrainingError(
             f"no image of {index.folder} has a caption, so nothing teaches which query means which image. "
-            "Give captions in metadata.jsonl ('text') and index again."
+            "Give captions in metadata.jsonl ('text') and index again, or let the model write queries: "
+            f"`genret write-queries {index.folder}`."
         )
     tasks["imitate"] = [Example("imitate", number, query, None) for number, query in enumerate(imitated)]
     return {task: examples for task, examples in tasks.items() if examples}
@@ -106,6 +108,24 @@ class Interleaved(Sequence[Example]):
         epoch, position = divmod(block * self._block.count(task) + earlier, len(self._tasks[task]))
         shuffle = _permutation(len(self._tasks[task]), self._seed, 1 + list(MIX).index(task), epoch)
         return self._tasks[task][int(shuffle[position])]
+
+
+def read_mix(text: str) -> dict[Task, int]:
+    """`retrieve=8,memorise=3`: how many examples of each task a block has; tasks that are not named have none.
+
+    Raises:
+        TrainingError: a task or number is none, or nothing is left to retrieve.
+    """
+    mix: dict[Task, int] = {}
+    for part in text.split(","):
+        name, _, number = part.strip().partition("=")
+        task = next((task for task in MIX if task == name), None)
+        if task is None or not number.isdecimal():
+            raise TrainingError(f"mix {text!r}: want task=number of the tasks {', '.join(MIX)}, found {part!r}.")
+        mix[task] = int(number)
+    if not mix.get("retrieve"):
+        raise TrainingError(f"mix {text!r} has no retrieve: at least one, or nothing is taught to be found.")
+    return mix
 
 
 def epoch_length(tasks: Mapping[Task, list[Example]], mix: Mapping[Task, int] = MIX) -> int:

@@ -17,7 +17,9 @@ class TrainOptions:
     """What can be chosen of a run. A changed option is another run: its checkpoints are not those of this one.
 
     epochs: passes over the retrieve examples, in an update over those of the new images; max_steps overrides it.
-    batch_size: examples a step, over all processes; accumulate: parts in which a step computes them.
+    batch_size: examples a step, over all processes; accumulate: parts in which each process computes its share, one
+        after another. recompute: keep no activations of the layers, but compute them again (gradient checkpointing):
+        less memory, a third more time.
     learning_rate: of the LoRA matrices and the connector; symbol_learning_rate: of the new symbols' rows.
     symbol_start: where rows of new symbols start: at centroids of the images' features by the model's own vision
         tower, of their captions' embeddings by the teacher, or as noise.
@@ -31,6 +33,7 @@ class TrainOptions:
     max_steps: int | None = None
     batch_size: int = 20
     accumulate: int = 1
+    recompute: bool = False
     learning_rate: float = 2e-3
     symbol_learning_rate: float = 1e-2
     lora_rank: int = 32
@@ -43,5 +46,5 @@ class TrainOptions:
     imitated: tuple[str, ...] = ()
 
 
-UPDATE_OPTIONS = TrainOptions(epochs=10.0, learning_rate=1e-3, symbol_learning_rate=5e-3)
+UPDATE_OPTIONS = TrainOptions(epochs=5.0, learning_rate=1e-3, symbol_learning_rate=5e-3)
 """Of an update, unless others are given: smaller steps, and more passes over fewer images."""

@@ -2,7 +2,8 @@
 connector, by Hugging Face's `Trainer`.
 
 The vision tower is frozen, and its features are computed once per image. The loss is taken at the targets only.
-A run that was killed goes on from its last checkpoint when the same command is given again.
+A run that was killed goes on from its last checkpoint when the same command is given again. Under `accelerate launch`
+several processes train one model: each step has the same examples as in one process, and the same loss.
 An update is the same on top of trained weights, with a stream of new images and old ones.
 """
 
@@ -24,7 +25,7 @@ from torch.nn import functional
 
 from llama_index_genret.errors import MissingExtra, TrainingError
 from llama_index_genret.modeling import Mllm, load_base, load_trained, vision_features
-from llama_index_genret.store import Index, store_adapter, store_update
+from llama_index_genret.store import Index, load_index, store_adapter, store_update
 from llama_index_genret.store.weights import ADAPTER, NEW_ROWS
 from llama_index_genret.training.batches import IGNORED, ExampleTensors, collate
 from llama_index_genret.training.options import UPDATE_OPTIONS, TrainOptions
@@ -34,6 +35,7 @@ from llama_index_genret.training.teacher import Teacher, teach
 from llama_index_genret.training.tower_cache import cached_tower
 
 try:
+    from accelerate import PartialState
     from peft import LoraConfig, get_peft_model
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from tqdm.auto import tqdm
@@ -67,12 +69,23 @@ def train(
     Returns:
         The index as stored, trained.
     Raises:
-        TrainingError: no captions, no new images, or the loss is not a number.
+        TrainingError: no captions, no new images, the loss is not a number, or the batch does not divide among the
+            processes.
         ModelMismatch: the base model has changed. NotTrained: an update of an index that was never trained.
     """
     options = options or (UPDATE_OPTIONS if update else TrainOptions())
     new = added_rows(index) if update else None
+    if options.symbol_start not in ("images", "captions", "noise"):
+        raise TrainingError(f"symbol_start={options.symbol_start!r} must be 'images', 'captions' or 'noise'.")
     torch.manual_seed(options.seed)
+    processes = PartialState(cpu=device == "cpu")
+    show_progress = show_progress and processes.is_main_process
+    share, left = divmod(options.batch_size, processes.num_processes * options.accumulate)
+    if left or not share:
+        raise TrainingError(
+            f"batch_size={options.batch_size} does not divide into {processes.num_processes} processes with "
+            f"accumulate={options.accumulate}: choose a multiple of {processes.num_processes * options.accumulate}."
+        )
     mllm = load_trained(index, device=device, update=False) if update else load_base(index, device=device)
     teacher = _teacher(index, options, str(mllm.model.device), show_progress=show_progress)
     examples = stream(index, options, teacher, new)
@@ -92,7 +105,12 @@ def train(
             args=TrainingArguments(
                 output_dir=str(work),
                 max_steps=steps,
-                per_device_train_batch_size=options.batch_size,
+                per_device_train_batch_size=share,
+                gradient_accumulation_steps=options.accumulate,
+                gradient_checkpointing=options.recompute,
+                gradient_checkpointing_kwargs={"use_reentrant": False} if options.recompute else None,
+                ddp_find_unused_parameters=False,
+                ddp_broadcast_buffers=False,  # processes differ in how often a step passes through the model
                 train_sampling_strategy="sequential",
                 lr_scheduler_type="cosine",
                 warmup_steps=max(1, steps // 20),
@@ -120,20 +138,26 @@ def train(
         checkpoint = get_last_checkpoint(str(work)) if work.is_dir() else None
         result = trainer.train(resume_from_checkpoint=checkpoint)
     if not np.isfinite(result.training_loss):
-        shutil.rmtree(work)
+        if processes.is_main_process:
+            shutil.rmtree(work)
         raise TrainingError(f"the loss became {result.training_loss} after {steps} steps: lower the learning rate.")
 
-    final = work / "final"
-    model.save_pretrained(final, save_embedding_layers=False)
-    course = {
-        "steps": steps,
-        "resumed_at_step": int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
-        "final_loss": next(e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e),
-    }
-    store = store_update if update else store_adapter
-    trained = store(index, final, dataclasses.asdict(options) | course)
-    shutil.rmtree(index.folder / WORK)
-    return trained
+    final, losses = work / "final", [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered, where they lie in shards
+    if processes.is_main_process:
+        course = {
+            "steps": steps,
+            "processes": processes.num_processes,
+            "resumed_at_step": int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
+            "losses": losses,
+            "final_loss": losses[-1],
+        }
+        model.save_pretrained(final, state_dict=weights, save_embedding_layers=False)
+        store = store_update if update else store_adapter
+        store(index, final, dataclasses.asdict(options) | course)
+        shutil.rmtree(index.folder / WORK)
+    processes.wait_for_everyone()
+    return load_index(index.folder)
 
 
 def _teacher(index: Index, options: TrainOptions, device: str, *, show_progress: bool) -> Teacher | None:
@@ -265,7 +289,11 @@ class _LabelTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped h
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         parts = [_summed_loss(model, dict(part), self._symbols) for part in inputs.values()]
-        loss = torch.stack([part for part, _ in parts]).sum() / sum(n_targets for _, n_targets in parts)
+        loss = torch.stack([part for part, _ in parts]).sum()
+        n_targets = torch.tensor(float(sum(n_targets for _, n_targets in parts)), device=loss.device)
+        loss = loss / self.accelerator.reduce(n_targets, reduction="mean")  # gradients are averaged over processes
+        if self.accelerator.num_processes > 1:  # which each must have of every parameter, images or not
+            loss = loss + 0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         return (loss, {}) if return_outputs else loss
 
 

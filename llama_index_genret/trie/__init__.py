@@ -14,6 +14,7 @@ from llama_index_genret.trie.file import open_trie, save_trie, verify_trie
 from llama_index_genret.trie.filter import LeafFilter
 from llama_index_genret.trie.flat import Trie
 from llama_index_genret.trie.live import Expansion, LiveTrie, Nodes
+from llama_index_genret.trie.prior import TriePrior
 
 __all__ = [
     "Children",
@@ -22,6 +23,7 @@ __all__ = [
     "LiveTrie",
     "Nodes",
     "Trie",
+    "TriePrior",
     "add_identifiers",
     "build_trie",
     "close_beginnings",

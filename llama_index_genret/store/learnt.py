@@ -1,8 +1,8 @@
-"""Storing what a training made: one write, whole or not at all, on top of the index as it is by then.
+"""What was learnt of an index, stored in place of what was learnt before: trained weights, and what was tuned of them.
 
-Images may have been added or removed while it ran: they stay so.
+Images may be added or removed while a training runs: weights are stored on top of the index as it is by then.
 
-Knows the index; nothing of torch or PEFT.
+Knows the index and files; nothing of models.
 """
 
 from __future__ import annotations
@@ -12,14 +12,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llama_index_genret.errors import NotTrained, StoreError
 from llama_index_genret.store.folder import commit
-from llama_index_genret.store.index import Index, load_index
+from llama_index_genret.store.index import PRIOR, Index, load_index
+from llama_index_genret.store.scoring import Tuned
 from llama_index_genret.store.weights import ADAPTER, MODEL, NEW_ROWS, UPDATE, write_images
 
 
 def store_adapter(index: Index, source: Path, training: Mapping[str, Any]) -> Index:
-    """Store trained weights (the files of `source`) in place of any earlier ones, updates and new rows included.
+    """Store trained weights (the files of `source`) in place of earlier ones, updates and new rows included.
+
+    The prior and the tuning of earlier weights are dropped.
 
     Args:
         index: as it was trained.
@@ -36,7 +42,7 @@ def store_adapter(index: Index, source: Path, training: Mapping[str, Any]) -> In
 
 
 def store_update(index: Index, source: Path, training: Mapping[str, Any]) -> Index:
-    """Store an adapter on top of the trained weights, in place of an earlier update.
+    """Store an adapter on top of the trained weights, in place of an earlier update; prior and tuning are dropped.
 
     Args:
         index: as it was trained.
@@ -53,7 +59,7 @@ def store_update(index: Index, source: Path, training: Mapping[str, Any]) -> Ind
 
 
 def drop_update(index: Index) -> Index:
-    """The index with the weights that it had before its update, to the byte.
+    """The index with the weights that it had before its update, to the byte; prior and tuning are dropped.
 
     Raises:
         NotTrained: it has no update.
@@ -64,16 +70,35 @@ def drop_update(index: Index) -> Index:
 
 
 def _store(index: Index, fields: Mapping[str, Any], replaced: tuple[str, ...], sources: Mapping[str, Path]) -> Index:
+    """Other weights: `replaced` are prefixes of logical names, `sources` the folders that take their place."""
+
     def write(into: Path) -> None:
         for prefix, source in sources.items():
             shutil.copytree(source, into / prefix.rstrip("/"))
             write_images(into / prefix.rstrip("/"), index.records, index.identifiers)
 
-    now = load_index(index.folder)
+    manifest = load_index(index.folder).manifest.model_copy(update={**fields, "tuned": None})
+    commit(index.folder, manifest, write, keep=lambda name: not name.startswith((*replaced, PRIOR)))
+    return load_index(index.folder)
+
+
+def store_tuned(index: Index, log_prior: NDArray[np.float32], tuned: Tuned) -> Index:
+    """Store the prior of every record, and how hits are ranked from now on, in place of earlier ones.
+
+    Args:
+        log_prior: (records,) natural logarithms, finite; NaN of an image without one.
+    Raises:
+        StoreError: the index was trained or edited meanwhile: the prior is of what it was.
+    """
+    if load_index(index.folder).version != index.version:
+        raise StoreError(f"{index.folder} was changed while it was tuned. Nothing was stored: run `genret tune` again.")
+    if log_prior.shape != (len(index.records),) or np.isinf(log_prior).any():
+        raise StoreError(f"a prior is ({len(index.records)},) of finite numbers or NaN, not {log_prior!r}.")
+    manifest = index.manifest.model_copy(update={"tuned": tuned})
     commit(
         index.folder,
-        now.manifest.model_copy(update=dict(fields)),
-        write,
-        keep=lambda name: not name.startswith(replaced),
+        manifest,
+        lambda into: np.save(into / PRIOR, log_prior.astype(np.float32)),
+        keep=lambda name: name != PRIOR,
     )
     return load_index(index.folder)

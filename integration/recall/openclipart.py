@@ -1,0 +1,128 @@
+"""Pictures of many hands with a title, keywords and sometimes a description, all in the public domain.
+
+Knows the layout of two Debian packages and the RDF in their drawings; nothing of models.
+"""
+
+import hashlib
+import re
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from integration.recall.pixels import on_white, rendered
+from llama_index_genret.errors import CorpusError
+
+VERSION = "1:0.18+dfsg-19"
+PACKAGES = {
+    "openclipart-svg": "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
+    "openclipart-png": "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
+}
+"""Each with the sha256 of its file."""
+LARGEST_PNG_BYTES = 1_000_000  # a few have hundreds of megapixels
+FEWEST_KEYWORDS, FEWEST_DESCRIBING_WORDS = 3, 4
+_DC, _RDF = "{http://purl.org/dc/elements/1.1/}", "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
+
+
+@dataclass(frozen=True)
+class Clipart:
+    """One drawing and what its author wrote in it; text is "" where there is none."""
+
+    image_id: str
+    title: str
+    description: str
+    keywords: tuple[str, ...]
+    svg: Path
+    png: Path
+    """The package's own rendering."""
+
+    @property
+    def is_flag(self) -> bool:
+        return "flags/" in self.image_id or "flag" in self.keywords
+
+    def keyword_query(self) -> str | None:
+        """The keywords that are not the title, where they are three or more."""
+        words = [word.replace("_", " ") for word in dict.fromkeys(self.keywords) if plain(word) != plain(self.title)]
+        return ", ".join(words) if len(words) >= FEWEST_KEYWORDS else None
+
+    def description_query(self) -> str | None:
+        """The description, where it is a phrase that does more than repeat the title; no addresses."""
+        words = plain(self.description).split()
+        says_more = set(words) - set(plain(self.title).split())
+        told = len(words) >= FEWEST_DESCRIBING_WORDS and says_more and not re.search(r"@|://", self.description)
+        return self.description if told else None
+
+
+def plain(text: str) -> str:
+    """Letters and digits only, in lower case: what makes two titles the same."""
+    return " ".join(re.findall(r"[^\W_]+", text.lower()))
+
+
+def download(downloads: Path) -> Path:
+    """The folder that holds `svg` and `png`.
+
+    Raises:
+        CorpusError: the registry serves another file than this module was written for.
+        subprocess.CalledProcessError: apt cannot find or fetch it (it may need `apt-get update`).
+    """
+    for package, expected in PACKAGES.items():
+        subprocess.run(["apt-get", "download", "-q", f"{package}={VERSION}"], cwd=downloads, check=True, stdout=2)
+        (path,) = downloads.glob(f"{package}_*.deb")
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        if sha256 != expected:
+            raise CorpusError(f"{package} {VERSION} has sha256 {sha256}, expected {expected}.")
+        subprocess.run(["dpkg-deb", "-x", str(path), str(downloads)], check=True)
+    return downloads / "usr/share/openclipart"
+
+
+def read_clipart(folder: Path) -> list[Clipart]:
+    """Every drawing but flags whose title no other drawing has, in the order of their paths."""
+    drawings = [path for path in sorted((folder / "svg").rglob("*.svg")) if not path.is_symlink()]
+    found = [clipart for path in drawings if (clipart := _read(path, folder)).title and clipart.png.exists()]
+    titles = Counter(plain(clipart.title) for clipart in found)
+    return [clipart for clipart in found if titles[plain(clipart.title)] == 1 and not clipart.is_flag]
+
+
+def _read(path: Path, folder: Path) -> Clipart:
+    image_id = path.relative_to(folder / "svg").with_suffix("").as_posix()
+    # The drawing holds several resources; the first is the drawing itself.
+    work = next(
+        (node for node in ElementTree.parse(path).iter() if node.tag.endswith("}Work")), ElementTree.Element("")
+    )
+    subjects = [item.text for subject in work.findall(f"{_DC}subject") for item in subject.iter(f"{_RDF}li")]
+    return Clipart(
+        image_id,
+        _without_author(_line(work.findtext(f"{_DC}title"))),
+        _line(work.findtext(f"{_DC}description")),
+        tuple(line.lower() for line in map(_line, subjects) if line),
+        path,
+        folder / "png" / f"{image_id}.png",
+    )
+
+
+def _line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _without_author(title: str) -> str:
+    return re.sub(r"^Clipart by .*? - ", "", title)
+
+
+def write_pictures(clipart: Iterable[Clipart], folder: Path) -> None:
+    """Each as PNG on white."""
+    for one in clipart:
+        path = folder / f"{one.image_id}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = one.png.stat().st_size <= LARGEST_PNG_BYTES
+        (on_white(Image.open(one.png)) if small else rendered(one.svg.read_bytes())).save(path)
+
+
+def metadata(clipart: Sequence[Clipart]) -> Iterator[dict[str, Any]]:
+    """The rows of metadata.jsonl: the title as caption."""
+    for one in clipart:
+        yield {"file_name": f"{one.image_id}.png", "text": [one.title], "group": one.image_id.split("/")[0]}

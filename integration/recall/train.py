@@ -1,0 +1,66 @@
+"""An index of one of the corpora, trained for the recall table.
+
+    python -m integration.recall.train --corpus emoji --scheme atomic --steps 1600 --out FOLDER
+
+Killed, the same command goes on. What the recipe is was chosen on the validation queries: see `ablation`.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from integration.base_model import Recipe, make_base_model
+from integration.base_model import default_folder as default_model_folder
+from integration.recall.corpora import default_folder, make_corpora
+from integration.recall.peers import minilm_folder
+from llama_index_genret.corpus import read_corpus
+from llama_index_genret.indexing import build_index
+from llama_index_genret.modeling import load_mllm
+from llama_index_genret.store import Index, load_index
+from llama_index_genret.training.recipe import TrainOptions, train
+
+
+def recipe(steps: int, seed: int = 0) -> TrainOptions:
+    """For text queries: a fifth are the captions, the rest any words, for which MiniLM is imitated."""
+    return TrainOptions(
+        max_steps=steps,
+        batch_size=40,
+        teacher=str(minilm_folder()),
+        symbol_start="captions",
+        mix={"retrieve": 8, "imitate": 32},
+        seed=seed,
+    )
+
+
+def trained_index(corpus: str, scheme: str, options: TrainOptions, out: Path, *, layers: int = Recipe.layers) -> Index:
+    """The trained index in `out`; it is made where it is not there, and left alone where it is trained."""
+    if not (out / "manifest.json").is_file():
+        base = default_model_folder(Recipe(layers=layers))
+        make_base_model(Recipe(layers=layers), base)
+        images = read_corpus(make_corpora(default_folder()) / corpus)
+        build_index(images, out, load_mllm(str(base), device="cpu"), scheme=scheme)
+    index = load_index(out)
+    return index if index.is_trained else train(index, options, device="cpu")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", default="emoji", help="emoji, emoji-labels or openclipart")
+    parser.add_argument("--scheme", default="atomic")
+    parser.add_argument("--layers", type=int, default=Recipe.layers, help="of the language model, 6 to 30")
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--memorise", type=int, default=0, help="examples of image -> identifier in every 40")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    options = recipe(args.steps, args.seed)
+    if args.memorise:
+        mix = {"retrieve": 8, "imitate": 32 - args.memorise, "memorise": args.memorise}
+        options = replace(options, mix=mix)
+    index = trained_index(args.corpus, args.scheme, options, args.out, layers=args.layers)
+    print(index.folder.resolve())
+
+
+if __name__ == "__main__":
+    main()

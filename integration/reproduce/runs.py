@@ -1,0 +1,215 @@
+"""One scheme under one protocol: index -> train -> add -> recall. Each step leaves a file, and is not done twice.
+
+    index/                      the package's own folder; its training, killed, goes on from its last checkpoint
+    trained.json                the weights, and that no held-out image was among what they were trained on
+    added.json                  how many images joined afterwards, or why they could not
+    hits-POOL-VERSION.jsonl     the ranked images of every query, of one version of the index
+
+Knows the package's steps; nothing of tables or of published figures.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from integration.reproduce.karpathy import Karpathy
+from integration.reproduce.protocols import Plan, check_no_leak
+from llama_index_genret.batch import open_batch
+from llama_index_genret.corpus import Corpus
+from llama_index_genret.errors import IdentifierError, TrainingError
+from llama_index_genret.identifiers.diagnostics import diagnose
+from llama_index_genret.indexing import add_to_index, build_index, needs_features
+from llama_index_genret.modeling import load_base, load_mllm, load_trained
+from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.store import Index, load_index
+from llama_index_genret.training.recipe import TrainOptions, train
+
+DEPTH = 10
+"""Ranked images of a query, and so of MRR@10."""
+
+Pool = Literal["split", "full"]
+POOLS: tuple[Pool, ...] = ("split", "full")
+"""Among which images is searched: those of the evaluated split (1k, 5k), or the whole dataset (31k, 123k)."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The ranked image ids of every query, in their order.
+
+    failed: queries that were refused, or asked of images that could not be added: no results, a miss each.
+    note: what a reader must know of the index.
+    """
+
+    ids: tuple[tuple[str, ...], ...]
+    failed: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one scheme needs under one protocol. split: evaluated; a record's metadata name it."""
+
+    folder: Path
+    dataset: Karpathy
+    images: Path
+    scheme: str
+    plan: Plan
+    split: str
+    model: str
+    scheme_options: Mapping[str, Any]
+    train_options: TrainOptions
+    device: str = "auto"
+    batch_size: int = 32
+
+    @property
+    def index_dir(self) -> Path:
+        """Of the package's index."""
+        return self.folder / "index"
+
+    def build(self) -> Index:
+        """The index of the images that are trained on; as it is, if it is there."""
+        if self.index_dir.exists():
+            return load_index(self.index_dir)
+        mllm = load_mllm(self.model, device=self.device)
+        options = dict(self.scheme_options)
+        built = build_index(
+            Corpus(self.images, self.plan.trained),
+            self.index_dir,
+            mllm,
+            scheme=self.scheme,
+            scheme_options=options,
+            progress=bar("Encoding"),
+        )
+        del mllm
+        _free()
+        return built
+
+    def train(self) -> Index:
+        """The trained index, checked before its training to have no held-out caption and no later image.
+
+        Raises:
+            TrainingError: it has; or the index is another than the plan's.
+        """
+        index = self.build()
+        if self._done("trained.json"):
+            return index
+        if [record.image_id for record in index.records] != [record.image_id for record in self.plan.trained]:
+            raise TrainingError(f"{index.folder} does not hold the images that the protocol trains on: remove it.")
+        check_no_leak(index, self.dataset, self.plan)
+        if not index.is_trained:
+            index = train(index, self.train_options, device=self.device)
+            _free()
+        late = {record.image_id for record in self.plan.added}
+        self._write(
+            "trained.json",
+            weights_id=index.weights_id,
+            images=len(index.records),
+            added_later=len(late),
+            training=index.manifest.training,
+        )
+        return index
+
+    def add(self) -> Index:
+        """The index with the images that join after the training. Weights that change with it are an error.
+
+        A scheme that names no image without training leaves its reason in added.json instead.
+        """
+        index = self.train()
+        if not self.plan.added or self._done("added.json"):
+            return index
+        missing = [record for record in self.plan.added if record.image_id not in index.rows_by_id]
+        try:
+            if missing:
+                mllm = load_base(index, device=self.device) if needs_features(index) else None
+                index = add_to_index(index, missing, mllm, progress=bar("Encoding"))
+                del mllm
+                _free()
+            self._write("added.json", images=len(self.plan.added))
+        except IdentifierError as error:
+            self._write("added.json", images=0, error=str(error))
+        return index
+
+    def recall(self, queries: Sequence[tuple[str, str]]) -> dict[Pool, Ranked]:
+        """For each pool the ranked images of every query (text, image id). Killed, it goes on in the middle.
+
+        Raises:
+            TrainingError: the weights are not those of trained.json, which knew nothing of the added images.
+        """
+        index = self.add()
+        if index.weights_id != json.loads((self.folder / "trained.json").read_text())["weights_id"]:
+            raise TrainingError(f"{index.folder} was trained again after its images were added: remove {self.folder}.")
+        added = json.loads((self.folder / "added.json").read_text()) if self.plan.added else {}
+        if "error" in added:
+            nothing = Ranked(((),) * len(queries), len(queries), "names no image without training: all missed")
+            return dict.fromkeys(POOLS, nothing)
+        asked = self.folder / "queries.jsonl"
+        asked.write_text("".join(json.dumps({"query": text, "image_id": name}) + "\n" for text, name in queries))
+        files = {pool: self.folder / f"hits-{pool}-{index.version}.jsonl" for pool in POOLS}
+        if not all(file.exists() for file in files.values()):
+            scorer = TransformersScorer(load_trained(index, device=self.device))
+            for pool, file in files.items():
+                if not file.exists():
+                    self._ask(index, scorer, asked, pool, file)
+            del scorer
+            _free()
+        note = _collisions(index)
+        return {pool: replace(read_hits(file), note=note) for pool, file in files.items()}
+
+    def _ask(self, index: Index, scorer: Any, asked: Path, pool: Pool, out: Path) -> None:
+        filters = {"split": self.split} if pool == "split" else None
+        with (
+            open_batch(index, asked, out, k=DEPTH, filters=filters, scored_by="transformers", overwrite=True) as run,
+            tqdm(total=run.total, desc=f"Recalling, {pool} pool", unit="query") as progress,
+        ):
+            run.finish(scorer, batch_size=self.batch_size, progress=lambda done: progress.update(done - progress.n))
+
+    def _done(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+    def _write(self, name: str, **facts: Any) -> None:
+        write_whole(self.folder / name, json.dumps(facts, indent=1))
+
+
+def read_hits(path: Path) -> Ranked:
+    """The ranked ids of a finished file of hits; a query with an error has none."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    ids = tuple(tuple(hit["image_id"] for hit in row.get("hits", ())) for row in rows)
+    return Ranked(ids, sum("error" in row for row in rows))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def bar(label: str) -> Any:
+    """A progress bar on stderr, as the package's steps take it."""
+
+    def progress(items: Iterable[Any]) -> Iterable[Any]:
+        return tqdm(items, desc=label)
+
+    return progress
+
+
+def _collisions(index: Index) -> str:
+    found = diagnose(index.identifiers, index.scheme().codes_per_level()).collisions
+    return f"{found} of {len(index.records)} images share their codes, told apart by a suffix" if found else ""
+
+
+def _free() -> None:
+    """Give the memory of the models that went out of scope back to the GPU, before the next is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,137 @@
+"""How probable the images below a prefix are without a query: of every node the sum, and the least of its images.
+
+Knows the live trie and numbers; nothing of models. `prior.image_prior` computes what it is made from.
+The slow twin is `_reference.prior_below`; the tests hold the two equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_index_genret.trie.flat import Int64, Trie
+from llama_index_genret.trie.live import LiveTrie, Nodes
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+LOG_MASS, LEAST = 0, 1
+"""Columns of a node's prior."""
+
+_NONE = (-np.inf, np.inf)
+"""Of a prefix without images: adds nothing to a sum, and is no minimum."""
+
+
+@dataclass(frozen=True, eq=False)
+class TriePrior:
+    """The prior of every prefix of one version of a trie.
+
+    base, added: (n_nodes, 2) float32, natural logarithms of each node of `LiveTrie.base` and `LiveTrie.added`: of the
+        sum of the probabilities of the live images below it, and of the smallest of them.
+    """
+
+    base: Float32
+    added: Float32 | None
+
+    @classmethod
+    def of_leaves(cls, trie: LiveTrie, log_prior: Float32) -> TriePrior | None:
+        """Sum up the priors of the images; those of removed ones are left out.
+
+        An image of unknown prior, added since the priors were computed, gets the least of the images below the longest
+        beginning that it shares with one of known prior. The model never learnt its name, so its own prior is hardly
+        larger; and it is not preferred to all relatives either, as a smaller one would have it.
+
+        Args:
+            log_prior: (n_leaves,) natural logarithms, finite; NaN where it is not known.
+        Returns:
+            None where no live image has a known prior.
+        """
+        live = np.ones(trie.n_leaves, np.bool_) if trie.live is None else trie.live.contains(np.arange(trie.n_leaves))
+        known = live & ~np.isnan(log_prior)
+        if not known.any():
+            return None
+        prior = cls._summed(trie, log_prior, known)
+        if (unknown := np.flatnonzero(live & ~known)).size:
+            log_prior = log_prior.copy()
+            log_prior[unknown] = prior._least_of_relatives(trie, unknown)
+            prior = cls._summed(trie, log_prior, live)
+        return prior
+
+    def of(self, nodes: Nodes) -> Float64:
+        """(n, 2) float64, columns LOG_MASS and LEAST, of n prefixes.
+
+        for prefix in nodes: yield log(sum(p of images below)), log(min(p of images below))
+        """
+        if self.added is None or nodes.added is None:
+            return self.base.take(nodes.base, axis=0).astype(np.float64)
+        base, added = _at(self.base, nodes.base), _at(self.added, nodes.added)
+        mass = np.logaddexp(base[:, LOG_MASS], added[:, LOG_MASS])
+        return np.stack([mass, np.minimum(base[:, LEAST], added[:, LEAST])], axis=1)
+
+    @classmethod
+    def _summed(cls, trie: LiveTrie, log_prior: Float32, counted: NDArray[np.bool_]) -> TriePrior:
+        leaves = np.where(counted[:, None], log_prior[:, None], _NONE)
+        n_base = trie.base.n_leaves
+        added = _below_nodes(trie.added, leaves[n_base:]) if trie.added else None
+        return cls(_below_nodes(trie.base, leaves[:n_base]), added)
+
+    def _least_of_relatives(self, trie: LiveTrie, leaves: Int64) -> Float64:
+        """(n,) the least prior below the longest beginning of each leaf that has one, which the root has."""
+        paths = np.concatenate([_padded(t.paths(), trie.depth) for t in (trie.base, trie.added) if t])[leaves]
+        nodes = trie.roots(len(leaves))
+        least = self.of(nodes)[:, LEAST]
+        for column in paths.T:
+            added = None if trie.added is None or nodes.added is None else _step(trie.added, nodes.added, column)
+            nodes = Nodes(_step(trie.base, nodes.base, column), added)
+            there = nodes.base >= 0 if nodes.added is None else (nodes.base >= 0) | (nodes.added >= 0)
+            below = self.of(nodes)[:, LEAST]
+            least = np.where(there & np.isfinite(below), below, least)
+        return least
+
+
+def _below_nodes(trie: Trie, leaves: Float64) -> Float32:
+    """(n_nodes, 2) of (n_leaves, 2): bottom up, one level at a time, so that no sum spans more than siblings.
+
+    Sums of neighbours keep the precision that differences of running sums over all leaves would lose.
+    """
+    below = np.empty((trie.n_nodes, 2))
+    for level in range(trie.depth, -1, -1):
+        nodes = np.arange(trie.level_start[level], trie.level_start[level + 1])
+        ends = trie.is_leaf(nodes)
+        below[nodes[ends]] = leaves[trie.first_leaf(nodes[ends])]
+        if (inner := nodes[~ends]).size:
+            first = trie.first_child[inner].astype(np.int64)
+            children = below[first[0] : trie.level_start[level + 2]]
+            below[inner, LOG_MASS] = _log_sums(children[:, LOG_MASS], first - first[0])
+            below[inner, LEAST] = np.minimum.reduceat(children[:, LEAST], first - first[0])
+    return below.astype(np.float32)
+
+
+def _log_sums(values: Float64, starts: Int64) -> Float64:
+    """Logarithm of the sum of the exponentials of each segment."""
+    top = np.maximum.reduceat(values, starts)
+    top[np.isneginf(top)] = 0.0
+    shifted = np.exp(values - np.repeat(top, np.diff(starts, append=len(values))))
+    with np.errstate(divide="ignore"):
+        return np.asarray(top + np.log(np.add.reduceat(shifted, starts)))
+
+
+def _padded(paths: NDArray[np.int32], width: int) -> NDArray[np.int32]:
+    return np.pad(paths, ((0, 0), (0, width - paths.shape[1])), constant_values=-1)
+
+
+def _at(values: Float32, nodes: Int64) -> Float64:
+    """(n, 2) of the nodes that there are, and of those that are -1 what stands for no images."""
+    found = values.take(np.maximum(nodes, 0), axis=0).astype(np.float64)
+    found[nodes < 0] = _NONE
+    return found
+
+
+def _step(trie: Trie, nodes: Int64, token_ids: NDArray[np.int32]) -> Int64:
+    """The child of each node by its token, -1 where it has none."""
+    there = (nodes >= 0) & (token_ids >= 0)
+    child = np.full(len(nodes), -1)
+    child[there] = trie.advance(nodes[there], token_ids[there])
+    return child
