@@ -107,7 +107,7 @@ def test_the_loss_of_a_batch_is_that_of_plain_forward_passes(qwen, index):
         expected -= sum(steps)
     with torch.no_grad():
         (batch,) = collate(items, pad=0).values()
-        assert float(_summed_loss(qwen.model, batch)[0]) == pytest.approx(expected, rel=1e-4)
+        assert float(_summed_loss(qwen.model, batch, torch.from_numpy(tensors.paths.token_ids))[0]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_was_trained_is_what_is_loaded_with_a_tied_head_or_its_own(fresh, index, tmp_path):
@@ -119,7 +119,8 @@ def test_what_was_trained_is_what_is_loaded_with_a_tied_head_or_its_own(fresh, i
     model = _adapted(index, fresh, TrainOptions(lora_rank=2))
 
     def losses(of):
-        return [_summed_loss(of, dict(part))[0] for part in batch.values()]
+        symbols = torch.from_numpy(tensors.paths.token_ids)
+        return [_summed_loss(of, dict(part), symbols)[0] for part in batch.values()]
 
     sum(losses(model)).backward()
     learned = {name: p for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
