@@ -19,7 +19,6 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 
 from integration.reproduce.__main__ import SCHEMES, main
 from integration.reproduce.clip_peer import nearest
-from integration.reproduce.interval import bootstrap_interval
 from integration.reproduce.karpathy import plain, read_karpathy, records_of
 from integration.reproduce.miniature import write_miniature
 from integration.reproduce.protocols import check_no_leak, check_options, plan
@@ -27,7 +26,6 @@ from integration.reproduce.pseudo_queries import PseudoQueries, read_pseudo_quer
 from integration.reproduce.published import PUBLISHED
 from integration.reproduce.runs import Ranked
 from integration.reproduce.table import markdown, measured
-from llama_index_genret.cli import app
 from llama_index_genret.corpus import Corpus
 from llama_index_genret.errors import CorpusError, TrainingError
 from llama_index_genret.indexing import build_index
@@ -274,10 +272,6 @@ def test_pseudo_queries_for_a_train_image_are_an_error(coco, tmp_path):
         read_pseudo_queries(path, coco, "test")
 
 
-HAS_WRITER = any(command.callback.__name__ == "write_queries" for command in app.registered_commands)
-
-
-@pytest.mark.skipif(not HAS_WRITER, reason="this version has no `genret write-queries`")
 def test_the_model_itself_writes_pseudo_queries_and_sees_no_held_out_caption(miniature, tiny_model_dir, tmp_path, coco):
     from llama_index_genret.store import Provenance, PseudoQuery, WrittenQueries, store_pseudo_queries
 
@@ -471,16 +465,6 @@ def test_clip_is_measured_on_the_very_queries_and_says_how_many_it_cut(whole, co
     rows = [row for row in whole.rows if row["setting"] == "zero-shot"]
     assert 0 < cut < 41
     assert {row["note"] for row in rows} == {f"{cut} queries cut to what the text tower reads"}
-
-
-def test_the_interval_is_that_of_whole_images_drawn_with_their_captions():
-    groups = [image for image in range(40) for _ in range(5)]
-    values = [float(image < 10) for image in groups]  # captions of one image fare alike
-    low, high = bootstrap_interval(values, groups)
-    rng = np.random.default_rng(1)
-    slow = [np.mean([values[5 * image] for image in rng.integers(0, 40, 40)]) for _ in range(4000)]
-    assert (low, high) == pytest.approx(np.quantile(slow, [0.025, 0.975]), abs=0.03)
-    assert high - low > 1.5 * np.subtract(*bootstrap_interval(values, range(200))[::-1])
 
 
 # --- many GPUs ---------------------------------------------------------------------------------------------------

@@ -108,9 +108,10 @@ def test_the_loss_of_a_batch_is_that_of_plain_forward_passes(qwen, index):
         inputs = qwen.processed([index.prompts.memorise], [load_image(index.records[examples[i].row].path)])
         steps = [plain_log_probs(qwen, inputs, target[:n])[token] for n, token in enumerate(target)]
         expected -= sum(steps)
+    symbols = torch.from_numpy(tensors.paths.token_ids)
     with torch.no_grad():
         (batch,) = collate(items, pad=0).values()
-        assert float(_summed_loss(qwen.model, batch)[0]) == pytest.approx(expected, rel=1e-4)
+        assert float(_summed_loss(qwen.model, batch, symbols)[0]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_was_trained_is_what_is_loaded_with_a_tied_head_or_its_own(fresh, index, tmp_path):
@@ -122,7 +123,8 @@ def test_what_was_trained_is_what_is_loaded_with_a_tied_head_or_its_own(fresh, i
     model = _adapted(index, fresh, TrainOptions(lora_rank=2))
 
     def losses(of):
-        return [_summed_loss(of, dict(part))[0] for part in batch.values()]
+        symbols = torch.from_numpy(tensors.paths.token_ids)
+        return [_summed_loss(of, dict(part), symbols)[0] for part in batch.values()]
 
     sum(losses(model)).backward()
     learned = {name: p for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
