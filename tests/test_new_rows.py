@@ -62,6 +62,12 @@ def rows_of(index):
     return embeddings[[index.token_ids(row)[0] for row in range(len(index.records))]]
 
 
+def cosine(ours, theirs):
+    """(ours, theirs)"""
+    norms = np.linalg.norm(ours, axis=1)[:, None] * np.linalg.norm(theirs, axis=1)
+    return ours @ theirs.T / norms
+
+
 def recalled(index):
     scorer = TransformersScorer(load_trained(index, device="cpu"))
     prompt = index.prompts.for_query(index.tokenizer, "black bar")
@@ -88,14 +94,26 @@ def test_a_penalty_of_one_halves_directions_of_mean_variance():
     np.testing.assert_allclose(fitted.predict(features), features / 2, atol=1e-6)
 
 
+def test_guessed_rows_point_where_predicted_ones_do_and_are_as_long_as_trained_ones():
+    draw = np.random.default_rng(3)
+    features, rows = draw.normal(size=(50, 4)).astype(np.float32), draw.normal(size=(50, 6)).astype(np.float32) + 2
+    fitted = RowRegression.fit(features, rows, penalty=10.0)
+    directions = [found - rows.mean(0) for found in (fitted.guess(features), fitted.predict(features))]
+    lengths = [np.linalg.norm(direction, axis=1) for direction in directions]
+    np.testing.assert_allclose(lengths[0], np.linalg.norm(rows - rows.mean(0), axis=1).mean(), rtol=1e-4)
+    np.testing.assert_allclose((directions[0] * directions[1]).sum(1), lengths[0] * lengths[1], rtol=1e-3)
+    np.testing.assert_allclose(fitted.guess(features.mean(0, keepdims=True)), rows.mean(0)[None], atol=0.01)
+
+
 def test_an_added_image_has_a_row_like_images_that_look_like_it(grown, truth):
     rows = rows_of(grown)
     np.testing.assert_allclose(rows[:OLD], truth[:OLD], atol=1e-6)
-    error = np.linalg.norm(rows[OLD:] - truth[OLD:], axis=1)
-    draw = np.random.default_rng(2)
-    random = truth[:OLD].mean(0) + truth[:OLD].std(0) * draw.normal(size=(4, 32))
-    assert (error < 0.5 * np.linalg.norm(random - truth[OLD:], axis=1)).all()
-    assert (error < np.linalg.norm(truth[:OLD].mean(0) - truth[OLD:], axis=1)).all()
+    mean = truth[:OLD].mean(0)
+    random = np.random.default_rng(2).normal(size=(4, 32)) * truth[:OLD].std(0)
+    cosines, by_chance = cosine(rows[OLD:] - mean, truth[OLD:] - mean), cosine(random, truth[OLD:] - mean)
+    assert (cosines.diagonal() > 0.7).all()
+    assert (by_chance.diagonal() < 0.7).all()
+    assert cosines.argmax(0).tolist() == [0, 1, 2, 3]  # a query that means one of the new images finds it among them
 
 
 def test_it_is_recalled_at_once_and_the_weights_have_another_name(trained, grown, records):

@@ -32,7 +32,7 @@ ADAPTER, UPDATE = "adapter/", "update/"
 MODEL = "adapter_model.safetensors"
 IMAGES = "images.json"
 NEW_ROWS = "new_rows.safetensors"
-_ROWS = "rows."
+_ROWS = "rows"
 
 
 @dataclass(frozen=True)
@@ -40,25 +40,31 @@ class NewRows:
     """Rows of symbols that joined after the training, and how rows of further ones are guessed.
 
     token_ids: (m,) int64. rows: by the name of a module of the model, the embeddings or the LM head, (m, d) float32.
-    regression: arrays of `RowRegression`, kept because fitting it takes the features of many images.
+    regressions: likewise, the arrays of a `RowRegression`, kept because fitting it takes the features of many images.
     """
 
     token_ids: NDArray[np.int64]
     rows: Mapping[str, NDArray[np.float32]]
-    regression: Mapping[str, NDArray[np.float32]]
+    regressions: Mapping[str, Mapping[str, NDArray[np.float32]]]
 
     def save(self, path: Path) -> None:
         """Write them as safetensors."""
-        rows = {f"{_ROWS}{name}": np.ascontiguousarray(array) for name, array in self.rows.items()}
-        save_file({"token_ids": self.token_ids, **rows, **self.regression}, path)
+        arrays: dict[str, NDArray[Any]] = {"token_ids": self.token_ids}
+        for module, rows in self.rows.items():
+            arrays |= {f"{module}/{name}": array for name, array in self.regressions[module].items()}
+            arrays[f"{module}/{_ROWS}"] = rows
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
     @classmethod
     def load(cls, path: Path) -> NewRows:
         """Read what `save` wrote."""
         arrays: dict[str, NDArray[Any]] = load_file(path)
-        token_ids = arrays.pop("token_ids")
-        rows = {name.removeprefix(_ROWS): arrays.pop(name) for name in list(arrays) if name.startswith(_ROWS)}
-        return cls(token_ids, rows, arrays)
+        token_ids, modules = arrays.pop("token_ids"), dict[str, dict[str, NDArray[Any]]]()
+        for key, array in arrays.items():
+            module, _, name = key.partition("/")
+            modules.setdefault(module, {})[name] = array
+        rows = {module: own.pop(_ROWS) for module, own in modules.items()}
+        return cls(token_ids, rows, modules)
 
 
 def weights_id(files: Mapping[str, FileEntry]) -> str | None:
