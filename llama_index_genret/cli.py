@@ -24,7 +24,7 @@ from rich.table import Table
 from llama_index_genret.errors import FilterError, GenretError
 from llama_index_genret.identifiers import Alphabet, get_scheme
 from llama_index_genret.identifiers.diagnostics import Diagnosis, diagnose
-from llama_index_genret.store import Index, ScoringChoice, check_free, load_index, remove_images
+from llama_index_genret.store import Index, ScoringChoice, check_free, drop_update, load_index, remove_images
 
 app = typer.Typer(
     help="A multimodal LLM that has memorised your images.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -221,7 +221,16 @@ def write_queries(
 @app.command()
 def train(
     index_dir: IndexDir,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the captions.")] = None,
+    update: Annotated[
+        bool,
+        typer.Option("--update", help="Learn the images added since, in an adapter on top; old ones are replayed."),
+    ] = False,
+    drop: Annotated[
+        bool, typer.Option("--drop-update", help="Go back to the weights before the update; trains nothing.")
+    ] = False,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the captions, in an update over those of the new images.")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step, over all processes.")] = None,
     accumulate: Annotated[int | None, typer.Option(min=1, help="Parts in which a step is computed.")] = None,
@@ -250,17 +259,25 @@ def train(
     Several processes, as many GPUs: accelerate launch --num_processes 4 -m llama_index_genret.cli train INDEX
     """
     from llama_index_genret.training.examples import read_mix
-    from llama_index_genret.training.recipe import TrainOptions, train
 
     if epochs is not None and max_steps is not None:
         raise typer.BadParameter("give --epochs or --max-steps, not both")
     given: dict[str, Any] = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
-    given |= {"accumulate": accumulate, "recompute": recompute, "learning_rate": learning_rate, "lora_rank": lora_rank}
-    given |= {"teacher": teacher, "symbol_start": symbol_start, "seed": seed}
+    given |= {"accumulate": accumulate, "recompute": recompute or None, "learning_rate": learning_rate}
+    given |= {"lora_rank": lora_rank, "teacher": teacher, "symbol_start": symbol_start}
     given |= {"mix": None if mix is None else read_mix(mix)}
     given |= {"imitated": None if imitate is None else tuple(imitate.read_text(encoding="utf-8").splitlines())}
-    options = TrainOptions(**{name: value for name, value in given.items() if value is not None})
-    trained = train(load_index(index_dir), options, device=device)
+    given = {name: value for name, value in given.items() if value is not None}
+    if drop and (update or given):
+        raise typer.BadParameter("--drop-update trains nothing: give it alone")
+    if drop:
+        trained = drop_update(load_index(index_dir))
+    else:
+        from llama_index_genret.training.options import UPDATE_OPTIONS, TrainOptions
+        from llama_index_genret.training.recipe import train
+
+        options = dataclasses.replace(UPDATE_OPTIONS if update else TrainOptions(), seed=seed, **given)
+        trained = train(load_index(index_dir), options, update=update, device=device)
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         _emit(as_json, _facts(trained), _facts_table(trained))
 
@@ -273,7 +290,7 @@ def add(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Add images without training: named by the frozen codebooks, they can be found at once."""
+    """Add images without training: named by the frozen scheme, they can be found at once."""
     from llama_index_genret.corpus import read_corpus
     from llama_index_genret.indexing import add_to_index, needs_features
     from llama_index_genret.modeling import load_base
@@ -284,7 +301,16 @@ def add(
     new = [record for record in corpus.records if (record.image_id, record.sha256) not in known]
     mllm = load_base(loaded, device=device, base=model) if new and needs_features(loaded) else None
     grown = add_to_index(loaded, new, mllm, progress=_bar("Encoding")) if new else loaded
-    _emit(as_json, {**_facts(grown), "added": len(new), "known": len(corpus) - len(new)}, _facts_table(grown))
+    other_weights = grown.weights_id != loaded.weights_id
+    if other_weights:
+        log.print(
+            f"the new images have rows of their own: the weights are {grown.weights_id} now. Restart `genret serve`; "
+            "a running server goes on without the new images.",
+            style="yellow",
+            markup=False,
+        )
+    counts = {"added": len(new), "known": len(corpus) - len(new), "other_weights": other_weights}
+    _emit(as_json, {**_facts(grown), **counts}, _facts_table(grown))
 
 
 @app.command()
@@ -701,7 +727,7 @@ def _n_pseudo_queries(loaded: Index) -> int:
 
 
 def _facts(loaded: Index) -> dict[str, Any]:
-    trie = loaded.trie.base
+    trie, unseen = loaded.trie.base, loaded.unseen_rows()
     return {
         "index": str(loaded.folder),
         "images": len(loaded.records),
@@ -719,6 +745,8 @@ def _facts(loaded: Index) -> dict[str, Any]:
         "captions": sum(len(record.captions) for record in loaded.records),
         "pseudo_queries": _n_pseudo_queries(loaded),
         "tuned": loaded.manifest.tuned and loaded.manifest.tuned.model_dump(),
+        "update": loaded.manifest.update,
+        "untrained_images": None if unseen is None else len(unseen),
         "missing_images": [r.file_name for r in loaded.records if not r.path.is_file()],
     }
 

@@ -42,7 +42,8 @@ from llama_index_genret.scorers.vllm import VllmScorer
 from llama_index_genret.search import Hit
 from llama_index_genret.serving import CPU_FLAGS, free_port, running_server, serve_command, serve_environment
 from llama_index_genret.store import Index
-from llama_index_genret.training.recipe import TrainOptions, train
+from llama_index_genret.training.options import TrainOptions
+from llama_index_genret.training.recipe import train
 
 DATA = Path(__file__).parent / "demo_data"
 QUESTION = "What kind of thing is the pizza?"

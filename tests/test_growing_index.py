@@ -13,7 +13,7 @@ from PIL import Image
 
 from llama_index_genret.cli import app
 from llama_index_genret.corpus import read_corpus
-from llama_index_genret.errors import DuplicateImage, IdentifierError, UnknownImage
+from llama_index_genret.errors import DuplicateImage, UnknownImage
 from llama_index_genret.indexing import add_to_index, build_index
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import recall
@@ -129,10 +129,14 @@ def test_schemes_without_features_grow_without_a_model(pictures, more_pictures, 
     assert {image_id: identifiers_of(grown)[image_id] for image_id in before} == before
 
 
-def test_one_symbol_per_image_cannot_grow_without_training(pictures, more_pictures, tiny_mllm, tmp_path):
+def test_one_symbol_per_image_grows_the_vocabulary(pictures, more_pictures, tiny_mllm, tmp_path):
     index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm, scheme="atomic")
-    with pytest.raises(IdentifierError, match="symbol of its own"):
-        add_to_index(index, read_corpus(more_pictures).records)
+    names, symbols = identifiers_of(index), index.new_token_ids()
+    grown = add_to_index(index, read_corpus(more_pictures).records)
+    assert recalled(grown).keys() == grown.rows_by_id.keys()
+    assert {image_id: identifiers_of(grown)[image_id] for image_id in names} == names
+    assert grown.new_token_ids() == [*symbols, *range(symbols[-1] + 1, symbols[-1] + 5)]
+    assert grown.new_rows() is None  # the training will give them
 
 
 @pytest.mark.parametrize("point", ["write_records", "save_trie", "_sync", "replace", "_remove_unnamed"])

@@ -1,5 +1,7 @@
 """What the Qwen-VL family does otherwise, against plain forward passes: positions, packed patches, an untied head."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,11 @@ from PIL import Image
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import ModelError
 from llama_index_genret.images import load_image
-from llama_index_genret.indexing import build_index
-from llama_index_genret.modeling import Mllm, load_mllm, vision_features
+from llama_index_genret.indexing import add_to_index, build_index
+from llama_index_genret.modeling import Mllm, _set_new_rows, load_mllm, vision_features
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.search import Normalise, Row, Rows
+from llama_index_genret.store import store_adapter
 from llama_index_genret.training.batches import IGNORED, ExampleTensors, collate
 from llama_index_genret.training.examples import Interleaved, examples_of
 from llama_index_genret.training.recipe import TrainOptions, _adapted, _fast_symbol_rows, _summed_loss
@@ -133,6 +136,26 @@ def test_what_was_trained_is_what_is_loaded_with_a_tied_head_or_its_own(fresh, i
         model.save_pretrained(tmp_path, save_embedding_layers=False)
         merged = PeftModel.from_pretrained(tiny_qwen(fresh.name_or_path), tmp_path).merge_and_unload()
         torch.testing.assert_close(losses(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_added_symbols_are_set_wherever_the_model_has_rows(qwen, fresh, pictures_of_all_sizes, tmp_path):
+    corpus = read_corpus(pictures_of_all_sizes)
+    some = replace(corpus, records=corpus.records[:18])
+    index = build_index(some, tmp_path / "index", qwen, scheme="atomic")
+    model = _adapted(index, fresh, TrainOptions(lora_rank=2))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    grown = add_to_index(store_adapter(index, tmp_path / "adapter", {}), corpus.records[18:], qwen)
+    loaded = tiny_qwen(fresh.name_or_path)
+    _set_new_rows(loaded, grown)
+    modules = {"embed_tokens": loaded.get_input_embeddings(), "lm_head": loaded.get_output_embeddings()}
+    if modules["lm_head"].weight is modules["embed_tokens"].weight:
+        del modules["lm_head"]
+    new = grown.new_rows()
+    assert new.rows.keys() == modules.keys()
+    assert new.token_ids.tolist() == [grown.token_ids(row)[0] for row in (18, 19)]
+    for name, module in modules.items():
+        np.testing.assert_allclose(module.weight.detach().numpy()[new.token_ids], new.rows[name], atol=1e-6)
+        assert np.abs(new.rows[name][0] - new.rows[name][1]).max() > 1e-3
 
 
 def test_cached_features_and_fast_rows_change_neither_loss_nor_gradients(fresh, index):

@@ -107,8 +107,8 @@ class Registry:
         served = self._loaded.get(name)
         if served and index.weights_id != served.index.weights_id:
             raise ModelMismatch(
-                f"{folder} was trained again (weights {index.weights_id}, served {served.index.weights_id}). "
-                "Restart `genret serve` on it."
+                f"{folder} has other weights now ({index.weights_id}, served {served.index.weights_id}): it was "
+                "trained, or got images with symbols of their own. Restart `genret serve` on it."
             )
         loaded = LoadedIndex(name, index)
         loaded.leaf_filter(MetadataFilters(filters=[]))  # reads the metadata now, in the thread that loads

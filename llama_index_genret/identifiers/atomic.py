@@ -13,11 +13,11 @@ from llama_index_genret.identifiers.numbers import CountingScheme
 
 @register_scheme("atomic")
 class AtomicScheme(CountingScheme):
-    """`<i_42>`. An image added later brings a symbol, and so a row, which must be trained."""
+    """`<i_42>`. An image added later brings a symbol, and so a row, guessed from the picture until trained."""
 
     name: ClassVar[str] = "atomic"
     writes: ClassVar[Literal["symbols", "text"]] = "symbols"
-    new_images: ClassVar[str] = "a new symbol; its embedding row must be appended and trained before it is recalled"
+    new_images: ClassVar[str] = "a new symbol, whose row is guessed from the picture until it is trained"
 
     def written(self, number: int) -> Identifier:
         """See `CountingScheme.written`."""

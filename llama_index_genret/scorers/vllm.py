@@ -137,8 +137,8 @@ class VllmScorer:
         if self._weights_id and named and own not in named:
             raise ServerError(
                 f"{self.server.api_base} serves the weights {sorted(n.removeprefix(served_name('')) for n in named)}, "
-                f"the index has {self._weights_id}: it was trained again, or is another one. Restart `genret serve` on "
-                "this index."
+                f"the index has {self._weights_id}: it was trained or grew since, or is another one. Restart "
+                "`genret serve` on this index."
             )
         others = [name for name in models if name not in named]
         name = self._model or (own if own in named else others[0] if len(others) == 1 else None)

@@ -1,5 +1,4 @@
-"""Adding and removing images of an index and what is written of them, without touching its weights: one write, whole or
-not at all.
+"""Adding and removing images of an index and what is written of them, without training: one write, whole or not at all.
 
 The trie's file stays as it is while few images have changed; the edits lie beside it. Past `COMPACT_FROM` they are
 merged into a new one in the same write.
@@ -10,6 +9,7 @@ Knows the index; nothing of models. How new images are named is `indexing.name_n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,9 @@ from llama_index_genret.errors import DuplicateImage, UnknownImage
 from llama_index_genret.identifiers import Identifier, Scheme
 from llama_index_genret.store.folder import commit
 from llama_index_genret.store.index import EDITS, PRIOR, Index, load_index, write_records
+from llama_index_genret.store.weights import NEW_ROWS, NewRows
 from llama_index_genret.store.written import PSEUDO_QUERIES, WrittenQueries, write_written
+from llama_index_genret.tokenization import IndexTokenizer
 from llama_index_genret.trie import LiveTrie, add_identifiers, compact, edits_of, remove_identifiers, save_trie
 
 COMPACT_FROM = 0.1
@@ -48,11 +50,20 @@ def remove_images(index: Index, image_ids: Sequence[str]) -> Index:
     return _write(index, _renumbered(trie, new_row), records, identifiers, index.scheme(), prior)
 
 
-def add_images(index: Index, records: Sequence[Record], identifiers: Sequence[Identifier], scheme: Scheme) -> Index:
+def add_images(
+    index: Index,
+    records: Sequence[Record],
+    identifiers: Sequence[Identifier],
+    scheme: Scheme,
+    *,
+    tokenizer: IndexTokenizer | None = None,
+    new_rows: NewRows | None = None,
+) -> Index:
     """The index with more images, found by their names at once; the model has not seen them.
 
     Args:
-        identifiers, scheme: as `indexing.name_new_images` gives them.
+        identifiers, scheme, tokenizer: as `indexing.name_new_images` gives them.
+        new_rows: of all symbols that the trained weights lack, in place of those stored.
     Raises:
         DuplicateImage: an image id is in the index already. IdentifierCollision: an identifier is.
     """
@@ -62,12 +73,14 @@ def add_images(index: Index, records: Sequence[Record], identifiers: Sequence[Id
             f"{index.folder} has an image {twice[0]!r} already ({len(twice)} of {len(records)} are known). Give it "
             "another image_id in metadata.jsonl, or remove the old one first: `genret remove`."
         )
+    index = replace(index, tokenizer=tokenizer or index.tokenizer)
     token_ids = [[index.tokenizer.symbol_id(symbol) for symbol in identifier] for identifier in identifiers]
     keys = range(len(index.records), len(index.records) + len(records))
     trie = add_identifiers(index.trie, token_ids, keys, end_token=index.end_token)
     prior = index.log_prior
     prior = None if prior is None else np.pad(prior, (0, len(records)), constant_values=np.nan)
-    return _write(index, trie, [*index.records, *records], [*index.identifiers, *identifiers], scheme, prior)
+    together = [*index.records, *records], [*index.identifiers, *identifiers]
+    return _write(index, trie, *together, scheme, prior, new_rows)
 
 
 def store_pseudo_queries(index: Index, written: Sequence[WrittenQueries]) -> Index:
@@ -96,6 +109,7 @@ def _write(
     identifiers: Sequence[Identifier],
     scheme: Scheme,
     log_prior: NDArray[np.float32] | None,
+    new_rows: NewRows | None = None,
 ) -> Index:
     changed = 2 * trie.n_leaves - trie.n_live - trie.base.n_leaves
     if changed > COMPACT_FROM * trie.base.n_leaves:
@@ -113,6 +127,7 @@ def _write(
     forgets = PSEUDO_QUERIES in index.manifest.files and len(records) < len(index.records)
     if forgets:
         replaced.add(PSEUDO_QUERIES)
+    grows = index.tokenizer.fingerprint != index.manifest.tokenizer
 
     def write(into: Path) -> None:
         write_records(into, records, identifiers, places)
@@ -126,10 +141,19 @@ def _write(
             write_written(into, [line for line in index.pseudo_queries.values() if line.image_id in left])
         if log_prior is not None:
             np.save(into / PRIOR, log_prior)
+        if grows:
+            (into / "tokenizer.json").write_text(index.tokenizer.to_json(), encoding="utf-8")
+        if new_rows:
+            new_rows.save(into / NEW_ROWS)
         if scheme.arrays():
             save_file(dict(scheme.arrays()), into / "codebooks.safetensors")
 
-    manifest = index.manifest.model_copy(update={"folders": folders, "scheme_options": scheme.options()})
+    changed_fields = {
+        "folders": folders,
+        "scheme_options": scheme.options(),
+        "tokenizer": index.tokenizer.fingerprint,
+    }
+    manifest = index.manifest.model_copy(update=changed_fields)
     commit(index.folder, manifest, write, keep=lambda name: name not in replaced)
     return load_index(index.folder)
 

@@ -34,6 +34,16 @@ from llama_index_genret.store.folder import (
     verify,
 )
 from llama_index_genret.store.scoring import RerankBy, Scoring, ScoringChoice
+from llama_index_genret.store.weights import (
+    ADAPTER,
+    IMAGES,
+    NEW_ROWS,
+    UPDATE,
+    NewRows,
+    image_key,
+    read_images,
+    weights_id,
+)
 from llama_index_genret.store.written import PSEUDO_QUERIES, PseudoQuery, WrittenQueries, read_written
 from llama_index_genret.tokenization import IndexTokenizer
 from llama_index_genret.trie import (
@@ -46,9 +56,6 @@ from llama_index_genret.trie import (
     save_trie,
     with_edits,
 )
-
-ADAPTER = "adapter/"
-"""Prefix of the logical names of the trained weights' files."""
 
 EDITS = "edits.safetensors"
 
@@ -80,8 +87,28 @@ class Index:
     @property
     def weights_id(self) -> str | None:
         """Twelve hex digits that name the trained weights, None without them. A server of theirs carries it."""
-        entry = self.manifest.files.get(f"{ADAPTER}adapter_model.safetensors")
-        return entry.sha256[:12] if entry else None
+        return weights_id(self.manifest.files)
+
+    @property
+    def has_update(self) -> bool:
+        """Whether there is an update on top of the trained weights."""
+        return any(name.startswith(UPDATE) for name in self.manifest.files)
+
+    def unseen_rows(self, *, update: bool = True) -> list[int] | None:
+        """Records that the trained weights have not seen under their identifiers; None where that is not known.
+
+        Args:
+            update: whether what the update has seen counts as seen.
+        """
+        name = f"{UPDATE if update and self.has_update else ADAPTER}{IMAGES}"
+        if name not in self.manifest.files:
+            return None
+        seen, named = read_images(self.file(name)), zip(self.records, self.identifiers, strict=True)
+        return [row for row, (record, name) in enumerate(named) if image_key(record, name) not in seen]
+
+    def new_rows(self) -> NewRows | None:
+        """Rows of the symbols that joined after the training, None without any."""
+        return NewRows.load(self.file(NEW_ROWS)) if NEW_ROWS in self.manifest.files else None
 
     @cached_property
     def log_prior(self) -> NDArray[np.float32] | None:
@@ -225,8 +252,15 @@ class Index:
         return path
 
     def adapter_folder(self) -> Path:
-        """Folder of the trained weights, every file verified."""
-        return [self.file(name) for name in self.manifest.files if name.startswith(ADAPTER)].pop().parent
+        """Folder of the trained weights, every file verified; without the update."""
+        return self._verified_folder(ADAPTER)
+
+    def update_folder(self) -> Path:
+        """Folder of the update, every file verified."""
+        return self._verified_folder(UPDATE)
+
+    def _verified_folder(self, prefix: str) -> Path:
+        return [self.file(name) for name in self.manifest.files if name.startswith(prefix)].pop().parent
 
     def check_tokenizer(self, tokenizer: IndexTokenizer, where: str) -> None:
         """Raise ModelMismatch unless `tokenizer` is the base tokenizer the index was made with."""

@@ -18,7 +18,7 @@ from llama_index_genret.errors import TrainingError
 from llama_index_genret.images import load_image
 from llama_index_genret.modeling import Mllm
 from llama_index_genret.store import Index
-from llama_index_genret.training.examples import Example, Interleaved
+from llama_index_genret.training.examples import Example
 from llama_index_genret.training.soft_targets import Paths
 from llama_index_genret.training.teacher import Teacher
 
@@ -43,7 +43,7 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, index: Index, mllm: Mllm, examples: Interleaved, teacher: Teacher | None = None, *, seed: int = 0
+        self, index: Index, mllm: Mllm, examples: Sequence[Example], teacher: Teacher | None = None, *, seed: int = 0
     ) -> None:
         self._index = index
         self._mllm = mllm

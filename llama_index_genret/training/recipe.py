@@ -4,6 +4,7 @@ connector, by Hugging Face's `Trainer`.
 The vision tower is frozen, and its features are computed once per image. The loss is taken at the targets only.
 A run that was killed goes on from its last checkpoint when the same command is given again. Under `accelerate launch`
 several processes train one model: each step has the same examples as in one process, and the same loss.
+An update is the same on top of trained weights, with a stream of new images and old ones.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +24,12 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from llama_index_genret.errors import MissingExtra, TrainingError
-from llama_index_genret.modeling import Mllm, load_base, vision_features
-from llama_index_genret.store import Index, load_index, store_adapter
+from llama_index_genret.modeling import Mllm, load_base, load_trained, vision_features
+from llama_index_genret.store import Index, load_index, store_adapter, store_update
+from llama_index_genret.store.weights import ADAPTER, NEW_ROWS
 from llama_index_genret.training.batches import IGNORED, ExampleTensors, collate
-from llama_index_genret.training.examples import (
-    MIX,
-    Interleaved,
-    Task,
-    epoch_length,
-    examples_of,
-)
+from llama_index_genret.training.options import UPDATE_OPTIONS, TrainOptions
+from llama_index_genret.training.stream import added_rows, stream
 from llama_index_genret.training.symbol_rows import start_rows
 from llama_index_genret.training.teacher import Teacher, teach
 from llama_index_genret.training.tower_cache import cached_tower
@@ -55,52 +51,30 @@ WORK = "training"
 """Folder of a run's checkpoints, inside the index; removed when the run is complete."""
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """What can be chosen of a run. A changed option is another run: its checkpoints are not those of this one.
-
-    epochs: passes over the retrieve examples; max_steps overrides it.
-    batch_size: examples a step, over all processes; accumulate: parts in which each process computes its share, one
-        after another. recompute: keep no activations of the layers, but compute them again (gradient checkpointing):
-        less memory, a third more time.
-    learning_rate: of the LoRA matrices and the connector; symbol_learning_rate: of the new symbols' rows.
-    symbol_start: where rows of new symbols start: at centroids of the images' features by the model's own vision
-        tower, of their captions' embeddings by the teacher, or as noise.
-    mix: examples of each task in a block, see `examples.MIX`.
-    teacher: a text encoder that `sentence-transformers` loads, whose similarities are imitated for any query at all;
-        it is needed while training only. teacher_temperature: of its distribution over images.
-    imitated: more queries to imitate it on, beside captions, words of the model's vocabulary and lists of those.
-    """
-
-    epochs: float = 3.0
-    max_steps: int | None = None
-    batch_size: int = 20
-    accumulate: int = 1
-    recompute: bool = False
-    learning_rate: float = 2e-3
-    symbol_learning_rate: float = 1e-2
-    lora_rank: int = 32
-    checkpoint_every: int = 100
-    seed: int = 0
-    symbol_start: Literal["images", "captions", "noise"] = "images"
-    mix: Mapping[Task, int] = field(default_factory=lambda: dict(MIX))
-    teacher: str | None = None
-    teacher_temperature: float = 0.05
-    imitated: tuple[str, ...] = ()
-
-
 def train(
-    index: Index, options: TrainOptions | None = None, *, device: str = "auto", show_progress: bool = True
+    index: Index,
+    options: TrainOptions | None = None,
+    *,
+    update: bool = False,
+    device: str = "auto",
+    show_progress: bool = True,
 ) -> Index:
     """Teach the index's base model its identifiers and store the trained weights in the index.
 
+    Args:
+        options: TrainOptions() if not given, UPDATE_OPTIONS of an update.
+        update: leave the trained weights as they are, and learn the images added since in an adapter on top of them,
+            while every other example is of an old image. It replaces an earlier update, whose images it learns again;
+            `store.drop_update` drops it.
     Returns:
         The index as stored, trained.
     Raises:
-        TrainingError: no captions, the loss is not a number, or the batch does not divide among the processes.
-        ModelMismatch: the base model has changed.
+        TrainingError: no captions, no new images, the loss is not a number, or the batch does not divide among the
+            processes.
+        ModelMismatch: the base model has changed. NotTrained: an update of an index that was never trained.
     """
-    options = options or TrainOptions()
+    options = options or (UPDATE_OPTIONS if update else TrainOptions())
+    new = added_rows(index) if update else None
     if options.symbol_start not in ("images", "captions", "noise"):
         raise TrainingError(f"symbol_start={options.symbol_start!r} must be 'images', 'captions' or 'noise'.")
     torch.manual_seed(options.seed)
@@ -112,20 +86,18 @@ def train(
             f"batch_size={options.batch_size} does not divide into {processes.num_processes} processes with "
             f"accumulate={options.accumulate}: choose a multiple of {processes.num_processes * options.accumulate}."
         )
-    mllm = load_base(index, device=device)
+    mllm = load_trained(index, device=device, update=False) if update else load_base(index, device=device)
     teacher = _teacher(index, options, str(mllm.model.device), show_progress=show_progress)
-    tasks = examples_of(index, teacher.texts if teacher else ())
-    steps = options.max_steps or max(1, round(options.epochs * epoch_length(tasks, options.mix) / options.batch_size))
-    examples = Interleaved(tasks, steps * options.batch_size, seed=options.seed, mix=options.mix)
+    examples = stream(index, options, teacher, new)
+    steps = len(examples) // options.batch_size
     tensors = ExampleTensors(index, mllm, examples, teacher, seed=options.seed)
 
     if mllm.model.device.type == "cpu":  # short rows: PyTorch's fused attention is the slower one there
         mllm.model.set_attn_implementation("eager")
-    work = index.folder / WORK / _run_key(index, options)
-    vectors = None
-    if index.new_token_ids() and options.symbol_start != "noise":
-        vectors = _vectors(index, mllm, teacher, options, show_progress=show_progress)
-    model = _adapted(index, mllm, options, vectors)
+    work = index.folder / WORK / _run_key(index, options, update=update)
+    if not update:
+        _start_symbols(index, mllm, teacher, options, show_progress=show_progress)
+    model = _adapted(index, mllm, options)
     with cached_tower(mllm.model), _fast_symbol_rows(model):
         trainer = _LabelTrainer(
             torch.from_numpy(tensors.paths.token_ids),
@@ -181,7 +153,8 @@ def train(
             "final_loss": losses[-1],
         }
         model.save_pretrained(final, state_dict=weights, save_embedding_layers=False)
-        store_adapter(index, final, dataclasses.asdict(options) | course)
+        store = store_update if update else store_adapter
+        store(index, final, dataclasses.asdict(options) | course)
         shutil.rmtree(index.folder / WORK)
     processes.wait_for_everyone()
     return load_index(index.folder)
@@ -202,14 +175,18 @@ def _teacher(index: Index, options: TrainOptions, device: str, *, show_progress:
     )
 
 
-def _run_key(index: Index, options: TrainOptions) -> str:
+def _run_key(index: Index, options: TrainOptions, *, update: bool = False) -> str:
     """Names a run by all that decides its course, so that only the same run resumes."""
+    files = index.manifest.files
     identity = {
         "options": dataclasses.asdict(options),
         "tokenizer": index.manifest.tokenizer,
-        "records": index.manifest.files["records.jsonl"].sha256,
+        "records": files["records.jsonl"].sha256,
         "model": index.manifest.model.fingerprint,
     }
+    if update:
+        below = [name for name in files if name.startswith((ADAPTER, NEW_ROWS))]
+        identity["on_top_of"] = {name: files[name].sha256 for name in below}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -225,18 +202,33 @@ def _vectors(
     return vision_features(mllm, [record.path for record in index.records], bar)
 
 
-def _adapted(index: Index, mllm: Mllm, options: TrainOptions, vectors: NDArray[np.float32] | None = None) -> Any:
+def _start_symbols(
+    index: Index, mllm: Mllm, teacher: Teacher | None, options: TrainOptions, *, show_progress: bool = False
+) -> None:
+    """Give the rows of new symbols their start values, in place."""
+    new_symbols = index.new_token_ids()
+    vectors = None
+    if new_symbols and options.symbol_start != "noise":
+        vectors = _vectors(index, mllm, teacher, options, show_progress=show_progress)
+    identifiers = [index.token_ids(row) for row in range(len(index.records))]
+    for vocabulary in _vocabularies(mllm.model):
+        start_rows(vocabulary.weight, new_symbols, seed=options.seed, identifiers=identifiers, vectors=vectors)
+
+
+def _vocabularies(model: Any) -> list[Any]:
+    """The modules with a row for each token: the embeddings, and the LM head where it has weights of its own."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return [embedding] if head.weight is embedding.weight else [embedding, head]
+
+
+def _adapted(index: Index, mllm: Mllm, options: TrainOptions) -> Any:
     """The model with trainable LoRA matrices, symbol rows and connector; all else frozen."""
     model = mllm.model
     decoder = {id(module) for module in model.get_decoder().modules()}
     linears = [n for n, m in model.named_modules() if id(m) in decoder and isinstance(m, torch.nn.Linear)]
     connectors = [name for name in CONNECTORS if any(n.rpartition(".")[2] == name for n, _ in model.named_modules())]
     new_symbols = index.new_token_ids()  # also those that no image has yet: untrained rows would be random
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    vocabularies = [embedding] if head.weight is embedding.weight else [embedding, head]
-    for vocabulary in vocabularies:
-        identifiers = [index.token_ids(row) for row in range(len(index.records))]
-        start_rows(vocabulary.weight, new_symbols, seed=options.seed, identifiers=identifiers, vectors=vectors)
+    vocabularies = _vocabularies(model)
     names = [n.rpartition(".")[2] for n, m in model.named_modules() if any(m is v for v in vocabularies)]
     config = LoraConfig(
         r=options.lora_rank,

@@ -48,6 +48,12 @@ class Teacher:
         raised = np.exp(similarity - similarity.max())
         return np.asarray(raised / raised.sum(), np.float64)
 
+    def meant(self) -> list[int]:
+        """(q) the image that each query means most."""
+        starts = range(0, len(self.queries), ENCODED_TOGETHER)
+        parts = [(self.queries[start : start + ENCODED_TOGETHER] @ self.images.T).argmax(1) for start in starts]
+        return [int(row) for part in parts for row in part]
+
 
 def teach(
     encoder: str,

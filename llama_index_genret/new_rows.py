@@ -1,0 +1,147 @@
+"""Rows for the symbols of images that join a trained index: guessed from how the images look.
+
+    row = mean of the trained rows + (features - mean of the features) @ weights
+
+`weights` are fitted by ridge regression on images of the training, whose rows are known. So a new image has a row like
+those of images that look like it, and is recalled by what is asked of them, until it is trained itself.
+
+IncDSI (arXiv:2307.10323) also adds one row to trained atomic identifiers, and leaves all else as it is. It solves for
+that row under constraints: the new document's own queries must find it, and old queries must not. That takes queries
+of the new document, and those of all old ones at hand. Here only the picture is needed; what the row is worth comes
+from the pictures that were trained, and nothing keeps it from outranking one of them for an old query.
+
+Knows pictures, identifiers as token ids, and the files of adapters; nothing of training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from llama_index_genret.corpus import Record
+from llama_index_genret.errors import IdentifierError
+from llama_index_genret.modeling import Mllm, Progress, vision_features
+from llama_index_genret.store import Index, NewRows
+
+SAMPLED = 2048
+"""Images of the training, at most, on which the regression is fitted."""
+
+PENALTY = 1.0
+"""Of the ridge, in mean eigenvalues of the features' covariance: directions of that variance are shrunk by half."""
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class RowRegression:
+    """From features to rows. mean_features: (v,); mean_rows: (d,); weights: (v, d); all float32."""
+
+    mean_features: Float32
+    mean_rows: Float32
+    weights: Float32
+
+    @classmethod
+    def fit(cls, features: Float32, rows: Float32, *, penalty: float = PENALTY) -> RowRegression:
+        """Ridge regression of `rows` (n, d) on `features` (n, v), both centred; n is at least 1.
+
+        weights = argmin |x @ weights - y|^2 + penalty * mean eigenvalue of x.T @ x * |weights|^2
+        """
+        mean_features, mean_rows = features.mean(0), rows.mean(0)
+        x, y = (features - mean_features).astype(np.float64), (rows - mean_rows).astype(np.float64)
+        gram = x.T @ x
+        gram[np.diag_indices_from(gram)] += penalty * gram.trace() / len(gram) + 1e-12
+        weights = np.linalg.solve(gram, x.T @ y)
+        return cls(mean_features, mean_rows, weights.astype(np.float32))
+
+    def predict(self, features: Float32) -> Float32:
+        """(n, d) rows for features (n, v)."""
+        return np.asarray(self.mean_rows + (features - self.mean_features) @ self.weights, np.float32)
+
+
+def guess_rows(
+    index: Index,
+    records: Sequence[Record],
+    identifiers: Sequence[Sequence[int]],
+    token_ids: Sequence[int],
+    mllm: Mllm,
+    *,
+    seed: int = 0,
+    progress: Progress = iter,
+) -> NewRows:
+    """Rows for symbols that the trained weights of `index` lack, beside those that it has guessed before.
+
+    A symbol's features are the mean of those of the images that bear it; one that none bears gets the mean row. The
+    regression is fitted once, on at most SAMPLED images drawn by `seed`, and stored: it is that of `genret train`'s
+    weights, whatever update is on top.
+
+    Args:
+        records, identifiers: images that join, and their names as token ids. token_ids: the symbols that join.
+        mllm: the base model.
+    Raises:
+        IdentifierError: no image of the training is left to learn from.
+    """
+    trained = _trained_rows(index)
+    names = sorted(trained)
+    before = index.new_rows()
+    if before:
+        regression = RowRegression(**before.regression)
+    else:
+        regression = _fitted(index, trained, mllm, seed=seed, progress=progress)
+    features = vision_features(mllm, [record.path for record in records], progress)
+    of_symbols, borne = _of_symbols(token_ids, identifiers, features)
+    of_symbols[~borne] = regression.mean_features
+    guessed = dict(zip(names, np.split(regression.predict(of_symbols), len(names), axis=1), strict=True))
+    if before:
+        token_ids = [*before.token_ids.tolist(), *token_ids]
+        guessed = {name: np.concatenate([before.rows[name], guessed[name]]) for name in names}
+    return NewRows(np.array(token_ids, np.int64), guessed, vars(regression))
+
+
+def _trained_rows(index: Index) -> dict[str, dict[int, Float32]]:
+    """By the name of a module, embeddings or LM head: the trained rows of token ids, as PEFT stores them."""
+    folder = index.adapter_folder()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    wanted = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["trainable_token_indices"]
+    found = {}
+    for name, token_ids in (wanted or {}).items():
+        end = f".{name}.token_adapter.trainable_tokens_delta"
+        (rows,) = (tensor for key, tensor in tensors.items() if key.endswith(end))
+        found[name] = dict(zip(token_ids, rows, strict=True))
+    return found
+
+
+def _fitted(
+    index: Index, trained: Mapping[str, Mapping[int, Float32]], mllm: Mllm, *, seed: int, progress: Progress
+) -> RowRegression:
+    known = set(next(iter(trained.values()), {}))
+    named = [row for row in range(len(index.records)) if known.issuperset(index.token_ids(row))]
+    if not named:
+        raise IdentifierError(
+            f"no image is left of those that {index.folder} was trained on, so that nothing tells which row belongs to "
+            "a picture. Make the index anew, with `genret index`."
+        )
+    chosen = np.random.default_rng(seed).permutation(named)[:SAMPLED]
+    features = vision_features(mllm, [index.records[row].path for row in chosen], progress)
+    identifiers = [index.token_ids(row) for row in chosen]
+    token_ids = sorted({token_id for identifier in identifiers for token_id in identifier})
+    of_symbols, _ = _of_symbols(token_ids, identifiers, features)
+    rows = [np.stack([trained[name][token_id] for token_id in token_ids]) for name in sorted(trained)]
+    return RowRegression.fit(of_symbols, np.concatenate(rows, axis=1).astype(np.float32))
+
+
+def _of_symbols(
+    token_ids: Sequence[int], identifiers: Sequence[Sequence[int]], features: Float32
+) -> tuple[Float32, NDArray[np.bool_]]:
+    """(symbols, v) mean features of the images that bear each symbol, and (symbols,) whether any does."""
+    place = {token_id: number for number, token_id in enumerate(token_ids)}
+    sums, counts = np.zeros((len(place), features.shape[1]), np.float32), np.zeros(len(place), np.int64)
+    for identifier, row in zip(identifiers, features, strict=True):
+        for token_id in set(identifier) & place.keys():
+            sums[place[token_id]] += row
+            counts[place[token_id]] += 1
+    return sums / np.maximum(counts, 1)[:, None], counts > 0

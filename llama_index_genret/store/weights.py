@@ -1,0 +1,88 @@
+"""What an index keeps of its training, file by file, and what names the weights that follow from them.
+
+    adapter/                of `genret train`: an adapter, and which images it was trained on
+    update/                 of `genret train --update`: another one on top of it, likewise; at most one
+    new_rows.safetensors    rows of symbols that joined after `genret train`
+
+Weights are the base model's with the new rows set, the adapter merged in and then the update: what was trained wins.
+
+Knows files; nothing of torch, PEFT or of a loaded index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from llama_index_genret.corpus import Record
+from llama_index_genret.identifiers import Identifier
+from llama_index_genret.store.folder import FileEntry
+
+ADAPTER, UPDATE = "adapter/", "update/"
+"""Prefixes of the logical names of an adapter's files."""
+
+MODEL = "adapter_model.safetensors"
+IMAGES = "images.json"
+NEW_ROWS = "new_rows.safetensors"
+_ROWS = "rows."
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """Rows of symbols that joined after the training, and how rows of further ones are guessed.
+
+    token_ids: (m,) int64. rows: by the name of a module of the model, the embeddings or the LM head, (m, d) float32.
+    regression: arrays of `RowRegression`, kept because fitting it takes the features of many images.
+    """
+
+    token_ids: NDArray[np.int64]
+    rows: Mapping[str, NDArray[np.float32]]
+    regression: Mapping[str, NDArray[np.float32]]
+
+    def save(self, path: Path) -> None:
+        """Write them as safetensors."""
+        rows = {f"{_ROWS}{name}": np.ascontiguousarray(array) for name, array in self.rows.items()}
+        save_file({"token_ids": self.token_ids, **rows, **self.regression}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> NewRows:
+        """Read what `save` wrote."""
+        arrays: dict[str, NDArray[Any]] = load_file(path)
+        token_ids = arrays.pop("token_ids")
+        rows = {name.removeprefix(_ROWS): arrays.pop(name) for name in list(arrays) if name.startswith(_ROWS)}
+        return cls(token_ids, rows, arrays)
+
+
+def weights_id(files: Mapping[str, FileEntry]) -> str | None:
+    """Twelve hex digits that name the trained weights, None without them."""
+    names = (f"{ADAPTER}{MODEL}", NEW_ROWS, f"{UPDATE}{MODEL}")
+    found = {name: files[name].sha256 for name in names if name in files}
+    if names[0] not in found:
+        return None
+    if len(found) == 1:
+        return found[names[0]][:12]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
+
+
+def image_key(record: Record, identifier: Identifier) -> str:
+    """Sixteen hex digits of what a training teaches: this picture of this id, under this identifier."""
+    return hashlib.sha256(json.dumps([record.image_id, record.sha256, identifier]).encode()).hexdigest()[:16]
+
+
+def write_images(into: Path, records: Iterable[Record], identifiers: Sequence[Identifier]) -> None:
+    """Note which images the adapter in a folder was trained on."""
+    keys = sorted(image_key(record, name) for record, name in zip(records, identifiers, strict=True))
+    (into / IMAGES).write_text(json.dumps(keys), encoding="utf-8")
+
+
+def read_images(path: Path) -> frozenset[str]:
+    """The `image_key` of every image of a training."""
+    return frozenset(json.loads(path.read_text(encoding="utf-8")))

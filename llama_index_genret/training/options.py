@@ -1,0 +1,50 @@
+"""What can be chosen of a training.
+
+Knows names and numbers; nothing of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llama_index_genret.training.examples import MIX, Task
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What can be chosen of a run. A changed option is another run: its checkpoints are not those of this one.
+
+    epochs: passes over the retrieve examples, in an update over those of the new images; max_steps overrides it.
+    batch_size: examples a step, over all processes; accumulate: parts in which each process computes its share, one
+        after another. recompute: keep no activations of the layers, but compute them again (gradient checkpointing):
+        less memory, a third more time.
+    learning_rate: of the LoRA matrices and the connector; symbol_learning_rate: of the new symbols' rows.
+    symbol_start: where rows of new symbols start: at centroids of the images' features by the model's own vision
+        tower, of their captions' embeddings by the teacher, or as noise.
+    mix: examples of each task in a block, see `examples.MIX`.
+    teacher: a text encoder that `sentence-transformers` loads, whose similarities are imitated for any query at all;
+        it is needed while training only. teacher_temperature: of its distribution over images.
+    imitated: more queries to imitate it on, beside captions, words of the model's vocabulary and lists of those.
+    """
+
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 20
+    accumulate: int = 1
+    recompute: bool = False
+    learning_rate: float = 2e-3
+    symbol_learning_rate: float = 1e-2
+    lora_rank: int = 32
+    checkpoint_every: int = 100
+    seed: int = 0
+    symbol_start: Literal["images", "captions", "noise"] = "images"
+    mix: Mapping[Task, int] = field(default_factory=lambda: dict(MIX))
+    teacher: str | None = None
+    teacher_temperature: float = 0.05
+    imitated: tuple[str, ...] = ()
+
+
+UPDATE_OPTIONS = TrainOptions(epochs=10.0, learning_rate=1e-3, symbol_learning_rate=5e-3)
+"""Of an update, unless others are given: smaller steps, and more passes over fewer images."""
