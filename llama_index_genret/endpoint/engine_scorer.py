@@ -58,7 +58,7 @@ class EngineScorer:
         """
         rendered = await asyncio.gather(*map(self._rendered, prompts))
         longest = max((len(prompt["prompt_token_ids"]) for prompt in rendered), default=0)
-        if longest > self._max_model_len - max(room, ROOM_FOR_IDENTIFIER):
+        if longest > self._max_model_len - room:
             raise QueryError(
                 f"the query's prompt has {longest} tokens, the model is served with --max-model-len "
                 f"{self._max_model_len}: shorten the query or raise it."
@@ -104,8 +104,8 @@ class _EngineSession:
     async def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
         self.scorer.steps += 1
         prompts = list(dict.fromkeys(one.prompt for one in continuations))
-        longest = max(len(one.token_ids) for one in continuations)
-        rendered = dict(zip(prompts, await self.scorer.rendered(prompts, room=longest), strict=True))
+        room = max(len(one.token_ids) for one in continuations) + 1  # vLLM makes one more
+        rendered = dict(zip(prompts, await self.scorer.rendered(prompts, room=room), strict=True))
         asked = [self.scorer.ask_likelihood(rendered[one.prompt], one.token_ids) for one in continuations]
         return np.array(await _all(asked))
 
