@@ -258,28 +258,34 @@ def train(
 
     Several processes, as many GPUs: accelerate launch --num_processes 4 -m llama_index_genret.cli train INDEX
     """
-    from llama_index_genret.training.examples import read_mix
-
     if epochs is not None and max_steps is not None:
         raise typer.BadParameter("give --epochs or --max-steps, not both")
     given: dict[str, Any] = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
-    given |= {"accumulate": accumulate, "recompute": recompute or None, "learning_rate": learning_rate}
-    given |= {"lora_rank": lora_rank, "teacher": teacher, "symbol_start": symbol_start}
-    given |= {"mix": None if mix is None else read_mix(mix)}
-    given |= {"imitated": None if imitate is None else tuple(imitate.read_text(encoding="utf-8").splitlines())}
+    given |= {"accumulate": accumulate, "recompute": recompute or None}
+    given |= {"learning_rate": learning_rate, "lora_rank": lora_rank, "teacher": teacher, "symbol_start": symbol_start}
+    given |= {"mix": mix, "imitated": imitate}
     given = {name: value for name, value in given.items() if value is not None}
     if drop and (update or given):
         raise typer.BadParameter("--drop-update trains nothing: give it alone")
     if drop:
         trained = drop_update(load_index(index_dir))
     else:
-        from llama_index_genret.training.options import UPDATE_OPTIONS, TrainOptions
-        from llama_index_genret.training.recipe import train
-
-        options = dataclasses.replace(UPDATE_OPTIONS if update else TrainOptions(), seed=seed, **given)
-        trained = train(load_index(index_dir), options, update=update, device=device)
+        trained = _trained(load_index(index_dir), given | {"seed": seed}, update=update, device=device)
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         _emit(as_json, _facts(trained), _facts_table(trained))
+
+
+def _trained(loaded: Index, given: dict[str, Any], *, update: bool, device: str) -> Index:
+    from llama_index_genret.training.examples import read_mix
+    from llama_index_genret.training.options import UPDATE_OPTIONS, TrainOptions
+    from llama_index_genret.training.recipe import train
+
+    if "mix" in given:
+        given["mix"] = read_mix(given["mix"])
+    if "imitated" in given:
+        given["imitated"] = tuple(given["imitated"].read_text(encoding="utf-8").splitlines())
+    options = dataclasses.replace(UPDATE_OPTIONS if update else TrainOptions(), **given)
+    return train(loaded, options, update=update, device=device)
 
 
 @app.command()
@@ -742,11 +748,11 @@ def _facts(loaded: Index) -> dict[str, Any]:
         "model": loaded.manifest.model.name_or_path,
         "trained": loaded.is_trained,
         "training": loaded.manifest.training,
+        "update": loaded.manifest.update,
+        "untrained_images": None if unseen is None else len(unseen),
         "captions": sum(len(record.captions) for record in loaded.records),
         "pseudo_queries": _n_pseudo_queries(loaded),
         "tuned": loaded.manifest.tuned and loaded.manifest.tuned.model_dump(),
-        "update": loaded.manifest.update,
-        "untrained_images": None if unseen is None else len(unseen),
         "missing_images": [r.file_name for r in loaded.records if not r.path.is_file()],
     }
 

@@ -1,168 +1,71 @@
-"""What it gives to add images to a trained index, and to update it, and what the old images lose.
+"""What it gives to add images to a trained index and to update it, and what the old images lose.
 
-    python -m integration.recall.grow CORPUS --queries FILE ... --out WORK [--steps N] [--update-steps N]
+    python -m integration.recall.grow --out WORK [--steps 1600] [--update-steps 300] [--part validation]
 
-Some images, drawn by a seed, are held out; an index of the others is trained (`trained`), gets them added (`added`),
-and learns them in an update (`updated`). Queries for the new images and for the old ones are measured apart at each
-stage, beside nearest neighbours over the same images: MiniLM of all captions joined for texts, the base model's vision
-tower for pictures. Old images lose a little as soon as there are more images at all: a peer's loss shows how much.
+Images drawn by a seed are held out. An index of the others is trained, gets the held-out ones added, and learns them in
+an update. Queries for the new images and for the old ones are measured apart at each stage, beside nearest neighbours
+over the same images: MiniLM of the captions, for pictures the vision tower. Old images lose a little as soon as there
+are more images at all: what a neighbour loses shows how much.
 
-CORPUS is an imagefolder; a line of a query file is {"query" | "image": path, "image_id"}. WORK keeps an index of each
-stage: killed, the same command goes on.
+WORK keeps an index of each stage: killed, the same command goes on.
 """
 
 import argparse
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
+from integration.base_model import Recipe, make_base_model
+from integration.base_model import default_folder as default_model_folder
+from integration.recall.corpora import default_folder, make_corpora
+from integration.recall.generative import recall_queries
+from integration.recall.peers import MiniLm, neighbour_scores, tower_features
+from integration.recall.query_sets import QUERY_SETS, RECALLS, QuerySet
+from integration.recall.train import recipe
 from llama_index_genret.corpus import Corpus, Record, read_corpus
-from llama_index_genret.errors import QueryError
-from llama_index_genret.evaluation import Evaluation, Query
+from llama_index_genret.evaluation import Evaluation, Query, evaluation_by_score, read_queries
 from llama_index_genret.indexing import add_to_index, build_index
-from llama_index_genret.modeling import Mllm, load_mllm, load_trained, vision_features
-from llama_index_genret.prompts import Prompt
-from llama_index_genret.scorers.base import recall
+from llama_index_genret.modeling import Mllm, load_mllm, load_trained
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import Index, load_index
-from llama_index_genret.store.folder import MANIFEST
 from llama_index_genret.training.options import UPDATE_OPTIONS, TrainOptions
 from llama_index_genret.training.recipe import train
 
-COLUMNS = ("recall@1", "recall@5", "recall@10")
 MOST_LOST = 0.01
-"""Goal: recall@5 that old images may lose between `trained` and `updated`."""
-BATCH = 32
-
-Scores = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A text or a picture, and the image that is right for it."""
-
-    text: str
-    image: Path | None
-    image_id: str
-
-    def prompt(self, index: Index) -> Prompt | None:
-        """None where the query is refused."""
-        try:
-            if self.image:
-                return index.prompts.for_image(index.tokenizer, self.image, self.text)
-            return index.prompts.for_query(index.tokenizer, self.text)
-        except QueryError:
-            return None
-
-    def evaluated(self) -> Query:
-        """As an `Evaluation` takes it."""
-        return Query(self.text, frozenset([self.image_id]))
-
-
-def read_asked(path: Path, image_ids: frozenset[str]) -> list[Asked]:
-    """The queries of a file for some images."""
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [
-        Asked(row.get("query", ""), path.parent / row["image"] if row.get("image") else None, row["image_id"])
-        for row in rows
-        if row["image_id"] in image_ids
-    ]
-
-
-def generative(index: Index, queries: Sequence[Asked], *, device: str) -> Evaluation:
-    """The index's first ten hits; a refused query has none."""
-    scorer = TransformersScorer(load_trained(index, device=device))
-    prompts = [query.prompt(index) for query in queries]
-    asked = [prompt for prompt in prompts if prompt]
-    found = []
-    for start in tqdm(range(0, len(asked), BATCH), desc="Recalling", unit="batch"):
-        found += recall(scorer, index.trie, asked[start : start + BATCH], k=10)
-    rankings = iter(found)
-    ranked = tuple(
-        tuple(index.record_of(hit).image_id for hit in next(rankings).hits) if prompt else () for prompt in prompts
-    )
-    return Evaluation(tuple(query.evaluated() for query in queries), ranked)
-
-
-def by_score(scores: Scores, records: Sequence[Record], queries: Sequence[Asked]) -> Evaluation:
-    """What (queries, images) scores amount to."""
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :10]
-    ranked = tuple(tuple(records[i].image_id for i in row) for row in best)
-    return Evaluation(tuple(query.evaluated() for query in queries), ranked)
-
-
-class Neighbours:
-    """Nearest neighbours by MiniLM and by the vision tower; each record is looked at once."""
-
-    def __init__(self, mllm: Mllm, minilm: Path | None) -> None:
-        self._mllm, self._minilm = mllm, minilm
-        self._kept: dict[str, Scores] = {}
-
-    def evaluate(self, records: Sequence[Record], queries: Sequence[Asked]) -> dict[str, Evaluation]:
-        """The peer that can answer such queries."""
-        if queries[0].image:
-            ours = self._rows("tower", records, lambda new: self._tower([record.path for record in new]))
-            asked = self._tower([query.image for query in queries if query.image])
-            mean = ours.mean(0)
-            return {"vision neighbour": by_score(_unit(asked - mean) @ _unit(ours - mean).T, records, queries)}
-        if self._minilm is None:
-            return {}
-        ours = self._rows("MiniLM", records, lambda new: self._embed([", ".join(r.captions) for r in new]))
-        return {"MiniLM": by_score(self._embed([query.text for query in queries]) @ ours.T, records, queries)}
-
-    def _rows(self, kind: str, records: Sequence[Record], look: Callable[[Sequence[Record]], Scores]) -> Scores:
-        new = [record for record in records if f"{kind} {record.image_id}" not in self._kept]
-        if new:
-            names = [f"{kind} {record.image_id}" for record in new]
-            self._kept.update(zip(names, look(new), strict=True))
-        return np.stack([self._kept[f"{kind} {record.image_id}"] for record in records])
-
-    def _tower(self, paths: Sequence[Path]) -> Scores:
-        return vision_features(self._mllm, paths, lambda items: tqdm(items, desc="Looking", unit="batch"))
-
-    def _embed(self, texts: Sequence[str]) -> Scores:
-        from sentence_transformers import SentenceTransformer
-
-        model = SentenceTransformer(str(self._minilm), device="cpu")
-        return np.asarray(model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False), np.float32)
-
-
-def _unit(rows: Scores) -> Scores:
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+"""Goal: recall@5 that old images may lose by the update, from `trained` to `updated`."""
 
 
 @dataclass(frozen=True)
 class Stages:
-    """The index after each step, in folders of its own; what is there already is taken as it is."""
+    """The index after each step, in a folder of its own below `work`; what is there already is taken as it is."""
 
     work: Path
-    device: str
+    mllm: Mllm
 
-    def trained(self, corpus: Corpus, mllm: Mllm, scheme: str, options: TrainOptions) -> Index:
+    def trained(self, corpus: Corpus, scheme: str, options: TrainOptions) -> Index:
         """Of the images that are not held out."""
         folder = self.work / "trained"
-        made = (folder / MANIFEST).is_file()
-        index = load_index(folder) if made else build_index(corpus, folder, mllm, scheme=scheme)
-        return index if index.is_trained else train(index, options, device=self.device)
+        if not (folder / "manifest.json").is_file():
+            build_index(corpus, folder, self.mllm, scheme=scheme)
+        index = load_index(folder)
+        return index if index.is_trained else train(index, options, device="cpu")
 
-    def added(self, trained: Index, records: Sequence[Record], mllm: Mllm) -> Index:
+    def added(self, trained: Index, records: Sequence[Record]) -> Index:
         """With the new images, before they are learned."""
         index = self._copied(trained, "added")
         missing = [record for record in records if record.image_id not in index.rows_by_id]
-        return add_to_index(index, missing, mllm) if missing else index
+        return add_to_index(index, missing, self.mllm) if missing else index
 
     def updated(self, added: Index, options: TrainOptions) -> Index:
         """With the new images learned."""
         index = self._copied(added, "updated")
-        return index if index.has_update else train(index, options, update=True, device=self.device)
+        return index if index.has_update else train(index, options, update=True, device="cpu")
 
     def _copied(self, index: Index, name: str) -> Index:
         folder, unfinished = self.work / name, self.work / f".{name}"
@@ -174,93 +77,101 @@ class Stages:
 
 
 def parted(corpus: Corpus, *, hold_out: int, limit: int | None, seed: int) -> tuple[Corpus, list[Record]]:
-    """The images to train on, and those to add."""
+    """The images to train on, and those to add; `limit`: of both together."""
     order = np.random.default_rng(seed).permutation(len(corpus.records))[:limit]
-    new = [corpus.records[row] for row in sorted(order[:hold_out])]
-    return dataclasses.replace(corpus, records=[corpus.records[row] for row in sorted(order[hold_out:])]), new
+    old, new = ([corpus.records[row] for row in sorted(rows)] for rows in (order[hold_out:], order[:hold_out]))
+    return dataclasses.replace(corpus, records=old), new
 
 
-def chosen(texts: Iterable[str], defaults: TrainOptions, max_steps: int | None) -> TrainOptions:
-    """`key=value`, the value in JSON or a text."""
-    given: dict[str, Any] = {} if max_steps is None else {"max_steps": max_steps}
-    for text in texts:
-        key, _, value = text.partition("=")
-        try:
-            given[key] = json.loads(value)
-        except json.JSONDecodeError:
-            given[key] = value
-    return dataclasses.replace(defaults, **given)
+@dataclass
+class Neighbours:
+    """What an index of vectors finds among the same images."""
+
+    mllm: Mllm
+    minilm: MiniLm
+
+    def evaluate(self, asked: QuerySet, records: Sequence[Record], queries: Sequence[Query]) -> dict[str, Evaluation]:
+        """By the name of the peer that can answer such queries."""
+        if asked.shows_images:
+            scores = neighbour_scores(tower_features(self.mllm), records, queries)
+            return {"vision neighbour": evaluation_by_score(scores, records, queries)}
+        return {"MiniLM": evaluation_by_score(self.minilm.scores(records, queries), records, queries)}
 
 
-def show(title: str, rows: Mapping[str, Evaluation], results: dict[str, Any]) -> None:
-    """Print a section, and keep its figures."""
-    print(f"\n{title}")
-    for name, row in rows.items():
-        results[f"{title}, {name}"] = figures = row.figures()
-        print(f"  {name:20} {len(row.queries):5} queries " + " ".join(f"{figures[c]:.3f}" for c in COLUMNS), flush=True)
-
-
-def measure(stages: Mapping[str, Index], files: Sequence[Path], peers: Neighbours, *, device: str) -> dict[str, Any]:
-    """All figures; the first stage is of the old images alone."""
-    results: dict[str, Any] = {}
-    old_ids = frozenset(stages["trained"].rows_by_id)
-    new_ids = frozenset(stages["added"].rows_by_id) - old_ids
-    for path in files:
-        lost: dict[str, list[float]] = {}
-        for age, ids in (("new", new_ids), ("old", old_ids)):
-            queries = read_asked(path, ids)
-            if not queries:
-                print(f"\n{path.stem}: no query for {age} images")
-                continue
-            for stage, index in stages.items():
-                if stage == "trained" and age == "new":
-                    continue  # not in the index: nothing can find them
-                rows = {"generative": generative(index, queries, device=device)}
-                if stage != "updated":
-                    rows |= peers.evaluate(index.records, queries)
-                show(f"{path.stem}, {age} images, {stage}", rows, results)
-                for name, row in rows.items() if age == "old" else ():
-                    lost.setdefault(name, []).append(row.figures()["recall@5"])
-        for name, course in lost.items():
-            loss = results[f"{path.stem}, recall@5 that old images lose, {name}"] = round(course[0] - course[-1], 4)
-            print(f"  old images lose {loss:+.4f} recall@5, {name}")
-            if name == "generative":
-                print(f"  goal, less than {MOST_LOST}: {'reached' if loss < MOST_LOST else 'MISSED'}")
+def measure(
+    asked: QuerySet, queries: Sequence[Query], stages: Mapping[str, Index], peers: Neighbours
+) -> dict[str, dict[str, Any]]:
+    """Figures by stage, age of the images, and who recalls; and what the old images lose. Printed as they come."""
+    old_ids = stages["trained"].rows_by_id.keys()
+    results: dict[str, dict[str, Any]] = {}
+    for age in ("new", "old"):
+        own = [query for query in queries if (query.image_ids <= old_ids) == (age == "old")]
+        for stage, index in stages.items():
+            if not own or (stage == "trained" and age == "new"):
+                continue  # an image that is not in the index is never found
+            scorer = TransformersScorer(load_trained(index, device="cpu"))
+            rows = {"generative": recall_queries(index, scorer, own).evaluation()}
+            rows |= peers.evaluate(asked, index.records, own)
+            for name, row in rows.items():
+                figures = results[f"{age} images, {stage}, {name}"] = row.figures()
+                shown = " ".join(f"{figures[column]:.3f}" for column in RECALLS)
+                print(f"{asked.name}: {len(own):5} queries for {age} images, {stage:8} {name:17} {shown}", flush=True)
+    for name in {key.rpartition(", ")[2] for key in results if key.startswith("old")}:
+        before, after = (results[f"old images, {stage}, {name}"]["recall@5"] for stage in ("trained", "updated"))
+        results[f"old images lose, {name}"] = {"recall@5": before - after}
+        reached = "" if name != "generative" else f", goal < {MOST_LOST}: {before - after < MOST_LOST}"
+        print(f"{asked.name}: old images lose {before - after:+.4f} recall@5, {name}{reached}", flush=True)
     return results
+
+
+def update_recipe(training: TrainOptions, steps: int, rate: float) -> TrainOptions:
+    """The tasks of the training, with `rate` times the learning rates of an update."""
+    return dataclasses.replace(
+        training,
+        max_steps=steps,
+        learning_rate=rate * UPDATE_OPTIONS.learning_rate,
+        symbol_learning_rate=rate * UPDATE_OPTIONS.symbol_learning_rate,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus", type=Path)
-    parser.add_argument("--queries", type=Path, nargs="+", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", required=True, help="of `make base-model`, or any image-text-to-text model")
-    parser.add_argument("--minilm", type=Path, help="folder of all-MiniLM-L6-v2, which sentence-transformers loads")
+    parser.add_argument("--out", type=Path, required=True, metavar="WORK")
+    parser.add_argument("--corpora", type=Path, help="of integration.recall.corpora (default: made if needed)")
+    parser.add_argument("--corpus", default="emoji", help="emoji, emoji-labels or openclipart")
     parser.add_argument("--scheme", default="atomic")
-    parser.add_argument("--hold-out", type=int, default=200)
-    parser.add_argument("--limit", type=int, help="take only so many images, held-out ones included")
-    parser.add_argument("--steps", type=int, help="of the training (default: its epochs)")
-    parser.add_argument("--update-steps", type=int, help="of the update (default: its epochs)")
-    parser.add_argument("--train-option", action="append", default=[], metavar="KEY=JSON", help="of both trainings")
-    parser.add_argument("--update-option", action="append", default=[], metavar="KEY=JSON", help="of the update alone")
+    parser.add_argument("--hold-out", type=int, default=200, help="images to add")
+    parser.add_argument("--limit", type=int, help="take only so many images, held-out ones among them")
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--update-steps", type=int, default=300)
+    parser.add_argument("--update-rate", type=float, default=1.0, help="factor on an update's learning rates")
+    parser.add_argument("--part", default="test", choices=("validation", "test"), help="of the queries")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, help="write the figures to a file")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     given = parser.parse_args(argv)
-    options = chosen(given.train_option, TrainOptions(seed=given.seed), given.steps)
-    update = chosen([*given.train_option, *given.update_option], UPDATE_OPTIONS, given.update_steps)
+    corpora = given.corpora or make_corpora(default_folder())
+    base = default_model_folder(Recipe())
+    make_base_model(Recipe(), base)
+    mllm = load_mllm(str(base), device="cpu")
 
-    corpus, new = parted(read_corpus(given.corpus), hold_out=given.hold_out, limit=given.limit, seed=given.seed)
-    mllm, stages = load_mllm(given.model, device=given.device), Stages(given.out, given.device)
-    trained = stages.trained(corpus, mllm, given.scheme, options)
-    added = stages.added(trained, new, mllm)
-    indexes = {"trained": trained, "added": added, "updated": stages.updated(added, update)}
-    peers = Neighbours(load_mllm(given.model, device=given.device), given.minilm)
-    results = measure(indexes, given.queries, peers, device=given.device)
+    corpus, new = parted(
+        read_corpus(corpora / given.corpus), hold_out=given.hold_out, limit=given.limit, seed=given.seed
+    )
+    options, stages = recipe(given.steps, given.seed), Stages(given.out, mllm)
+    trained = stages.trained(corpus, given.scheme, options)
+    added = stages.added(trained, new)
+    updated = stages.updated(added, update_recipe(options, given.update_steps, given.update_rate))
+    indexes, peers = {"trained": trained, "added": added, "updated": updated}, Neighbours(mllm, MiniLm())
+    results = {}
+    for asked in QUERY_SETS:
+        if asked.corpus == given.corpus:
+            path = corpora / "queries" / f"{asked.name}-{given.part}.jsonl"
+            queries = read_queries(path, read_corpus(corpora / given.corpus).records)
+            queries = [query for query in queries if query.image_ids <= added.rows_by_id.keys()]
+            results[asked.name] = measure(asked, queries, indexes, peers)
     if given.json:
-        course = {name: {"training": i.manifest.training, "update": i.manifest.update} for name, i in indexes.items()}
-        given.json.write_text(json.dumps({"figures": results, "options": course}, indent=1), encoding="utf-8")
+        given.json.write_text(json.dumps({**vars(given), "results": results}, indent=1, default=str), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from llama_index_genret.store.edit import add_images, remove_images, store_pseud
 from llama_index_genret.store.filters import MetadataFilter, MetadataFilters
 from llama_index_genret.store.folder import FileEntry, Manifest, ModelEntry, check_free
 from llama_index_genret.store.index import Index, create_index, load_index
+from llama_index_genret.store.learnt import drop_update, store_adapter, store_tuned, store_update
 from llama_index_genret.store.scoring import Scoring, ScoringChoice, Tuned
-from llama_index_genret.store.trained import drop_update, store_adapter, store_tuned, store_update
 from llama_index_genret.store.weights import NewRows
 from llama_index_genret.store.written import PSEUDO_QUERIES, Provenance, PseudoQuery, WrittenQueries, text_key
 

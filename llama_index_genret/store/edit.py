@@ -79,8 +79,8 @@ def add_images(
     trie = add_identifiers(index.trie, token_ids, keys, end_token=index.end_token)
     prior = index.log_prior
     prior = None if prior is None else np.pad(prior, (0, len(records)), constant_values=np.nan)
-    together = [*index.records, *records], [*index.identifiers, *identifiers]
-    return _write(index, trie, *together, scheme, prior, new_rows)
+    names = [*index.identifiers, *identifiers]
+    return _write(index, trie, [*index.records, *records], names, scheme, prior, new_rows)
 
 
 def store_pseudo_queries(index: Index, written: Sequence[WrittenQueries]) -> Index:
@@ -124,10 +124,10 @@ def _write(
     replaced = {"records.jsonl", "leaf_to_record.npy", "codebooks.safetensors", EDITS, PRIOR}
     if trie.base is not index.trie.base:
         replaced.add("trie.bin")
+    grows = index.tokenizer.fingerprint != index.manifest.tokenizer
     forgets = PSEUDO_QUERIES in index.manifest.files and len(records) < len(index.records)
     if forgets:
         replaced.add(PSEUDO_QUERIES)
-    grows = index.tokenizer.fingerprint != index.manifest.tokenizer
 
     def write(into: Path) -> None:
         write_records(into, records, identifiers, places)
@@ -136,15 +136,15 @@ def _write(
             save_trie(trie.base, into / "trie.bin")
         if trie.added or trie.live:
             save_file(edits_of(trie), into / EDITS)
+        if grows:
+            (into / "tokenizer.json").write_text(index.tokenizer.to_json(), encoding="utf-8")
+        if new_rows:
+            new_rows.save(into / NEW_ROWS)
         if forgets:
             left = {record.image_id for record in records}
             write_written(into, [line for line in index.pseudo_queries.values() if line.image_id in left])
         if log_prior is not None:
             np.save(into / PRIOR, log_prior)
-        if grows:
-            (into / "tokenizer.json").write_text(index.tokenizer.to_json(), encoding="utf-8")
-        if new_rows:
-            new_rows.save(into / NEW_ROWS)
         if scheme.arrays():
             save_file(dict(scheme.arrays()), into / "codebooks.safetensors")
 

@@ -56,7 +56,8 @@ class Manifest(BaseModel):
     """What an index is. Unknown fields are an error: a newer format has another version.
 
     folders: of the images; a record names its own by position.
-    training, update: options and course of both trainings. tuned: of these weights; others drop it.
+    training, update: options and course of both trainings.
+    tuned: of the trained weights; others drop it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,8 +70,8 @@ class Manifest(BaseModel):
     tokenizer: str
     prompts: PromptSet
     training: dict[str, Any] | None = None
-    tuned: Tuned | None = None
     update: dict[str, Any] | None = None
+    tuned: Tuned | None = None
     files: dict[str, FileEntry]
 
 

@@ -46,5 +46,5 @@ class TrainOptions:
     imitated: tuple[str, ...] = ()
 
 
-UPDATE_OPTIONS = TrainOptions(epochs=10.0, learning_rate=1e-3, symbol_learning_rate=5e-3)
+UPDATE_OPTIONS = TrainOptions(epochs=5.0, learning_rate=1e-3, symbol_learning_rate=5e-3)
 """Of an update, unless others are given: smaller steps, and more passes over fewer images."""

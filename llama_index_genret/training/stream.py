@@ -62,7 +62,8 @@ def stream(
     if "retrieve" not in ours:
         raise TrainingError(
             f"none of the {len(new)} images that were added to {index.folder} has a caption, so that nothing teaches "
-            "which query means which of them. Give captions in metadata.jsonl ('text'), and add them anew."
+            "which query means which of them. Give captions in metadata.jsonl ('text') and add them anew, or let the "
+            f"model write queries: `genret write-queries {index.folder}`."
         )
     if not any(options.mix.get(task) for task in others):  # no old image is left
         return interleaved(ours, n_examples(ours))

@@ -1,9 +1,8 @@
-"""Storing what was learnt: weights, and what was tuned of them. One write, whole or not at all, on top of the index as
-it is by then.
+"""What was learnt of an index, stored in place of what was learnt before: trained weights, and what was tuned of them.
 
-Images may have been added or removed while it ran: they stay so.
+Images may be added or removed while a training runs: weights are stored on top of the index as it is by then.
 
-Knows the index; nothing of torch or PEFT.
+Knows the index and files; nothing of models.
 """
 
 from __future__ import annotations
@@ -24,7 +23,9 @@ from llama_index_genret.store.weights import ADAPTER, MODEL, NEW_ROWS, UPDATE, w
 
 
 def store_adapter(index: Index, source: Path, training: Mapping[str, Any]) -> Index:
-    """Store trained weights (the files of `source`) in place of any earlier ones, updates and new rows included.
+    """Store trained weights (the files of `source`) in place of earlier ones, updates and new rows included.
+
+    The prior and the tuning of earlier weights are dropped.
 
     Args:
         index: as it was trained.
@@ -41,7 +42,7 @@ def store_adapter(index: Index, source: Path, training: Mapping[str, Any]) -> In
 
 
 def store_update(index: Index, source: Path, training: Mapping[str, Any]) -> Index:
-    """Store an adapter on top of the trained weights, in place of an earlier update.
+    """Store an adapter on top of the trained weights, in place of an earlier update; prior and tuning are dropped.
 
     Args:
         index: as it was trained.
@@ -58,7 +59,7 @@ def store_update(index: Index, source: Path, training: Mapping[str, Any]) -> Ind
 
 
 def drop_update(index: Index) -> Index:
-    """The index with the weights that it had before its update, to the byte.
+    """The index with the weights that it had before its update, to the byte; prior and tuning are dropped.
 
     Raises:
         NotTrained: it has no update.
@@ -66,6 +67,19 @@ def drop_update(index: Index) -> Index:
     if not index.has_update:
         raise NotTrained(f"{index.folder} has no update to drop: its weights are those of `genret train`.")
     return _store(index, {"update": None}, (UPDATE,), {})
+
+
+def _store(index: Index, fields: Mapping[str, Any], replaced: tuple[str, ...], sources: Mapping[str, Path]) -> Index:
+    """Other weights: `replaced` are prefixes of logical names, `sources` the folders that take their place."""
+
+    def write(into: Path) -> None:
+        for prefix, source in sources.items():
+            shutil.copytree(source, into / prefix.rstrip("/"))
+            write_images(into / prefix.rstrip("/"), index.records, index.identifiers)
+
+    manifest = load_index(index.folder).manifest.model_copy(update={**fields, "tuned": None})
+    commit(index.folder, manifest, write, keep=lambda name: not name.startswith((*replaced, PRIOR)))
+    return load_index(index.folder)
 
 
 def store_tuned(index: Index, log_prior: NDArray[np.float32], tuned: Tuned) -> Index:
@@ -86,21 +100,5 @@ def store_tuned(index: Index, log_prior: NDArray[np.float32], tuned: Tuned) -> I
         manifest,
         lambda into: np.save(into / PRIOR, log_prior.astype(np.float32)),
         keep=lambda name: name != PRIOR,
-    )
-    return load_index(index.folder)
-
-
-def _store(index: Index, fields: Mapping[str, Any], replaced: tuple[str, ...], sources: Mapping[str, Path]) -> Index:
-    def write(into: Path) -> None:
-        for prefix, source in sources.items():
-            shutil.copytree(source, into / prefix.rstrip("/"))
-            write_images(into / prefix.rstrip("/"), index.records, index.identifiers)
-
-    now = load_index(index.folder)
-    commit(
-        index.folder,
-        now.manifest.model_copy(update={**fields, "tuned": None}),
-        write,
-        keep=lambda name: not name.startswith((*replaced, PRIOR)),
     )
     return load_index(index.folder)
