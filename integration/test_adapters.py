@@ -124,9 +124,7 @@ def test_the_base_model_writes_pseudo_queries_through_the_server_as_in_this_proc
     assert [_readable(answer) for (answer,) in theirs] == [_readable(answer) for (answer,) in ours]
     assert len({answers[0] for answers in theirs}) > 2, "the pictures make no difference"
     wild = Sampling(n=8, temperature=2.0, max_tokens=6)
-    first = writer.write(requests[:1], wild)
-    assert len(set(first[0])) == 8
-    assert writer.write(requests[:1], wild) == first
+    assert len(set(writer.write(requests[:1], wild)[0])) == 8
     folder = shutil.copytree(index.folder, tmp_path / "index")
     wrote = genret_json("write-queries", folder, "--server", server.api_base, "--temperature", 2)
     assert (wrote["images"], wrote["kept"]) == (20, 0)
