@@ -118,16 +118,13 @@ def test_the_base_model_answers_and_the_adapters_do_not(client, base, indexes, s
 def test_the_base_model_writes_pseudo_queries_through_the_server_as_in_this_process(server, indexes, tmp_path):
     index = indexes["codes"]
     requests = [Request(record.path, f"What is {text}?", 3) for record in index.records[::4] for text in ("it", "red")]
-    greedy, wild = Sampling(n=2, temperature=0.01, max_tokens=6), Sampling(n=8, temperature=2.0, max_tokens=6)
-    writer = ServerWriter(server.api_base)
-    theirs, ours = (w.write(requests, greedy) for w in (writer, InProcessWriter(index, load_base(index, device="cpu"))))
-    assert [[_readable(a) for a in answers] for answers in theirs] == [
-        [_readable(a) for a in answers] for answers in ours
-    ]
+    writer, local = ServerWriter(server.api_base), InProcessWriter(index, load_base(index, device="cpu"))
+    theirs = writer.write(requests, Sampling(n=1, temperature=0.0, max_tokens=6))
+    ours = local.write(requests, Sampling(n=1, temperature=1e-4, max_tokens=6))
+    assert [_readable(answer) for (answer,) in theirs] == [_readable(answer) for (answer,) in ours]
     assert len({answers[0] for answers in theirs}) > 2, "the pictures make no difference"
-    first = writer.write(requests[:1], wild)
-    assert len(set(first[0])) == 8
-    assert writer.write(requests[:1], wild) == first
+    wild = Sampling(n=8, temperature=2.0, max_tokens=6)
+    assert len(set(writer.write(requests[:1], wild)[0])) == 8
     folder = shutil.copytree(index.folder, tmp_path / "index")
     wrote = genret_json("write-queries", folder, "--server", server.api_base, "--temperature", 2)
     assert (wrote["images"], wrote["kept"]) == (20, 0)

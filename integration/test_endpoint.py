@@ -101,7 +101,9 @@ def test_prior_and_reranking_rank_in_the_server_as_in_this_process(client, endpo
     index, _ = tune(served_index, local_scorer)
     index = store_tuned(index, index.log_prior, Tuned(scoring=Scoring(eta=0.8), queries=1))
     for asked, scoring in SCORINGS:
-        answer = client.post("/v1/recall", json={"queries": TEXTS, "k": 4, **asked}).raise_for_status().json()
+        posted = client.post("/v1/recall", json={"queries": TEXTS, "k": 4, **asked})
+        assert posted.status_code == 200, posted.text
+        answer = posted.json()
         assert answer["scoring"] == asdict(scoring)
         retriever = GenerativeImageRetriever.from_server(
             index.folder, f"{endpoint}/v1", api_key=KEY, similarity_top_k=4, **asked

@@ -160,4 +160,4 @@ def _of_symbols(
         for token_id in set(identifier) & place.keys():
             sums[place[token_id]] += row
             counts[place[token_id]] += 1
-    return sums / np.maximum(counts, 1)[:, None], counts > 0
+    return np.asarray(sums / np.maximum(counts, 1)[:, None], np.float32), counts > 0

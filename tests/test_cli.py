@@ -49,6 +49,7 @@ def test_from_a_folder_to_an_answer(pictures, tiny_model_dir, tmp_path):
     report = tmp_path / "report.html"
     figures = genret_json("eval", folder, queries, "--baselines", "tfidf", "--report", report, "--device", "cpu")
     assert figures["n"] == 1
+    assert figures["interval"]["recall@5"] == [figures["recall@5"]] * 2
     assert figures["baselines"]["tfidf"]["recall@1"] == 1.0
     assert "red circle" in report.read_text()
     checkpoint = tmp_path / "checkpoint"

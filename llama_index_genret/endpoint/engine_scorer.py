@@ -46,17 +46,19 @@ class EngineScorer:
         Raises:
             QueryError: a prompt leaves no room for an identifier in the served context.
         """
-        yield _EngineSession(self, await self.rendered(prompts))
+        yield _EngineSession(self, await self.rendered(prompts, room=ROOM_FOR_IDENTIFIER))
 
-    async def rendered(self, prompts: Sequence[Prompt]) -> list[Any]:
+    async def rendered(self, prompts: Sequence[Prompt], *, room: int) -> list[Any]:
         """What the engine takes of prompts, made once: an image is processed here, and no more for each beam.
 
+        Args:
+            room: tokens that will follow.
         Raises:
-            QueryError: a prompt leaves no room for an identifier in the served context. ImageError: see `load_image`.
+            QueryError: the served context has no room for them. ImageError: see `load_image`.
         """
         rendered = await asyncio.gather(*map(self._rendered, prompts))
         longest = max((len(prompt["prompt_token_ids"]) for prompt in rendered), default=0)
-        if longest > self._max_model_len - ROOM_FOR_IDENTIFIER:
+        if longest > self._max_model_len - room:
             raise QueryError(
                 f"the query's prompt has {longest} tokens, the model is served with --max-model-len "
                 f"{self._max_model_len}: shorten the query or raise it."
@@ -76,9 +78,10 @@ class EngineScorer:
         prompt = {**rendered, "prompt_token_ids": [*rendered["prompt_token_ids"], *part.prefix]}
         return scores(await self._generate(prompt, scoring(part)), part)
 
-    async def ask_likelihood(self, rendered: Any, one: Continuation) -> float:
-        """Log-probability of the tokens at the end of a rendered prompt."""
-        return log_likelihood(await self._generate(rendered, likelihood()), one.token_ids)
+    async def ask_likelihood(self, rendered: Any, token_ids: Sequence[int]) -> float:
+        """Log-probability of the tokens after a rendered prompt."""
+        prompt = {**rendered, "prompt_token_ids": [*rendered["prompt_token_ids"], *token_ids]}
+        return log_likelihood(await self._generate(prompt, likelihood()), token_ids)
 
     async def _generate(self, prompt: Any, params: Any) -> Any:
         answer: Any = None
@@ -100,9 +103,11 @@ class _EngineSession:
 
     async def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
         self.scorer.steps += 1
-        rendered = await self.scorer.rendered([one.whole for one in continuations])
-        pairs = zip(rendered, continuations, strict=True)
-        return np.array(await _all([self.scorer.ask_likelihood(prompt, one) for prompt, one in pairs]))
+        prompts = list(dict.fromkeys(one.prompt for one in continuations))
+        room = max(len(one.token_ids) for one in continuations) + 1  # vLLM makes one more
+        rendered = dict(zip(prompts, await self.scorer.rendered(prompts, room=room), strict=True))
+        asked = [self.scorer.ask_likelihood(rendered[one.prompt], one.token_ids) for one in continuations]
+        return np.array(await _all(asked))
 
 
 async def _all(asked: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:

@@ -66,7 +66,7 @@ class Writer(Protocol):
     fingerprint: str | None
 
     def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Answer]]:
-        """Of each request `sampling.n` answers; the same ones for the same requests."""
+        """Of each request `sampling.n` answers; the same ones for the same requests, but for those of a server."""
 
 
 def instruction(kind: str, samples: Sequence[str], seed: int) -> str:

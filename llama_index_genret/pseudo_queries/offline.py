@@ -15,6 +15,7 @@ from llama_index_genret.tokenization import IndexTokenizer
 
 try:
     from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
 except ImportError as error:
     raise MissingExtra(
         "vllm.LLM in this process needs vLLM: pip install 'llama-index-genret[serve]', or [serve-cpu] without a GPU."
@@ -42,7 +43,9 @@ class OfflineWriter:
         model = base or index.manifest.model.name_or_path
         if (Path(model) / "tokenizer.json").is_file():
             index.check_tokenizer(IndexTokenizer.from_file(Path(model) / "tokenizer.json"), model)
-        return cls(index, start_vllm(model, **options), model)
+        # After a part of a prompt vLLM rewinds the generator of a request with a seed, which torch cannot on a CPU.
+        whole = {"enable_chunked_prefill": False} if current_platform.is_cpu() else {}
+        return cls(index, start_vllm(model, **{**whole, **options}), model)
 
     def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Answer]]:
         """See `Writer.write`."""

@@ -77,7 +77,8 @@ class WriteRun:
         """Write for all images that have none of this run yet, and store the queries of all.
 
         A run goes on at the beginning of a batch, so that a model sees what it would have seen together without the
-        interruption. The index is read again before it is written: what was added meanwhile stays.
+        interruption; the model of a server samples anew all the same. The index is read again before it is written:
+        what was added meanwhile stays.
 
         Args:
             load: gives the writer; called where something is left to write.

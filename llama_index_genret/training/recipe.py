@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from llama_index_genret.errors import MissingExtra, TrainingError
 from llama_index_genret.modeling import Mllm, load_base, load_trained, vision_features
-from llama_index_genret.store import Index, load_index, store_adapter, store_update
+from llama_index_genret.store import PSEUDO_QUERIES, Index, load_index, store_adapter, store_update
 from llama_index_genret.store.weights import ADAPTER, NEW_ROWS
 from llama_index_genret.training.batches import IGNORED, ExampleTensors, collate
 from llama_index_genret.training.options import UPDATE_OPTIONS, TrainOptions
@@ -181,7 +181,7 @@ def _run_key(index: Index, options: TrainOptions, *, update: bool = False) -> st
     identity = {
         "options": dataclasses.asdict(options),
         "tokenizer": index.manifest.tokenizer,
-        "records": files["records.jsonl"].sha256,
+        "records": [files[name].sha256 for name in ("records.jsonl", PSEUDO_QUERIES) if name in files],
         "model": index.manifest.model.fingerprint,
     }
     if update:
