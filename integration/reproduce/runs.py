@@ -25,12 +25,13 @@ from integration.reproduce.karpathy import Karpathy
 from integration.reproduce.protocols import Plan, check_no_leak
 from llama_index_genret.batch import open_batch
 from llama_index_genret.corpus import Corpus
-from llama_index_genret.errors import IdentifierError, TrainingError
+from llama_index_genret.errors import TrainingError
 from llama_index_genret.identifiers.diagnostics import diagnose
 from llama_index_genret.indexing import add_to_index, build_index, needs_features
 from llama_index_genret.modeling import load_base, load_mllm, load_trained
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import Index, load_index
+from llama_index_genret.store.weights import ADAPTER, MODEL
 from llama_index_genret.training.recipe import TrainOptions, train
 
 DEPTH = 10
@@ -111,7 +112,7 @@ class Run:
         late = {record.image_id for record in self.plan.added}
         self._write(
             "trained.json",
-            weights_id=index.weights_id,
+            adapter=_adapter(index),
             images=len(index.records),
             added_later=len(late),
             training=index.manifest.training,
@@ -119,23 +120,17 @@ class Run:
         return index
 
     def add(self) -> Index:
-        """The index with the images that join after the training. Weights that change with it are an error.
-
-        A scheme that names no image without training leaves its reason in added.json instead.
-        """
+        """The index with the images that join after the training, none of them trained."""
         index = self.train()
         if not self.plan.added or self._done("added.json"):
             return index
         missing = [record for record in self.plan.added if record.image_id not in index.rows_by_id]
-        try:
-            if missing:
-                mllm = load_base(index, device=self.device) if needs_features(index) else None
-                index = add_to_index(index, missing, mllm, progress=bar("Encoding"))
-                del mllm
-                _free()
-            self._write("added.json", images=len(self.plan.added))
-        except IdentifierError as error:
-            self._write("added.json", images=0, error=str(error))
+        if missing:
+            mllm = load_base(index, device=self.device) if needs_features(index) else None
+            index = add_to_index(index, missing, mllm, progress=bar("Encoding"))
+            del mllm
+            _free()
+        self._write("added.json", images=len(self.plan.added))
         return index
 
     def recall(self, queries: Sequence[tuple[str, str]]) -> dict[Pool, Ranked]:
@@ -145,12 +140,8 @@ class Run:
             TrainingError: the weights are not those of trained.json, which knew nothing of the added images.
         """
         index = self.add()
-        if index.weights_id != json.loads((self.folder / "trained.json").read_text())["weights_id"]:
+        if index.has_update or _adapter(index) != json.loads((self.folder / "trained.json").read_text())["adapter"]:
             raise TrainingError(f"{index.folder} was trained again after its images were added: remove {self.folder}.")
-        added = json.loads((self.folder / "added.json").read_text()) if self.plan.added else {}
-        if "error" in added:
-            nothing = Ranked(((),) * len(queries), len(queries), "names no image without training: all missed")
-            return dict.fromkeys(POOLS, nothing)
         asked = self.folder / "queries.jsonl"
         asked.write_text("".join(json.dumps({"query": text, "image_id": name}) + "\n" for text, name in queries))
         files = {pool: self.folder / f"hits-{pool}-{index.version}.jsonl" for pool in POOLS}
@@ -201,6 +192,11 @@ def bar(label: str) -> Any:
         return tqdm(items, desc=label)
 
     return progress
+
+
+def _adapter(index: Index) -> str:
+    """The checksum of the trained weights. Rows of symbols that join later are beside them."""
+    return index.manifest.files[f"{ADAPTER}{MODEL}"].sha256
 
 
 def _collisions(index: Index) -> str:
