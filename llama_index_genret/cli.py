@@ -234,7 +234,7 @@ def train(
     max_steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step, over all processes.")] = None,
     accumulate: Annotated[int | None, typer.Option(min=1, help="Parts in which a step is computed.")] = None,
-    recompute: Annotated[bool, typer.Option("--recompute", help="Less memory, a third more time.")] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Less memory: compute activations again.")] = False,
     learning_rate: Annotated[
         float | None, typer.Option(help="Of the LoRA matrices; 0.002 suits 0.1 B parameters, less suits larger models.")
     ] = None,

@@ -93,7 +93,7 @@ def test_a_teacher_means_the_image_whose_captions_are_nearest(encoder):
 
 
 def test_a_list_reads_to_the_teacher_as_words(encoder):
-    teacher = taught(encoder, [["red circle"]], queries=["red, blue", "red blue"])
+    teacher = taught(encoder, [["red circle"], ["blue bar"]], queries=["red, blue", "red blue"])
     lists, words = (teacher.queries[teacher.texts.index(text)] for text in ("red, blue", "red blue"))
     np.testing.assert_allclose(lists, words, atol=1e-6)
 
@@ -103,9 +103,14 @@ def test_without_captions_there_is_nothing_to_teach(encoder):
         taught(encoder, [[], []])
 
 
+def test_one_image_alone_is_told_apart_from_nothing(encoder):
+    with pytest.raises(TrainingError, match="one alone"):
+        taught(encoder, [["red circle"]])
+
+
 def test_a_folder_that_is_no_encoder_is_named(tmp_path):
     with pytest.raises(TrainingError, match=str(tmp_path)):
-        taught(str(tmp_path), [["red"]])
+        taught(str(tmp_path), [["red"], ["blue"]])
 
 
 identifiers = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1, max_size=12).map(

