@@ -239,6 +239,7 @@ def train(
         float | None, typer.Option(help="Of the LoRA matrices; 0.002 suits 0.1 B parameters, less suits larger models.")
     ] = None,
     lora_rank: Annotated[int | None, typer.Option(min=1)] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Train only so many of the last layers.")] = None,
     teacher: Annotated[
         str | None,
         typer.Option(help="Text encoder to imitate on any query: a folder or hub id of sentence-transformers."),
@@ -246,9 +247,7 @@ def train(
     imitate: Annotated[
         Path | None, typer.Option(help="More queries to imitate it on, one a line.", exists=True, dir_okay=False)
     ] = None,
-    symbol_start: Annotated[
-        str | None, typer.Option(help="Where new symbols start: images, captions (by the teacher) or noise.")
-    ] = None,
+    symbol_start: Annotated[str | None, typer.Option(help="Where new symbols start: images, teacher or noise.")] = None,
     mix: Annotated[str | None, typer.Option(help="Examples of each task, as retrieve=8,memorise=3,answer=8.")] = None,
     seed: int = 0,
     device: Device = "auto",
@@ -262,8 +261,8 @@ def train(
         raise typer.BadParameter("give --epochs or --max-steps, not both")
     given: dict[str, Any] = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
     given |= {"accumulate": accumulate, "recompute": recompute or None}
-    given |= {"learning_rate": learning_rate, "lora_rank": lora_rank, "teacher": teacher, "symbol_start": symbol_start}
-    given |= {"mix": mix, "imitated": imitate}
+    given |= {"learning_rate": learning_rate, "lora_rank": lora_rank, "layers": layers}
+    given |= {"teacher": teacher, "symbol_start": symbol_start, "mix": mix, "imitated": imitate}
     given = {name: value for name, value in given.items() if value is not None}
     if drop and (update or given):
         raise typer.BadParameter("--drop-update trains nothing: give it alone")

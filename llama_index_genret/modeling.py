@@ -24,6 +24,7 @@ try:
     import torch
     import transformers
     from tokenizers import Tokenizer
+    from torch.nn.utils.rnn import pad_sequence
 except ImportError as error:
     raise MissingExtra(
         "a model in this process needs torch and transformers: pip install 'llama-index-genret[train]'. "
@@ -32,6 +33,7 @@ except ImportError as error:
 
 BLANK = "\u2063blank\u2063"
 IMAGE_BATCH = 16
+TEXT_BATCH = 64
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -235,6 +237,27 @@ def vision_features(mllm: Mllm, paths: Sequence[Path], progress: Progress = iter
             images = [load_image(path) for path in paths[start : start + IMAGE_BATCH]]
             rows.append(_mean_patches(core, mllm, text, images).float().cpu().numpy())
     return np.concatenate(rows)
+
+
+def last_hidden_states(
+    mllm: Mllm, prompts: Sequence[Sequence[int]], *, autocast: bool = False, progress: Progress = iter
+) -> NDArray[np.float32]:
+    """(n, d) float32: what the LM head reads at the end of each prompt of token ids, of text alone.
+
+    Args:
+        autocast: compute in bfloat16.
+    """
+    decoder, device = mllm.model.get_decoder(), mllm.model.device
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    parts: list[NDArray[np.float32]] = []
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        for start in progress(range(0, len(order), TEXT_BATCH)):
+            rows = [torch.tensor(prompts[place]) for place in order[start : start + TEXT_BATCH]]
+            token_ids = pad_sequence(rows, batch_first=True, padding_side="left").to(device)
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+            output = decoder(input_ids=token_ids, attention_mask=mask.to(device), use_cache=False)
+            parts.append(output.last_hidden_state[:, -1].float().cpu().numpy())
+    return np.concatenate(parts)[np.argsort(order)]
 
 
 def _mean_patches(core: Any, mllm: Mllm, text: str, images: Sequence[Any]) -> Any:

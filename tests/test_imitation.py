@@ -1,12 +1,14 @@
 """Imitating a text encoder: its distribution over images, the same as targets for symbols, and that it is learned."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Pooling, Transformer
 from tokenizers import Tokenizer
@@ -22,9 +24,10 @@ from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.training.batches import ExampleTensors, collate
 from llama_index_genret.training.examples import Example, Interleaved, examples_of
-from llama_index_genret.training.recipe import TrainOptions, _summed_loss, train
+from llama_index_genret.training.layer_cache import cached_layers
+from llama_index_genret.training.recipe import TrainOptions, _adapted, _fast_symbol_rows, _summed_loss, train
 from llama_index_genret.training.soft_targets import Paths
-from llama_index_genret.training.symbol_rows import start_rows
+from llama_index_genret.training.symbol_rows import fitted_projection, start_rows
 from llama_index_genret.training.teacher import Teacher, teach
 
 
@@ -189,7 +192,7 @@ def test_imitation_teaches_queries_that_no_caption_has(pictures, tiny_mllm, tmp_
         learning_rate=1e-2,
         symbol_learning_rate=2e-2,
         teacher=encoder,
-        symbol_start="captions",
+        symbol_start="teacher",
         imitated=("red circle", "thing blue"),
         mix={"retrieve": 1, "imitate": 9},
     )
@@ -232,6 +235,71 @@ def test_symbol_rows_start_with_the_angles_of_their_images():
     torch.testing.assert_close(rows.norm(dim=1).mean(), torch.tensor(8.0), rtol=0.05, atol=0)
 
 
+def test_a_fitted_projection_reads_hidden_states_as_the_teacher_does():
+    draw = np.random.default_rng(0)
+    hidden = draw.normal(size=(2000, 24)) * draw.uniform(0.1, 10, size=24) + 5 * draw.normal(size=24)
+    targets = (hidden - hidden.mean(0)) @ draw.normal(size=(24, 6)) + 3
+    vectors = draw.normal(size=(7, 6)).astype(np.float32)
+    rows = vectors @ fitted_projection(hidden.astype(np.float32), targets.astype(np.float32), scale=20)
+    logits, wanted = hidden @ rows.T, 20 * (targets - 3) @ vectors.T
+    error = (logits - logits.mean(0)) - (wanted - wanted.mean(0))  # a constant of an image aside
+    assert error.std() < 0.03 * wanted.std()
+
+
+def test_rows_of_a_fitted_projection_are_what_it_makes_of_centred_centroids():
+    weight = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    before, vectors = weight.clone(), np.eye(4, dtype=np.float32)[[0, 0, 1, 2]]
+    projection = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    names = [(200,), (200,), (201,), (202,)]
+    start_rows(weight, range(200, 204), seed=0, identifiers=names, vectors=vectors, projection=projection)
+    wanted = (np.eye(4, dtype=np.float32)[:3] - vectors.mean(0)) @ projection
+    torch.testing.assert_close(weight[200:203] - before[:200].mean(0), torch.from_numpy(wanted))
+    assert not torch.allclose(weight[203], before[:200].mean(0))  # which no image bears
+
+
+def test_only_the_last_layers_are_trained_if_so_many_are_named(untrained_index):
+    quick = {"max_steps": 1, "batch_size": 4, "mix": {"retrieve": 1}}
+    trained = train(untrained_index, TrainOptions(**quick, layers=1), device="cpu", show_progress=False)
+    names = load_file(trained.adapter_folder() / "adapter_model.safetensors")
+    numbers = {int(n) for name in names for n in re.findall(r"layers\.(\d+)\.", name)}
+    n_layers = len(load_base(trained, device="cpu").model.get_decoder().layers)
+    assert n_layers > 1
+    assert numbers == {n_layers - 1}
+    with pytest.raises(TrainingError, match=f"1 to {n_layers}"):
+        train(trained, TrainOptions(**quick, layers=n_layers + 1), device="cpu", show_progress=False)
+
+
+def test_frozen_layers_see_a_text_once_and_change_neither_loss_nor_gradients(untrained_index):
+    mllm = load_base(untrained_index, device="cpu")
+    options = TrainOptions(layers=1, lora_rank=2)
+    model = _adapted(untrained_index, mllm, options)
+    examples = Interleaved(examples_of(untrained_index), 24, seed=0, mix={"retrieve": 3, "memorise": 1})
+    tensors = ExampleTensors(untrained_index, mllm, examples)
+    batch = collate([tensors[i] for i in range(24)], pad=0)
+    calls = []
+    decoder = mllm.model.get_decoder()
+    decoder.layers[0].register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+
+    def loss_and_gradients():
+        model.zero_grad()
+        loss = sum(_summed_loss(model, dict(part), torch.empty(0, dtype=torch.long))[0] for part in batch.values())
+        loss.backward()
+        return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    with _fast_symbol_rows(model, as_inputs=False):
+        plain_loss, plain = loss_and_gradients()
+        with cached_layers(decoder, 1):
+            for times in (1, 2):
+                calls.clear()
+                loss, gradients = loss_and_gradients()
+                assert sum(calls) == {1: 24, 2: 6}[times]  # the six have images, whose connector is trained
+                assert loss == pytest.approx(plain_loss, rel=1e-5)
+                assert gradients.keys() == plain.keys()
+                for name, gradient in plain.items():
+                    torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-4)
+    assert any("connector" in name for name in plain)
+
+
 def test_starting_from_captions_needs_a_teacher(untrained_index):
     with pytest.raises(TrainingError, match="name one"):
-        train(untrained_index, TrainOptions(max_steps=1, symbol_start="captions"), device="cpu", show_progress=False)
+        train(untrained_index, TrainOptions(max_steps=1, symbol_start="teacher"), device="cpu", show_progress=False)

@@ -78,9 +78,10 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 
 def _everywhere(model: Any, part: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The summed loss of a Hugging Face model that is given labels: logits of all positions."""
-    n_targets = int((part["labels"] != -100).sum())
-    return model(**part, use_cache=False).loss * n_targets
+    """The summed loss as a Hugging Face model takes it that is given labels: from the logits of all positions."""
+    labels = part.pop("labels")
+    logits = model(**part, use_cache=False).logits.float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
 if __name__ == "__main__":

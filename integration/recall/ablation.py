@@ -21,21 +21,23 @@ from llama_index_genret.training.recipe import TrainOptions
 QUERIES = ("emoji-keywords", "emoji-openmoji-tags")
 
 
-def variants(steps: int) -> Mapping[str, tuple[str, TrainOptions]]:
-    """Scheme and options of each, by name."""
-    base = recipe(steps)
+def variants(steps: int) -> Mapping[str, tuple[str, int, TrainOptions]]:
+    """Scheme, layers of the language model, and options of each, by name."""
+    base = recipe(steps, layers=None)
+    deep = recipe(steps)
     return {
-        "as it is": ("atomic", base),
-        "rows start at image features": ("atomic", replace(base, symbol_start="images")),
-        "rows start as noise": ("atomic", replace(base, symbol_start="noise")),
-        "no teacher": ("atomic", replace(base, teacher=None, symbol_start="images", mix={"retrieve": 1})),
-        "teacher's temperature 0.02": ("atomic", replace(base, teacher_temperature=0.02)),
-        "teacher's temperature 0.1": ("atomic", replace(base, teacher_temperature=0.1)),
-        "LoRA of rank 8": ("atomic", replace(base, lora_rank=8)),
-        "structured": ("structured", base),
-        "semantic": ("semantic", base),
-        "numeric": ("numeric", base),
-        "string": ("string", base),
+        "as it is, 12 layers": ("atomic", 12, base),
+        "30 layers, of which 8 are trained": ("atomic", 30, deep),
+        "rows start at image features": ("atomic", 12, replace(base, symbol_start="images")),
+        "rows start as noise": ("atomic", 12, replace(base, symbol_start="noise")),
+        "no teacher": ("atomic", 12, replace(base, teacher=None, mix={"retrieve": 1})),
+        "teacher's temperature 0.02": ("atomic", 12, replace(base, teacher_temperature=0.02)),
+        "teacher's temperature 0.1": ("atomic", 12, replace(base, teacher_temperature=0.1)),
+        "LoRA of rank 8": ("atomic", 12, replace(base, lora_rank=8)),
+        "structured": ("structured", 12, base),
+        "semantic": ("semantic", 12, base),
+        "numeric": ("numeric", 12, base),
+        "string": ("string", 12, base),
     }
 
 
@@ -47,11 +49,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     report, queries = Report("ablation", 0), default_folder() / "queries"
-    for name, (scheme, options) in variants(args.steps).items():
+    for name, (scheme, layers, options) in variants(args.steps).items():
         if args.only and name not in args.only:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            index = trained_index("emoji", scheme, options, Path(folder) / "index")
+            index = trained_index("emoji", scheme, options, Path(folder) / "index", layers=layers)
             report.section(f"{name}, {args.steps} steps")
             scorer = TransformersScorer(load_trained(index, device="cpu"))
             for asked in QUERIES:

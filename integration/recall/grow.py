@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     corpus, new = parted(
         read_corpus(corpora / given.corpus), hold_out=given.hold_out, limit=given.limit, seed=given.seed
     )
-    options, stages = recipe(given.steps, given.seed), Stages(given.out, mllm)
+    options, stages = recipe(given.steps, seed=given.seed, layers=None), Stages(given.out, mllm)
     trained = stages.trained(corpus, given.scheme, options)
     added = stages.added(trained, new)
     updated = stages.updated(added, update_recipe(options, given.update_steps, given.update_rate))

@@ -37,6 +37,8 @@ CACHED_IMAGES = 1024
 class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
     """Item i: `input_ids` (t,), `labels` (t,) and, of an example with an image, what else the processor gives.
 
+    A label is what stands after its token; the last token of an example is read nowhere.
+
     That is image tensors, and for some models a kind of each token (t,), by which they count positions. An example
     that imitates the teacher has no labels, but for each of its m last tokens that are to be predicted `offsets` (m,),
     how far from the end it stands, and `soft` (m, u), probabilities of the tokens of `paths`, -1 where one may not be.
@@ -65,7 +67,8 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         item["labels"] = torch.full_like(item["input_ids"], IGNORED)
         ends = {"input_ids": target, "labels": target}
         text = torch.zeros_like(target)  # the kind of a token that is text
-        return item | {name: torch.cat([item[name], ends.get(name, text)]) for name in _per_token(item)}
+        whole = {name: torch.cat([item[name], ends.get(name, text)]) for name in _per_token(item)}
+        return item | {name: tokens[1:] if name == "labels" else tokens[:-1] for name, tokens in whole.items()}
 
     def _imitating(self, example: Example, i: int) -> dict[str, Any]:
         """An image is drawn as the teacher would; at each of its symbols, all that may stand there are weighed."""
@@ -79,7 +82,7 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         for place, target in enumerate(targets):
             soft[place, torch.from_numpy(target.columns)] = torch.from_numpy(target.probabilities)
         prompt = self._index.prompts.query_tokens(self._index.tokenizer, example.text)
-        input_ids = torch.tensor([*prompt, *self._index.token_ids(row)[:n_symbols]])
+        input_ids = torch.tensor([*prompt, *self._index.token_ids(row)[: max(0, n_symbols - 1)]])
         offsets = torch.tensor([n_symbols - target.depth for target in targets], dtype=torch.long)
         labels = torch.full_like(input_ids, IGNORED)
         return {"input_ids": input_ids, "labels": labels, "offsets": offsets, "soft": soft}

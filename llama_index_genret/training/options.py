@@ -21,8 +21,11 @@ class TrainOptions:
         after another. recompute: keep no activations of the layers, but compute them again (gradient checkpointing):
         less memory, for one more forward pass.
     learning_rate: of the LoRA matrices and the connector; symbol_learning_rate: of the new symbols' rows.
+    layers: how many of the language model's last layers are trained, all if not given. With the identifiers of
+        `atomic` the others then cost a forward pass only.
     symbol_start: where rows of new symbols start: at centroids of the images' features by the model's own vision
-        tower, of their captions' embeddings by the teacher, or as noise.
+        tower (without a teacher the default); where the untrained model comes nearest to what the teacher says of
+        their captions (with one the default); or as noise.
     mix: examples of each task in a block, see `examples.MIX`.
     teacher: a text encoder that `sentence-transformers` loads, whose similarities are imitated for any query at all;
         it is needed while training only. teacher_temperature: of its distribution over images.
@@ -39,7 +42,8 @@ class TrainOptions:
     lora_rank: int = 32
     checkpoint_every: int = 100
     seed: int = 0
-    symbol_start: Literal["images", "captions", "noise"] = "images"
+    layers: int | None = None
+    symbol_start: Literal["images", "teacher", "noise"] | None = None
     mix: Mapping[Task, int] = field(default_factory=lambda: dict(MIX))
     teacher: str | None = None
     teacher_temperature: float = 0.05

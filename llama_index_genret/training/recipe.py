@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from llama_index_genret.errors import MissingExtra, TrainingError
-from llama_index_genret.modeling import Mllm, load_base, load_trained, vision_features
+from llama_index_genret.modeling import Mllm, last_hidden_states, load_base, load_trained, vision_features
 from llama_index_genret.store import PSEUDO_QUERIES, Index, load_index, store_adapter, store_update
 from llama_index_genret.store.weights import ADAPTER, NEW_ROWS
 from llama_index_genret.training.batches import IGNORED, ExampleTensors, collate
+from llama_index_genret.training.layer_cache import cached_layers
 from llama_index_genret.training.options import UPDATE_OPTIONS, TrainOptions
 from llama_index_genret.training.stream import added_rows, stream
-from llama_index_genret.training.symbol_rows import start_rows
+from llama_index_genret.training.symbol_rows import fitted_projection, start_rows
 from llama_index_genret.training.teacher import Teacher, teach
 from llama_index_genret.training.tower_cache import cached_tower
 
@@ -46,6 +47,9 @@ except ImportError as error:
 
 CONNECTORS = ("connector", "multi_modal_projector")
 """Names of the module between vision tower and language model, in the models that have one of their own."""
+
+FITTED_QUERIES = 8192
+"""Of the teacher's, at which the base model is read to start the symbols' rows."""
 
 WORK = "training"
 """Folder of a run's checkpoints, inside the index; removed when the run is complete."""
@@ -74,9 +78,11 @@ def train(
         ModelMismatch: the base model has changed. NotTrained: an update of an index that was never trained.
     """
     options = options or (UPDATE_OPTIONS if update else TrainOptions())
+    if options.symbol_start is None:
+        options = dataclasses.replace(options, symbol_start="teacher" if options.teacher else "images")
     new = added_rows(index) if update else None
-    if options.symbol_start not in ("images", "captions", "noise"):
-        raise TrainingError(f"symbol_start={options.symbol_start!r} must be 'images', 'captions' or 'noise'.")
+    if options.symbol_start not in ("images", "teacher", "noise"):
+        raise TrainingError(f"symbol_start={options.symbol_start!r} must be 'images', 'teacher' or 'noise'.")
     torch.manual_seed(options.seed)
     processes = PartialState(cpu=device == "cpu")
     show_progress = show_progress and processes.is_main_process
@@ -95,10 +101,14 @@ def train(
     if mllm.model.device.type == "cpu":  # short rows: PyTorch's fused attention is the slower one there
         mllm.model.set_attn_implementation("eager")
     work = index.folder / WORK / _run_key(index, options, update=update)
-    if not update:
-        _start_symbols(index, mllm, teacher, options, show_progress=show_progress)
-    model = _adapted(index, mllm, options)
-    with cached_tower(mllm.model), _fast_symbol_rows(model):
+    with contextlib.ExitStack() as stack:
+        frozen = _frozen_layers(mllm.model, options)
+        stack.enter_context(cached_layers(mllm.model.get_decoder(), frozen))
+        if not update:
+            _start_symbols(index, mllm, teacher, options, show_progress=show_progress)
+        model = _adapted(index, mllm, options)
+        stack.enter_context(cached_tower(mllm.model))
+        stack.enter_context(_fast_symbol_rows(model, as_inputs=not frozen))
         trainer = _LabelTrainer(
             torch.from_numpy(tensors.paths.token_ids),
             model=model,
@@ -190,29 +200,35 @@ def _run_key(index: Index, options: TrainOptions, *, update: bool = False) -> st
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _vectors(
-    index: Index, mllm: Mllm, teacher: Teacher | None, options: TrainOptions, *, show_progress: bool
-) -> NDArray[np.float32]:
-    """(images, v) what the images are, to start the rows of their symbols from."""
-    if options.symbol_start == "captions":
-        if teacher is None:
-            raise TrainingError("symbol_start='captions' takes the captions' embeddings by a teacher: name one.")
-        return teacher.images
-    bar = partial(tqdm, desc="Looking", unit="batch", disable=not show_progress)
-    return vision_features(mllm, [record.path for record in index.records], bar)
-
-
 def _start_symbols(
     index: Index, mllm: Mllm, teacher: Teacher | None, options: TrainOptions, *, show_progress: bool = False
 ) -> None:
     """Give the rows of new symbols their start values, in place."""
     new_symbols = index.new_token_ids()
-    vectors = None
-    if new_symbols and options.symbol_start != "noise":
-        vectors = _vectors(index, mllm, teacher, options, show_progress=show_progress)
+    vectors, projection = None, None
+    if new_symbols and options.symbol_start == "teacher":
+        if teacher is None:
+            raise TrainingError("symbol_start='teacher' starts at what a teacher says of the captions: name one.")
+        vectors, projection = teacher.images, _projection(index, mllm, teacher, options, show_progress=show_progress)
+    elif new_symbols and options.symbol_start == "images":
+        bar = partial(tqdm, desc="Looking", unit="batch", disable=not show_progress)
+        vectors = vision_features(mllm, [record.path for record in index.records], bar)
     identifiers = [index.token_ids(row) for row in range(len(index.records))]
+    starts = {"seed": options.seed, "identifiers": identifiers, "vectors": vectors, "projection": projection}
     for vocabulary in _vocabularies(mllm.model):
-        start_rows(vocabulary.weight, new_symbols, seed=options.seed, identifiers=identifiers, vectors=vectors)
+        start_rows(vocabulary.weight, new_symbols, **starts)
+
+
+def _projection(
+    index: Index, mllm: Mllm, teacher: Teacher, options: TrainOptions, *, show_progress: bool
+) -> NDArray[np.float32]:
+    """See `fitted_projection`: from the base model's hidden states at a sample of the teacher's queries."""
+    draw = np.random.default_rng(options.seed)
+    chosen = draw.choice(len(teacher.texts), min(FITTED_QUERIES, len(teacher.texts)), replace=False)
+    prompts = [index.prompts.query_tokens(index.tokenizer, teacher.texts[place]) for place in chosen]
+    bar = partial(tqdm, desc="Reading", unit="batch", disable=not show_progress)
+    hidden = last_hidden_states(mllm, prompts, autocast=_multiplies_bfloat16(mllm.model.device), progress=bar)
+    return fitted_projection(hidden, teacher.queries[chosen], scale=1 / options.teacher_temperature)
 
 
 def _vocabularies(model: Any) -> list[Any]:
@@ -224,7 +240,8 @@ def _vocabularies(model: Any) -> list[Any]:
 def _adapted(index: Index, mllm: Mllm, options: TrainOptions) -> Any:
     """The model with trainable LoRA matrices, symbol rows and connector; all else frozen."""
     model = mllm.model
-    decoder = {id(module) for module in model.get_decoder().modules()}
+    trained = model.get_decoder().layers[_frozen_layers(model, options) :]
+    decoder = {id(module) for layer in trained for module in layer.modules()}
     linears = [n for n, m in model.named_modules() if id(m) in decoder and isinstance(m, torch.nn.Linear)]
     connectors = [name for name in CONNECTORS if any(n.rpartition(".")[2] == name for n, _ in model.named_modules())]
     new_symbols = index.new_token_ids()  # also those that no image has yet: untrained rows would be random
@@ -242,6 +259,14 @@ def _adapted(index: Index, mllm: Mllm, options: TrainOptions) -> Any:
         if parameter.requires_grad:  # a bfloat16 base lends its type to copies of its modules
             parameter.data = parameter.data.float()
     return adapted
+
+
+def _frozen_layers(model: Any, options: TrainOptions) -> int:
+    """How many of the language model's first layers stay as they are."""
+    n_layers = len(model.get_decoder().layers)
+    if options.layers is not None and not 1 <= options.layers <= n_layers:
+        raise TrainingError(f"layers={options.layers}: the language model has 1 to {n_layers} to train.")
+    return 0 if options.layers is None else n_layers - options.layers
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
@@ -306,7 +331,7 @@ def _summed_loss(model: Any, inputs: dict[str, torch.Tensor], symbols: torch.Ten
     offsets, soft = inputs.pop("offsets", None), inputs.pop("soft", None)
     positions = (labels != IGNORED).any(0).flip(0).nonzero().flatten() + 1
     reach = int(torch.cat([positions] + ([offsets] if offsets is not None else [])).max())
-    logits = model(**inputs, logits_to_keep=reach + 1, use_cache=False).logits[:, :-1]
+    logits = model(**inputs, logits_to_keep=reach, use_cache=False).logits
     targets = labels[:, -reach:]
     known = targets != IGNORED
     loss = functional.cross_entropy(logits[known].float(), targets[known], reduction="sum")
@@ -318,15 +343,19 @@ def _summed_loss(model: Any, inputs: dict[str, torch.Tensor], symbols: torch.Ten
 
 
 @contextlib.contextmanager
-def _fast_symbol_rows(model: Any) -> Iterator[None]:
+def _fast_symbol_rows(model: Any, *, as_inputs: bool = True) -> Iterator[None]:
     """While inside, trained symbol rows are looked up and multiplied apart from the frozen matrix.
+
+    Args:
+        as_inputs: whether they learn from being read, too, which takes a gradient through every layer; else from being
+            written alone.
 
     PEFT copies the whole embedding matrix in each forward pass, twice where it is tied to the LM head, and computes
     a gradient of its full size; the rows here are a few hundred of tens of thousands. Same values, same parameters.
     """
     layers = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
     for layer in layers:
-        layer.forward_adapters = partial(_symbol_forward, layer)
+        layer.forward_adapters = partial(_symbol_forward, layer, as_inputs)
     try:
         yield
     finally:
@@ -334,7 +363,9 @@ def _fast_symbol_rows(model: Any) -> Iterator[None]:
             del layer.forward_adapters
 
 
-def _symbol_forward(layer: Any, x: torch.Tensor, active_adapters: Sequence[str], *_: Any, **__: Any) -> torch.Tensor:
+def _symbol_forward(
+    layer: Any, as_inputs: bool, x: torch.Tensor, active_adapters: Sequence[str], *_: Any, **__: Any
+) -> torch.Tensor:
     base, (name,) = layer.get_base_layer(), active_adapters
     rows = layer.trainable_tokens_delta[name]
     index = torch.as_tensor(layer.token_indices[name], device=x.device)
@@ -342,6 +373,7 @@ def _symbol_forward(layer: Any, x: torch.Tensor, active_adapters: Sequence[str],
         place = torch.full((base.num_embeddings,), -1, device=x.device)
         place[index] = torch.arange(len(index), device=x.device)
         place = place[x]
+        rows = rows if as_inputs else rows.detach()
         symbols = functional.embedding(place.clamp(min=0), rows).to(base.weight.dtype)
         return torch.where((place >= 0)[..., None], symbols, functional.embedding(x, base.weight))
     logits = functional.linear(x, base.weight.to(x.dtype), base.bias)

@@ -1,7 +1,8 @@
 """Where the rows of new symbols start: at what they stand for, as vectors of the images that bear them.
 
-Knows identifiers as token ids, and vectors; nothing of models but their matrix of rows.
-Source: centroids as start values, after GRACE's atomic classes (arXiv:2402.10805), whose rows are image embeddings.
+Knows identifiers as token ids, and vectors; nothing of models but their matrix of rows and their hidden states.
+Source: centroids as start values, after GRACE's atomic classes (arXiv:2402.10805), whose rows are image embeddings;
+a linear probe before fine-tuning, so that features are not spoiled for random rows (arXiv:2202.10054).
 """
 
 from __future__ import annotations
@@ -15,6 +16,28 @@ from numpy.typing import NDArray
 NOISE = 0.2
 """Share of noise in a row's direction."""
 
+RIDGE = 0.01
+"""Of `fitted_projection`, as a share of the mean squared feature."""
+
+Float32 = NDArray[np.float32]
+
+
+def fitted_projection(hidden: Float32, targets: Float32, *, scale: float) -> Float32:
+    """(v, d): reads hidden states as a teacher's embeddings, so that a row may start at what its images' vectors say.
+
+        min over A of |hidden A - targets|^2 + ridge |A|^2    and then    projection = scale * A transposed
+
+    Args:
+        hidden: (n, d) what the LM head reads at the end of n queries' prompts; targets: (n, v) the queries by the
+            teacher; scale: of the logits, 1 / temperature.
+    """
+    spread = np.maximum(hidden.std(0), 1e-6)
+    features = (hidden / spread).astype(np.float64)
+    gram = features.T @ features
+    gram[np.diag_indices_from(gram)] += RIDGE * len(features)
+    solution = np.linalg.solve(gram, features.T @ (targets - targets.mean(0)))
+    return np.asarray(scale * (solution / spread[:, None]).T, np.float32)
+
 
 @torch.no_grad()
 def start_rows(
@@ -23,32 +46,37 @@ def start_rows(
     *,
     seed: int,
     identifiers: Sequence[Sequence[int]] = (),
-    vectors: NDArray[np.float32] | None = None,
+    vectors: Float32 | None = None,
+    projection: Float32 | None = None,
 ) -> None:
     """Give new symbols rows that are spread like the trained ones, in place: equal rows learn nothing apart.
 
         centroid = mean of the unit vectors of the images that bear the symbol, less that of all images
         row = mean of the trained rows + (unit(random projection of the centroid) + a little noise) * their deviation
 
-    A random projection keeps the angles between centroids; the noise parts those of equal images. Symbols that no
-    image bears start as noise, as all do without vectors.
+    A random projection keeps the angles between centroids; the noise parts those of equal images. With a fitted
+    one, row = centroid @ projection. Symbols that no image bears start as noise, as all do without vectors.
 
     Args:
         weight: (vocabulary, d) embeddings or LM head; rows: token ids of the new symbols, after all trained ones.
-        identifiers: of every image, token ids. vectors: (images, v) of any scale.
+        identifiers: of every image, token ids. vectors: (images, v) of any scale. projection: (v, d), see
+            `fitted_projection`.
     """
     if not rows:
         return
     trained = weight[: min(rows)].float()
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn((len(rows), weight.shape[1]), generator=generator)
+    offsets = torch.randn((len(rows), weight.shape[1]), generator=generator) * trained.std(0).cpu()
     if vectors is not None:
         centroids, borne = _centroids(rows, identifiers, vectors)
-        projection = torch.randn((vectors.shape[1], weight.shape[1]), generator=generator)
-        projected = torch.from_numpy(centroids) @ projection
-        projected *= weight.shape[1] ** 0.5 / projected.norm(dim=-1, keepdim=True)
-        directions[borne] = ((1 - NOISE**2) ** 0.5 * projected + NOISE * directions)[borne]
-    weight[rows] = (trained.mean(0) + directions.to(weight.device) * trained.std(0)).to(weight.dtype)
+        if projection is not None:
+            offsets[borne] = torch.from_numpy(centroids @ projection)[borne]
+        else:
+            chance = torch.randn((vectors.shape[1], weight.shape[1]), generator=generator)
+            projected = torch.from_numpy(centroids) @ chance
+            projected *= weight.shape[1] ** 0.5 / projected.norm(dim=-1, keepdim=True)
+            offsets[borne] = ((1 - NOISE**2) ** 0.5 * projected * trained.std(0).cpu() + NOISE * offsets)[borne]
+    weight[rows] = (trained.mean(0) + offsets.to(weight.device)).to(weight.dtype)
 
 
 def _centroids(
@@ -58,8 +86,9 @@ def _centroids(
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     unit = unit - unit.mean(0)
     place = {token_id: number for number, token_id in enumerate(rows)}
-    sums = np.zeros((len(rows), vectors.shape[1]), np.float32)
+    sums, bearers = np.zeros((len(rows), vectors.shape[1]), np.float32), np.zeros(len(rows), np.float32)
     for identifier, vector in zip(identifiers, unit, strict=True):
         for token_id in set(identifier) & place.keys():
             sums[place[token_id]] += vector
-    return sums, np.linalg.norm(sums, axis=1) > 1e-6
+            bearers[place[token_id]] += 1
+    return sums / np.maximum(bearers, 1)[:, None], np.linalg.norm(sums, axis=1) > 1e-6
