@@ -242,7 +242,9 @@ def test_a_replaced_file_is_seen_in_documents_that_say_nothing_of_their_content(
     assert index.refresh_ref_docs([document(path)]) == [True]
 
 
-def test_another_caption_of_the_same_picture_leaves_its_identifier(index, folder):
+def test_other_metadata_of_the_same_picture_leave_its_identifier(make, folder):
+    """By its scheme an image that joins gets the next number."""
+    index = make(load_images(folder), scheme="numeric")
     before = index.stored.identifiers[index.stored.rows_by_id["red-square"]]
     changed = next(d for d in load_images(folder) if d.id_ == "red-square")
     changed.metadata["color"] = "crimson"
