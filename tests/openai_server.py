@@ -90,6 +90,8 @@ def pixels(file):
 
 
 class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # connections stay open, as a real server's do
+
     def log_message(self, *_):
         pass
 
