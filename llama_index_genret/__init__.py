@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llama_index_genret.corpus import Corpus, Record, read_corpus
     from llama_index_genret.errors import GenretError
+    from llama_index_genret.image_node import GenretImageNode, ReadablePictures
     from llama_index_genret.llms import InProcessLLM, genret_llm
     from llama_index_genret.query_engine import image_query_engine
     from llama_index_genret.retriever import GenerativeImageRetriever
@@ -21,9 +22,11 @@ _HOME = {
     "FakeScorer": "scorers.fake",
     "GenerativeImageRetriever": "retriever",
     "GenretError": "errors",
+    "GenretImageNode": "image_node",
     "InProcessLLM": "llms",
     "Index": "store",
     "Normalise": "search",
+    "ReadablePictures": "image_node",
     "Record": "corpus",
     "genret_llm": "llms",
     "image_query_engine": "query_engine",
@@ -36,9 +39,11 @@ __all__ = [
     "FakeScorer",
     "GenerativeImageRetriever",
     "GenretError",
+    "GenretImageNode",
     "InProcessLLM",
     "Index",
     "Normalise",
+    "ReadablePictures",
     "Record",
     "genret_llm",
     "image_query_engine",
