@@ -1,5 +1,6 @@
 """Fixtures of the unit tests: a tiny random model, and a small index over drawn pictures."""
 
+import asyncio
 import json
 import os
 from pathlib import Path
@@ -32,6 +33,12 @@ def draw_pictures(folder: Path) -> Path:
             lines.append(json.dumps(row))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_loop_is_left_open():
+    """Where a thread has no loop, LlamaIndex's synchronous calls make one and close it; else they leave it open."""
+    asyncio.set_event_loop(None)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,10 @@ request each, or none. What arrives is compared pixel by pixel with the files th
 """
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +33,7 @@ from llama_index.core.tools import QueryEngineTool, RetrieverTool
 from pydantic import BaseModel
 
 from llama_index_genret import FakeScorer, GenerativeImageRetriever, genret_llm, image_query_engine
+from llama_index_genret.errors import PictureNotShown
 from tests.openai_server import ANSWER, OpenAIServer, pixels, running
 
 QUESTION = "Which colour has the circle?"
@@ -62,12 +66,6 @@ class Watched(GenerativeImageRetriever):
         self.queries.append(query_bundle.query_str)
         self.recalled.append([node.node.image_path for node in nodes])
         return nodes
-
-
-@pytest.fixture(autouse=True)
-def _no_loop_is_left_open():
-    """Where a thread has no loop, LlamaIndex's synchronous calls make one and close it; else they leave it open."""
-    asyncio.set_event_loop(None)
 
 
 @pytest.fixture
@@ -127,6 +125,7 @@ class Row:
     shown: Callable[[list[list[str]]], list[list[str]]] = at_once
     script: tuple[tuple[str, Any], ...] = ()
     answer: str | None = ANSWER
+    warned: bool = True
 
 
 def tool(retriever, llm):
@@ -251,7 +250,9 @@ ROWS = {
 # What the README warns of.
 TEXT_ONLY = {
     "RetrieverQueryEngine": Row(lambda r, llm: RetrieverQueryEngine.from_args(r, llm=llm)),
-    "CitationQueryEngine": Row(lambda r, llm: CitationQueryEngine.from_args(None, retriever=r, llm=llm)),
+    "CitationQueryEngine": Row(
+        lambda r, llm: CitationQueryEngine.from_args(None, retriever=r, llm=llm), warned=False
+    ),
     "ContextChatEngine": Row(lambda r, llm: ContextChatEngine.from_defaults(r, llm=llm), chat, achat),
     "FunctionAgent, RetrieverTool": Row(
         agent(lambda r, llm: RetrieverTool.from_defaults(r, name="pictures", description="pictures")),
@@ -298,11 +299,34 @@ def put(row, engine, server, how):
 
 @pytest.mark.parametrize("how", ["sync", "async"])
 @pytest.mark.parametrize("name", TEXT_ONLY)
-def test_engines_that_the_documentation_warns_of_show_no_picture(server, retriever, llm, name, how):
-    put(TEXT_ONLY[name], TEXT_ONLY[name].make(retriever, llm), server, how)
+def test_a_text_only_engine_shows_no_picture_and_its_user_is_warned(server, retriever, llm, name, how):
+    """All but that of citations, which reads the nodes as one does who prints them."""
+    row = TEXT_ONLY[name]
+    with pytest.warns(PictureNotShown, match="image_query_engine") if row.warned else nullcontext():
+        put(row, row.make(retriever, llm), server, how)
     assert retriever.recalled
     assert server.chats
     assert not any(server.pictures())
+
+
+TWICE = """
+import sys
+from pathlib import Path
+from llama_index.core.llms import MockLLM
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index_genret import FakeScorer, GenerativeImageRetriever, image_query_engine, load_index
+
+index = load_index(Path(sys.argv[1]))
+retriever = GenerativeImageRetriever(index, FakeScorer(index.tokenizer.vocab_size))
+for engine in (RetrieverQueryEngine.from_args(retriever, llm=MockLLM()),) * 2:
+    engine.query("red circle")
+"""
+
+
+def test_the_warning_is_shown_once(untrained_index):
+    done = subprocess.run([sys.executable, "-c", TWICE, str(untrained_index.folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("PictureNotShown: recalled") == 1
 
 
 def test_three_event_loops_send_each_request_once(server, retriever, llm):
