@@ -7,6 +7,7 @@
 import base64
 import contextlib
 import json
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from threading import Thread
@@ -26,7 +27,7 @@ class OpenAIServer(ThreadingHTTPServer):
     table: answers for the prompts named in `prompts`, and after their first token for all others.
     script: the answer to a chat whose text or tool names hold the key, the first that does; else `ANSWER`. A text, or
         `{"tool": name, "arguments": {...}}`, which is given until the tool has answered.
-    cut: a stream breaks off after so many bytes.
+    cut: an answer breaks off after so many bytes. delay_s: a chat waits so long.
     """
 
     daemon_threads = True
@@ -37,7 +38,7 @@ class OpenAIServer(ThreadingHTTPServer):
         self.requests, self.chats, self.script = [], [], {}
         self.models = [{"id": "only", "max_model_len": 100}]
         self.spoil = lambda answer: answer
-        self.status, self.cut = 200, None
+        self.status, self.cut, self.delay_s = 200, None, 0.0
 
     @property
     def api_base(self):
@@ -100,8 +101,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: self.server.cut])
+        self.close_connection = self.server.cut is not None
+        with contextlib.suppress(OSError):  # the client may leave first
+            self.end_headers()
+            self.wfile.write(content[: self.server.cut])
 
     def do_GET(self):
         self.answer(200, {"data": self.server.models})
@@ -140,6 +143,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def chat(self, request):
         self.server.chats.append(request)
+        time.sleep(self.server.delay_s)
         if self.server.status != 200:
             self.answer(self.server.status, {"error": {"message": "refused", "code": self.server.status}})
             return

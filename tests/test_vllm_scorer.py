@@ -141,6 +141,8 @@ def test_the_only_model_is_found_and_one_of_several_must_be_named(server):
     with pytest.raises(ServerError, match=r"\['a', 'b'\]"):
         VllmScorer(server.api_base).served_model()
     assert VllmScorer(server.api_base, model="b").served_model() == "b"
+    with pytest.raises(ServerError, match=r"serves \['a', 'b'\], not 'c'"):
+        VllmScorer(server.api_base, model="c").served_model()
 
 
 def test_a_server_with_other_weights_than_the_index_is_refused(server):
