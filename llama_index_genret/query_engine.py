@@ -8,7 +8,7 @@ from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.llms.base import BaseLLM
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock, TextBlock
 from llama_index.core.llms import LLM
-from llama_index.core.prompts import RichPromptTemplate
+from llama_index.core.prompts import PromptTemplate, RichPromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine
 
 from llama_index_genret.image_node import MissingPictureBlock
@@ -40,6 +40,13 @@ class LookAndAnswer(RichPromptTemplate):
             block for message in values["context_messages"] for block in message.blocks if isinstance(block, shown)
         ]
         return [ChatMessage(role="user", blocks=[*blocks, TextBlock(text=values["query_str"])])]
+
+
+QUESTION_AFTER_CONTEXT = PromptTemplate(
+    "{context_str}{query_str}",
+    function_mappings={"context_str": lambda **given: f"{given['context_str']}\n\n" if given["context_str"] else ""},
+)
+"""For LlamaIndex's multimodal chat engines, which put the pictures before it: texts if there are any, the question."""
 
 
 def image_query_engine(

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from llama_index_genret.errors import FilterError, QueryError, UnknownImage
 from llama_index_genret.recalled import node_of, recalled_node
 from llama_index_genret.scorers.base import Scorer, arecall, recall
 from llama_index_genret.scorers.ranked import ranking_options
+from llama_index_genret.scorers.vllm import SERVED_NAME, VllmScorer
 from llama_index_genret.search import Hit, Normalise, Ranking
 from llama_index_genret.shown_pictures import MAX_IMAGE_PIXELS
 from llama_index_genret.store import Index, ScoringChoice, load_index
@@ -41,12 +43,16 @@ RETRIEVAL_PROMPT, QUERY_TEMPLATE = "retrieval_prompt", "query_template"
 
 @dataclass(frozen=True)
 class _Source:
-    """What is searched, replaced as a whole. allowed: its leaves that pass the filters; None for all."""
+    """What is searched, replaced as a whole. select: gives the leaves of an index that may be found; None for all."""
 
     index: Index
     scorer: Scorer
     endpoint: RecallClient | None
-    allowed: LeafFilter | None
+    select: Callable[[Index], LeafFilter | None]
+
+    @cached_property
+    def allowed(self) -> LeafFilter | None:
+        return self.select(self.index)
 
 
 class GenerativeImageRetriever(BaseRetriever):
@@ -110,17 +116,29 @@ class GenerativeImageRetriever(BaseRetriever):
         self.filters = filters
         self.llm_metadata_keys = llm_metadata_keys
         self._conditions = None if filters is None else _conditions(filters)
-        self._image_ids, self._docstore, self._max_image_pixels = image_ids, docstore, max_image_pixels
+        self._image_ids = None if image_ids is None else frozenset(image_ids)
+        self._docstore, self._max_image_pixels = docstore, max_image_pixels
         self._width, self._budget, self._normalise = beam_width, search_budget, normalise
         self._choice = ScoringChoice(eta, rerank, rerank_weight, rerank_by)
         self._template: BasePromptTemplate = PromptTemplate("{query_str}")
         self.use(index, scorer, endpoint=endpoint)
+        self._check(index)
 
     def use(self, index: Index, scorer: Scorer, *, endpoint: RecallClient | None = None) -> None:
         """Search another version of the index from now on; a query that runs ends on the one that it began with."""
-        index.scoring(self._choice)  # refuses nonsense now
         served = endpoint if self._normalise is Normalise.CHILDREN and self._image_ids is None else None
-        self._source = _Source(index, scorer, served, self._allowed(index))
+        self._source = _Source(index, scorer, served, self._allowed)
+
+    def _check(self, index: Index) -> None:
+        """Refuse nonsense before the first query."""
+        index.scoring(self._choice)
+        _ = self._source.allowed
+        unknown = [image_id for image_id in self._image_ids or () if image_id not in index.rows_by_id]
+        if unknown:
+            raise UnknownImage(
+                f"{index.folder} has no image {unknown[0]!r} ({len(unknown)} of {len(self._image_ids or ())} are "
+                "unknown). The ids of nodes are image ids: add the images to the index, or leave their nodes out."
+            )
 
     @property
     def index(self) -> Index:
@@ -161,8 +179,6 @@ class GenerativeImageRetriever(BaseRetriever):
 
         A query is one request where the server has the recall endpoint and this version of the index, else one a step.
         """
-        from llama_index_genret.scorers.vllm import VllmScorer
-
         index = load_index(Path(index_dir))
         scorer = VllmScorer(api_base, model=model, weights_id=index.weights_id, api_key=api_key, timeout_s=timeout_s)
         endpoint = RecallClient(index, scorer.server) if model is None else None  # it recalls with its own model
@@ -175,17 +191,8 @@ class GenerativeImageRetriever(BaseRetriever):
         A query is one request where the server has the recall endpoint and this version of the index. Else it is one a
         step, of the model that has the weights of the index where `genret serve` names it, or of `llm.model`.
         """
-        from llama_index_genret.scorers.vllm import SERVED_NAME, VllmScorer
-
         index = load_index(Path(index_dir))
-        scorer = VllmScorer(
-            str(llm.api_base),
-            model=None if llm.model.startswith(SERVED_NAME) else llm.model,
-            weights_id=index.weights_id,
-            api_key=llm.api_key or "EMPTY",
-            timeout_s=llm.timeout,
-            headers=llm.default_headers or {},
-        )
+        scorer = scorer_of_llm(llm, index)
         return cls(index, scorer, endpoint=RecallClient(index, scorer.server), **kwargs)
 
     @classmethod
@@ -248,15 +255,7 @@ class GenerativeImageRetriever(BaseRetriever):
         allowed = None if self._conditions is None else index.leaf_filter(self._conditions)
         if self._image_ids is None:
             return allowed
-        unknown = [image_id for image_id in self._image_ids if image_id not in index.rows_by_id]
-        if unknown:
-            raise UnknownImage(
-                f"{index.folder} has no image {unknown[0]!r} ({len(unknown)} of {len(self._image_ids)} are unknown). "
-                "The ids of nodes are image ids: add the images to the index, or leave their nodes out."
-            )
-        passing = np.zeros(len(index.records), np.bool_)
-        passing[[index.rows_by_id[image_id] for image_id in self._image_ids]] = True
-        chosen = index.leaves_of(passing)
+        chosen = index.leaves_of(np.array([record.image_id in self._image_ids for record in index.records], np.bool_))
         return chosen if allowed is None else allowed & chosen
 
     @staticmethod
@@ -314,6 +313,18 @@ class GenerativeImageRetriever(BaseRetriever):
                 f"{template.get_template(llm=None)!r}."
             )
         self._template = template
+
+
+def scorer_of_llm(llm: OpenAILike, index: Index) -> VllmScorer:
+    """A scorer that asks the server of an LLM, see `GenerativeImageRetriever.from_llm`."""
+    return VllmScorer(
+        str(llm.api_base),
+        model=None if llm.model.startswith(SERVED_NAME) else llm.model,
+        weights_id=index.weights_id,
+        api_key=llm.api_key or "EMPTY",
+        timeout_s=llm.timeout,
+        headers=llm.default_headers or {},
+    )
 
 
 def _conditions(filters: MetadataFilters) -> store.MetadataFilters:
