@@ -117,7 +117,7 @@ async def achat(engine):
 
 @dataclass(frozen=True)
 class Row:
-    """make: (retriever, llm) -> engine. ask, aask: put the question. shown: those of the recalled paths in each request.
+    """make: (retriever, llm) -> engine. ask, aask: put the question. shown: of the recalled paths those of each call.
 
     script: what the server answers, see `OpenAIServer`. warned: whether the user is told that there is no picture.
     """
