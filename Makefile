@@ -20,7 +20,7 @@ test: test-unit test-integration
 test-unit: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
 
-test-integration: $(VENV)/.serving $(VENV)/.benches $(VENV)/.browser $(VENV)/.qwen $(VENV)/.deploy
+test-integration: $(VENV)/.serving $(VENV)/.benches $(VENV)/.browser $(VENV)/.qwen $(VENV)/.deploy $(VENV)/.docstore
 	$(BIN)/python -m pytest integration
 
 check: $(VENV)/.installed
@@ -96,6 +96,12 @@ $(VENV)/.browser: $(VENV)/.installed
 $(VENV)/.deploy: $(VENV)/.installed
 	command -v docker-compose >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends docker-compose)
 	$(PIP) kubernetes-validate
+	touch $@
+
+# A docstore beside LlamaIndex's default: the test starts the server.
+$(VENV)/.docstore: $(VENV)/.installed
+	command -v redis-server >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server)
+	$(PIP) -e '.[docstore]'
 	touch $@
 
 clean:

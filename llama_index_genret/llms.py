@@ -163,6 +163,7 @@ class InProcessLLM(CustomLLM):
         return {"max_new_tokens": kwargs.get("max_tokens", self.max_tokens), "do_sample": False}
 
     def _inputs(self, messages: Sequence[ChatMessage]) -> dict[str, Any]:
+        messages = [m for m in messages if m.content or any(isinstance(block, ImageBlock) for block in m.blocks)]
         images = [
             load_image(block.resolve_image().read())
             for message in messages
