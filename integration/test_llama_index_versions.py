@@ -8,11 +8,11 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 import venv
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).parent.parent
 NEEDED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
