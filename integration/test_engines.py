@@ -4,9 +4,11 @@ What reaches a server is counted in `tests/test_engines.py`; here vLLM counts, i
 """
 
 import asyncio
+from typing import Any
 
 import pytest
 from llama_index.core.base.llms.types import ImageBlock
+from llama_index.core.bridge.pydantic import Field
 from llama_index.core.chat_engine import CondenseQuestionChatEngine
 from llama_index.core.chat_engine.multi_modal_context import MultiModalContextChatEngine
 from llama_index.core.indices.query.query_transform import HyDEQueryTransform
@@ -23,7 +25,7 @@ QUESTION = "Which colour has the circle?"
 class Chats(BaseEventHandler):
     """Every whole answer of a chat model: what it was shown, and how many tokens its server counted."""
 
-    seen: list = []
+    seen: list[Any] = Field(default_factory=list)
 
     def handle(self, event, **kwargs):
         if isinstance(event, LLMChatEndEvent):
