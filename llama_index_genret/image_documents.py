@@ -66,7 +66,7 @@ def sealed_document(document: BaseNode, pictures: Path) -> Document:
     resource = document.image_resource
     path = _file(document.id_, resource.path if resource else None, resource, pictures)
     copy = document.model_copy(deep=True)
-    _seal(copy, document.metadata.get("image_id") or document.id_, path, _checked(document, path))
+    _seal(copy, _image_id(document), path, _checked(document, path))
     return copy
 
 
@@ -92,7 +92,10 @@ def sealed_node(node: BaseNode, pictures: Path) -> ImageNode:
 
 
 class ImageDocumentParser(TransformComponent):
-    """One `ImageNode` for each document with an image; nodes pass. A document without an image is an error."""
+    """One `ImageNode` for each document with an image; nodes pass. A document without an image is an error.
+
+    In an `IngestionPipeline` of your own, set `disable_cache=True`: its cache takes all images without text for one.
+    """
 
     @classmethod
     def class_name(cls) -> str:
@@ -144,6 +147,10 @@ def _record(node: ImageNode, folders: list[Path]) -> Record:
     )
 
 
+def _image_id(document: Document) -> str:
+    return str(document.metadata.get("image_id") or document.id_)
+
+
 def _is_own(key: str) -> bool:
     return key == "image_id" or key in OWN_KEYS or key.startswith(OWN_PREFIX)
 
@@ -153,7 +160,7 @@ def _node(document: Document) -> ImageNode:
     if resource is None:
         raise ImageError(_no_image(document.id_))
     return ImageNode(
-        id_=document.metadata.get("image_id") or document.id_,
+        id_=_image_id(document),
         text=document.text_resource.text or "" if document.text_resource else "",
         image=resource.data.decode() if resource.data else None,
         image_path=str(resource.path) if resource.path else None,
