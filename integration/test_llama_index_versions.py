@@ -43,7 +43,7 @@ def environment(name):
         if not python.exists():
             venv.create(folder, with_pip=True)
         install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade", *wanted]
-        subprocess.run(install, check=True, timeout=900)
+        subprocess.run(install, check=True, timeout=1700)
         done.write_text(json.dumps(wanted))
     return python
 
