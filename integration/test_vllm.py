@@ -115,14 +115,7 @@ def test_the_query_engine_answers_from_the_server_sync_async_and_streaming(train
     llm = genret_llm(server.api_base, max_tokens=8)
     engine = image_query_engine(retriever, llm)
     answer = engine.query("What is in the picture?")
-
-    async def asked():
-        try:
-            return str(await engine.aquery("What is in the picture?"))
-        finally:
-            await llm._get_aclient().close()  # LlamaIndex leaves it to the end of the process
-
-    assert asyncio.run(asked()) == str(answer)
+    assert str(asyncio.run(engine.aquery("What is in the picture?"))) == str(answer)
     streamed = image_query_engine(retriever, llm, streaming=True).query("What is in the picture?")
     assert "".join(streamed.response_gen).strip() == str(answer).strip()
     assert answer.source_nodes[0].node.metadata["image_id"] in trained_index.rows_by_id

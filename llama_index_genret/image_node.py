@@ -10,6 +10,7 @@ import base64
 import binascii
 import logging
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from llama_index.core.bridge.pydantic import Field
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import ImageNode, MetadataMode, NodeWithScore, QueryBundle, TextNode
 
-from llama_index_genret.errors import ImageError
+from llama_index_genret.errors import ImageError, PictureNotShown
 from llama_index_genret.shown_pictures import MAX_IMAGE_PIXELS, ShownPicture, shown_picture
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,13 @@ _TOKEN_SIDE = 28
 
 _MOST_TOKENS = 2125
 """LlamaIndex's estimate for any image."""
+
+
+_TEXT_ONLY = (
+    "recalled images go through an engine that gives its model text only: captions, and no picture. Use "
+    "`image_query_engine(retriever, llm)`, or a query engine with `multimodal=True`; for chats a "
+    "`MultiModal...ChatEngine`; for agents a `QueryEngineTool` over one of these."
+)
 
 
 class ShownImageBlock(ImageBlock):
@@ -79,9 +87,15 @@ class GenretImageNode(ImageNode):
         """A copy of any `ImageNode`; `options` replace fields of it."""
         return cls.from_dict({**node.to_dict(), **options})
 
+    def get_content(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> str:
+        """See `BaseNode.get_content`. Warns `PictureNotShown` of the text that a model reads instead."""
+        if metadata_mode == MetadataMode.LLM:
+            warnings.warn(_TEXT_ONLY, PictureNotShown, stacklevel=1)  # of one line: Python shows it once
+        return super().get_content(metadata_mode)
+
     def get_content_blocks(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> list[BaseContentBlock]:
         """See `BaseNode.get_content_blocks`: text, then picture; of the mode NONE the picture only."""
-        text = "" if metadata_mode == MetadataMode.NONE else self.get_content(metadata_mode).strip()
+        text = "" if metadata_mode == MetadataMode.NONE else super().get_content(metadata_mode).strip()
         blocks: list[BaseContentBlock] = [TextBlock(text=text)] if text else []
         try:
             picture = self.shown()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.llms.base import BaseLLM
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock, TextBlock
 from llama_index.core.llms import LLM
@@ -11,7 +12,6 @@ from llama_index.core.prompts import PromptTemplate, RichPromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine
 
 from llama_index_genret.image_node import MissingPictureBlock
-from llama_index_genret.retriever import GenerativeImageRetriever
 
 
 class LookAndAnswer(RichPromptTemplate):
@@ -50,17 +50,18 @@ QUESTION_AFTER_CONTEXT = PromptTemplate(
 
 
 def image_query_engine(
-    retriever: GenerativeImageRetriever, llm: LLM, *, show_text: bool | None = None, **kwargs: Any
+    retriever: BaseRetriever, llm: LLM, *, show_text: bool | None = None, **kwargs: Any
 ) -> RetrieverQueryEngine:
     """A stock `RetrieverQueryEngine(multimodal=True)`: sync, async and streaming.
 
     Args:
+        retriever: a `GenerativeImageRetriever`, or one that fuses it with others.
         llm: `genret_llm(...)` for a server, `InProcessLLM(...)` for a model in this process, or any chat LLM.
         show_text: whether the model reads captions and metadata beside the pictures; by default where the retriever
             has `llm_metadata_keys`. Without, it has the pictures only, as in its training: a small model answers best
             so, and nothing but the picture can give the answer away. A large chat LLM gains by the captions.
         kwargs: further arguments of `RetrieverQueryEngine.from_args`; they win.
     """
-    shown = bool(retriever.llm_metadata_keys) if show_text is None else show_text
+    shown = bool(getattr(retriever, "llm_metadata_keys", ())) if show_text is None else show_text
     options: dict[str, Any] = {"multimodal": True, "chat_content_qa_template": LookAndAnswer(show_text=shown), **kwargs}
     return RetrieverQueryEngine.from_args(retriever, llm=llm, **options)
