@@ -121,12 +121,12 @@ class ImageMemory:
 
     def _asked(self, image_id: str, question: str) -> Asked:
         if image_id not in self.index.rows_by_id:
-            raise UnknownImage(f"{self.index.folder} has no image {image_id!r}: ask with the image_id of one of its own.")
+            raise UnknownImage(
+                f"{self.index.folder} has no image {image_id!r}: ask with the image_id of one of its own."
+            )
         row, text = self.index.rows_by_id[image_id], question.strip()
         prompts, tokenizer, name = self.index.prompts, self.index.tokenizer, self.index.token_ids(row)
-        by_heart = (
-            prompts.about_identifier(tokenizer, name, text) if text else prompts.for_identifier(tokenizer, name)
-        )
+        by_heart = prompts.about_identifier(tokenizer, name, text) if text else prompts.for_identifier(tokenizer, name)
         image, text = self.index.records[row].path, text or LOOK
         shown = prompts.about_image(tokenizer, image, text) if image.is_file() else None
         return Asked(by_heart, shown, image, text)

@@ -55,7 +55,9 @@ def seen(index, mllm, row, text):
 
 def test_it_answers_by_the_identifier_and_by_the_picture(memory, trained_index, trained_mllm):
     said = [memory.answer_from_memory(trained_index.records[row].image_id, QUESTION) for row in range(4)]
-    assert [a.from_memory for a in said] == [by_heart(trained_index, trained_mllm, r, f"\n{QUESTION}") for r in range(4)]
+    assert [a.from_memory for a in said] == [
+        by_heart(trained_index, trained_mllm, r, f"\n{QUESTION}") for r in range(4)
+    ]
     assert [a.seeing for a in said] == [seen(trained_index, trained_mllm, row, QUESTION) for row in range(4)]
     assert len({a.from_memory for a in said}) > 1
     assert said[0].from_memory != said[0].seeing
@@ -120,10 +122,14 @@ def server():
 
 
 def through(server, index):
-    return ImageMemory(index, ServerSpeaker(Server(f"http://127.0.0.1:{server.server_port}/v1"), "genret"), max_tokens=9)
+    return ImageMemory(
+        index, ServerSpeaker(Server(f"http://127.0.0.1:{server.server_port}/v1"), "genret"), max_tokens=9
+    )
 
 
-@pytest.mark.parametrize("run", [lambda m, *a: m.answer_from_memory(*a), lambda m, *a: asyncio.run(m.aanswer_from_memory(*a))])
+@pytest.mark.parametrize(
+    "run", [lambda m, *a: m.answer_from_memory(*a), lambda m, *a: asyncio.run(m.aanswer_from_memory(*a))]
+)
 def test_a_server_is_told_the_identifier_as_tokens_and_shown_the_picture_once(server, trained_index, run):
     record = trained_index.records[5]
     answer = run(through(server, trained_index), record.image_id, QUESTION)
