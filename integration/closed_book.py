@@ -2,9 +2,9 @@
 
     python -m integration.closed_book INDEX [--device cpu] [--model FOLDER] [--json FILE]
 
-INDEX is trained on images with questions of their own, such as those of the demo. The answers were part of its training,
-if with `remember` in the mix, so that this measures memory; an answer is right where it says the same words. The last
-rows are what a guess reaches that always gives the most frequent answer to a question.
+INDEX is trained on images with questions of their own, such as those of the demo. With `remember` in the mix their
+answers were part of the training: this measures memory. An answer is right where it says the same words. The last rows
+are what a guess reaches that always gives the most frequent answer to a question.
 """
 
 import argparse

@@ -160,7 +160,7 @@ def _row_of(found: NodeWithScore, rows_by_id: dict[str, int]) -> int:
     image_id = found.node.metadata.get("image_id", found.node.node_id)
     if image_id not in rows_by_id:
         raise UnknownImage(
-            f"a node of the image {image_id!r} is to be verified, but the index has none of that id: it was removed, or "
-            "the node comes from another corpus. Verify before nodes of other corpora are mixed in."
+            f"a node of the image {image_id!r} is to be verified, but the index has none of that id: it was removed, "
+            "or the node comes from another corpus. Verify before nodes of other corpora are mixed in."
         )
     return rows_by_id[image_id]

@@ -2,14 +2,14 @@
 
     python -m integration.recall.verify INDEX [--queries FILE] [--foreign FILE ...] [--by image] [--json FILE]
 
-Known queries are about images of the index. For the abstention half of the images are left out: a filter hides them, so
-that the queries about them are about nothing ("removed"; the model has seen those images, and would like to name them).
-"foreign" are queries about another corpus. Of either kind some may fit an image that is there: no figure can be perfect.
+Known queries are about images of the index. For the abstention half of the images are left out: a filter hides them,
+so that the queries about them are about nothing ("removed"; the model has seen those images, and would like to name
+them). "foreign" are queries about another corpus. Either kind has queries that fit an image that is there.
 
-What is chosen for one half of the queries - the weight of the evidence, the weights of the signals, the threshold below
-which at most 5 % of the known queries fall - is chosen on the other half, parted by the images that are asked for; every
-figure is of all queries. Without --queries the index is of a corpus of `integration.recall.corpora`: its validation
-queries, and as foreign ones those of another corpus.
+What is chosen for one half of the queries - the weight of the evidence, the weights of the signals, the threshold
+below which at most 5 % of the known queries fall - is chosen on the other half, parted by the images that are asked
+for; every figure is of all queries. Without --queries the index is of a corpus of `integration.recall.corpora`: its
+validation queries, and as foreign ones those of another corpus.
 """
 
 import argparse
