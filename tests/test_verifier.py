@@ -105,8 +105,10 @@ def test_async_verifies_the_same_in_three_event_loops(retriever):
         assert [n.score for n in found] == pytest.approx([score for _, score in expected])
 
 
-async def test_a_server_verifies_as_the_table_behind_it_does(server, trained_index):  # noqa: F811
-    """All that is asked fits into one request; no other is sent but for the models."""
+async def test_a_server_verifies_as_the_table_behind_it_does(server, trained_index, monkeypatch):  # noqa: F811
+    """One request for all names, and one for all likelihoods."""
+    prompt = trained_index.prompts.for_query(trained_index.tokenizer, QUERY)
+    monkeypatch.setattr("tests.test_vllm_scorer.PROMPTS", [Prompt(prompt.token_ids)])
     server.table = FakeScorer(trained_index.tokenizer.vocab_size)
     server.models = [{"id": "only", "max_model_len": 500}]
     nodes = GenerativeImageRetriever(trained_index, server.table, similarity_top_k=4).retrieve(QUERY)
@@ -115,7 +117,9 @@ async def test_a_server_verifies_as_the_table_behind_it_does(server, trained_ind
     again = await remote.apostprocess_nodes(nodes, QueryBundle(QUERY))
     assert [node.node.metadata for node in again] == [node.node.metadata for node in once]
     others = references(remote, trained_index, by_id(nodes))
-    assert [len(request["prompt"]) for request in server.requests] == [len(nodes) + len(others) + len(nodes)] * 2
+    told = [len(request["prompt"]) for request in server.requests if "prompt_logprobs" in request]
+    assert told == [len(nodes) + len(others)] * 2
+    assert len(server.requests) == 4
     words = tuple(trained_index.tokenizer.encode_text(QUERY))
 
     def log_p(row):
@@ -232,4 +236,4 @@ def test_the_session_is_asked_once_for_all_that_is_wanted(fake, monkeypatch):
     nodes = fake.retrieve(QUERY)
     asked.clear()
     RecallVerifier(fake).postprocess_nodes(nodes, query_str=QUERY)
-    assert asked == [Normalise.CHILDREN]
+    assert asked == [Normalise.VOCABULARY]

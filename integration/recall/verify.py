@@ -207,6 +207,12 @@ def _query_files(index: Index, options: argparse.Namespace) -> tuple[list[Query]
     return known, _foreign(corpora, corpus)
 
 
+def _some(queries: list[Query], limit: int | None) -> list[Query]:
+    """A sample that is the same in every run."""
+    order = np.random.default_rng(0).permutation(len(queries))[:limit]
+    return [queries[row] for row in sorted(order.tolist())]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -214,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--queries", type=Path, nargs="+", help="held-out queries of this index")
     parser.add_argument("--foreign", type=Path, nargs="+", help="queries about nothing in it")
     parser.add_argument("--kind", help="only the known queries of this kind")
+    parser.add_argument("--limit", type=int, help="only so many known queries, and as many foreign ones")
     parser.add_argument("--by", choices=get_args(RerankBy), default="identifier")
     parser.add_argument("--references", type=int, default=8)
     parser.add_argument("--model", help="the base model, if it has moved")
@@ -222,7 +229,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     index = load_index(options.index)
     known, foreign = _query_files(index, options)
-    known = [query for query in known if options.kind in (None, query.kind)]
+    known = _some([query for query in known if options.kind in (None, query.kind)], options.limit)
+    foreign = _some(foreign, options.limit)
     scorer = TransformersScorer(load_trained(index, device=options.device, base=options.model))
     asked = partial(verified, index, scorer, by=options.by, references=options.references)
     report = Report("verify", seed=0)

@@ -4,7 +4,7 @@
     log p(query)                the same of an image at large: the mean over some other images of the index
     log p(identifier | query)   over the whole vocabulary: a search makes the valid names' probabilities sum to one
 
-Pure: `inquired` and `ainquired` ask a session of any scorer in between, once a query.
+An `Inquiry` is pure; `inquired` and `ainquired` ask a session of any scorer.
 
 Source: query likelihood with the difference to a background model (Zhai and Lafferty 2004), the pointwise mutual
 information of a query and an image; reverse scoring as of TIGeR (arXiv:2406.05814).
@@ -12,8 +12,10 @@ information of a query and an image; reverse scoring as of TIGeR (arXiv:2406.058
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -22,7 +24,7 @@ from llama_index_genret.errors import QueryError
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncScorer, Scorer
 from llama_index_genret.scorers.rerank import Continuation, Float64
-from llama_index_genret.search import Hit, Normalise
+from llama_index_genret.search import Hit, Normalise, Row, Rows
 from llama_index_genret.store import Index
 from llama_index_genret.store.scoring import RerankBy
 
@@ -78,41 +80,67 @@ class Inquiry:
     def _others(self) -> tuple[int, ...]:
         return tuple(row for row in self.references if row not in self.rows)
 
-    def continuations(self) -> list[Continuation]:
-        """What a session must score: the query after each image, then after each reference, then each name."""
-        told = [Continuation(self._describing(row), self.prompt.words) for row in (*self.rows, *self._others)]
-        return told + [Continuation(self.prompt, self.index.token_ids(row)) for row in self.rows]
+    def told(self) -> list[Continuation]:
+        """The query's words after each image, then after each reference."""
+        return [Continuation(self._describing(row), self.prompt.words) for row in (*self.rows, *self._others)]
 
-    def evidence(self, log_likelihoods: Float64) -> Evidence:
-        """What the answers to `continuations` amount to.
+    def names(self, query: int) -> list[Row]:
+        """What must be scored so that each identifier is, after the prompt at position `query`; a beginning once."""
+        following: dict[tuple[int, ...], set[int]] = {}
+        for prefix, token in chain.from_iterable(self._steps):
+            following.setdefault(prefix, set()).add(token)
+        return [Row(query, prefix, np.array(sorted(tokens))) for prefix, tokens in following.items()]
+
+    def evidence(self, log_likelihoods: Float64, scores: Sequence[Float64]) -> Evidence:
+        """What the answers to `told` and to each of `names` amount to.
 
         Without a reference that is left, the images asked about are the references.
         """
-        n, m = len(self.rows), len(self._others)
-        likelihoods, others, naming = np.split(log_likelihoods, [n, n + m])
-        background = others if m else likelihoods
+        likelihoods, others = np.split(log_likelihoods, [len(self.rows)])
+        background = others if len(others) else likelihoods
         mean = float(np.logaddexp.reduce(background) - np.log(len(background)))
+        found = {
+            (row.prefix, token): float(score)
+            for row, of_row in zip(self.names(0), scores, strict=True)
+            for token, score in zip(row.token_ids.tolist(), of_row, strict=True)
+        }
+        naming = np.array([sum(found[step] for step in steps) for steps in self._steps])
         return Evidence(likelihoods, mean, naming, len(self.prompt.words))
+
+    @property
+    def _steps(self) -> list[list[tuple[tuple[int, ...], int]]]:
+        """Of each image's identifier, every token with those before it."""
+        names = [self.index.token_ids(row) for row in self.rows]
+        return [[(name[:place], token) for place, token in enumerate(name)] for name in names]
 
     def _describing(self, row: int) -> Prompt:
         return self.index.describing_prompt(Hit(row, row, self.index.token_ids(row), 0.0), self.by)
 
 
 def inquired(scorer: Scorer, inquiries: Sequence[Inquiry]) -> list[Evidence]:
-    """The evidence of each, asked together."""
-    asked = [inquiry.continuations() for inquiry in inquiries]
-    with scorer.session([], Normalise.CHILDREN) as session:
-        return _parted(inquiries, asked, session.log_likelihoods([one for part in asked for one in part]))
+    """The evidence of each, asked together: all names in one step, all likelihoods in another."""
+    told, rows = _asked(inquiries)
+    with scorer.session([inquiry.prompt for inquiry in inquiries], Normalise.VOCABULARY) as session:
+        return _parted(inquiries, session.log_likelihoods(told), rows.split(np.asarray(session.score(rows))))
 
 
 async def ainquired(scorer: AsyncScorer, inquiries: Sequence[Inquiry]) -> list[Evidence]:
-    """`inquired` for an event loop."""
-    asked = [inquiry.continuations() for inquiry in inquiries]
-    async with scorer.async_session([], Normalise.CHILDREN) as session:
-        answers = await session.log_likelihoods([one for part in asked for one in part])
-    return _parted(inquiries, asked, answers)
+    """`inquired` for an event loop: both at once."""
+    told, rows = _asked(inquiries)
+    async with scorer.async_session([inquiry.prompt for inquiry in inquiries], Normalise.VOCABULARY) as session:
+        likelihoods, scores = await asyncio.gather(session.log_likelihoods(told), session.score(rows))
+    return _parted(inquiries, likelihoods, rows.split(np.asarray(scores)))
 
 
-def _parted(inquiries: Sequence[Inquiry], asked: Sequence[Sequence[Continuation]], answers: Float64) -> list[Evidence]:
-    parts = np.split(answers, np.cumsum([len(part) for part in asked])[:-1])
-    return [inquiry.evidence(part) for inquiry, part in zip(inquiries, parts, strict=True)]
+def _asked(inquiries: Sequence[Inquiry]) -> tuple[list[Continuation], Rows]:
+    told = [one for inquiry in inquiries for one in inquiry.told()]
+    return told, Rows.of([row for query, inquiry in enumerate(inquiries) for row in inquiry.names(query)])
+
+
+def _parted(inquiries: Sequence[Inquiry], likelihoods: Float64, scores: Sequence[Float64]) -> list[Evidence]:
+    found, told, named = [], 0, 0
+    for inquiry in inquiries:
+        n, m = len(inquiry.told()), len(inquiry.names(0))
+        found.append(inquiry.evidence(likelihoods[told : told + n], scores[named : named + m]))
+        told, named = told + n, named + m
+    return found
