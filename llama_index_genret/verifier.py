@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
-from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]  # it re-exports
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
@@ -42,7 +42,8 @@ class RecallVerifier(BaseNodePostprocessor):
 
     Args:
         retriever: whose index and model verify.
-        weight: of the evidence; 0 leaves the order alone.
+        weight: of the evidence; 0 leaves the order alone, and 1 takes the model at its word, whose likelihoods are far
+            surer than they are right.
         by: whether the model is told each image by its "identifier", which is cheap and works with any server, or
             shown the "image" itself, which takes a model in this process.
         references: how many images of the index stand for log p(query).
@@ -53,7 +54,7 @@ class RecallVerifier(BaseNodePostprocessor):
         UnknownImage: on a node that is of no image of the index.
     """
 
-    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     by: RerankBy = "identifier"
     references: int = Field(default=8, ge=0)
     top_n: int | None = Field(default=None, ge=1)

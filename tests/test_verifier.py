@@ -193,9 +193,11 @@ def test_calibration_loses_no_more_known_queries_than_allowed(fake):
 
 def test_nodes_of_another_retriever_are_verified_by_their_image_ids(fake, trained_index):
     node = TextNode(text="a caption", id_="chunk 7", metadata={"image_id": trained_index.records[3].image_id})
-    (found,) = RecallVerifier(fake).postprocess_nodes([NodeWithScore(node=node, score=None)], query_str=QUERY)
+    (found,) = RecallVerifier(fake, weight=0.3).postprocess_nodes(
+        [NodeWithScore(node=node, score=None)], query_str=QUERY
+    )
     information = found.node.metadata["genret_information"]
-    assert found.score == pytest.approx(1 / (1 + math.exp(-information)))
+    assert found.score == pytest.approx(1 / (1 + math.exp(-0.3 * information)))
     assert found.node.text == "a caption"
 
 
