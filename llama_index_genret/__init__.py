@@ -7,19 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llama_index_genret.abstention import Abstention
     from llama_index_genret.corpus import Corpus, Record, read_corpus
     from llama_index_genret.errors import GenretError
     from llama_index_genret.image_documents import ImageDocumentParser, load_images
     from llama_index_genret.image_index import GenerativeImageIndex
     from llama_index_genret.image_node import GenretImageNode, ReadablePictures
     from llama_index_genret.llms import InProcessLLM, genret_llm
+    from llama_index_genret.memory import ImageMemory, MemoryAnswer
     from llama_index_genret.query_engine import image_query_engine
     from llama_index_genret.retriever import GenerativeImageRetriever
     from llama_index_genret.scorers.fake import FakeScorer
     from llama_index_genret.search import Normalise
     from llama_index_genret.store import Index, load_index
+    from llama_index_genret.verifier import RecallVerifier
 
 _HOME = {
+    "Abstention": "abstention",
     "Corpus": "corpus",
     "FakeScorer": "scorers.fake",
     "GenerativeImageIndex": "image_index",
@@ -27,10 +31,13 @@ _HOME = {
     "GenretError": "errors",
     "GenretImageNode": "image_node",
     "ImageDocumentParser": "image_documents",
+    "ImageMemory": "memory",
     "InProcessLLM": "llms",
     "Index": "store",
+    "MemoryAnswer": "memory",
     "Normalise": "search",
     "ReadablePictures": "image_node",
+    "RecallVerifier": "verifier",
     "Record": "corpus",
     "genret_llm": "llms",
     "image_query_engine": "query_engine",
@@ -40,6 +47,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Abstention",
     "Corpus",
     "FakeScorer",
     "GenerativeImageIndex",
@@ -47,10 +55,13 @@ __all__ = [
     "GenretError",
     "GenretImageNode",
     "ImageDocumentParser",
+    "ImageMemory",
     "InProcessLLM",
     "Index",
+    "MemoryAnswer",
     "Normalise",
     "ReadablePictures",
+    "RecallVerifier",
     "Record",
     "genret_llm",
     "image_query_engine",

@@ -179,8 +179,8 @@ def _grounding(index: Index, engine: RetrieverQueryEngine, retriever: Generative
     for pair in pairs:
         shown = retriever.retrieve(records[pair["file_name"]].captions[0])
         swapped = retriever.retrieve(records[pair["other_file_name"]].captions[0])
-        right.append(_is(_ask(engine, pair["question"], shown), pair["answer"]))
-        follows.append(_is(_ask(engine, pair["question"], swapped), pair["other_answer"]))
+        right.append(same_answer(_ask(engine, pair["question"], shown), pair["answer"]))
+        follows.append(same_answer(_ask(engine, pair["question"], swapped), pair["other_answer"]))
     return float(np.mean(right)), float(np.mean(follows))
 
 
@@ -188,7 +188,8 @@ def _ask(engine: RetrieverQueryEngine, question: str, nodes: list[NodeWithScore]
     return str(engine.synthesize(QueryBundle(question), nodes))
 
 
-def _is(answer: str, wanted: str) -> bool:
+def same_answer(answer: str, wanted: str) -> bool:
+    """Whether two answers say the same words, whatever their case and punctuation."""
     return _plain(answer) == _plain(wanted)
 
 

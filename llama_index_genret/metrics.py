@@ -75,6 +75,18 @@ def bootstrap_interval(
     return Interval(float(low), float(high))
 
 
+def auroc(known: Sequence[float], unknown: Sequence[float]) -> float:
+    """Share of the pairs of a known and an unknown in which the known has the larger value; ties count half.
+
+    The area under the curve of wrongly answered against rightly answered, over all thresholds. NaN without pairs.
+    """
+    if not len(known) or not len(unknown):
+        return float("nan")
+    ordered = np.sort(np.asarray(unknown, np.float64))
+    below = np.searchsorted(ordered, known, "left") + np.searchsorted(ordered, known, "right")
+    return float(below.mean() / (2 * len(ordered)))
+
+
 def _reciprocal_rank(ids: Sequence[str], right: Collection[str]) -> float:
     return next((1.0 / place for place, image_id in enumerate(ids, start=1) if image_id in right), 0.0)
 

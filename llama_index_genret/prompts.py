@@ -101,6 +101,15 @@ class PromptSet(BaseModel):
         """The prompt that describes the image of an identifier."""
         return Prompt(tuple(self.describe.fill(tokenizer, token_ids)))
 
+    def about_identifier(self, tokenizer: IndexTokenizer, token_ids: Sequence[int], text: str) -> Prompt:
+        """The prompt that asks about the image of an identifier, unseen: that of `for_identifier`, then the text.
+
+        Raises:
+            QueryError: as of `for_query`, but that the text may be empty.
+        """
+        _check_length(tokenizer, text)
+        return Prompt(tuple(self.describe.fill(tokenizer, [*token_ids, *tokenizer.encode_text(f"\n{text}")])))
+
     def for_picture(self, tokenizer: IndexTokenizer, image: Path | bytes) -> Prompt:
         """The prompt that describes an image by looking at it."""
         before, after = self.answer.before, tokenizer.encode_markup(self.answer.after)

@@ -162,9 +162,14 @@ class _TreeSession:
 
     @torch.inference_mode()
     def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
-        parts = [continuations[i : i + LIKELIHOOD_BATCH] for i in range(0, len(continuations), LIKELIHOOD_BATCH)]
+        found = np.zeros(len(continuations))
         with self._scorer._packed_decoder.applied():
-            return torch.cat([self._scorer._log_likelihoods(part) for part in parts]).numpy()
+            for pictured in (True, False):  # they cannot share a batch
+                rows = [row for row, one in enumerate(continuations) if (one.prompt.image is not None) is pictured]
+                for start in range(0, len(rows), LIKELIHOOD_BATCH):
+                    part = rows[start : start + LIKELIHOOD_BATCH]
+                    found[part] = self._scorer._log_likelihoods([continuations[row] for row in part]).numpy()
+        return found
 
     def _append(self, rows: Sequence[Row]) -> None:
         """Compute the tokens of all prefixes that are not in the cache yet, ancestors included, in one pass."""

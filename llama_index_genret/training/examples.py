@@ -5,7 +5,8 @@ any number of processes, see the same stream.
 
 Source: memorise and retrieve are GRACE's two tasks (arXiv:2402.10805), mixed in every batch rather than phased;
 describe and answer keep the model able to speak of the image behind a name, and of a picture. imitate: any query at
-all, for which a teacher says how likely each image is meant.
+all, for which a teacher says how likely each image is meant. remember: the questions of answer, of a name in place of
+the picture (closed-book answers).
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from llama_index_genret.corpus import Record
 from llama_index_genret.errors import TrainingError
 from llama_index_genret.store import Index
 
-Task = Literal["memorise", "retrieve", "describe", "answer", "imitate"]
+Task = Literal["memorise", "retrieve", "describe", "answer", "imitate", "remember"]
 
 CARRIERS = ("a picture of {}", "find {}", "what is the {} like?", "image: {}")
 """How a caption is put as a query while training, beside the caption as it is. A question is a query too: that of
 `genret ask`."""
 
-MIX: dict[Task, int] = {"retrieve": 8, "memorise": 3, "describe": 1, "answer": 8, "imitate": 20}
-"""Examples of each task in a block; tasks without examples are left out."""
+MIX: dict[Task, int] = {"retrieve": 8, "memorise": 3, "describe": 1, "answer": 8, "imitate": 20, "remember": 0}
+"""Examples of each task in a block; tasks without examples are left out. The order seeds the shuffles."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ def examples_of(index: Index, imitated: Sequence[str] = ()) -> dict[Task, list[E
             tasks["retrieve"] += [Example("retrieve", row, query, None) for query in queries]
             tasks["describe"].append(Example("describe", row, "", caption))
         tasks["retrieve"] += [Example("retrieve", row, q.text, None) for q in index.pseudo_queries_of(record)]
-        tasks["answer"] += [Example("answer", row, question, answer) for question, answer in _questions(record)]
+        for question, answer in _questions(record):
+            tasks["answer"].append(Example("answer", row, question, answer))
+            tasks["remember"].append(Example("remember", row, question, answer))
     if not tasks["retrieve"]:
         raise TrainingError(
             f"no image of {index.folder} has a caption, so nothing teaches which query means which image. "
