@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page
 
-from llama_index_genret.report import Figure, ReportAnswer, ReportHit, ReportQuery, write_report
+from llama_index_genret.report import ReportAnswer, ReportHit, ReportQuery, write_report
 
 DEMO_IMAGES = Path(__file__).resolve().parents[1] / "llama_index_genret" / "demo_data" / "images"
 LONG_WORD = "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft"

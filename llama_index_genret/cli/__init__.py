@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from llama_index_genret.cli import deploy, edit, learn, look, recall
+from llama_index_genret.cli import browse, deploy, edit, learn, look, recall
 from llama_index_genret.cli.output import log
 from llama_index_genret.errors import GenretError
 
@@ -29,6 +29,7 @@ app.command()(recall.ask)
 app.command(name="eval")(look.evaluate)
 app.command()(learn.tune)
 app.command()(recall.batch)
+app.command()(browse.browse)
 app.command()(deploy.export)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(deploy.serve)
 app.command()(edit.inspect)

@@ -26,6 +26,15 @@ def open_scorer(loaded: Index, server: str | None, api_key: str, model: str | No
     return TransformersScorer(load_trained(loaded, device=device, base=model))
 
 
+def open_llm(scorer: Any, server: str | None, api_key: str) -> Any:
+    """The LLM that answers with the model of `open_scorer`."""
+    from llama_index_genret.llms import InProcessLLM, genret_llm
+
+    if server:
+        return genret_llm(server, model=scorer.served_model(), api_key=api_key)
+    return InProcessLLM(scorer.mllm)
+
+
 def open_offline_scorer(loaded: Index, options: dict[str, Any]) -> Any:
     """A `VllmOfflineScorer` of the index's trained weights."""
     prepare_vllm()

@@ -34,7 +34,7 @@ def counting_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def emit(as_json: bool, value: dict[str, Any], table: Table) -> None:
     if as_json:
-        print(json.dumps(value, ensure_ascii=False))
+        print(json.dumps(value, ensure_ascii=False), flush=True)
     else:
         Console().print(table)
 

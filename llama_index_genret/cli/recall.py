@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llama_index_genret.cli.models import open_endpoint, open_offline_scorer, open_scorer
+from llama_index_genret.cli.models import open_endpoint, open_llm, open_offline_scorer, open_scorer
 from llama_index_genret.cli.options import (
     ApiKey,
     BaseModel,
@@ -89,16 +89,12 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Recall images, let the same model look at them, and answer; the sources are named."""
-    from llama_index_genret.llms import InProcessLLM, genret_llm
     from llama_index_genret.query_engine import image_query_engine
     from llama_index_genret.retriever import GenerativeImageRetriever
 
     loaded = load_index(index_dir)
     scorer = open_scorer(loaded, server, api_key, model, device)
-    if server:
-        llm: Any = genret_llm(server, model=scorer.served_model(), api_key=api_key)
-    else:
-        llm = InProcessLLM(scorer.mllm)
+    llm = open_llm(scorer, server, api_key)
     endpoint = open_endpoint(loaded, scorer) if server else None
     retriever = GenerativeImageRetriever(loaded, scorer, similarity_top_k=k, endpoint=endpoint)
     engine = image_query_engine(retriever, llm)
