@@ -141,16 +141,11 @@ def latency_chart(latency_ms: Sequence[float]) -> Chart:
         shown = np.clip(latency_ms, None, max(2 * p95, 1e-3))
         axes.hist(shown, bins=min(30, max(5, round(len(latency_ms) ** 0.5))), color=SYSTEMS[0], alpha=0.45)
         top = axes.get_ylim()[1]
-        for value, name, line, ha in ((p50, "median", "-", "right"), (p95, "95 %", (0, (4, 3)), "left")):
+        for value, name, line, side in ((p50, "median", "-", "right"), (p95, "95 %", (0, (4, 3)), "left")):
             axes.axvline(value, color=INK, linestyle=line, linewidth=1.4)
-            offset = -4 if ha == "right" else 4
-            axes.annotate(
-                f"{name} {value:,.0f}" if value >= 100 else f"{name} {value:.3g}",
-                (value, top),
-                (offset, 2),
-                textcoords="offset points",
-                ha=ha,
-            )
+            text = f"{name} {value:,.0f}" if value >= 100 else f"{name} {value:.3g}"
+            offset = (-4 if side == "right" else 4, 2)
+            axes.annotate(text, (value, top), offset, textcoords="offset points", ha=side)
         axes.set(xlabel="milliseconds", ylabel="queries", ylim=(0, top * 1.12))
         axes.margins(x=0.12)
         axes.grid(axis="x", visible=False)
