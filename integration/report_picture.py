@@ -15,7 +15,7 @@ def main(report: Path, picture: Path) -> None:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 880, "height": 740})
         page.goto(report.resolve().as_uri())
-        page.locator("section.group", has_text="phrasing").first.evaluate("part => part.scrollIntoView()")
+        page.locator("section.group", has_text="at random").evaluate("part => part.scrollIntoView()")
         page.screenshot(path=picture)
         browser.close()
 

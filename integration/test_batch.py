@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from integration.conftest import GENRET, genret_json
-from llama_index_genret.cli import VLLM_ENVIRONMENT
+from llama_index_genret.cli.models import VLLM_ENVIRONMENT
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.search import Normalise

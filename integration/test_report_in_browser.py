@@ -14,7 +14,10 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page
 
-from llama_index_genret.report import Figure, ReportAnswer, ReportHit, ReportQuery, write_report
+from llama_index_genret.calibration import expected_calibration_error, reliability
+from llama_index_genret.charts import Measured, calibration_chart, comparison_chart, latency_chart, survival_chart
+from llama_index_genret.metrics import Interval
+from llama_index_genret.report import Cell, Chart, QueryGroup, ReportAnswer, ReportHit, ReportQuery, Table, write_report
 
 DEMO_IMAGES = Path(__file__).resolve().parents[1] / "llama_index_genret" / "demo_data" / "images"
 LONG_WORD = "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft"
@@ -28,6 +31,10 @@ BACKGROUND_SIZES = """async () => Promise.all(
     const box = element.getBoundingClientRect();
     return Math.min(image.naturalWidth, image.naturalHeight, box.width, box.height);
   }))"""
+FILLS = """card => [...card.querySelectorAll("svg [style*='--chart']")].map((drawn) => {
+  const style = getComputedStyle(drawn);
+  return style.stroke === "none" ? style.fill : style.stroke;
+})"""
 TOO_WIDE = """() => [...document.body.querySelectorAll("*")]
   .filter((element) => element.getBoundingClientRect().right > innerWidth + 0.5 || element.scrollWidth > innerWidth)
   .map((element) => element.outerHTML.slice(0, 120))"""
@@ -64,6 +71,35 @@ def example_queries(pictures: list[tuple[Path, str]]) -> list[ReportQuery]:
     return queries
 
 
+def example_tables() -> list[Table]:
+    """Three systems with intervals, as wide as `genret eval` makes it, and one with notes."""
+    cells = [Cell(f"0.{n}71", f"0.{n}21–0.{n}99") for n in (8, 6, 5)]
+    rows = tuple((Cell(name), *cells) for name in ("recall@1", "recall@10", "nDCG@10", "calibration error"))
+    noted = ((Cell("recall@10 on held-out tags"), Cell("0.71"), Cell("goal 0.60; BM25 0.00, dense peer 0.66")),)
+    return [
+        Table("Figures", ("", "generative", "tfidf", "bm25"), rows, "Below each figure its interval."),
+        Table("Goals", ("figure", "value", "note"), noted, words=frozenset({"note"})),
+    ]
+
+
+def example_charts() -> list[Chart]:
+    """All that `genret eval` draws."""
+    measured = {n: Measured(n / 10, Interval(n / 10 - 0.08, n / 10 + 0.05)) for n in range(3, 10)}
+    names = ("recall@1", "recall@5", "recall@10", "MRR", "nDCG@10")
+    systems = {
+        system: {name: measured[low + place] for place, name in enumerate(names)}
+        for low, system in ((5, "generative"), (4, "tfidf"), (3, "bm25"))
+    }
+    scores = [n / 100 for n in range(100)]
+    right = [n % 3 > 0 for n in range(100)]
+    return [
+        comparison_chart(systems),
+        survival_chart([measured[9], measured[8], measured[6]]),
+        calibration_chart(reliability(scores, right), expected_calibration_error(scores, right), scored=100),
+        latency_chart([20 + n % 37 for n in range(300)] + [900.0]),
+    ]
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
@@ -80,12 +116,12 @@ def report(tmp_path_factory) -> Path:
         path,
         title="What the model recalls",
         subtitle=f"{len(pictures)} pictures, structured identifiers; a test of the page, not a measurement.",
-        figures=[
-            Figure("recall@1 on captions", "0.97", "goal 0.95"),
-            Figure("recall@10 on held-out tags", "0.71", "goal 0.60; BM25 0.00, dense peer 0.66"),
-            Figure("latency p50", "38 ms"),
+        tables=example_tables(),
+        charts=example_charts(),
+        groups=[
+            QueryGroup("The worst", tuple(queries), "Misses first."),
+            QueryGroup("Awkward", (awkward, ReportQuery("nothing at all", LONG_WORD, (), ())), f"{LONG_WORD}!"),
         ],
-        queries=[*queries, awkward, ReportQuery("nothing at all", "awkward", (), ())],
         answers=[*answers, ReportAnswer(f"What is a {LONG_WORD}?", f"Nobody knows.\nNot even {LONG_WORD}.", ())],
         images={path.stem: path for path, _ in pictures},
     )
@@ -127,6 +163,28 @@ def test_a_thumbnail_is_painted(visit):
     assert len(painted.convert("RGB").getcolors(1 << 24) or ()) > 20
 
 
+def test_the_texts_and_marks_of_every_chart_stand_out_from_its_card(visit):
+    """Dark on light and light on dark: what is written, and what is drawn in the colors of the systems."""
+    charts = visit.page.locator("figure.card")
+    assert charts.count() == len(example_charts())
+    for chart in charts.all():
+        box = chart.locator("svg").bounding_box()
+        assert min(box["width"], box["height"]) > 150
+        card = brightness(chart.evaluate("card => getComputedStyle(card).backgroundColor"))
+        texts = chart.locator("svg text")
+        assert texts.count() > 5
+        for text in texts.all():
+            assert abs(brightness(text.evaluate("text => getComputedStyle(text).fill")) - card) > 90
+        drawn = chart.evaluate(f"({FILLS})")
+        assert len(drawn) > 1
+        assert min(abs(brightness(fill) - card) for fill in drawn) > 60
+
+
+def brightness(color: str) -> float:
+    """0 to 255, of what getComputedStyle calls a color."""
+    return sum(int(part) for part in color[4:-1].split(",")) / 3
+
+
 def test_nothing_is_wider_than_the_screen(visit):
     assert visit.page.evaluate(TOO_WIDE) == []
 
@@ -134,8 +192,7 @@ def test_nothing_is_wider_than_the_screen(visit):
 def test_the_color_scheme_is_followed(visit):
     wanted = "dark" if visit.page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches") else "light"
     background = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
-    brightness = sum(int(part) for part in background[4:-1].split(",")) / 3
-    assert ("dark" if brightness < 80 else "light") == wanted
+    assert ("dark" if brightness(background) < 80 else "light") == wanted
 
 
 def test_the_filter_leaves_only_misses_and_gives_all_back(visit):

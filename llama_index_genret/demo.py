@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,14 @@ from llama_index_genret.evaluation import (
     evaluation_of,
     read_queries,
     recall_in_batches,
-    shown_hit,
-    write_evaluation_report,
 )
+from llama_index_genret.evaluation_report import shown_hit, write_evaluation_report
 from llama_index_genret.indexing import build_index
 from llama_index_genret.llms import InProcessLLM, genret_llm
 from llama_index_genret.metrics import recall_at
 from llama_index_genret.modeling import load_mllm, load_trained
 from llama_index_genret.query_engine import image_query_engine
-from llama_index_genret.report import Figure, ReportAnswer
+from llama_index_genret.report import Cell, ReportAnswer, Table
 from llama_index_genret.retriever import GenerativeImageRetriever
 from llama_index_genret.scorers.base import Scorer
 from llama_index_genret.scorers.transformers import TransformersScorer
@@ -101,6 +101,8 @@ def run_demo(
     say(f"Indexing {DATA / 'images'}")
     mllm = load_mllm(model)
     index = build_index(read_corpus(DATA / "images"), out / "index", mllm, overwrite=True, progress=progress)
+    if find_spec("matplotlib") is None:
+        say("The report will have no charts: pip install 'llama-index-genret[eval]'")
     say("Training: memorise, retrieve, describe and answer, interleaved")
     index = train(index, options)
     mllm = load_trained(index)
@@ -220,15 +222,17 @@ def agreement_of(
 
 
 def _reported(result: DemoResult) -> DemoResult:
-    """Write the page."""
+    """Write the page, with charts where what draws them is installed."""
     records = result.index.records
     rows = [result.index.rows_by_id[image_id] for image_id in result.answer.sources]
+    figures = tuple(tuple(map(Cell, row)) for row in figure_rows(result.figures))
     sources = tuple(shown_hit(records[row], 1.0, result.answer.sources) for row in rows)
     write_evaluation_report(
         result.report,
         result.index,
         result.evaluation,
-        figures=[Figure(*row) for row in figure_rows(result.figures)],
+        tables=[Table("The demo's figures", ("figure", "value", "note"), figures, words=frozenset({"note"}))],
+        charts=find_spec("matplotlib") is not None,
         answers=[ReportAnswer(result.answer.question, result.answer.answer, sources)],
     )
     return result

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_index_genret.calibration import expected_calibration_error
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import CorpusError, MissingExtra, QueryError
 from llama_index_genret.metrics import (
@@ -23,13 +24,14 @@ from llama_index_genret.metrics import (
     found_at,
     mean_reciprocal_rank,
     ndcg_at,
+    ndcgs_at,
     recall_at,
     reciprocal_ranks,
 )
 from llama_index_genret.prompts import Prompt
-from llama_index_genret.report import Figure, ReportAnswer, ReportHit, ReportQuery, write_report
 from llama_index_genret.scorers.base import Scorer, recall
 from llama_index_genret.scorers.ranked import ranking_options
+from llama_index_genret.scorers.watching import Prefix, WatchingScorer
 from llama_index_genret.search import Hit, Normalise
 from llama_index_genret.store import Index, Scoring, text_key
 
@@ -63,15 +65,20 @@ class Evaluation:
     """Ranked image ids of every query, and what follows from them.
 
     hits: of a generative recall, as many as `ranked`. latency_ms: of each query alone, where it was measured.
+    kept: of each query, where it was watched: whether the search kept the first 1, 2, ... symbols of a right image.
     """
 
     queries: tuple[Query, ...]
     ranked: tuple[tuple[str, ...], ...]
     hits: tuple[tuple[Hit, ...], ...] = ()
     latency_ms: tuple[float, ...] = ()
+    kept: tuple[tuple[bool, ...], ...] = ()
 
     def figures(self) -> dict[str, Any]:
-        """n, recall@1/5/10, mrr, ndcg@10, `interval` of recall and mrr, latency percentiles where it was measured."""
+        """n, recall@1/5/10, mrr, ndcg@10 and the `interval` of each.
+
+        Where they were measured: `latency_ms` percentiles, `prefix_survival`, and of hits `calibration_error`.
+        """
         expected = [query.image_ids for query in self.queries]
         figures: dict[str, Any] = {"n": len(self.queries)}
         figures |= {f"recall@{k}": recall_at(self.ranked, expected, k) for k in (1, 5, 10)}
@@ -80,16 +87,41 @@ class Evaluation:
         if self.latency_ms:
             p50, p95 = np.percentile(self.latency_ms, [50, 95])
             figures["latency_ms"] = {"p50": round(float(p50), 1), "p95": round(float(p95), 1)}
+        if self.kept:
+            figures["prefix_survival"] = self.prefix_survival()
+        if self.hits:
+            figures["calibration_error"] = expected_calibration_error(*self.first_hits())
         return figures
 
+    def prefix_survival(self) -> list[float]:
+        """Share of the queries whose search kept the first 1, 2, ... symbols of a right image; see `levels_kept`.
+
+        The last figure is recall@10.
+        """
+        return np.mean(self.levels(), axis=0).tolist() if self.kept else []
+
+    def levels(self) -> NDArray[np.bool_]:
+        """(queries, levels) `kept`, a shorter identifier being kept at the levels below its end if it is as a whole."""
+        depth = max(map(len, self.kept), default=0)
+        return np.array([[*kept, *[kept[-1]] * (depth - len(kept))] for kept in self.kept], np.bool_)
+
+    def first_hits(self) -> tuple[list[float], list[bool]]:
+        """The score of every first hit, and whether it is right; without the queries that were refused."""
+        found = [(hits[0].score, ids[0] in query.image_ids) for query, ids, hits in self._rows() if hits]
+        return [score for score, _ in found], [right for _, right in found]
+
+    def _rows(self) -> Iterable[tuple[Query, tuple[str, ...], tuple[Hit, ...]]]:
+        return zip(self.queries, self.ranked, self.hits, strict=True)
+
     def of_each_query(self) -> dict[str, list[float]]:
-        """recall@1/5/10 and mrr of every query alone, in the order of `queries`."""
+        """recall@1/5/10, mrr and ndcg@10 of every query alone, in the order of `queries`."""
         expected = [query.image_ids for query in self.queries]
         values = {f"recall@{k}": found_at(self.ranked, expected, k) for k in (1, 5, 10)}
-        return values | {"mrr": reciprocal_ranks(self.ranked, expected)}
+        values["mrr"] = reciprocal_ranks(self.ranked, expected)
+        return values | {"ndcg@10": ndcgs_at(self.ranked, expected, 10)}
 
     def intervals(self) -> dict[str, Interval]:
-        """95 % intervals of recall@1/5/10 and mrr; queries that ask for the same images are drawn together."""
+        """95 % intervals of all of them; queries that ask for the same images are drawn together."""
         asked = [query.image_ids for query in self.queries]
         return {name: bootstrap_interval(values, asked) for name, values in self.of_each_query().items()}
 
@@ -101,6 +133,7 @@ class Evaluation:
             tuple(self.ranked[row] for row in rows),
             tuple(self.hits[row] for row in rows) if self.hits else (),
             tuple(self.latency_ms[row] for row in rows) if self.latency_ms else (),
+            tuple(self.kept[row] for row in rows) if self.kept else (),
         )
 
 
@@ -155,24 +188,46 @@ def evaluate(
     normalise: Normalise = Normalise.CHILDREN,
     scoring: Scoring | None = None,
 ) -> Evaluation:
-    """Recall every query, one at a time, and time each. A query that is refused has no results: a miss.
+    """Recall every query, one at a time, time each, and watch which prefixes are kept.
+
+    A query that is refused has no results: a miss.
 
     Args:
         scoring: how hits are ranked, as the index was tuned if not given.
     """
     options = ranking_options(index, index.scoring() if scoring is None else scoring)
-    found, latency_ms = [], []
+    watching = WatchingScorer(scorer)
+    found, latency_ms, kept = [], [], []
     for query in progress(queries):
         start = time.perf_counter()
         try:
             prompt = query.prompt(index)
-            (ranking,) = recall(scorer, index.trie, [prompt], k=DEPTH, width=width, normalise=normalise, **options)
+            (ranking,) = recall(watching, index.trie, [prompt], k=DEPTH, width=width, normalise=normalise, **options)
             hits = ranking.hits
         except QueryError:
             hits = ()
         latency_ms.append((time.perf_counter() - start) * 1e3)
         found.append(hits)
-    return evaluation_of(index, queries, found, latency_ms)
+        kept.append(levels_kept(index, query, watching.kept(1)[0] if hits else (), hits))
+    return replace(evaluation_of(index, queries, found, latency_ms), kept=tuple(kept))
+
+
+def levels_kept(index: Index, query: Query, kept: Sequence[Prefix], hits: Sequence[Hit]) -> tuple[bool, ...]:
+    """Whether a search kept the first 1, 2, ... symbols of a right image's identifier.
+
+    A beginning that only one image has is that image: it is kept where the image is recalled. An identifier that is
+    shorter than others must have been kept as a whole.
+
+    Args:
+        kept: prefixes whose children were scored, as of `WatchingScorer.kept`. hits: what was found in the end.
+    """
+    right = [index.token_ids(index.rows_by_id[image_id]) for image_id in query.image_ids]
+    beams = [*kept, *(hit.token_ids for hit in hits)]
+
+    def survives(level: int) -> bool:
+        return any(beam[: len(name[:level])] == name[:level] for beam in beams for name in right)
+
+    return tuple(survives(level) for level in range(1, max(map(len, right)) + 1))
 
 
 def n_written_by_a_model(index: Index, queries: Sequence[Query]) -> int:
@@ -193,36 +248,6 @@ def evaluation_of(
     """What the hits of the queries amount to."""
     ranked = tuple(tuple(index.record_of(hit).image_id for hit in found) for found in hits)
     return Evaluation(tuple(queries), ranked, tuple(map(tuple, hits)), tuple(latency_ms))
-
-
-def write_evaluation_report(
-    path: Path,
-    index: Index,
-    evaluation: Evaluation,
-    *,
-    figures: Sequence[Figure] = (),
-    answers: Sequence[ReportAnswer] = (),
-) -> None:
-    """Write one self-contained HTML page: the figures, and every query with the images that it recalled."""
-    queries = []
-    for query, hits in zip(evaluation.queries, evaluation.hits, strict=True):
-        shown = tuple(shown_hit(index.record_of(hit), hit.score, query.image_ids) for hit in hits[:5])
-        queries.append(ReportQuery(query.text, query.kind, tuple(sorted(query.image_ids)), shown))
-    write_report(
-        path,
-        title="Images recalled by a model that has memorised them",
-        subtitle=f"{len(index.records)} images, scheme {index.manifest.scheme!r}: query left, recalled images right.",
-        figures=figures or [Figure(name, str(v)) for name, v in evaluation.figures().items() if name != "interval"],
-        queries=queries,
-        answers=answers,
-        images={record.image_id: record.path for record in index.records},
-    )
-
-
-def shown_hit(record: Record, score: float, right: Collection[str]) -> ReportHit:
-    """A recalled image as the report shows it."""
-    caption = record.captions[0] if record.captions else record.file_name
-    return ReportHit(record.image_id, record.path, caption, score, record.image_id in right)
 
 
 def recall_in_batches(

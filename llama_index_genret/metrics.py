@@ -35,7 +35,7 @@ def ndcg_at(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]]
 
     The best possible has `k` right ids at most: LlamaIndex's own figure has all, and is lower where they are more.
     """
-    return _mean([_ndcg(ids[:k], right, k) for ids, right in zip(ranked, expected, strict=True)])
+    return _mean(ndcgs_at(ranked, expected, k))
 
 
 def found_at(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]], k: int) -> list[float]:
@@ -46,6 +46,11 @@ def found_at(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]
 def reciprocal_ranks(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]]) -> list[float]:
     """Of each query: what `mean_reciprocal_rank` is the mean of."""
     return [_reciprocal_rank(ids, right) for ids, right in zip(ranked, expected, strict=True)]
+
+
+def ndcgs_at(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]], k: int) -> list[float]:
+    """Of each query: what `ndcg_at` is the mean of."""
+    return [_ndcg(ids[:k], right, k) for ids, right in zip(ranked, expected, strict=True)]
 
 
 def bootstrap_interval(

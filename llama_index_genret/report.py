@@ -1,6 +1,6 @@
-"""One self-contained HTML page that shows what was recalled: each query, and the pictures that it found.
+"""One self-contained HTML page that shows what was recalled: figures, charts, queries and the pictures that they found.
 
-Knows pictures, words and HTML; nothing of indexes, models or metrics: figures arrive as text.
+Knows pictures, words and HTML; nothing of indexes, models or metrics: figures arrive as text, charts as SVG.
 """
 
 import os
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image, ImageOps
@@ -18,12 +18,30 @@ SIDE_PX = 112
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a bad file
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One number of the evaluation, as it shall be read: ("recall@1 on captions", "0.97", "goal 0.95")."""
+class Cell(NamedTuple):
+    """One entry of a table. small: what is set below it, such as an interval."""
 
-    name: str
-    value: str
+    text: str
+    small: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Figures as they shall be read. Each row begins with its name; `words` are the columns that hold no numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+    words: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """svg: an element without size, trusted as it is. note: what is to be seen in it."""
+
+    title: str
+    svg: str
     note: str = ""
 
 
@@ -40,7 +58,7 @@ class ReportHit:
 
 @dataclass(frozen=True)
 class ReportQuery:
-    """One query with its hits, best first. `expected` are image ids; `kind` is the group that shows the query."""
+    """One query with its hits, best first. `expected` are image ids; `kind` is shown beside the query."""
 
     query: str
     kind: str
@@ -70,10 +88,11 @@ class ReportAnswer:
 
 @dataclass(frozen=True)
 class QueryGroup:
-    """All queries of one kind, in the order given."""
+    """Queries that are shown together, in the order given."""
 
-    kind: str
+    title: str
     queries: tuple[ReportQuery, ...]
+    note: str = ""
 
     def count(self, outcome: str) -> int:
         return sum(query.outcome == outcome for query in self.queries)
@@ -84,9 +103,10 @@ def write_report(
     *,
     title: str,
     subtitle: str,
-    figures: Sequence[Figure],
-    queries: Sequence[ReportQuery],
-    answers: Sequence[ReportAnswer],
+    tables: Sequence[Table] = (),
+    charts: Sequence[Chart] = (),
+    groups: Sequence[QueryGroup] = (),
+    answers: Sequence[ReportAnswer] = (),
     images: Mapping[str, Path] | None = None,
 ) -> None:
     """Write the page whole or not at all; it needs no other file and makes no request.
@@ -97,6 +117,7 @@ def write_report(
     Raises:
         OSError: the page cannot be written. An image that cannot be read is no error: the page names it.
     """
+    queries = [query for group in groups for query in group.queries]
     hits = [hit for query in queries for hit in query.hits] + [hit for answer in answers for hit in answer.sources]
     missed = {image_id for query in queries if query.outcome == "missed" for image_id in query.expected}
     known = {hit.image_id: hit.path for hit in hits} | dict(images or {})
@@ -106,23 +127,16 @@ def write_report(
     page = _template().render(
         title=title,
         subtitle=subtitle,
-        figures=figures,
+        tables=tables,
+        charts=charts,
         all_queries=QueryGroup("all", tuple(queries)),
-        groups=grouped(queries),
+        groups=[group for group in groups if group.queries],
         answers=answers,
         expected_paths=expected_paths,
         css_classes=css_classes,
         class_of_path={image: css_classes[url] for image, url in urls.items()},
     )
     _write_whole(path, page)
-
-
-def grouped(queries: Iterable[ReportQuery]) -> list[QueryGroup]:
-    """In the order in which the kinds first appear."""
-    by_kind: dict[str, list[ReportQuery]] = {}
-    for query in queries:
-        by_kind.setdefault(query.kind, []).append(query)
-    return [QueryGroup(kind, tuple(members)) for kind, members in by_kind.items()]
 
 
 def data_urls(paths: Iterable[Path]) -> dict[Path, str]:
@@ -137,14 +151,23 @@ def data_urls(paths: Iterable[Path]) -> dict[Path, str]:
 
 
 def thumbnail_url(path: Path) -> str:
-    """The picture as a WebP of at most `SIDE_PX` a side, upright, transparency kept."""
+    """`thumbnail` as an address that holds the picture."""
+    return f"data:image/webp;base64,{b64encode(thumbnail(path)).decode('ascii')}"
+
+
+def thumbnail(path: Path, side_px: int = SIDE_PX) -> bytes:
+    """The picture as a WebP of at most `side_px` a side, upright, transparency kept.
+
+    Raises:
+        one of UNREADABLE: the file is missing, or is no picture.
+    """
     with Image.open(path) as image:
-        image.draft("RGB", (2 * SIDE_PX, 2 * SIDE_PX))  # a JPEG is decoded at a fraction of its size
-        thumbnail = ImageOps.exif_transpose(image).convert("RGBA")
-    thumbnail.thumbnail((SIDE_PX, SIDE_PX))
+        image.draft("RGB", (2 * side_px, 2 * side_px))  # a JPEG is decoded at a fraction of its size
+        small = ImageOps.exif_transpose(image).convert("RGBA")
+    small.thumbnail((side_px, side_px))
     webp = BytesIO()
-    thumbnail.save(webp, "WEBP", quality=80)
-    return f"data:image/webp;base64,{b64encode(webp.getvalue()).decode('ascii')}"
+    small.save(webp, "WEBP", quality=80)
+    return webp.getvalue()
 
 
 def score_text(score: float) -> str:

@@ -86,7 +86,7 @@ def test_figures_have_an_interval_around_each_recall_with_queries_of_an_image_dr
     assert figures["recall@1"] == 0.5
     expected = interval_by_loops([1.0] * 9 + [0.0] * 9, [query.image_ids for query in asked], 0.95, 0)
     assert figures["interval"]["recall@1"] == pytest.approx(list(expected))
-    assert set(figures["interval"]) == {"recall@1", "recall@5", "recall@10", "mrr"}
+    assert set(figures["interval"]) == {"recall@1", "recall@5", "recall@10", "mrr", "ndcg@10"}
 
 
 def test_of_images_of_equal_score_the_right_one_is_ranked_last(untrained_index):

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llama_index_genret.report import SIDE_PX, Figure, ReportAnswer, ReportHit, ReportQuery, write_report
+from llama_index_genret.report import (
+    SIDE_PX,
+    Cell,
+    Chart,
+    QueryGroup,
+    ReportAnswer,
+    ReportHit,
+    ReportQuery,
+    Table,
+    write_report,
+)
 
 HOSTILE = """</style></title><script>alert("x")</script><img src=x onerror='alert(1)'> "onclick="alert(2) {{ 7 * 7 }}"""
 DATA_URL = re.compile(r"url\(data:image/webp;base64,([A-Za-z0-9+/=]+)\)")
@@ -29,9 +39,10 @@ def hit(path: Path, caption: str = "a picture", score: float = 0.5, is_right: bo
     return ReportHit(path.stem, path, caption, score, is_right)
 
 
-def page_of(tmp_path: Path, *, title="t", subtitle="s", figures=(), queries=(), answers=(), images=None) -> str:
+def page_of(tmp_path: Path, *, title="t", subtitle="s", queries=(), **parts) -> str:
     path = tmp_path / "report.html"
-    write_report(path, title=title, subtitle=subtitle, figures=figures, queries=queries, answers=answers, images=images)
+    groups = parts.pop("groups", [QueryGroup("queries", tuple(queries))])
+    write_report(path, title=title, subtitle=subtitle, groups=groups, **parts)
     return path.read_text(encoding="utf-8")
 
 
@@ -63,16 +74,21 @@ def test_hostile_text_stays_text_wherever_it_stands(tmp_path, pictures):
         ReportQuery(HOSTILE, "missed", (HOSTILE,), (gone,)),
     ]
     answers = [ReportAnswer(HOSTILE, HOSTILE, (hostile_hit,))]
-    figures = [Figure(HOSTILE, HOSTILE, HOSTILE)]
-    page = Elements(
-        page_of(tmp_path, title=HOSTILE, subtitle=HOSTILE, figures=figures, queries=queries, answers=answers)
-    )
+    row = (Cell(HOSTILE), Cell(HOSTILE, HOSTILE))
+    parts = {
+        "tables": [Table(HOSTILE, (HOSTILE, HOSTILE), (row,), HOSTILE)],
+        "charts": [Chart(HOSTILE, "<svg></svg>", HOSTILE)],
+        "groups": [QueryGroup(HOSTILE, tuple(queries), HOSTILE)],
+        "answers": answers,
+    }
+    page = Elements(page_of(tmp_path, title=HOSTILE, subtitle=HOSTILE, **parts))
 
     assert not {tag for tag, _ in page.tags} & {"script", "img", "iframe", "object", "embed"}
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
-    # title twice (tab, heading), subtitle, figure x 3, query x 2, kind x 2 (table, group), caption x 2, its id as the
+    # title twice (tab, heading), subtitle; table: title, 2 columns, 3 texts of a row, note; chart: title, note;
+    # group: title, note; query x 2, kind once, caption x 2 (of the hit, and of the answer's source), its id as the
     # caption of the picture that is gone and as the expected id, question, answer
-    assert page.text.count(HOSTILE) == 16
+    assert page.text.count(HOSTILE) == 23
 
 
 def test_the_page_names_no_address_but_its_own(tmp_path, pictures):
@@ -81,7 +97,7 @@ def test_the_page_names_no_address_but_its_own(tmp_path, pictures):
 
     assert not re.search(r"(?i)https?:|//[a-z]|@import|url\(|<script", DATA_URL.sub("", page))
     links = [link for _, attributes in Elements(page).tags for link in (attributes.get("href"), attributes.get("src"))]
-    assert {link for link in links if link} == {"data:,", "#kind-1", "#answers"}
+    assert {link for link in links if link} == {"data:,"}
     assert "default-src 'none'" in page
 
 
@@ -137,13 +153,17 @@ def test_misses_are_marked_and_show_the_expected_picture(tmp_path, pictures):
     assert "unknown" in page.text
 
 
-def test_queries_are_grouped_by_kind_in_the_order_given(tmp_path, pictures):
-    kinds = ["tag", "phrasing", "tag"]
-    queries = [ReportQuery(f"q{n}", kind, (), (hit(pictures / "red.png"),)) for n, kind in enumerate(kinds)]
-    page = page_of(tmp_path, queries=queries)
+def test_groups_queries_and_tables_are_shown_in_the_order_given_and_an_empty_group_is_not(tmp_path, pictures):
+    queries = [ReportQuery(f"q{n}", f"kind{n}", (), (hit(pictures / "red.png"),)) for n in range(3)]
+    groups = [QueryGroup("worst", (queries[2], queries[0])), QueryGroup("none", ()), QueryGroup("lot", (queries[1],))]
+    tables = [Table(f"table{n}", ("", "MRR"), ((Cell("ours"), Cell("0.5", "0.4–0.6")),)) for n in range(2)]
+    page = page_of(tmp_path, groups=groups, tables=tables)
 
-    assert re.findall(r"<h3>(\w+)<small>(\d \w+)", page) == [("tag", "2 queries"), ("phrasing", "1 query")]
-    assert re.findall(r'class="query" dir="auto">(\w+)', page) == ["q0", "q2", "q1"]
+    assert re.findall(r"<h3>(\w+)<small>(\d \w+)", page) == [("worst", "2 queries"), ("lot", "1 query")]
+    assert re.findall(r'class="query" dir="auto">(\w+)', page) == ["q2", "q0", "q1"]
+    assert re.findall(r'class="kind">(\w+)', page) == ["kind2", "kind0", "kind1"]
+    assert re.findall(r"<h2>(table\d)", page) == ["table0", "table1"]
+    assert page.count('<td class="number">0.5<small>0.4–0.6</small></td>') == 2
 
 
 @pytest.mark.parametrize(
@@ -190,7 +210,7 @@ def test_half_a_surrogate_pair_from_json_is_shown_as_its_escape(tmp_path, pictur
 def test_the_report_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
     path = tmp_path / "new folder" / "report.html"
     for title in ("first", "second"):
-        write_report(path, title=title, subtitle="", figures=(), queries=(), answers=())
+        write_report(path, title=title, subtitle="")
     assert "second" in path.read_text(encoding="utf-8")
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 

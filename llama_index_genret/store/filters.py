@@ -100,6 +100,11 @@ class Columns:
         keys = dict.fromkeys(key for row in rows for key in row)
         self._columns = {key: Column.of(row.get(key) for row in rows) for key in keys}
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Those that any record has."""
+        return tuple(self._columns)
+
     def distinct(self, key: str) -> Sequence[Value]:
         """The values that the records have under `key`.
 

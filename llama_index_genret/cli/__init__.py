@@ -1,0 +1,46 @@
+"""`genret`: a thin shell over the library. The only package that prints or reads the environment.
+
+Results go to stdout, as tables or, with `--json`, as one machine-readable object; logs and bars go to stderr.
+Exit code 0, 1 (failed: one line on stderr) or 2 (usage).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+
+from llama_index_genret.cli import browse, deploy, edit, learn, look, recall
+from llama_index_genret.cli.output import log
+from llama_index_genret.errors import GenretError
+
+app = typer.Typer(
+    help="A multimodal LLM that has memorised your images.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+app.command()(edit.index)
+app.command()(learn.write_queries)
+app.command()(learn.train)
+app.command()(edit.add)
+app.command()(edit.remove)
+app.command()(recall.query)
+app.command()(recall.ask)
+app.command(name="eval")(look.evaluate)
+app.command()(learn.tune)
+app.command()(recall.batch)
+app.command()(browse.browse)
+app.command()(deploy.export)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(deploy.serve)
+app.command()(edit.inspect)
+app.command()(look.demo)
+
+
+def main() -> NoReturn:
+    """Entry point: turns errors of ours into one line on stderr and exit code 1."""
+    try:
+        app(standalone_mode=True)
+    except GenretError as error:
+        log.print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)
+    sys.exit(0)

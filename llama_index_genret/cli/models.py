@@ -1,0 +1,57 @@
+"""The model that a command asks: in this process, behind a server, or with `vllm.LLM`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from llama_index_genret.store import Index
+
+VLLM_ENVIRONMENT = {
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # an engine process of its own outlives this one when it is killed
+    "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",  # a fork would inherit the threads of torch
+}
+
+
+def open_scorer(loaded: Index, server: str | None, api_key: str, model: str | None, device: str) -> Any:
+    """A `VllmScorer` where a server is named, else a `TransformersScorer`."""
+    if server:
+        from llama_index_genret.scorers.vllm import VllmScorer
+
+        return VllmScorer(server, api_key=api_key, weights_id=loaded.weights_id)
+    from llama_index_genret.modeling import load_trained
+    from llama_index_genret.scorers.transformers import TransformersScorer
+
+    return TransformersScorer(load_trained(loaded, device=device, base=model))
+
+
+def open_llm(scorer: Any, server: str | None, api_key: str) -> Any:
+    """The LLM that answers with the model of `open_scorer`."""
+    from llama_index_genret.llms import InProcessLLM, genret_llm
+
+    if server:
+        return genret_llm(server, model=scorer.served_model(), api_key=api_key)
+    return InProcessLLM(scorer.mllm)
+
+
+def open_offline_scorer(loaded: Index, options: dict[str, Any]) -> Any:
+    """A `VllmOfflineScorer` of the index's trained weights."""
+    prepare_vllm()
+    from llama_index_genret.scorers.vllm_offline import VllmOfflineScorer
+    from llama_index_genret.serving import served_checkpoint
+
+    return VllmOfflineScorer.load(served_checkpoint(loaded), **options)
+
+
+def prepare_vllm() -> None:
+    """Ask for a vLLM that suits a command line, unless the environment says otherwise."""
+    for variable, value in VLLM_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+
+
+def open_endpoint(loaded: Index, scorer: Any) -> Any:
+    """One request instead of one a step, where the server has the endpoint."""
+    from llama_index_genret.endpoint.client import RecallClient
+
+    return RecallClient(loaded, scorer.server)

@@ -1,0 +1,82 @@
+"""What a command shows: its result on stdout, as a table or one JSON object; logs and bars on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.table import Table
+
+from llama_index_genret.store import Index
+
+log = Console(stderr=True)
+
+
+def bar(label: str) -> Any:
+    def progress(items: Iterable[Any]) -> Iterator[Any]:
+        yield from track(items, description=label, console=log, transient=True)
+
+    return progress
+
+
+@contextmanager
+def counting_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar that is told how many are done."""
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=log) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def emit(as_json: bool, value: dict[str, Any], table: Table) -> None:
+    if as_json:
+        print(json.dumps(value, ensure_ascii=False), flush=True)
+    else:
+        Console().print(table)
+
+
+def new_table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def n_pseudo_queries(loaded: Index) -> int:
+    return sum(len(loaded.pseudo_queries_of(record)) for record in loaded.records)
+
+
+def facts_of(loaded: Index) -> dict[str, Any]:
+    trie, unseen = loaded.trie.base, loaded.unseen_rows()
+    return {
+        "index": str(loaded.folder),
+        "images": len(loaded.records),
+        "scheme": loaded.manifest.scheme,
+        "scheme_options": loaded.manifest.scheme_options,
+        "alphabet": loaded.manifest.alphabet,
+        "identifier_length": trie.depth,
+        "nodes_per_level": list(trie.level_sizes),
+        "mean_fan_out_per_level": [
+            round(below / above, 2) for above, below in zip((1, *trie.level_sizes), trie.level_sizes, strict=False)
+        ],
+        "model": loaded.manifest.model.name_or_path,
+        "trained": loaded.is_trained,
+        "training": loaded.manifest.training,
+        "update": loaded.manifest.update,
+        "untrained_images": None if unseen is None else len(unseen),
+        "captions": sum(len(record.captions) for record in loaded.records),
+        "pseudo_queries": n_pseudo_queries(loaded),
+        "tuned": loaded.manifest.tuned and loaded.manifest.tuned.model_dump(),
+        "missing_images": [r.file_name for r in loaded.records if not r.path.is_file()],
+    }
+
+
+def facts_table(loaded: Index) -> Table:
+    table = new_table("", "")
+    for key, value in facts_of(loaded).items():
+        table.add_row(key.replace("_", " "), str(value))
+    return table

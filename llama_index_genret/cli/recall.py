@@ -1,0 +1,164 @@
+"""Commands that recall images: for one query, for a question, for a file of queries."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llama_index_genret.cli.models import open_endpoint, open_llm, open_offline_scorer, open_scorer
+from llama_index_genret.cli.options import (
+    ApiKey,
+    BaseModel,
+    Device,
+    Eta,
+    Filters,
+    IndexDir,
+    Json,
+    Offline,
+    Reranked,
+    RerankedBy,
+    RerankWeight,
+    Server,
+    TopK,
+    VllmOption,
+    parse_filters,
+    parse_options,
+    scoring_choice,
+)
+from llama_index_genret.cli.output import counting_bar, emit, log, new_table
+from llama_index_genret.store import load_index
+
+
+def query(
+    index_dir: IndexDir,
+    text: Annotated[str, typer.Argument(help="What the image shows, or how it differs from --image.")] = "",
+    image: Annotated[Path | None, typer.Option(help="A picture to recall, alone or with a text.")] = None,
+    k: TopK = 5,
+    filters: Filters = None,
+    exact: Annotated[bool, typer.Option(help="Search until the best are certain, instead of with a beam.")] = False,
+    eta: Eta = None,
+    rerank: Reranked = None,
+    rerank_weight: RerankWeight = None,
+    rerank_by: RerankedBy = None,
+    server: Server = None,
+    api_key: ApiKey = "EMPTY",
+    model: BaseModel = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Recall images for a text, for a picture, or for both."""
+    from llama_index_genret.endpoint.client import Query
+    from llama_index_genret.scorers.base import recall
+    from llama_index_genret.scorers.ranked import ranking_options
+
+    loaded = load_index(index_dir)
+    conditions = loaded.text_filter(parse_filters(filters)) if filters else None
+    prompts, tokenizer = loaded.prompts, loaded.tokenizer
+    prompt = prompts.for_image(tokenizer, image, text) if image else prompts.for_query(tokenizer, text)
+    scoring = loaded.scoring(scoring_choice(eta, rerank, rerank_weight, rerank_by), pictured=image is not None)
+    scorer, budget = open_scorer(loaded, server, api_key, model, device), None if exact else 0
+    endpoint = open_endpoint(loaded, scorer) if server else None
+    ranking = endpoint.recall(Query(text, prompt, k, None, budget, conditions, scoring)) if endpoint else None
+    if ranking is None:
+        allowed = loaded.leaf_filter(conditions) if conditions else None
+        options = ranking_options(loaded, scoring)
+        (ranking,) = recall(scorer, loaded.trie, [prompt], k=k, allowed=allowed, budget=budget, **options)
+    table = new_table("image", "caption", "score", "log p", "identifier", title=text)
+    rows = []
+    for hit in ranking.hits:
+        record = loaded.record_of(hit)
+        rows.append(loaded.hit_to_json(hit))
+        caption = record.captions[0] if record.captions else ""
+        table.add_row(record.file_name, caption, f"{hit.score:.4f}", f"{hit.log_prob:.3f}", loaded.identifier_of(hit))
+    certificate = {"exact": ranking.exact, "nodes_expanded": ranking.nodes_expanded}
+    emit(as_json, {"query": text, "hits": rows, **certificate, "scoring": dataclasses.asdict(scoring)}, table)
+
+
+def ask(
+    index_dir: IndexDir,
+    question: Annotated[str, typer.Argument(help="A question about your images.")],
+    k: TopK = 3,
+    server: Server = None,
+    api_key: ApiKey = "EMPTY",
+    model: BaseModel = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Recall images, let the same model look at them, and answer; the sources are named."""
+    from llama_index_genret.query_engine import image_query_engine
+    from llama_index_genret.retriever import GenerativeImageRetriever
+
+    loaded = load_index(index_dir)
+    scorer = open_scorer(loaded, server, api_key, model, device)
+    llm = open_llm(scorer, server, api_key)
+    endpoint = open_endpoint(loaded, scorer) if server else None
+    retriever = GenerativeImageRetriever(loaded, scorer, similarity_top_k=k, endpoint=endpoint)
+    engine = image_query_engine(retriever, llm)
+    response = engine.query(question)
+    sources = [node.node.metadata["image_id"] for node in response.source_nodes]
+    table = new_table("answer", "sources", title=question)
+    table.add_row(str(response), "\n".join(sources))
+    hits = []
+    for node in response.source_nodes:
+        facts = node.node.metadata
+        names = {
+            "image_id": facts["image_id"],
+            "file_name": loaded.records[loaded.rows_by_id[facts["image_id"]]].file_name,
+        }
+        scores = {"score": node.score or 0.0, "log_prob": facts["genret_log_prob"]}
+        hits.append({**names, **scores, "identifier": facts["genret_identifier"]})
+    emit(as_json, {"query": question, "hits": hits, "answer": str(response), "sources": sources}, table)
+
+
+def batch(
+    index_dir: IndexDir,
+    queries: Annotated[Path, typer.Argument(metavar="QUERIES.jsonl", help='{"query": "..."} a line, and any keys.')],
+    out: Annotated[Path, typer.Option(metavar="HITS.jsonl", help="One line for each query, in their order.")],
+    k: TopK = 10,
+    exact: Annotated[bool, typer.Option(help="Search until the best are certain, instead of with a beam.")] = False,
+    filters: Filters = None,
+    eta: Eta = None,
+    rerank: Reranked = None,
+    rerank_weight: RerankWeight = None,
+    rerank_by: RerankedBy = None,
+    server: Server = None,
+    offline: Offline = False,
+    vllm_option: VllmOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Queries in one search.")] = 32,
+    overwrite: Annotated[bool, typer.Option(help="Replace HITS.jsonl, or an unfinished run of other options.")] = False,
+    api_key: ApiKey = "EMPTY",
+    model: BaseModel = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Recall images for a whole file of queries. Killed, the same command goes on where it stopped."""
+    from llama_index_genret.batch import open_batch
+
+    if offline and (server or model or device != "auto"):
+        raise typer.BadParameter("--offline takes no --server, --model or --device: vLLM runs where it was built for")
+    if vllm_option and not offline:
+        raise typer.BadParameter("--vllm-option is for --offline; a server has its own flags")
+    vllm_options = parse_options("--vllm-option", vllm_option or [])
+    loaded, wanted = load_index(index_dir), parse_filters(filters or [])
+    kind = "vllm.LLM" if offline else "server" if server else f"transformers on {device}"
+    began = time.monotonic()
+    asked: dict[str, Any] = {"k": k, "exact": exact, "filters": wanted, "scored_by": kind}
+    asked["scoring"] = loaded.scoring(scoring_choice(eta, rerank, rerank_weight, rerank_by))
+    with open_batch(loaded, queries, out, overwrite=overwrite, **asked) as run:
+        scorer = (
+            open_offline_scorer(loaded, vllm_options)
+            if offline
+            else open_scorer(loaded, server, api_key, model, device)
+        )
+        with counting_bar("Recalling", run.total) as progress:
+            summary = run.finish(scorer, batch_size=batch_size, progress=progress)
+    if summary.refused:
+        log.print(f"{summary.refused} queries were refused: their lines have an error instead of hits", style="yellow")
+    figures = {**dataclasses.asdict(summary), "out": str(out), "seconds": round(time.monotonic() - began, 1)}
+    table = new_table(*figures)
+    table.add_row(*map(str, figures.values()))
+    emit(as_json, figures, table)
