@@ -93,7 +93,7 @@ BOXES = (
     Box(32, 420, 192, 108, "Query", ("“the dog at the sea”", "a text, a picture, or both", "$album == 2024")),
     Box(252, 420, 216, 108, "Retriever", ("$GenerativeImageRetriever", "scores in (0, 1],", "metadata, file")),
     Box(496, 420, 164, 108, "Recalled", ("images, best first",), ("dog", "fox", "cat")),
-    Box(688, 420, 240, 108, "Answer", ("$image_query_engine", "It looks at the pictures:", "“It plays with a ball.”")),
+    Box(688, 420, 240, 108, "Answer", ("$image_query_engine", "The model looks at them:", "“It plays with a ball.”")),
 )
 ARROWS = (
     Arrow(((224, 103), (256, 103))),
