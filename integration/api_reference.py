@@ -7,6 +7,7 @@ A package that lists its public names has one page, of those. What runs inside a
 packages that `make check` does not have.
 """
 
+import builtins
 import inspect
 import pkgutil
 import re
@@ -62,7 +63,7 @@ def broken_references(modules: dict[str, ModuleType]) -> Iterator[str]:
                 head, _, tail = name.partition(".")
                 if FILE.search(name) or name in ELSEWHERE or not (tail or CLASS.match(name)):
                     continue
-                found = [names[head] for names in (vars(module), known) if head in names]
+                found = [names[head] for names in (vars(module), known, vars(builtins)) if head in names]
                 if (found or CLASS.match(name)) and not any(has(value, tail) for value in found):
                     yield f"{place}: `{name}`"
 
