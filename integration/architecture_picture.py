@@ -67,7 +67,8 @@ class Arrow:
     def svg(self) -> str:
         """A line with a head, or two."""
         way = " L".join(f"{x} {y}" for x, y in self.points)
-        text = f'<text class="label" x="{self.at[0]}" y="{self.at[1]}">{escape(self.label)}</text>' if self.label else ""
+        x, y = self.at
+        text = f'<text x="{x}" y="{y}">{escape(self.label)}</text>' if self.label else ""
         return f'<path class="arrow{" both" if self.both else ""}" d="M{way}"/>{text}'
 
 
@@ -86,10 +87,20 @@ LANES = (
 BOXES = (
     Box(32, 52, 192, 102, "Your images", ("captions, metadata",), ("dog", "fox", "taxi", "pizza")),
     Box(258, 52, 194, 102, "Identifiers", ("$<g0_17><g1_5>", "codes of image features:", "alike images, alike names")),
-    Box(486, 52, 232, 102, "Training", ("LoRA: image → identifier,", "query → identifier,", "picture + question → answer")),
+    Box(
+        486, 52, 232, 102, "Training", ("LoRA: image → identifier,", "query → identifier,", "image, question → answer")
+    ),
     Box(752, 52, 176, 102, "Index folder", ("trie, records,", "identifiers, adapter")),
     Box(32, 242, 420, 88, "Search", ("beam or exact, inside the trie: only images", "that exist and pass the filters")),
-    Box(612, 242, 316, 88, "Multimodal LLM", ("one set of weights: it names images,", "and it looks at them"), (), "box model"),
+    Box(
+        612,
+        242,
+        316,
+        88,
+        "Multimodal LLM",
+        ("one set of weights: it names images,", "and it looks at them"),
+        kind="box model",
+    ),
     Box(32, 420, 192, 108, "Query", ("“the dog at the sea”", "a text, a picture, or both", "$album == 2024")),
     Box(252, 420, 216, 108, "Retriever", ("$GenerativeImageRetriever", "scores in (0, 1],", "metadata, file")),
     Box(496, 420, 164, 108, "Recalled", ("images, best first",), ("dog", "fox", "cat")),

@@ -23,7 +23,7 @@ def test_what_is_there_is_not_broken(monkeypatch, name):
     assert broken(monkeypatch, f"See `{name}`.") == []
 
 
-@pytest.mark.parametrize("name", ["GenretErro", "errors.NoSuchError", "Hit.scores", "Row.nothing", "interface.Hit.point"])
+@pytest.mark.parametrize("name", ["GenretErro", "errors.NoSuchError", "Hit.scores", "Row.nothing", "interface.Hit.no"])
 def test_what_is_not_there_is_broken(monkeypatch, name):
     assert broken(monkeypatch, f"See `{name}()`, and `Hit`.") == [f"llama_index_genret.errors: `{name}`"]
 
