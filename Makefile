@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-unit test-integration check base-model bench recall clean
+.PHONY: demo test test-unit test-integration check base-model bench recall supply clean
 
 demo: $(VENV)/.installed $(if $(VLLM),$(VENV)/.serving)
 	@model=$$($(BIN)/python -m integration.base_model | tail -n 1) && \
@@ -28,6 +28,14 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m integration.api_reference build/api
+
+# What a client installs, in an environment of its own: build/licences.md, build/sbom.json. make supply EXTRAS='[train]'
+supply: $(VENV)/.installed
+	rm -rf build/client
+	$(PYTHON) -m venv build/client
+	build/client/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.$(EXTRAS)'
+	$(BIN)/python -m integration.supply build/client/bin/python build
 
 # make bench FULL=1 adds ten million identifiers.
 bench: $(VENV)/.benches $(VENV)/.serving
@@ -57,7 +65,7 @@ $(VENV)/.benches: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
-	$(PIP) torch==2.13.0
+	$(PIP) torch
 	$(PIP) -e '.[train,eval,browse,dev]'
 	touch $@
 

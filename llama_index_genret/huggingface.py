@@ -3,7 +3,7 @@
     generate(**inputs, logits_processor=[TrieLogitsProcessor(trie, prompt_length, end_token_id)])
 
 Greedy, sampling or beams, any batch. Knows the trie and tensors; nothing of models, prompts or search. For the best
-identifiers of a query `scorers.recall` is faster: `generate` computes scores of the whole vocabulary at every step.
+identifiers of a query `scorers.base.recall` is faster: `generate` scores the whole vocabulary at every step.
 
 Needs torch and transformers; loads on first use.
 """

@@ -72,6 +72,7 @@ class ReportQuery:
 
     @property
     def outcome(self) -> Literal["first", "later", "missed"]:
+        """Where the right image is, in a word."""
         if self.right_rank is None:
             return "missed"
         return "first" if self.right_rank == 1 else "later"
@@ -95,6 +96,7 @@ class QueryGroup:
     note: str = ""
 
     def count(self, outcome: str) -> int:
+        """Queries of an outcome."""
         return sum(query.outcome == outcome for query in self.queries)
 
 
@@ -176,6 +178,7 @@ def score_text(score: float) -> str:
 
 
 def count_text(number: int, one: str, many: str) -> str:
+    """A number with its noun: `1 image`, `2 images`."""
     return f"{number} {one if number == 1 else many}"
 
 

@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import tomllib
 
 HEAVY = ("torch", "transformers", "peft", "vllm", "sklearn", "accelerate")
 CLIENT = (
@@ -56,3 +58,13 @@ def test_an_unknown_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = llama_index_genret.no_such_name
+
+
+def test_what_llamahub_lists_are_public_classes():
+    import llama_index_genret
+
+    hub = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["tool"]["llamahub"]
+    assert hub["import_path"] == "llama_index_genret"
+    listed = [getattr(llama_index_genret, name) for name in hub["class_authors"]]
+    assert listed
+    assert all(isinstance(one, type) for one in listed)

@@ -31,10 +31,12 @@ class PackedLinear:
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> PackedLinear:
+        """Pack (outputs, inputs) weights as they are now."""
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         return cls(packed, _stamp(weight))
 
     def __call__(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """What `torch.nn.functional.linear` gives: (rows, inputs) to (rows, outputs)."""
         return torch.as_tensor(torch.ops.mkldnn._linear_pointwise(rows, self.weight, bias, "none", [], ""))
 
 

@@ -104,12 +104,19 @@ class Tokens(Protocol):
     """Ragged token ids; an `Expansion` computes them when they are asked for."""
 
     @property
-    def offsets(self) -> Int64: ...
+    def offsets(self) -> Int64:
+        """(rows + 1,): where each row's tokens begin and end."""
+
     @property
-    def token_ids(self) -> Int64: ...
+    def token_ids(self) -> Int64:
+        """(tokens,): the rows' tokens, one row after another."""
+
     @property
-    def alphabet(self) -> NDArray[np.integer]: ...
-    def gather(self, block: NDArray[np.floating]) -> NDArray[np.floating]: ...
+    def alphabet(self) -> NDArray[np.integer]:
+        """(a,) ascending: holds all `token_ids`, and few others."""
+
+    def gather(self, block: NDArray[np.floating]) -> NDArray[np.floating]:
+        """(tokens,): of (rows, alphabet) values those of each row's own tokens."""
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,12 @@ class Beams:
         return self.log_prob if self.discount is None else self.log_prob - self.discount[:, BOUND]
 
     def take(self, rows: Int64) -> Beams:
+        """The beams of these rows, in this order."""
         discount = None if self.discount is None else self.discount[rows]
         return Beams(self.query[rows], self.log_prob[rows], self.nodes.take(rows), self.prefixes[rows], discount)
 
     def where(self, mask: NDArray[np.bool_]) -> Beams:
+        """The beams whose mask is set; itself where all are."""
         return self if mask.all() else self.take(np.flatnonzero(mask))
 
     def __add__(self, other: Beams) -> Beams:

@@ -89,6 +89,11 @@ def check_free(folder: Path, *, overwrite: bool = False) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an index folder.
+
+    Raises:
+        IndexNotFound, IndexDamaged, IndexVersionError: there is none, it cannot be read, or not by this release.
+    """
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -140,6 +145,11 @@ def _remove_unnamed(folder: Path, named: set[str]) -> None:
 
 
 def verify(path: Path, entry: FileEntry) -> None:
+    """Hold a file against its entry in the manifest.
+
+    Raises:
+        IndexDamaged: it is not there, or has another size or checksum.
+    """
     if not path.is_file():
         raise IndexDamaged(f"{path} is missing. Restore it, or make the index anew with `genret index`.")
     if path.stat().st_size != entry.size or _sha256(path) != entry.sha256:

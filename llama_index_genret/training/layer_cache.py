@@ -42,7 +42,7 @@ def cached_layers(decoder: Any, n_layers: int) -> Iterator[None]:
         if inputs_embeds.requires_grad or attention_mask is None or attention_mask.ndim != 2:
             return original(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         rows = _unpadded(inputs_embeds, attention_mask)
-        keys = [hashlib.blake2b(row.cpu().contiguous().view(torch.uint8).numpy()).digest() for row in rows]
+        keys = [hashlib.blake2b(row.cpu().contiguous().view(torch.uint8).numpy().tobytes()).digest() for row in rows]
         missing = [place for place, key in enumerate(keys) if key not in cache]
         if missing:
             decoder.layers, decoder.norm = lower, torch.nn.Identity()

@@ -214,9 +214,9 @@ def _start_symbols(
         bar = partial(tqdm, desc="Looking", unit="batch", disable=not show_progress)
         vectors = vision_features(mllm, [record.path for record in index.records], bar)
     identifiers = [index.token_ids(row) for row in range(len(index.records))]
-    starts = {"seed": options.seed, "identifiers": identifiers, "vectors": vectors, "projection": projection}
+    start = partial(start_rows, identifiers=identifiers, vectors=vectors, projection=projection)
     for vocabulary in _vocabularies(mllm.model):
-        start_rows(vocabulary.weight, new_symbols, **starts)
+        start(vocabulary.weight, new_symbols, seed=options.seed)
 
 
 def _projection(

@@ -1,6 +1,6 @@
 """How probable the images below a prefix are without a query: of every node the sum, and the least of its images.
 
-Knows the live trie and numbers; nothing of models. `prior.image_prior` computes what it is made from.
+Knows the live trie and numbers; nothing of models. `tuning.image_prior` computes what it is made from.
 The slow twin is `_reference.prior_below`; the tests hold the two equal.
 """
 

@@ -1,0 +1,116 @@
+"""The API reference: a page for each module, made from its docstrings by pdoc.
+
+python -m integration.api_reference build/api    then open build/api/index.html
+
+Fails where pdoc warns, and where a docstring names something that is not there. ruff holds that everything has one.
+A package that lists its public names has one page, of those. What runs inside a vLLM server is left out: it imports
+packages that `make check` does not have.
+"""
+
+import builtins
+import inspect
+import pkgutil
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pdoc
+
+import llama_index_genret as package
+
+PREFIX = f"{package.__name__}."
+INSIDE_VLLM = {f"{PREFIX}endpoint.{name}" for name in ("engine_scorer", "middleware", "vllm_serve")}
+ELSEWHERE = {"AutoModelForImageTextToText", "SamplingParams", "vllm.LLM"}
+"""Names of other packages."""
+CODE = re.compile(r"`([A-Za-z_]\w*(?:\.\w+)*)(?:\(\))?`")
+CLASS = re.compile(r"[A-Z]+[a-z]\w*$")
+FILE = re.compile(r"\.(jsonl?|txt|md|csv|npy|html|png)$")
+
+
+def write_reference(out: Path) -> None:
+    """Write the pages.
+
+    Raises:
+        UserWarning: what pdoc has to say of a module that it cannot read.
+    """
+    for name in package.__all__:  # pdoc looks at what is there, and these load on first use
+        setattr(package, name, getattr(package, name))
+    children = [child.name for child in pkgutil.iter_modules(package.__path__) if not child.name.startswith("_")]
+    package.__all__ = [*package.__all__, *children]  # else it takes them for private
+    pdoc.render.configure(docformat="google", show_source=False)
+    modules = [package.__name__, *(f"!{re.escape(name)}$" for name in INSIDE_VLLM)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module=r"pdoc\.")
+        pdoc.pdoc(*modules, output_directory=out)
+
+
+def broken_references(modules: dict[str, ModuleType]) -> Iterator[str]:
+    """Where and what, for each class or dotted name in the backticks of a docstring that names nothing.
+
+    A name is looked for in its module, in the package, and among all classes and functions of the package. What starts
+    with a variable, as in `rows.token_ids`, is none.
+    """
+    known = {name: value for module in modules.values() for name, value in own_names(module)}
+    known |= {name.rpartition(".")[2]: module for name, module in modules.items()}
+    for module in modules.values():
+        for place, docstring in docstrings(module):
+            for name in CODE.findall(docstring):
+                head, _, tail = name.partition(".")
+                if FILE.search(name) or name in ELSEWHERE or not (tail or CLASS.match(name)):
+                    continue
+                found = [names[head] for names in (vars(module), known, vars(builtins)) if head in names]
+                if (found or CLASS.match(name)) and not any(has(value, tail) for value in found):
+                    yield f"{place}: `{name}`"
+
+
+def own_names(module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """The classes and functions that a module defines."""
+    for name, value in vars(module).items():
+        if getattr(value, "__module__", None) == module.__name__ and (inspect.isclass(value) or callable(value)):
+            yield name, value
+
+
+def docstrings(module: ModuleType) -> Iterator[tuple[str, str]]:
+    """A module's own, those of its classes and functions, and those of their methods."""
+    yield module.__name__, module.__doc__ or ""
+    for name, value in own_names(module):
+        yield f"{module.__name__}.{name}", value.__doc__ or ""
+        for member, function in vars(value).items() if inspect.isclass(value) else ():
+            text = getattr(function, "__doc__", None)
+            yield f"{module.__name__}.{name}.{member}", text if isinstance(text, str) else ""
+
+
+def has(value: Any, path: str) -> bool:
+    """Whether a dotted path leads somewhere; attributes that a class only annotates, or sets on `self`, count."""
+    head, _, tail = path.partition(".")
+    if not head or hasattr(value, head):
+        return not head or has(getattr(value, head), tail)
+    return inspect.isclass(value) and any(
+        re.search(rf"^\s+(self\.)?{head}\b.*[:=]", inspect.getsource(cls), re.MULTILINE)
+        for cls in value.__mro__
+        if cls.__module__.startswith(PREFIX)
+    )
+
+
+def all_modules() -> dict[str, ModuleType]:
+    """Every module of the package that can be imported here, by its full name."""
+    names = [PREFIX[:-1], *(found.name for found in pkgutil.walk_packages(package.__path__, PREFIX))]
+    return {name: import_module(name) for name in names if name not in INSIDE_VLLM}
+
+
+def main(out: Path) -> None:
+    """Write the reference, then refuse it where something in it leads nowhere."""
+    write_reference(out)
+    broken = sorted(set(broken_references(all_modules())))
+    if broken:
+        sys.exit("docstrings name what is not there:\n" + "\n".join(broken))
+    print(out / "index.html")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,31 @@
+"""The README's picture of the parts: it is what its command draws, and no text leaves its box, in light and dark."""
+
+from pathlib import Path
+
+import pytest
+
+from integration import architecture_picture
+
+PICTURE = Path(__file__).with_name("architecture.svg")
+OVERFLOW = """() => [...document.querySelectorAll('g')].flatMap(group => {
+    const box = group.querySelector('rect').getBBox();
+    return [...group.querySelectorAll('text, image')].filter(part => {
+        const {x, y, width, height} = part.getBBox();
+        return x < box.x || y < box.y || x + width > box.x + box.width || y + height > box.y + box.height;
+    }).map(part => part.textContent || 'an image');
+})"""
+
+
+def test_the_picture_is_what_its_command_draws():
+    assert PICTURE.read_text(encoding="utf-8") == architecture_picture.svg()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_stays_in_its_box_on_a_ground_of_its_scheme(browser, scheme):
+    page = browser.new_page(color_scheme=scheme)
+    page.goto(PICTURE.as_uri())
+    assert page.locator("g").count() == len(architecture_picture.BOXES)
+    assert page.evaluate(OVERFLOW) == []
+    ground = page.evaluate("getComputedStyle(document.querySelector('.page')).fill")
+    assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(15, 19, 24)"}[scheme]
+    page.close()
