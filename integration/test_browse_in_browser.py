@@ -16,7 +16,8 @@ from playwright.sync_api import Page, expect
 from integration.conftest import GENRET
 from integration.test_report_in_browser import TOO_WIDE, brightness
 
-BROKEN = """() => [...document.images].filter((image) => image.src && !image.hidden && image.naturalWidth === 0).length"""
+BROKEN = """() => [...document.images]
+    .filter((image) => image.src && !image.hidden && image.naturalWidth === 0).length"""
 DROP = """async (url) => {
   const content = await (await fetch(url)).blob();
   const carried = new DataTransfer();
@@ -108,7 +109,8 @@ def test_a_query_a_filter_a_picture_and_a_question(visit):
     page.get_by_label("color", exact=True).select_option("any")
     page.get_by_label("Query or question").fill("")
     with page.expect_response("**/api/recall") as answered:
-        page.evaluate(DROP, "/api/image?id=" + page.evaluate("new URL(document.querySelector('.hit img').src).search.slice(4)"))
+        first = page.evaluate("new URL(document.querySelector('.hit img').src).search.slice(4)")
+        page.evaluate(DROP, f"/api/image?id={first}")
     assert answered.value.ok
     expect(page.locator("#picture")).to_be_visible()
     expect(hits).to_have_count(8)

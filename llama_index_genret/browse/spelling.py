@@ -107,7 +107,7 @@ def leaves_below(trie: LiveTrie, nodes: Nodes) -> Int64:
             (low,), (high,) = part.leaf_range(node)
             found.append(np.arange(low, high) + start)
     leaves = np.concatenate(found)
-    return leaves if trie.live is None else leaves[trie.live.contains(leaves)]
+    return leaves if trie.live is None else np.asarray(leaves[trie.live.contains(leaves)], np.int64)
 
 
 def _read(index: Index, token_id: int) -> str:

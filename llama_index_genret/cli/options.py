@@ -54,10 +54,12 @@ def scoring_choice(
     rerank_weight: float | None = None,
     rerank_by: str | None = None,
 ) -> ScoringChoice:
+    """The options of scoring as given; the index refuses nonsense."""
     return ScoringChoice(eta, rerank, rerank_weight, cast(Any, rerank_by))
 
 
 def parse_filters(filters: list[str]) -> dict[str, str]:
+    """`key=value` each; FilterError names one that is not."""
     wanted = {}
     for text in filters:
         key, equals, value = text.partition("=")

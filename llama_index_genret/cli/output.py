@@ -17,6 +17,8 @@ log = Console(stderr=True)
 
 
 def bar(label: str) -> Any:
+    """A progress bar on stderr, as the library wants one: around what is iterated."""
+
     def progress(items: Iterable[Any]) -> Iterator[Any]:
         yield from track(items, description=label, console=log, transient=True)
 
@@ -33,6 +35,7 @@ def counting_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def emit(as_json: bool, value: dict[str, Any], table: Table) -> None:
+    """Print a result: one JSON object on a line, or a table for people."""
     if as_json:
         print(json.dumps(value, ensure_ascii=False), flush=True)
     else:
@@ -40,6 +43,7 @@ def emit(as_json: bool, value: dict[str, Any], table: Table) -> None:
 
 
 def new_table(*columns: str, title: str | None = None) -> Table:
+    """A table that folds what is too wide."""
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -47,10 +51,12 @@ def new_table(*columns: str, title: str | None = None) -> Table:
 
 
 def n_pseudo_queries(loaded: Index) -> int:
+    """Of all images together."""
     return sum(len(loaded.pseudo_queries_of(record)) for record in loaded.records)
 
 
 def facts_of(loaded: Index) -> dict[str, Any]:
+    """What `genret inspect` says of an index."""
     trie, unseen = loaded.trie.base, loaded.unseen_rows()
     return {
         "index": str(loaded.folder),
@@ -76,6 +82,7 @@ def facts_of(loaded: Index) -> dict[str, Any]:
 
 
 def facts_table(loaded: Index) -> Table:
+    """The same for people."""
     table = new_table("", "")
     for key, value in facts_of(loaded).items():
         table.add_row(key.replace("_", " "), str(value))
