@@ -38,7 +38,8 @@ def all_modules() -> tuple[dict[str, ModuleType], list[str]]:
     modules, left_out = {}, []
     for name in (PREFIX[:-1], *(found.name for found in pkgutil.walk_packages(package.__path__, PREFIX))):
         try:
-            modules[name] = import_module(name)
+            if not name.endswith(".__main__"):  # a command, which would run
+                modules[name] = import_module(name)
         except ImportError as error:
             missing = getattr(error.__cause__ or error, "name", None) or ""
             if missing.partition(".")[0] not in NOT_READ:
@@ -60,7 +61,9 @@ def write_reference(out: Path, left_out: list[str]) -> None:
     pdoc.render.configure(docformat="google", show_source=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module=r"pdoc\.")
-        pdoc.pdoc(package.__name__, *(f"!{re.escape(name)}$" for name in left_out), output_directory=out)
+        pdoc.pdoc(
+            package.__name__, r"!.*\.__main__$", *(f"!{re.escape(name)}$" for name in left_out), output_directory=out
+        )
 
 
 def broken_references(modules: dict[str, ModuleType]) -> Iterator[str]:
