@@ -3,8 +3,7 @@
 python -m integration.api_reference build/api    then open build/api/index.html
 
 Fails where pdoc warns, and where a docstring names something that is not there. ruff holds that everything has one.
-A package that lists its public names has one page, of those. What runs inside a vLLM server is left out: it imports
-packages that `make check` does not have.
+A package that lists its public names has one page, of those.
 """
 
 import builtins
@@ -24,7 +23,8 @@ import pdoc
 import llama_index_genret as package
 
 PREFIX = f"{package.__name__}."
-INSIDE_VLLM = {f"{PREFIX}endpoint.{name}" for name in ("engine_scorer", "middleware", "vllm_serve")}
+NOT_READ = ("vllm", "fastapi", "prometheus_client")
+"""What runs with a vLLM server's packages is left out, whether they are installed or not."""
 ELSEWHERE = {"AutoModelForImageTextToText", "SamplingParams", "vllm.LLM"}
 """Names of other packages."""
 CODE = re.compile(r"`([A-Za-z_]\w*(?:\.\w+)*)(?:\(\))?`")
@@ -32,7 +32,23 @@ CLASS = re.compile(r"[A-Z]+[a-z]\w*$")
 FILE = re.compile(r"\.(jsonl?|txt|md|csv|npy|html|png)$")
 
 
-def write_reference(out: Path) -> None:
+def all_modules() -> tuple[dict[str, ModuleType], list[str]]:
+    """Every module of the package by its full name; and the names of those that are left out."""
+    sys.modules.update(dict.fromkeys(NOT_READ))  # as if they were not installed
+    modules, left_out = {}, []
+    for name in (PREFIX[:-1], *(found.name for found in pkgutil.walk_packages(package.__path__, PREFIX))):
+        try:
+            if not name.endswith(".__main__"):  # a command, which would run
+                modules[name] = import_module(name)
+        except ImportError as error:
+            missing = getattr(error.__cause__ or error, "name", None) or ""
+            if missing.partition(".")[0] not in NOT_READ:
+                raise
+            left_out.append(name)
+    return modules, left_out
+
+
+def write_reference(out: Path, left_out: list[str]) -> None:
     """Write the pages.
 
     Raises:
@@ -43,10 +59,11 @@ def write_reference(out: Path) -> None:
     children = [child.name for child in pkgutil.iter_modules(package.__path__) if not child.name.startswith("_")]
     package.__all__ = [*package.__all__, *children]  # else it takes them for private
     pdoc.render.configure(docformat="google", show_source=False)
-    modules = [package.__name__, *(f"!{re.escape(name)}$" for name in INSIDE_VLLM)]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module=r"pdoc\.")
-        pdoc.pdoc(*modules, output_directory=out)
+        pdoc.pdoc(
+            package.__name__, r"!.*\.__main__$", *(f"!{re.escape(name)}$" for name in left_out), output_directory=out
+        )
 
 
 def broken_references(modules: dict[str, ModuleType]) -> Iterator[str]:
@@ -97,19 +114,14 @@ def has(value: Any, path: str) -> bool:
     )
 
 
-def all_modules() -> dict[str, ModuleType]:
-    """Every module of the package that can be imported here, by its full name."""
-    names = [PREFIX[:-1], *(found.name for found in pkgutil.walk_packages(package.__path__, PREFIX))]
-    return {name: import_module(name) for name in names if name not in INSIDE_VLLM}
-
-
 def main(out: Path) -> None:
     """Write the reference, then refuse it where something in it leads nowhere."""
-    write_reference(out)
-    broken = sorted(set(broken_references(all_modules())))
+    modules, left_out = all_modules()
+    write_reference(out, left_out)
+    broken = sorted(set(broken_references(modules)))
     if broken:
         sys.exit("docstrings name what is not there:\n" + "\n".join(broken))
-    print(out / "index.html")
+    print(f"{out / 'index.html'}, without {', '.join(left_out)}")
 
 
 if __name__ == "__main__":
