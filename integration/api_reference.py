@@ -25,7 +25,7 @@ import llama_index_genret as package
 PREFIX = f"{package.__name__}."
 NOT_READ = ("vllm", "fastapi", "prometheus_client")
 """What runs with a vLLM server's packages is left out, whether they are installed or not."""
-ELSEWHERE = {"AutoModelForImageTextToText", "SamplingParams", "vllm.LLM"}
+ELSEWHERE = {"AutoModelForImageTextToText", "IngestionPipeline", "OpenAILike", "SamplingParams", "vllm.LLM"}
 """Names of other packages."""
 CODE = re.compile(r"`([A-Za-z_]\w*(?:\.\w+)*)(?:\(\))?`")
 CLASS = re.compile(r"[A-Z]+[a-z]\w*$")
@@ -61,6 +61,8 @@ def write_reference(out: Path, left_out: list[str]) -> None:
     pdoc.render.configure(docformat="google", show_source=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module=r"pdoc\.")
+        for name in left_out:
+            warnings.filterwarnings("ignore", f"Couldn't import {re.escape(name)}:")
         pdoc.pdoc(
             package.__name__, r"!.*\.__main__$", *(f"!{re.escape(name)}$" for name in left_out), output_directory=out
         )
