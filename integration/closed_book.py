@@ -1,6 +1,6 @@
 """How much of its images a model knows by heart: closed-book answers beside those that look, on the records' questions.
 
-    python -m integration.closed_book INDEX [--device cpu] [--model FOLDER] [--json FILE]
+    python -m integration.closed_book INDEX [--device cpu] [--model FOLDER] [--server URL] [--limit N] [--json FILE]
 
 INDEX is trained on images with questions of their own, such as those of the demo. With `remember` in the mix their
 answers were part of the training: this measures memory. An answer is right where it says the same words. The last rows
@@ -8,6 +8,7 @@ are what a guess reaches that always gives the most frequent answer to a questio
 """
 
 import argparse
+import random
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -24,10 +25,11 @@ from llama_index_genret.store import Index
 WAYS = ("from memory", "seeing", "most frequent answer")
 
 
-def measured(memory: ImageMemory) -> dict[str, dict[str, list[float]]]:
+def measured(memory: ImageMemory, limit: int | None = None) -> dict[str, dict[str, list[float]]]:
     """Of each way and each question, 1 for every right answer and 0 for every wrong one."""
     index = memory.index
-    asked = [(record, q) for record in index.records for q in record.questions]
+    every = [(record, q) for record in index.records for q in record.questions]
+    asked = random.Random(0).sample(every, min(limit or len(every), len(every)))
     usual = usual_answers(index)
     right: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in WAYS}
     for record, q in tqdm(asked, file=sys.stderr, desc="Asking"):
@@ -66,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="the base model, if it has moved")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--server", help="address of a vLLM server with the index, up to /v1")
+    parser.add_argument("--limit", type=int, help="ask only so many of the questions")
     parser.add_argument("--json", type=Path, help="file to add the results to")
     options = parser.parse_args(argv)
     if options.server:
@@ -73,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         memory = ImageMemory.from_index_dir(options.index, model=options.model, device=options.device, max_tokens=12)
     report = Report("closed book", seed=0)
-    record(report, measured(memory))
+    record(report, measured(memory, options.limit))
     report.write(options.json)
 
 

@@ -91,4 +91,5 @@ def _centroids(
         for token_id in set(identifier) & place.keys():
             sums[place[token_id]] += vector
             bearers[place[token_id]] += 1
-    return sums / np.maximum(bearers, 1)[:, None], np.linalg.norm(sums, axis=1) > 1e-6
+    means = np.asarray(sums / np.maximum(bearers, 1)[:, None], np.float32)
+    return means, np.linalg.norm(sums, axis=1) > 1e-6
