@@ -100,7 +100,7 @@ def broken_references(modules: dict[str, ModuleType]) -> Iterator[str]:
 def own_names(module: ModuleType) -> Iterator[tuple[str, Any]]:
     """The classes and functions that a module defines."""
     for name, value in vars(module).items():
-        if getattr(value, "__module__", None) == module.__name__ and (inspect.isclass(value) or callable(value)):
+        if getattr(value, "__module__", None) == module.__name__ and callable(value):
             yield name, value
 
 
