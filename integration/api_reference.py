@@ -6,6 +6,7 @@ Fails where pdoc warns, and where a docstring names something that is not there.
 A package that lists its public names has one page, of those.
 """
 
+import ast
 import builtins
 import inspect
 import pkgutil
@@ -14,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,31 +26,41 @@ import llama_index_genret as package
 
 PREFIX = f"{package.__name__}."
 NOT_READ = ("vllm", "fastapi", "prometheus_client")
-"""What runs with a vLLM server's packages is left out, whether they are installed or not."""
-ELSEWHERE = {"AutoModelForImageTextToText", "IngestionPipeline", "OpenAILike", "SamplingParams", "vllm.LLM"}
-"""Names of other packages."""
+"""Of a module that needs a vLLM server's packages only the docstring is read, whether they are installed or not."""
+ELSEWHERE = {
+    "AutoModelForImageTextToText", "IngestionPipeline", "OpenAILike", "SamplingParams", "VllmOfflineScorer", "vllm",
+}  # fmt: skip
+"""What docstrings name of other packages, and of modules that are not read."""
 CODE = re.compile(r"`([A-Za-z_]\w*(?:\.\w+)*)(?:\(\))?`")
 CLASS = re.compile(r"[A-Z]+[a-z]\w*$")
 FILE = re.compile(r"\.(jsonl?|txt|md|csv|npy|html|png)$")
 
 
-def all_modules() -> tuple[dict[str, ModuleType], list[str]]:
-    """Every module of the package by its full name; and the names of those that are left out."""
+def all_modules() -> dict[str, ModuleType]:
+    """Every module of the package by its full name; what cannot be read is there with its docstring only."""
     sys.modules.update(dict.fromkeys(NOT_READ))  # as if they were not installed
-    modules, left_out = {}, []
+    modules = {}
     for name in (PREFIX[:-1], *(found.name for found in pkgutil.walk_packages(package.__path__, PREFIX))):
+        if name.endswith(".__main__"):  # a command, which would run
+            continue
         try:
-            if not name.endswith(".__main__"):  # a command, which would run
-                modules[name] = import_module(name)
+            modules[name] = import_module(name)
         except ImportError as error:
             missing = getattr(error.__cause__ or error, "name", None) or ""
             if missing.partition(".")[0] not in NOT_READ:
                 raise
-            left_out.append(name)
-    return modules, left_out
+            modules[name] = sys.modules[name] = ModuleType(name, docstring_in_source(name))
+    return modules
 
 
-def write_reference(out: Path, left_out: list[str]) -> None:
+def docstring_in_source(name: str) -> str:
+    """The docstring of a module that is not imported, with a word on why nothing else is there."""
+    spec = find_spec(name)
+    source = Path((spec and spec.origin) or "").read_text(encoding="utf-8")
+    return f"{ast.get_docstring(ast.parse(source))}\n\nIt needs a vLLM server's packages: see its source."
+
+
+def write_reference(out: Path) -> None:
     """Write the pages.
 
     Raises:
@@ -61,11 +73,9 @@ def write_reference(out: Path, left_out: list[str]) -> None:
     pdoc.render.configure(docformat="google", show_source=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module=r"pdoc\.")
-        for name in left_out:
-            warnings.filterwarnings("ignore", f"Couldn't import {re.escape(name)}:")
-        pdoc.pdoc(
-            package.__name__, r"!.*\.__main__$", *(f"!{re.escape(name)}$" for name in left_out), output_directory=out
-        )
+        # mypy checks annotations; pdoc looks for those of a NamedTuple in a module that is none.
+        warnings.filterwarnings("ignore", message="Error parsing type annotation ForwardRef", module=r"pdoc\.doc_types")
+        pdoc.pdoc(package.__name__, output_directory=out)
 
 
 def broken_references(modules: dict[str, ModuleType]) -> Iterator[str]:
@@ -80,7 +90,7 @@ def broken_references(modules: dict[str, ModuleType]) -> Iterator[str]:
         for place, docstring in docstrings(module):
             for name in CODE.findall(docstring):
                 head, _, tail = name.partition(".")
-                if FILE.search(name) or name in ELSEWHERE or not (tail or CLASS.match(name)):
+                if FILE.search(name) or head in ELSEWHERE or not (tail or CLASS.match(name)):
                     continue
                 found = [names[head] for names in (vars(module), known, vars(builtins)) if head in names]
                 if (found or CLASS.match(name)) and not any(has(value, tail) for value in found):
@@ -90,7 +100,7 @@ def broken_references(modules: dict[str, ModuleType]) -> Iterator[str]:
 def own_names(module: ModuleType) -> Iterator[tuple[str, Any]]:
     """The classes and functions that a module defines."""
     for name, value in vars(module).items():
-        if getattr(value, "__module__", None) == module.__name__ and (inspect.isclass(value) or callable(value)):
+        if getattr(value, "__module__", None) == module.__name__ and callable(value):
             yield name, value
 
 
@@ -118,12 +128,12 @@ def has(value: Any, path: str) -> bool:
 
 def main(out: Path) -> None:
     """Write the reference, then refuse it where something in it leads nowhere."""
-    modules, left_out = all_modules()
-    write_reference(out, left_out)
+    modules = all_modules()
+    write_reference(out)
     broken = sorted(set(broken_references(modules)))
     if broken:
         sys.exit("docstrings name what is not there:\n" + "\n".join(broken))
-    print(f"{out / 'index.html'}, without {', '.join(left_out)}")
+    print(out / "index.html")
 
 
 if __name__ == "__main__":
