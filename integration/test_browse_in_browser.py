@@ -16,6 +16,7 @@ from playwright.sync_api import Page, expect
 from integration.conftest import GENRET
 from integration.test_report_in_browser import TOO_WIDE, brightness
 
+LOADED = "() => [...document.images].every((image) => image.complete)"
 BROKEN = """() => [...document.images]
   .filter((image) => !image.hidden && image.naturalWidth === 0).map((image) => image.outerHTML)"""
 SHOWN = "document.querySelector('.hit img').getAttribute('src')"
@@ -39,8 +40,9 @@ class Visit:
 
     def looked_at(self, what: str) -> None:
         """Nothing is broken or too wide; a screenshot, if they are wanted."""
-        self.page.wait_for_load_state("networkidle")
+        self.page.wait_for_function(LOADED)
         assert self.page.evaluate(BROKEN) == []
+        assert self.page.locator(".absent").count() == 0  # what the page puts in the place of a broken image
         assert self.page.evaluate(TOO_WIDE) == []
         if folder := os.environ.get("GENRET_SCREENSHOTS"):
             self.page.screenshot(path=Path(folder) / f"browse-{what}-{self.name}.png", full_page=True)
@@ -53,6 +55,7 @@ def address(trained_index) -> Iterator[str]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         yield json.loads(running.stdout.readline())["url"]
+        assert running.poll() is None
         running.terminate()
 
 
