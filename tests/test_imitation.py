@@ -257,9 +257,10 @@ def test_rows_of_a_fitted_projection_are_what_it_makes_of_centred_centroids():
     assert not torch.allclose(weight[203], before[:200].mean(0))  # which no image bears
 
 
-def test_only_the_last_layers_are_trained_if_so_many_are_named(untrained_index):
+def test_only_the_last_layers_are_trained_if_so_many_are_named(pictures, tiny_mllm, tmp_path):
+    fresh_index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm)
     quick = {"max_steps": 1, "batch_size": 4, "mix": {"retrieve": 1}}
-    trained = train(untrained_index, TrainOptions(**quick, layers=1), device="cpu", show_progress=False)
+    trained = train(fresh_index, TrainOptions(**quick, layers=1), device="cpu", show_progress=False)
     names = load_file(trained.adapter_folder() / "adapter_model.safetensors")
     numbers = {int(n) for name in names for n in re.findall(r"layers\.(\d+)\.", name)}
     n_layers = len(load_base(trained, device="cpu").model.get_decoder().layers)

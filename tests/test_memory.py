@@ -164,7 +164,7 @@ def test_the_task_remember_asks_what_answer_asks_of_the_identifier(untrained_ind
         assert item["input_ids"][:n].tolist() == list(prompt.token_ids)
         target = untrained_index.tokenizer.encode_text(example.target)
         end = untrained_index.tokenizer.encode_markup(untrained_index.prompts.end)
-        assert item["labels"][n:].tolist() == [*target, *end]
+        assert item["labels"][n - 1 :].tolist() == [*target, *end]
 
 
 def test_the_default_stream_is_what_it_was_before_there_was_the_task(untrained_index):

@@ -170,6 +170,7 @@ def test_the_nodes_given_are_not_changed_and_the_answering_model_is_told_nothing
     assert first.node.get_metadata_str(MetadataMode.LLM) == nodes[0].node.get_metadata_str(MetadataMode.LLM)
 
 
+@pytest.mark.filterwarnings("ignore::llama_index_genret.errors.PictureNotShown")  # no answer is looked at
 def test_it_verifies_in_a_query_engine_sync_and_async(fake):
     def engine(abstention):
         verifier = RecallVerifier(fake, abstention=abstention)

@@ -58,8 +58,8 @@ class Level:
 def probabilities(steps: Sequence[Step]) -> dict[Prefix, NDArray[np.float64]]:
     """Of every prefix that a search of one query expanded: the probabilities of its children, by ascending token id."""
     found = {}
-    for rows, scores in steps:
-        for row, score in zip(rows, rows.split(np.asarray(scores, np.float64)), strict=True):
+    for step in steps:
+        for row, score in zip(step.rows, step.rows.split(np.asarray(step.scores, np.float64)), strict=True):
             weights = np.exp(score - score.max())
             found[row.prefix] = weights / weights.sum()
     return found

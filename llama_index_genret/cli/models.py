@@ -36,7 +36,7 @@ def open_llm(scorer: Any, server: str | None, api_key: str) -> Any:
 
 
 def open_offline_scorer(loaded: Index, options: dict[str, Any]) -> Any:
-    """A `VllmOfflineScorer` of the index's trained weights."""
+    """vLLM in this process, with the index's trained weights."""
     prepare_vllm()
     from llama_index_genret.scorers.vllm_offline import VllmOfflineScorer
     from llama_index_genret.serving import served_checkpoint

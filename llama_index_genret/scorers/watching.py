@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scorer, Scores, Session
@@ -18,7 +17,8 @@ from llama_index_genret.search import Normalise, Rows
 Prefix = tuple[int, ...]
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """What one step of a search asked, and the (m,) scores of `rows.token_ids` that it was given."""
 
     rows: Rows
@@ -52,8 +52,8 @@ class WatchingScorer:
     def kept(self, n_queries: int) -> list[list[Prefix]]:
         """The prefixes whose children were scored, of each query of the last session."""
         kept: list[list[Prefix]] = [[] for _ in range(n_queries)]
-        for rows, _ in self.steps:
-            for query, prefix in zip(rows.query.tolist(), rows.prefixes.tolist(), strict=True):
+        for step in self.steps:
+            for query, prefix in zip(step.rows.query.tolist(), step.rows.prefixes.tolist(), strict=True):
                 kept[query].append(tuple(token for token in prefix if token >= 0))
         return kept
 
