@@ -1,4 +1,4 @@
-# make demo | make demo VLLM=1 | make test | make check | make bench : each makes .venv and installs what it needs.
+# make demo | make demo VLLM=1 | make test | make check | make bench | make supply : each makes .venv and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -33,13 +33,18 @@ def list_licences(python: Path, out: Path) -> None:
     run("piplicenses", "--python", python, "--format", "markdown", "--output-file", out, *options)
 
 
-def write_bill_of_materials(python: Path, out: Path) -> None:
-    """Write CycloneDX JSON, the same for the same environment; the tool checks it against its schema."""
-    run("cyclonedx_py", "environment", "--pyproject", "pyproject.toml", "--output-reproducible", "-o", out, python)
+def write_bill_of_materials(python: Path, out: Path, *options: str) -> None:
+    """Write CycloneDX JSON, the same for the same environment.
+
+    Args:
+        options: of cyclonedx-py; without `--no-validate` the file is held against the schema, which takes a while.
+    """
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    run("cyclonedx_py", "environment", "--pyproject", project, "--output-reproducible", *options, "-o", out, python)
 
 
 def run(module: str, *arguments: str | Path) -> None:
-    """A tool of this environment. stdout of a person's terminal, errors included."""
+    """Run a tool of this environment."""
     subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=True)
 
 
