@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llama_index_genret.corpus import Corpus, Record, read_corpus
     from llama_index_genret.errors import GenretError
+    from llama_index_genret.image_documents import ImageDocumentParser, load_images
+    from llama_index_genret.image_index import GenerativeImageIndex
+    from llama_index_genret.image_node import GenretImageNode, ReadablePictures
     from llama_index_genret.llms import InProcessLLM, genret_llm
     from llama_index_genret.query_engine import image_query_engine
     from llama_index_genret.retriever import GenerativeImageRetriever
@@ -19,14 +22,19 @@ if TYPE_CHECKING:
 _HOME = {
     "Corpus": "corpus",
     "FakeScorer": "scorers.fake",
+    "GenerativeImageIndex": "image_index",
     "GenerativeImageRetriever": "retriever",
     "GenretError": "errors",
+    "GenretImageNode": "image_node",
+    "ImageDocumentParser": "image_documents",
     "InProcessLLM": "llms",
     "Index": "store",
     "Normalise": "search",
+    "ReadablePictures": "image_node",
     "Record": "corpus",
     "genret_llm": "llms",
     "image_query_engine": "query_engine",
+    "load_images": "image_documents",
     "load_index": "store",
     "read_corpus": "corpus",
 }
@@ -34,14 +42,19 @@ _HOME = {
 __all__ = [
     "Corpus",
     "FakeScorer",
+    "GenerativeImageIndex",
     "GenerativeImageRetriever",
     "GenretError",
+    "GenretImageNode",
+    "ImageDocumentParser",
     "InProcessLLM",
     "Index",
     "Normalise",
+    "ReadablePictures",
     "Record",
     "genret_llm",
     "image_query_engine",
+    "load_images",
     "load_index",
     "read_corpus",
 ]

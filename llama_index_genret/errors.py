@@ -27,6 +27,8 @@
     │   └── ServerUnreachable       nothing answers at the address
     └── MissingExtra                an optional package is not installed (also an ImportError)
 
+And one warning, `PictureNotShown`: a model that was to look at pictures is given text.
+
 All carry the whole situation in their message: what is wrong, with which values, and what to do.
 Knows nothing of the other modules.
 """
@@ -134,3 +136,7 @@ class ServerUnreachable(ServerError):
 
 class MissingExtra(GenretError, ImportError):
     """An optional package is not installed; names the extra that brings it."""
+
+
+class PictureNotShown(UserWarning):
+    """Recalled images go through an engine that shows its model no picture."""

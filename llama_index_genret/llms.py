@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Sequence
+from functools import cache
 from threading import Thread
 from typing import Any
 
+import httpx
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -22,22 +25,59 @@ from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
 from llama_index.llms.openai_like import OpenAILike
+from openai import DefaultAsyncHttpxClient, DefaultHttpxClient
 
 from llama_index_genret.errors import ModelError
 from llama_index_genret.images import load_image
 
 
 def genret_llm(
-    api_base: str, *, model: str = "genret", context_window: int = 8192, max_tokens: int = 64, **kwargs: Any
+    api_base: str, *, model: str = "genret", context_window: int = 32768, max_tokens: int = 64, **kwargs: Any
 ) -> OpenAILike:
     """The `OpenAILike` with the settings without which images do not arrive at a vLLM server.
 
+    A chat model, or the pictures are left out; greedy; structured output by JSON schema, or `output_cls` gives an empty
+    answer; and a client for each request: one that is kept cannot be used in a second event loop, where `OpenAILike`
+    would send each request twice.
+
     Args:
-        context_window: keep it above 2,125 for each image, which LlamaIndex counts an image as; below, it
-            asks once for each image instead of once for all.
+        context_window: what LlamaIndex fills at most; a budget, of which it counts 2,125 for each image, however small.
+            Where they do not fit, it asks once for each image instead of once for all.
+        kwargs: further arguments of `OpenAILike`; they win. `is_function_calling_model=True` for agents, if vLLM runs
+            with `--enable-auto-tool-choice --tool-call-parser ...`.
     """
-    options: dict[str, Any] = {"api_key": "EMPTY", "is_chat_model": True, "temperature": 0.0, **kwargs}
-    return OpenAILike(model=model, api_base=api_base, context_window=context_window, max_tokens=max_tokens, **options)
+    options: dict[str, Any] = {
+        "api_key": "EMPTY",
+        "is_chat_model": True,
+        "temperature": 0.0,
+        "should_use_structured_outputs": True,
+        "reuse_client": False,
+        **kwargs,
+    }
+    return _ServerLLM(model=model, api_base=api_base, context_window=context_window, max_tokens=max_tokens, **options)
+
+
+class _ServerLLM(OpenAILike):
+    """Makes clients that cost nothing and hold nothing: a new one for each request is cheap, and may be forgotten.
+
+    One TLS context for all, of which each takes 30 ms to read; and no connection is kept open after its answer, as
+    LlamaIndex does not close the client of a stream.
+    """
+
+    def _get_credential_kwargs(self, is_async: bool = False) -> dict[str, Any]:
+        options: dict[str, Any] = super()._get_credential_kwargs(is_async=is_async)
+        if options["http_client"] is None and not self.reuse_client:
+            client = DefaultAsyncHttpxClient if is_async else DefaultHttpxClient
+            options["http_client"] = client(verify=_tls_context(), limits=_NONE_KEPT)
+        return options
+
+
+_NONE_KEPT = httpx.Limits(max_keepalive_connections=0)
+
+
+@cache
+def _tls_context() -> ssl.SSLContext:
+    return httpx.create_ssl_context()
 
 
 class InProcessLLM(CustomLLM):

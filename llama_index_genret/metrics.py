@@ -31,7 +31,10 @@ def mean_reciprocal_rank(ranked: Sequence[Sequence[str]], expected: Sequence[Col
 
 
 def ndcg_at(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]], k: int) -> float:
-    """Normalised discounted cumulative gain at `k`, each expected id worth one (Järvelin and Kekäläinen 2002)."""
+    """Normalised discounted cumulative gain at `k`, each expected id worth one (Järvelin and Kekäläinen 2002).
+
+    The best possible has `k` right ids at most: LlamaIndex's own figure has all, and is lower where they are more.
+    """
     return _mean([_ndcg(ids[:k], right, k) for ids, right in zip(ranked, expected, strict=True)])
 
 

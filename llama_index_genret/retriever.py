@@ -5,36 +5,69 @@ Knows LlamaIndex's contract and one `Scorer`; nothing of how it scores.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.constants import DEFAULT_SIMILARITY_TOP_K
-from llama_index.core.schema import ImageNode, NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo
+from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
+from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle
+from llama_index.core.storage.docstore import BaseDocumentStore, SimpleDocumentStore
 from llama_index.core.vector_stores.types import MetadataFilters
+from llama_index.llms.openai_like import OpenAILike
 from pydantic import ValidationError
 
 from llama_index_genret import store
 from llama_index_genret.endpoint.client import Query, RecallClient
-from llama_index_genret.errors import FilterError
-from llama_index_genret.images import sniff_mime
+from llama_index_genret.errors import FilterError, QueryError, UnknownImage
+from llama_index_genret.recalled import node_of, recalled_node
 from llama_index_genret.scorers.base import Scorer, arecall, recall
 from llama_index_genret.scorers.ranked import ranking_options
-from llama_index_genret.search import Hit, Normalise
+from llama_index_genret.scorers.vllm import SERVED_NAME, VllmScorer
+from llama_index_genret.search import Hit, Normalise, Ranking
+from llama_index_genret.shown_pictures import MAX_IMAGE_PIXELS
 from llama_index_genret.store import Index, ScoringChoice, load_index
 from llama_index_genret.store.scoring import RerankBy
+from llama_index_genret.trie import LeafFilter
+
+log = logging.getLogger(__name__)
+
+RETRIEVAL_PROMPT, QUERY_TEMPLATE = "retrieval_prompt", "query_template"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is searched, replaced as a whole. select: gives the leaves of an index that may be found; None for all."""
+
+    index: Index
+    scorer: Scorer
+    endpoint: RecallClient | None
+    select: Callable[[Index], LeafFilter | None]
+
+    @cached_property
+    def allowed(self) -> LeafFilter | None:
+        return self.select(self.index)
 
 
 class GenerativeImageRetriever(BaseRetriever):
     """Recalls images by generating their identifiers.
 
-    Every result is an `ImageNode` of a real image of the index: its `image_path` exists and its mime type is read
-    from the file, `text` is its first caption, and the metadata are the record's own, flat, with `image_id`,
-    `file_path`, `content_sha256`, `genret_identifier`, `genret_log_prob`, `genret_rank` and `genret_exact`. None of
-    the metadata is shown to the answering model unless `llm_metadata_keys` names it: it looks at the picture.
+    Every result is a `GenretImageNode` of a real image of the index, made fresh for each call: the mime type is read
+    from its file, `text` is its first caption, its id is the image id, and the metadata are the record's own, flat,
+    with `image_id`, `file_path`, `content_sha256`, `genret_identifier`, `genret_log_prob`, `genret_rank` and
+    `genret_exact`. An engine with `multimodal=True` shows its model the caption and the picture, and of the metadata
+    what `llm_metadata_keys` names; `image_query_engine` the picture only, which is what the model was trained on.
     Scores lie in (0, 1]: probabilities, or where a prior or a re-ranking ranks them too what `search.Hit.score` says,
-    and `genret_ranked_by` then stands in the metadata. Nodes are made fresh for each call; their ids are the image ids.
+    and `genret_ranked_by` then stands in the metadata.
+
+    `get_prompts` gives the `retrieval_prompt`, which is fixed because the model was trained with it, and the
+    `query_template` that `update_prompts` may replace: what stands in its blank for a text query.
 
     Args:
         index: from `load_index`.
@@ -50,6 +83,10 @@ class GenerativeImageRetriever(BaseRetriever):
         rerank_weight, rerank_by: see `store.Scoring`. What is None of these four is as `genret tune` chose it for text
             queries; where it did not run, and for pictures, eta and rerank are 0.
         endpoint: recalls in one request what it can; the scorer does the rest. `from_server` sets it.
+        docstore: nodes of yours, found in it by image id, come back in place of those made from the records; an image
+            that it does not have comes back as its record has it, with a warning in the log.
+        image_ids: only these images are searched. None for all.
+        max_image_pixels: of a picture that a model is shown; see `GenretImageNode`.
     Source: GRACE (arXiv:2402.10805).
     """
 
@@ -68,23 +105,49 @@ class GenerativeImageRetriever(BaseRetriever):
         rerank_weight: float | None = None,
         rerank_by: RerankBy | None = None,
         endpoint: RecallClient | None = None,
-        llm_metadata_keys: tuple[str, ...] = (),
+        docstore: BaseDocumentStore | None = None,
+        image_ids: Collection[str] | None = None,
+        llm_metadata_keys: Collection[str] = (),
+        max_image_pixels: int | None = MAX_IMAGE_PIXELS,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.index = index
         self.similarity_top_k = similarity_top_k
         self.filters = filters
-        self._scorer = scorer
+        self.llm_metadata_keys = llm_metadata_keys
         self._conditions = None if filters is None else _conditions(filters)
-        allowed = None if self._conditions is None else index.leaf_filter(self._conditions)
-        self._width, self._budget = beam_width, search_budget
-        self._search: dict[str, Any] = {"width": beam_width, "budget": search_budget, "normalise": normalise}
-        self._search["allowed"] = allowed
+        self._image_ids = None if image_ids is None else frozenset(image_ids)
+        self._docstore, self._max_image_pixels = docstore, max_image_pixels
+        self._width, self._budget, self._normalise = beam_width, search_budget, normalise
         self._choice = ScoringChoice(eta, rerank, rerank_weight, rerank_by)
-        index.scoring(self._choice)  # refuses nonsense now
-        self._endpoint = endpoint if normalise is Normalise.CHILDREN else None  # whose scores are those
-        self._llm_metadata_keys = llm_metadata_keys
+        self._template: BasePromptTemplate = PromptTemplate("{query_str}")
+        self.use(index, scorer, endpoint=endpoint)
+        self._check(index)
+
+    def use(self, index: Index, scorer: Scorer, *, endpoint: RecallClient | None = None) -> None:
+        """Search another version of the index from now on; a query that runs ends on the one that it began with."""
+        served = endpoint if self._normalise is Normalise.CHILDREN and self._image_ids is None else None
+        self._source = _Source(index, scorer, served, self._allowed)
+
+    def _check(self, index: Index) -> None:
+        """Refuse nonsense before the first query."""
+        index.scoring(self._choice)
+        _ = self._source.allowed
+        unknown = [image_id for image_id in self._image_ids or () if image_id not in index.rows_by_id]
+        if unknown:
+            raise UnknownImage(
+                f"{index.folder} has no image {unknown[0]!r} ({len(unknown)} of {len(self._image_ids or ())} are "
+                "unknown). The ids of nodes are image ids: add the images to the index, or leave their nodes out."
+            )
+
+    @property
+    def index(self) -> Index:
+        """The index that is searched."""
+        return self._source.index
+
+    @property
+    def _scorer(self) -> Scorer:
+        return self._source.scorer
 
     @classmethod
     def from_index_dir(
@@ -116,64 +179,152 @@ class GenerativeImageRetriever(BaseRetriever):
 
         A query is one request where the server has the recall endpoint and this version of the index, else one a step.
         """
-        from llama_index_genret.scorers.vllm import VllmScorer
-
         index = load_index(Path(index_dir))
         scorer = VllmScorer(api_base, model=model, weights_id=index.weights_id, api_key=api_key, timeout_s=timeout_s)
         endpoint = RecallClient(index, scorer.server) if model is None else None  # it recalls with its own model
         return cls(index, scorer, endpoint=endpoint, **kwargs)
 
+    @classmethod
+    def from_llm(cls, llm: OpenAILike, index_dir: str | Path, **kwargs: Any) -> GenerativeImageRetriever:
+        """With the server that an `OpenAILike` talks to: its address, key, time-out and headers are taken.
+
+        A query is one request where the server has the recall endpoint and this version of the index. Else it is one a
+        step, of the model that has the weights of the index where `genret serve` names it, or of `llm.model`.
+        """
+        index = load_index(Path(index_dir))
+        scorer = scorer_of_llm(llm, index)
+        return cls(index, scorer, endpoint=RecallClient(index, scorer.server), **kwargs)
+
+    @classmethod
+    def from_nodes(
+        cls, nodes: Sequence[ImageNode], index_dir: str | Path, *, api_base: str | None = None, **kwargs: Any
+    ) -> GenerativeImageRetriever:
+        """Recalls these nodes and no others, with their texts, metadata and relationships, from an index of theirs.
+
+        Args:
+            nodes: their ids are image ids of the index.
+            api_base: as of `from_server`; None for the index's model in this process, as of `from_index_dir`.
+        Raises:
+            UnknownImage: the index has no image of the id of a node.
+        """
+        docstore = SimpleDocumentStore()
+        docstore.add_documents(nodes)
+        given = {"docstore": docstore, "image_ids": frozenset(node.node_id for node in nodes), **kwargs}
+        if api_base is not None:
+            return cls.from_server(index_dir, api_base, **given)
+        return cls.from_index_dir(index_dir, **given)
+
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        query = self._query(query_bundle)
-        ranking = self._endpoint.recall(query) if self._endpoint else None
+        source = self._source
+        query = self._query(source.index, query_bundle)
+        ranking = self._none_allowed(source)
+        if ranking is None and source.endpoint:
+            ranking = source.endpoint.recall(query)
         if ranking is None:
-            options = {**self._search, **ranking_options(self.index, query.scoring)}
-            (ranking,) = recall(self._scorer, self.index.trie, [query.prompt], k=query.k, **options)
-        return [self._node(hit, rank, ranking.exact) for rank, hit in enumerate(ranking.hits, start=1)]
+            (ranking,) = recall(source.scorer, source.index.trie, [query.prompt], **self._options(source, query))
+        return self._nodes(source.index, ranking)
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        query = self._query(query_bundle)
-        ranking = await self._endpoint.arecall(query) if self._endpoint else None
+        source = self._source
+        query = self._query(source.index, query_bundle)
+        ranking = self._none_allowed(source)
+        if ranking is None and source.endpoint:
+            ranking = await source.endpoint.arecall(query)
         if ranking is None:
-            options = {**self._search, **ranking_options(self.index, query.scoring)}
-            (ranking,) = await arecall(self._scorer, self.index.trie, [query.prompt], k=query.k, **options)
-        return [self._node(hit, rank, ranking.exact) for rank, hit in enumerate(ranking.hits, start=1)]
+            options = self._options(source, query)
+            (ranking,) = await arecall(source.scorer, source.index.trie, [query.prompt], **options)
+        return await asyncio.to_thread(self._nodes, source.index, ranking)  # it reads files, and the docstore
 
-    def _query(self, bundle: QueryBundle) -> Query:
-        prompts, tokenizer, text = self.index.prompts, self.index.tokenizer, bundle.query_str
+    def _query(self, index: Index, bundle: QueryBundle) -> Query:
+        text = bundle.query_str
         if bundle.image_path:
-            prompt = prompts.for_image(tokenizer, Path(bundle.image_path), text)
+            prompt = index.prompts.for_image(index.tokenizer, Path(bundle.image_path), text)
         else:
-            prompt = prompts.for_query(tokenizer, text)
+            text = self._template.format(query_str=text) if text.strip() else text
+            prompt = index.prompts.for_query(index.tokenizer, text)
         pictured = prompt.image is not None
         choice = replace(self._choice, rerank=None) if pictured else self._choice
-        scoring = self.index.scoring(choice, pictured=pictured)
+        scoring = index.scoring(choice, pictured=pictured)
         return Query(text, prompt, self.similarity_top_k, self._width, self._budget, self._conditions, scoring)
 
-    def _node(self, hit: Hit, rank: int, exact: bool) -> NodeWithScore:
-        record = self.index.record_of(hit)
-        metadata = {
-            **record.metadata,
+    def _options(self, source: _Source, query: Query) -> dict[str, Any]:
+        search = {"width": self._width, "budget": self._budget, "normalise": self._normalise, "allowed": source.allowed}
+        return {"k": query.k, **search, **ranking_options(source.index, query.scoring)}
+
+    def _allowed(self, index: Index) -> LeafFilter | None:
+        allowed = None if self._conditions is None else index.leaf_filter(self._conditions)
+        if self._image_ids is None:
+            return allowed
+        chosen = index.leaves_of(np.array([record.image_id in self._image_ids for record in index.records], np.bool_))
+        return chosen if allowed is None else allowed & chosen
+
+    @staticmethod
+    def _none_allowed(source: _Source) -> Ranking | None:
+        """The ranking of no images, where none passes: nothing is asked of a model then."""
+        nothing = not source.index.records or (source.allowed is not None and not source.allowed.n_allowed)
+        return Ranking((), True, 0) if nothing else None
+
+    def _nodes(self, index: Index, ranking: Ranking) -> list[NodeWithScore]:
+        ids = [index.record_of(hit).image_id for hit in ranking.hits]
+        found = self._docstore.get_nodes(ids, raise_error=False) if self._docstore and ids else []
+        stored = {node.node_id: node for node in found if isinstance(node, ImageNode)}
+        lost = [image_id for image_id in ids if self._docstore and image_id not in stored]
+        if lost:
+            log.warning("the docstore has no image node of %s: made from the records of %s.", lost, index.folder)
+        return [
+            NodeWithScore(node=self._node(index, hit, rank, ranking.exact, stored), score=hit.score)
+            for rank, hit in enumerate(ranking.hits, start=1)
+        ]
+
+    def _node(self, index: Index, hit: Hit, rank: int, exact: bool, stored: dict[str, ImageNode]) -> ImageNode:
+        record = index.record_of(hit)
+        told = {
             "image_id": record.image_id,
-            "file_path": str(record.path),
-            "content_sha256": record.sha256,
-            "genret_identifier": self.index.identifier_of(hit),
+            "genret_identifier": index.identifier_of(hit),
             "genret_log_prob": hit.log_prob,
             "genret_rank": rank,
             "genret_exact": exact,
             **({} if hit.ranked_by is None else {"genret_ranked_by": hit.ranked_by}),
         }
-        node = ImageNode(
-            id_=record.image_id,
-            text=record.captions[0] if record.captions else "",
-            image_path=str(record.path),
-            image_mimetype=sniff_mime(record.path),
-            metadata=metadata,
-            excluded_llm_metadata_keys=[key for key in metadata if key not in self._llm_metadata_keys],
-            excluded_embed_metadata_keys=[key for key in metadata if key not in record.metadata],
-            relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id=record.image_id)},
+        return recalled_node(
+            stored.get(record.image_id) or node_of(record),
+            told,
+            llm_metadata_keys=self.llm_metadata_keys,
+            max_image_pixels=self._max_image_pixels,
         )
-        return NodeWithScore(node=node, score=hit.score)
+
+    def _get_prompts(self) -> dict[str, BasePromptTemplate]:
+        retrieve = self.index.prompts.retrieve
+        whole = PromptTemplate(f"{retrieve.before}{{query_str}}{retrieve.after}")
+        return {RETRIEVAL_PROMPT: whole, QUERY_TEMPLATE: self._template}
+
+    def _update_prompts(self, prompts_dict: dict[str, BasePromptTemplate]) -> None:
+        if RETRIEVAL_PROMPT in prompts_dict:
+            raise QueryError(
+                f"the model was trained with the {RETRIEVAL_PROMPT!r} as it is: with another it would not recall. "
+                f"Update {QUERY_TEMPLATE!r}, which stands in its blank, such as 'a photo of {{query_str}}'."
+            )
+        template = prompts_dict.get(QUERY_TEMPLATE)
+        if template is None:
+            return
+        if template.template_vars != ["query_str"]:
+            raise QueryError(
+                f"{QUERY_TEMPLATE!r} has one blank, {{query_str}}; this one has {template.template_vars}: "
+                f"{template.get_template(llm=None)!r}."
+            )
+        self._template = template
+
+
+def scorer_of_llm(llm: OpenAILike, index: Index) -> VllmScorer:
+    """A scorer that asks the server of an LLM, see `GenerativeImageRetriever.from_llm`."""
+    return VllmScorer(
+        str(llm.api_base),
+        model=None if llm.model.startswith(SERVED_NAME) else llm.model,
+        weights_id=index.weights_id,
+        api_key=llm.api_key or "EMPTY",
+        timeout_s=llm.timeout,
+        headers=llm.default_headers or {},
+    )
 
 
 def _conditions(filters: MetadataFilters) -> store.MetadataFilters:

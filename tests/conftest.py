@@ -1,6 +1,8 @@
 """Fixtures of the unit tests: a tiny random model, and a small index over drawn pictures."""
 
+import asyncio
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,12 @@ def draw_pictures(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _no_loop_is_left_open():
+    """Where a thread has no loop, LlamaIndex's synchronous calls make one and close it; else they leave it open."""
+    asyncio.set_event_loop(None)
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     return draw_pictures(tmp_path_factory.mktemp("pictures") / "images")
@@ -53,10 +61,16 @@ def tiny_mllm(tiny_model_dir):
 
 
 @pytest.fixture(scope="session")
-def untrained_index(pictures, tiny_mllm, tmp_path_factory):
+def untrained_index(request, tmp_path_factory):
+    """An index over `pictures`. GENRET_TEST_INDEX names one that is there already: then no torch is needed."""
+    if folder := os.environ.get("GENRET_TEST_INDEX"):
+        from llama_index_genret.store import load_index
+
+        return load_index(Path(folder))
     from llama_index_genret.corpus import read_corpus
     from llama_index_genret.indexing import build_index
 
+    pictures, tiny_mllm = request.getfixturevalue("pictures"), request.getfixturevalue("tiny_mllm")
     return build_index(read_corpus(pictures), tmp_path_factory.mktemp("untrained") / "index", tiny_mllm)
 
 

@@ -1,13 +1,16 @@
 """Figures against their definitions; query files; baselines."""
 
+import asyncio
 import json
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llama_index.core.evaluation import RetrieverEvaluator
+from llama_index.core.evaluation.retrieval.metrics import MRR, NDCG
 
-from llama_index_genret import FakeScorer
+from llama_index_genret import FakeScorer, GenerativeImageRetriever
 from llama_index_genret.errors import CorpusError, QueryError
 from llama_index_genret.evaluation import Query, baseline, evaluate, evaluation_by_score, read_queries
 from llama_index_genret.metrics import RESAMPLES, bootstrap_interval, mean_reciprocal_rank, ndcg_at, recall_at
@@ -174,3 +177,41 @@ def test_a_baseline_finds_captions_and_counts_ties_against_itself(untrained_inde
 def test_an_unknown_baseline_names_the_known_ones(untrained_index):
     with pytest.raises(QueryError, match="bm25, tfidf"):
         baseline("clip", untrained_index.records, [])
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_the_evaluator_of_llama_index_gives_the_same_figures(untrained_index, how):
+    """Query by query: its `hit_rate` is our recall@k, and its `recall` too where one image is right.
+
+    Of several right images its own recall is the share that was found.
+    """
+    records, scorer = untrained_index.records, FakeScorer(untrained_index.tokenizer.vocab_size)
+    wanted = [[r.image_id for r in records[n : n + 1 + n % 3]] for n in range(len(records) - 3)]
+    queries = [Query(records[n].captions[0], frozenset(ids)) for n, ids in enumerate(wanted)]
+    ours = evaluate(untrained_index, scorer, queries)
+    retriever = GenerativeImageRetriever(untrained_index, scorer, similarity_top_k=10)
+    theirs = RetrieverEvaluator.from_metric_names(["hit_rate", "mrr", "recall", "ndcg"], retriever=retriever)
+    asked = [(query.text, sorted(query.image_ids)) for query in queries]
+    results = (
+        [theirs.evaluate(*query) for query in asked]
+        if how == "sync"
+        else [asyncio.run(theirs.aevaluate(*query)) for query in asked]
+    )
+    figures = {name: [r.metric_vals_dict[name] for r in results] for name in ("hit_rate", "mrr", "recall", "ndcg")}
+    each = ours.of_each_query()
+    assert figures["hit_rate"] == each["recall@10"]
+    assert figures["mrr"] == each["mrr"]
+    single = [row for row, query in enumerate(queries) if len(query.image_ids) == 1]
+    assert [figures["recall"][row] for row in single] == [each["recall@10"][row] for row in single]
+    assert np.mean(figures["ndcg"]) == pytest.approx(ours.figures()["ndcg@10"])
+    assert 0 < np.mean(figures["hit_rate"]) < 1
+    assert len(set(figures["ndcg"])) > 3
+
+
+def test_where_the_figures_of_llama_index_are_other_ones():
+    """Of more right images than results, its nDCG can never be one; where nothing is found, it ends in an error."""
+    assert ndcg_at([["a"]], [{"a", "b"}], 1) == 1.0
+    assert NDCG().compute(expected_ids=["a", "b"], retrieved_ids=["a"]).score == pytest.approx(0.6131, abs=1e-4)
+    assert ndcg_at([[]], [{"a"}], 1) == mean_reciprocal_rank([[]], [{"a"}]) == 0.0
+    with pytest.raises(ValueError, match="must be provided"):
+        MRR().compute(expected_ids=["a"], retrieved_ids=[])

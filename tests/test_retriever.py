@@ -1,18 +1,21 @@
 """The retriever in LlamaIndex's own engines, with a scorer from a table."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.llms import ChatMessage, MockLLM
 from llama_index.core.postprocessor import SimilarityPostprocessor
+from llama_index.core.prompts import PromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import QueryFusionRetriever
 from llama_index.core.schema import ImageNode, MetadataMode, QueryBundle
+from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
 from llama_index_genret import FakeScorer, GenerativeImageRetriever, InProcessLLM, image_query_engine
-from llama_index_genret.errors import FilterError, QueryError
+from llama_index_genret.errors import FilterError, QueryError, UnknownImage
 from llama_index_genret.scorers.transformers import TransformersScorer
 
 
@@ -55,6 +58,88 @@ def test_metadata_reach_the_answering_model_only_where_they_are_named(untrained_
     assert silent.get_metadata_str(MetadataMode.LLM) == ""
     named = make(untrained_index, scorer, llm_metadata_keys=("color",)).retrieve("x")[0].node
     assert named.get_metadata_str(MetadataMode.LLM) == f"color: {named.metadata['color']}"
+
+
+def test_caption_and_picture_reach_any_multimodal_engine(untrained_index, scorer):
+    node = make(untrained_index, scorer).retrieve("x")[0].node
+    text, picture = node.get_content_blocks(MetadataMode.LLM)
+    assert (text.text, str(picture.path)) == (node.text, node.image_path)
+
+
+def test_a_picture_that_is_gone_is_recalled_all_the_same(untrained_index, scorer, tmp_path):
+    records = [replace(record, path=tmp_path / "gone.png") for record in untrained_index.records]
+    nodes = make(replace(untrained_index, records=tuple(records)), scorer).retrieve("x")
+    assert ids(nodes) == ids(make(untrained_index, scorer).retrieve("x"))
+    assert [block.block_type for block in nodes[0].node.get_content_blocks(MetadataMode.LLM)] == ["text", "text"]
+
+
+def test_nodes_of_a_docstore_come_back_and_an_image_that_it_lacks_as_its_record(untrained_index, scorer, caplog):
+    found = ids(make(untrained_index, scorer).retrieve("x"))
+    mine, docstore = (
+        ImageNode(id_=found[1], text="mine", image_path="x.png", metadata={"mine": 1}),
+        SimpleDocumentStore(),
+    )
+    docstore.add_documents([mine])
+    nodes = make(untrained_index, scorer, docstore=docstore).retrieve("x")
+    assert ids(nodes) == found
+    assert (nodes[1].node.text, nodes[1].node.metadata["mine"]) == ("mine", 1)
+    assert nodes[1].node.metadata["genret_rank"] == 2
+    assert nodes[0].node.metadata["color"]
+    assert found[0] in caplog.text
+    assert docstore.get_node(found[1]).metadata == {"mine": 1}
+
+
+def test_only_the_images_that_are_named_are_searched_with_their_scores(untrained_index, scorer):
+    everything = {n.node.node_id: n.score for n in make(untrained_index, scorer, similarity_top_k=20).retrieve("x")}
+    chosen = ["red-bar", "blue-bar", "blue-frame"]
+    retriever = make(untrained_index, scorer, image_ids=chosen, filters=one("color", "blue"))
+    assert {n.node.node_id: n.score for n in retriever.retrieve("x")} == pytest.approx(
+        {image_id: everything[image_id] for image_id in chosen[1:]}
+    )
+    with pytest.raises(UnknownImage, match="'mauve'"):
+        make(untrained_index, scorer, image_ids=["red-bar", "mauve"])
+
+
+def test_it_recalls_the_nodes_that_it_is_made_from_and_no_others(trained_index):
+    mine = [ImageNode(id_=i, text=f"my {i}", image_path=f"{i}.png") for i in ("red-bar", "blue-bar")]
+    found = GenerativeImageRetriever.from_nodes(mine, trained_index.folder, device="cpu", similarity_top_k=9)
+    assert {n.node.node_id: n.node.text for n in found.retrieve("x")} == {n.node_id: n.text for n in mine}
+
+
+class Unused:
+    def __getattr__(self, name):
+        raise AssertionError(f"{name} was asked for")
+
+
+def test_where_no_image_passes_no_model_is_asked(untrained_index):
+    assert make(untrained_index, Unused(), filters=one("color", "mauve")).retrieve("x") == []
+    assert asyncio.run(make(untrained_index, Unused(), image_ids=[]).aretrieve("x")) == []
+
+
+def test_the_prompt_of_the_training_is_shown_and_cannot_be_changed(untrained_index, scorer):
+    retriever = make(untrained_index, scorer)
+    shown = retriever.get_prompts()["retrieval_prompt"].format(query_str="a {dog}")
+    assert "Find: a {dog}" in shown
+    with pytest.raises(QueryError, match="query_template"):
+        retriever.update_prompts({"retrieval_prompt": PromptTemplate("Search {query_str}")})
+
+
+def test_what_stands_in_its_blank_can_be_changed(untrained_index, scorer):
+    retriever, plain = make(untrained_index, scorer), make(untrained_index, scorer)
+    retriever.update_prompts({"query_template": PromptTemplate("a red {query_str}")})
+    assert [n.score for n in retriever.retrieve("bar")] == [n.score for n in plain.retrieve("a red bar")]
+    with pytest.raises(QueryError, match="empty"):
+        retriever.retrieve(" ")
+    with pytest.raises(QueryError, match="one blank"):
+        retriever.update_prompts({"query_template": PromptTemplate("a red bar")})
+
+
+def test_another_version_of_the_index_is_searched_from_then_on(untrained_index, trained_index, scorer):
+    retriever = make(untrained_index, scorer, filters=one("color", "red"))
+    retriever.use(trained_index, FakeScorer(scorer.vocab_size, seed=3))
+    expected = make(trained_index, FakeScorer(scorer.vocab_size, seed=3), filters=one("color", "red"))
+    assert ids(retriever.retrieve("x")) == ids(expected.retrieve("x"))
+    assert retriever.index is trained_index
 
 
 def test_every_call_gives_fresh_nodes_that_a_user_may_change(untrained_index, scorer):

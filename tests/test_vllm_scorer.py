@@ -4,9 +4,6 @@ The real server is in `integration/test_vllm.py`; this one answers what a real o
 """
 
 import asyncio
-import json
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 import numpy as np
 import pytest
@@ -14,80 +11,20 @@ import pytest
 from llama_index_genret.errors import QueryError, ServerError, ServerUnreachable
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import arecall, recall
-from llama_index_genret.scorers.fake import FakeScorer
 from llama_index_genret.scorers.rerank import Continuation
 from llama_index_genret.scorers.vllm import MAX_TOKENS_ASKED, VllmScorer
 from llama_index_genret.search import Normalise
 from llama_index_genret.trie import build_trie
+from tests.openai_server import OpenAIServer, running
 
 VOCABULARY = 400
 PROMPTS = [Prompt((1, 2)), Prompt((3,))]
 
 
-class Protocol(ThreadingHTTPServer):
-    """`/v1/models` and `/v1/completions`; `spoil` changes an answer, `requests` records them."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.table = FakeScorer(VOCABULARY)
-        self.requests = []
-        self.models = [{"id": "only", "max_model_len": 100}]
-        self.spoil = lambda answer: answer
-        self.status = 200
-
-    @property
-    def api_base(self):
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def answer(self, status, body):
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def do_GET(self):
-        self.answer(200, {"data": self.server.models})
-
-    def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append(request)
-        if "prompt_logprobs" in request:
-            choices = [{"index": i, "prompt_logprobs": self.of_prompt(ids)} for i, ids in enumerate(request["prompt"])]
-            self.answer(self.server.status, self.server.spoil({"choices": choices[::-1]}))
-            return
-        choices = [self.choice(i, ids, request["logprob_token_ids"]) for i, ids in enumerate(request["prompt"])]
-        self.answer(self.server.status, self.server.spoil({"choices": choices[::-1]}))
-
-    def of_prompt(self, ids):
-        """Of every token but the first its log-probability after those before it."""
-        first, *rest = ids
-        logits = [self.server.table.logits(Prompt((first,)), tuple(rest[:place])) for place in range(len(rest))]
-        values = [float(row[token] - np.logaddexp.reduce(row)) for row, token in zip(logits, rest, strict=True)]
-        return [None, *({str(token): {"logprob": value}} for token, value in zip(rest, values, strict=True))]
-
-    def choice(self, i, ids, asked):
-        """The table's log-probabilities after the longest known prompt, whole vocabulary."""
-        prompt = next(p for p in PROMPTS if tuple(ids[: len(p.token_ids)]) == p.token_ids)
-        logits = self.server.table.logits(prompt, tuple(ids[len(prompt.token_ids) :]))
-        log_probs = logits - np.logaddexp.reduce(logits)
-        return {"index": i, "logprobs": {"top_logprobs": [{f"token_id:{t}": float(log_probs[t]) for t in asked}]}}
-
-
 @pytest.fixture
 def server():
-    protocol = Protocol()
-    Thread(target=protocol.serve_forever, daemon=True).start()
-    yield protocol
-    protocol.shutdown()
-    protocol.server_close()
+    with running(OpenAIServer(vocabulary=VOCABULARY, prompts=PROMPTS)) as server:
+        yield server
 
 
 def identifiers(n, depth=3, seed=0):
@@ -204,6 +141,8 @@ def test_the_only_model_is_found_and_one_of_several_must_be_named(server):
     with pytest.raises(ServerError, match=r"\['a', 'b'\]"):
         VllmScorer(server.api_base).served_model()
     assert VllmScorer(server.api_base, model="b").served_model() == "b"
+    with pytest.raises(ServerError, match=r"serves \['a', 'b'\], not 'c'"):
+        VllmScorer(server.api_base, model="c").served_model()
 
 
 def test_a_server_with_other_weights_than_the_index_is_refused(server):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,12 +40,14 @@ BUSY = frozenset({429, 502, 503, 504})
 class Server:
     """Where a server is, and how it is asked.
 
-    api_base: address up to `/v1`. timeout_s: of one request, connecting and further tries included.
+    api_base: address up to `/v1`. timeout_s: of one request, connecting and further tries included. headers: sent with
+    each request, beside the key.
     """
 
     api_base: str
     api_key: str = field(default="EMPTY", repr=False)
     timeout_s: float = 60.0
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @contextmanager
     def connection(self) -> Iterator[Connection]:
@@ -76,7 +78,7 @@ class Server:
     def _options(self) -> dict[str, Any]:
         secure = self.api_base.startswith("https")
         return {
-            "headers": {"Authorization": f"Bearer {self.api_key}"},
+            "headers": {"Authorization": f"Bearer {self.api_key}", **self.headers},
             "verify": httpx.create_ssl_context() if secure else False,
         }
 

@@ -8,7 +8,7 @@ keeps the prompts. Needs httpx only.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +78,7 @@ class VllmScorer:
         model: the served name; the server's only model if not given.
         timeout_s: of one request, connecting and further tries included.
         weights_id: `Index.weights_id`; a server started by `genret serve` with other weights is then refused.
+        headers: sent with each request, beside the key.
     """
 
     def __init__(
@@ -88,8 +89,9 @@ class VllmScorer:
         api_key: str = "EMPTY",
         timeout_s: float = 60.0,
         weights_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        self.server = Server(api_base.rstrip("/"), api_key, timeout_s)
+        self.server = Server(api_base.rstrip("/"), api_key, timeout_s, headers or {})
         self._model = model
         self._weights_id = weights_id
         self._served: tuple[str, int | None] | None = None

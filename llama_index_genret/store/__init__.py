@@ -1,6 +1,7 @@
 """The persisted index: one folder, whole or not at all.
 
 INDEX/manifest.json      the commit point: versions, scheme, fingerprints, and the checksum of every file
+INDEX/pictures/          images that were given as bytes, if any
 INDEX/data-<12 hex>/     what one write added: records.jsonl, trie.bin, edits.safetensors, tokenizer.json,
                          codebooks.safetensors, pseudo_queries.jsonl, adapter/..., update/..., new_rows.safetensors,
                          prior.npy; files of earlier writes stay where they are while the manifest names them
@@ -8,7 +9,7 @@ INDEX/data-<12 hex>/     what one write added: records.jsonl, trie.bin, edits.sa
 
 from llama_index_genret.store.edit import add_images, remove_images, store_pseudo_queries
 from llama_index_genret.store.filters import MetadataFilter, MetadataFilters
-from llama_index_genret.store.folder import FileEntry, Manifest, ModelEntry, check_free
+from llama_index_genret.store.folder import PICTURES, FileEntry, Manifest, ModelEntry, check_free, read_manifest
 from llama_index_genret.store.index import Index, create_index, load_index
 from llama_index_genret.store.learnt import drop_update, store_adapter, store_tuned, store_update
 from llama_index_genret.store.scoring import Scoring, ScoringChoice, Tuned
@@ -16,6 +17,7 @@ from llama_index_genret.store.weights import NewRows
 from llama_index_genret.store.written import PSEUDO_QUERIES, Provenance, PseudoQuery, WrittenQueries, text_key
 
 __all__ = [
+    "PICTURES",
     "PSEUDO_QUERIES",
     "FileEntry",
     "Index",
@@ -35,6 +37,7 @@ __all__ = [
     "create_index",
     "drop_update",
     "load_index",
+    "read_manifest",
     "remove_images",
     "store_adapter",
     "store_pseudo_queries",

@@ -27,6 +27,9 @@ from llama_index_genret.store.scoring import Tuned
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
+PICTURES = "pictures"
+"""Folder inside an index of images that were given as bytes: not of the index, and left alone by its writes."""
+
 _DATA_FOLDER = re.compile(r"data-[0-9a-f]{12}")
 _TEMPORARY_MANIFEST = re.compile(re.escape(MANIFEST) + r"\.[0-9a-f]{12}")
 
@@ -77,7 +80,7 @@ class Manifest(BaseModel):
 
 def check_free(folder: Path, *, overwrite: bool = False) -> None:
     """Raise IndexExists unless an index may be written to `folder`."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and all(path.name == PICTURES for path in folder.iterdir())):
         return
     if not (folder / MANIFEST).is_file():
         raise IndexExists(f"{folder} exists and holds something that is no index: name a new folder.")

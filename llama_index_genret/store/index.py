@@ -212,7 +212,11 @@ class Index:
         Raises:
             FilterError: see `Columns.passing`.
         """
-        passing, row = self.columns.passing(filters), self._rows_of_leaves
+        return self.leaves_of(self.columns.passing(filters))
+
+    def leaves_of(self, passing: NDArray[np.bool_]) -> LeafFilter:
+        """The leaves of some records. passing: (records,) bool."""
+        row = self._rows_of_leaves
         mask = np.zeros(len(row), np.bool_)
         mask[row >= 0] = passing[row[row >= 0]]  # a removed leaf has no record
         return LeafFilter.from_mask(mask)

@@ -1,0 +1,178 @@
+"""A server that speaks vLLM's protocol over a table, and records what reaches it.
+
+`/v1/models`; `/v1/completions` with the log-probabilities of named tokens, as recall asks for them; and
+`/v1/chat/completions`, whole or as a stream, with the answers of a script.
+"""
+
+import base64
+import contextlib
+import json
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from threading import Thread
+
+import numpy as np
+from PIL import Image
+
+from llama_index_genret.prompts import Prompt
+from llama_index_genret.scorers.fake import FakeScorer
+
+ANSWER = "It is a red circle."
+
+
+class OpenAIServer(ThreadingHTTPServer):
+    """`requests` records completions, `chats` what is asked of the chat model; `spoil` changes an answer.
+
+    table: answers for the prompts named in `prompts`, and after their first token for all others.
+    script: the answer to a chat whose text or tool names hold the key, the first that does; else `ANSWER`. A text, or
+        `{"tool": name, "arguments": {...}}`, which is given until the tool has answered.
+    cut: an answer breaks off after so many bytes. delay_s: a chat waits so long.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, *, vocabulary=400, prompts=()):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.table, self.prompts = FakeScorer(vocabulary), list(prompts)
+        self.requests, self.chats, self.script = [], [], {}
+        self.models = [{"id": "only", "max_model_len": 100}]
+        self.spoil = lambda answer: answer
+        self.status, self.cut, self.delay_s = 200, None, 0.0
+
+    @property
+    def api_base(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def pictures(self):
+        """Of each chat the pictures in its user messages, in their order, as bytes of their pixels."""
+        return [[pixels(from_url(url)) for url in image_urls(chat)] for chat in self.chats]
+
+    def asked(self):
+        """Of each chat all its text."""
+        return [text_of(chat) for chat in self.chats]
+
+
+@contextlib.contextmanager
+def running(server):
+    """Serves in a thread as long as the context lasts."""
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def parts(chat):
+    for message in chat["messages"]:
+        content = message.get("content") or []
+        yield from [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def image_urls(chat):
+    return [part["image_url"]["url"] for part in parts(chat) if part["type"] == "image_url"]
+
+
+def text_of(chat):
+    return "\n".join(part["text"] for part in parts(chat) if part["type"] == "text")
+
+
+def from_url(url):
+    head, _, body = url.partition(",")
+    assert head.startswith("data:image/"), f"not a picture: {url[:60]}"
+    return BytesIO(base64.b64decode(body, validate=True))
+
+
+def pixels(file):
+    """What a model would see of a picture, whatever the file's format."""
+    with Image.open(file) as image:
+        return image.size, image.convert("RGB").tobytes()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # connections stay open, as a real server's do
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, body, content_type="application/json"):
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(content)))
+        self.close_connection = self.server.cut is not None
+        with contextlib.suppress(OSError):  # the client may leave first
+            self.end_headers()
+            self.wfile.write(content[: self.server.cut])
+
+    def do_GET(self):
+        self.answer(200, {"data": self.server.models})
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path.endswith("/chat/completions"):
+            self.chat(request)
+        elif self.path.endswith("/completions"):
+            self.complete(request)
+        else:
+            self.answer(404, {"detail": "Not Found"})
+
+    def complete(self, request):
+        self.server.requests.append(request)
+        if "prompt_logprobs" in request:
+            choices = [{"index": i, "prompt_logprobs": self.of_prompt(ids)} for i, ids in enumerate(request["prompt"])]
+        else:
+            choices = [self.choice(i, ids, request["logprob_token_ids"]) for i, ids in enumerate(request["prompt"])]
+        self.answer(self.server.status, self.server.spoil({"choices": choices[::-1]}))
+
+    def of_prompt(self, ids):
+        """Of every token but the first its log-probability after those before it."""
+        first, *rest = ids
+        logits = [self.server.table.logits(Prompt((first,)), tuple(rest[:place])) for place in range(len(rest))]
+        values = [float(row[token] - np.logaddexp.reduce(row)) for row, token in zip(logits, rest, strict=True)]
+        return [None, *({str(token): {"logprob": value}} for token, value in zip(rest, values, strict=True))]
+
+    def choice(self, i, ids, asked):
+        """The table's log-probabilities after the longest known prompt, whole vocabulary."""
+        known = (p for p in self.server.prompts if tuple(ids[: len(p.token_ids)]) == p.token_ids)
+        prompt = next(known, Prompt(tuple(ids[:1])))
+        logits = self.server.table.logits(prompt, tuple(ids[len(prompt.token_ids) :]))
+        log_probs = logits - np.logaddexp.reduce(logits)
+        return {"index": i, "logprobs": {"top_logprobs": [{f"token_id:{t}": float(log_probs[t]) for t in asked}]}}
+
+    def chat(self, request):
+        self.server.chats.append(request)
+        time.sleep(self.server.delay_s)
+        if self.server.status != 200:
+            self.answer(self.server.status, {"error": {"message": "refused", "code": self.server.status}})
+            return
+        said = self.said(request)
+        whole = {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"]}
+        finish = "tool_calls" if said.get("tool_calls") else "stop"
+        if not request.get("stream"):
+            choice = {"index": 0, "message": {"role": "assistant", **said}, "finish_reason": finish}
+            self.answer(200, self.server.spoil({**whole, "choices": [choice]}))
+            return
+        pieces = [{"content": word} for word in (said.get("content") or "").split(" ")]
+        pieces = [{"content": piece["content"] + " "} for piece in pieces[:-1]] + pieces[-1:]
+        deltas = [{"role": "assistant", "tool_calls": said["tool_calls"]}] if finish == "tool_calls" else pieces
+        chunks = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+        chunks.append({"index": 0, "delta": {}, "finish_reason": finish})
+        lines = [json.dumps({**whole, "object": "chat.completion.chunk", "choices": [chunk]}) for chunk in chunks]
+        self.answer(200, "".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"]).encode(), "text/event-stream")
+
+    def said(self, request):
+        """The message that the script has for a request."""
+        names = [tool["function"]["name"] for tool in request.get("tools", [])]
+        asked = "\n".join([text_of(request), *names, json.dumps(request.get("response_format", ""))])
+        answered = any(message["role"] == "tool" for message in request["messages"])
+        for key, reply in self.server.script.items():
+            if key in asked and not (isinstance(reply, dict) and answered):
+                return {"content": reply} if isinstance(reply, str) else call(**reply)
+        return {"content": ANSWER}
+
+
+def call(tool, arguments):
+    function = {"name": tool, "arguments": json.dumps(arguments)}
+    return {"content": None, "tool_calls": [{"index": 0, "id": "call-1", "type": "function", "function": function}]}

@@ -1,0 +1,358 @@
+"""The index in LlamaIndex's terms: documents in, edits, persistence, engines; a tiny model behind it."""
+
+import base64
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from llama_index.core import SimpleDirectoryReader, StorageContext, load_index_from_storage
+from llama_index.core.chat_engine.types import ChatMode
+from llama_index.core.llms import ImageBlock, MockLLM
+from llama_index.core.postprocessor import SimilarityPostprocessor
+from llama_index.core.schema import Document, ImageDocument, ImageNode, TextNode
+from PIL import Image, ImageDraw
+
+from llama_index_genret import FakeScorer, GenerativeImageIndex, load_images
+from llama_index_genret.errors import (
+    CorpusError,
+    DuplicateImage,
+    ImageError,
+    IndexExists,
+    MetadataError,
+    NotTrained,
+)
+from llama_index_genret.store import load_index, remove_images
+from llama_index_genret.training.options import TrainOptions
+from tests.conftest import draw_pictures
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return draw_pictures(tmp_path / "images")
+
+
+@pytest.fixture
+def make(tmp_path, tiny_model_dir):
+    """An index over documents, recalled from a table."""
+
+    def make(documents, storage_context=None, **options):
+        given = {"index_dir": tmp_path / "index", "model": str(tiny_model_dir), "device": "cpu", **options}
+        return GenerativeImageIndex.from_documents(documents, storage_context, **{"scorer": FakeScorer(1000), **given})
+
+    return make
+
+
+@pytest.fixture
+def index(make, folder):
+    return make(load_images(folder))
+
+
+def found(retriever, query="red circle"):
+    return {hit.node.node_id for hit in retriever.retrieve(query)}
+
+
+def everything(index, **options):
+    return index.as_retriever(similarity_top_k=100, **options)
+
+
+def another(path, color="orange"):
+    image = Image.new("RGB", (64, 64), "white")
+    ImageDraw.Draw(image).ellipse((20, 20, 44, 44), fill=color)
+    image.save(path)
+    return path
+
+
+def document(path, image_id="new", **options):
+    return ImageDocument(
+        id_=image_id,
+        image_path=str(path),
+        text="an orange dot",
+        **{"metadata": {"color": "orange", "shape": "dot"}, **options},
+    )
+
+
+def test_images_of_a_folder_become_nodes_with_their_own_ids_captions_and_metadata(index, folder):
+    assert len(index.docstore.docs) == 20
+    (hit,) = index.as_retriever(similarity_top_k=1).retrieve("x")
+    node = hit.node
+    assert node.node_id == node.metadata["image_id"] == node.ref_doc_id
+    assert node.text == f"{node.metadata['color']} {node.metadata['shape']}"
+    assert node.image_path == node.metadata["file_path"] == str(folder / f"{node.node_id}.png")
+    assert index.ref_doc_info[node.node_id].node_ids == [node.node_id]
+
+
+def test_the_folder_is_a_whole_index_for_the_command_line(index, folder):
+    stored = load_index(index.folder)
+    assert [(r.image_id, r.captions, dict(r.metadata)) for r in stored.records][0] == (
+        "red-circle",
+        ("red circle",),
+        {"color": "red", "shape": "circle"},
+    )
+    assert stored.records[0].file_name == "red-circle.png"
+
+
+def test_captions_are_lines_and_questions_are_kept_from_models(tmp_path, make):
+    images = tmp_path / "asked"
+    images.mkdir()
+    another(images / "a.png")
+    asked = {"question": "Which color?", "answer": "orange"}
+    line = {"file_name": "a.png", "text": ["a dot", "a small dot"], "questions": [asked]}
+    (images / "metadata.jsonl").write_text(json.dumps(line))
+    index = make(load_images(images), scheme="numeric")
+    (record,) = index.stored.records
+    assert (record.captions, record.questions[0].answer, dict(record.metadata)) == (
+        ("a dot", "a small dot"),
+        "orange",
+        {},
+    )
+    assert "Which color" not in index.docstore.get_node("a").get_content("llm")
+
+
+def test_documents_of_the_stock_reader_and_plain_documents_with_images_do(make, tmp_path, folder):
+    path = another(tmp_path / "b.png")
+    plain = Document(id_="plain", text="a dot", image_resource={"path": path})
+    index = make([document(another(tmp_path / "a.png")), plain], scheme="numeric")
+    assert found(everything(index)) == {"new", "plain"}
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        (lambda path: Document(id_="t", text="mojibake"), ImageError, "'t' has no image"),
+        (lambda path: document(path, metadata={"tags": ["a", "b"]}), MetadataError, "'tags' of 'new' is a list"),
+        (lambda path: Document(id_="t", image_resource={"path": path.parent / "gone.png"}), ImageError, "'t'.*missing"),
+        (lambda path: Document(id_="t", image_resource={"url": "http://127.0.0.1:9/a.png"}), ImageError, "address"),
+        (lambda path: TextNode(id_="t", text="x"), ImageError, "no document"),
+    ],
+    ids=["no image", "nested metadata", "missing file", "address", "a text node"],
+)
+def test_a_document_that_cannot_be_used_is_an_error_that_names_it(make, tmp_path, given, error, words):
+    with pytest.raises(error, match=words):
+        make([given(another(tmp_path / "a.png"))])
+    assert not (tmp_path / "index" / "manifest.json").exists()
+
+
+def test_a_picture_in_memory_is_stored_as_a_file_and_never_as_base64(make, tmp_path):
+    content = another(tmp_path / "a.png").read_bytes()
+    storage = StorageContext.from_defaults()
+    documents = [ImageDocument(id_="mem", image=base64.b64encode(content).decode(), text="a dot")]
+    index = make(documents, storage, scheme="numeric")
+    index.insert_nodes([ImageNode(id_="too", image=base64.b64encode(content).decode())])
+    storage.persist(tmp_path / "persisted")
+    for node_id in ("mem", "too"):
+        assert open(index.docstore.get_node(node_id).image_path, "rb").read() == content  # noqa: PTH123, SIM115
+    stored = (tmp_path / "persisted" / "docstore.json").read_text()
+    assert base64.b64encode(content).decode()[:60] not in stored
+    assert len(list((index.folder / "pictures").iterdir())) == 1
+
+
+def test_a_folder_that_is_not_free_and_no_images_are_errors(make, index):
+    with pytest.raises(IndexExists):
+        make(load_images(index.stored.records[0].path.parent))
+    with pytest.raises(CorpusError, match="no images"):
+        make([], index_dir=index.folder.parent / "other")
+    with pytest.raises(CorpusError, match="index_dir"):
+        GenerativeImageIndex(nodes=[])
+
+
+def test_an_inserted_image_is_found_at_once_by_retrievers_made_before(index, tmp_path):
+    before = everything(index)
+    index.insert(document(another(tmp_path / "new.png")))
+    assert found(before) == found(everything(index))
+    assert "new" in found(before)
+    assert "new" in index.untrained_ids()
+    assert index.docstore.get_node("new").text == "an orange dot"
+
+
+def test_an_image_of_a_known_id_is_not_inserted_twice(index, folder):
+    with pytest.raises(DuplicateImage):
+        index.insert(load_images(folder)[0])
+    assert len(index.docstore.docs) == len(index.stored.records) == 20
+
+
+def test_a_deleted_image_is_found_no_more_by_retrievers_made_before(index, folder):
+    before, engine = everything(index), index.as_query_engine(llm=MockLLM(), similarity_top_k=100)
+    index.delete_ref_doc("red-circle")
+    index.delete_nodes(["blue-bar"], delete_from_docstore=True)
+    assert found(before) == found(engine) == found(everything(index)) == set(index.stored.rows_by_id)
+    assert len(index.stored.records) == 18
+    assert "red-circle" in index.docstore.docs
+    assert "blue-bar" not in index.docstore.docs
+    assert (folder / "blue-bar.png").exists()
+
+
+def test_an_index_without_images_left_finds_nothing_and_takes_new_ones(index, tmp_path):
+    retriever = everything(index)
+    index.delete_nodes(list(index.docstore.docs), delete_from_docstore=True)
+    assert retriever.retrieve("x") == []
+    index.insert(document(another(tmp_path / "new.png")))
+    assert found(retriever) == {"new"}
+
+
+def test_a_refresh_sees_new_documents_other_captions_and_replaced_files_and_nothing_else(index, folder, tmp_path):
+    assert index.refresh_ref_docs(load_images(folder)) == [False] * 20
+    another(folder / "red-circle.png")
+    documents = load_images(folder)
+    documents[1].set_content("an empty square")
+    documents.append(document(another(tmp_path / "new.png")))
+    assert index.refresh_ref_docs(documents) == [True, True, *[False] * 18, True]
+    stored = index.stored
+    assert stored.records[stored.rows_by_id["red-square"]].captions == ("an empty square",)
+    assert index.docstore.get_node("red-square").text == "an empty square"
+    assert found(everything(index)) == set(stored.rows_by_id) == set(index.docstore.docs)
+    assert len(stored.records) == 21
+    assert index.refresh_ref_docs(documents) == [False] * 21
+
+
+def test_a_replaced_file_is_seen_in_documents_that_say_nothing_of_their_content(make, tmp_path):
+    path = another(tmp_path / "new.png")
+    index = make([document(path)], scheme="numeric")
+    assert index.refresh_ref_docs([document(path)]) == [False]
+    another(path, "purple")
+    assert index.refresh_ref_docs([document(path)]) == [True]
+
+
+def test_another_caption_of_the_same_picture_leaves_its_identifier(index, folder):
+    before = index.stored.identifiers[index.stored.rows_by_id["red-square"]]
+    changed = next(d for d in load_images(folder) if d.id_ == "red-square")
+    changed.metadata["color"] = "crimson"
+    index.update_ref_doc(changed)
+    stored = index.stored
+    assert stored.identifiers[stored.rows_by_id["red-square"]] == before
+    assert stored.records[stored.rows_by_id["red-square"]].metadata["color"] == "crimson"
+
+
+async def test_every_edit_has_an_asynchronous_twin(index, folder, tmp_path):
+    await index.ainsert(document(another(tmp_path / "new.png")))
+    await index.adelete_ref_doc("red-circle", delete_from_docstore=True)
+    changed = next(d for d in load_images(folder) if d.id_ == "red-square")
+    changed.set_content("an empty square")
+    await index.aupdate_ref_doc(changed)
+    assert (await index.arefresh_ref_docs(load_images(folder)[:3])) == [True, True, False]
+    hits = await everything(index).aretrieve("x")
+    assert {hit.node.node_id for hit in hits} == set(index.stored.rows_by_id) == set(index.docstore.docs)
+
+
+RELOAD = """
+import sys
+from llama_index.core import StorageContext, load_index_from_storage
+from llama_index_genret import FakeScorer, GenerativeImageIndex
+
+index = load_index_from_storage(StorageContext.from_defaults(persist_dir=sys.argv[1]), scorer=FakeScorer(1000))
+assert isinstance(index, GenerativeImageIndex)
+assert "torch" not in sys.modules
+for hit in index.as_retriever(similarity_top_k=5).retrieve("red circle"):
+    print(hit.node.node_id, hit.score, hit.node.text, sep="\\t")
+"""
+
+
+def test_a_new_process_loads_it_and_recalls_the_same(index, tmp_path):
+    index.storage_context.persist(tmp_path / "persisted")
+    command = [sys.executable, "-c", RELOAD, str(tmp_path / "persisted")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    hits = index.as_retriever(similarity_top_k=5).retrieve("red circle")
+    assert printed == "".join(f"{hit.node.node_id}\t{hit.score}\t{hit.node.text}\n" for hit in hits)
+
+
+def test_a_folder_that_has_moved_is_named_when_it_is_loaded_and_edits_go_on(index, tmp_path):
+    index.storage_context.persist(tmp_path / "persisted")
+    moved = shutil.move(index.folder, tmp_path / "moved")
+    storage = StorageContext.from_defaults(persist_dir=str(tmp_path / "persisted"))
+    loaded = load_index_from_storage(storage, index_dir=moved, scorer=FakeScorer(1000), device="cpu")
+    loaded.insert(document(another(tmp_path / "new.png")))
+    loaded.delete_ref_doc("red-bar")
+    assert found(everything(loaded)) == set(
+        index.stored.rows_by_id if index.folder.exists() else loaded.stored.rows_by_id
+    )
+    assert {"new"} < found(everything(loaded))
+
+
+def test_an_edit_by_another_process_is_seen_and_not_undone(index, tmp_path):
+    retriever = everything(index)
+    remove_images(load_index(index.folder), ["red-bar"])
+    index.insert(document(another(tmp_path / "new.png")))
+    assert found(retriever) == found(everything(index)) == set(load_index(index.folder).rows_by_id)
+    assert "red-bar" not in found(retriever)
+
+
+def test_an_index_that_was_not_trained_says_so(make, folder):
+    index = make(load_images(folder), scorer=None)
+    assert index.untrained_ids() == list(index.stored.rows_by_id)
+    with pytest.raises(NotTrained, match="train"):
+        index.as_retriever()
+
+
+class Watching(MockLLM):
+    """Keeps what it is asked."""
+
+    def chat(self, messages, **kwargs):
+        asked.append(list(messages))
+        return super().chat(messages, **kwargs)
+
+
+asked = []
+
+
+def pictures():
+    return [sum(isinstance(block, ImageBlock) for m in messages for block in m.blocks) for messages in asked]
+
+
+def test_the_pictures_reach_the_model_of_its_query_engine(index):
+    asked.clear()
+    answer = index.as_query_engine(llm=Watching(), similarity_top_k=3).query("Which color?")
+    assert pictures() == [3]
+    assert len(answer.source_nodes) == 3
+
+
+@pytest.mark.parametrize("mode", [ChatMode.BEST, ChatMode.CONTEXT, ChatMode.CONDENSE_PLUS_CONTEXT])
+def test_the_pictures_reach_the_model_of_its_chat_engine_in_every_turn(index, mode):
+    asked.clear()
+    chat = index.as_chat_engine(
+        mode, llm=Watching(), similarity_top_k=2, node_postprocessors=[SimilarityPostprocessor()]
+    )
+    chat.chat("Which color?")
+    chat.chat("And which shape?")
+    assert [n for n in pictures() if n] == [2, 2]
+    assert asked[0][-1].blocks[-1].text == "Which color?"
+
+
+def test_a_chat_goes_on_where_a_picture_is_gone(index, folder):
+    asked.clear()
+    gone = index.as_retriever(similarity_top_k=1).retrieve("Which color?")[0].node
+    (folder / f"{gone.node_id}.png").unlink()
+    index.as_chat_engine(llm=Watching(), similarity_top_k=2).chat("Which color?")
+    assert pictures() == [1]
+    assert asked[0][-1].blocks[-1].text == f"{gone.text}\n(The picture {gone.node_id} cannot be shown.)\n\nWhich color?"
+
+
+def test_a_chat_that_condenses_questions_asks_the_query_engine(index):
+    asked.clear()
+    index.as_chat_engine(ChatMode.CONDENSE_QUESTION, llm=Watching(), similarity_top_k=2).chat("Which color?")
+    assert pictures() == [2]
+
+
+def test_it_trains_recalls_and_answers_by_the_same_model_and_learns_what_came_later(make, folder, tmp_path):
+    index = make(load_images(folder), scorer=None)
+    index.train(TrainOptions(max_steps=2, lora_rank=2), show_progress=False)
+    assert index.untrained_ids() == []
+    engine = index.as_query_engine(similarity_top_k=2)
+    answer = engine.query("What is in the picture?")
+    assert len(answer.source_nodes) == 2
+    retriever = everything(index)
+    index.insert(document(another(tmp_path / "new.png")))
+    assert index.untrained_ids() == ["new"]
+    assert "new" in found(retriever)
+    before = {hit.node.node_id: hit.score for hit in retriever.retrieve("x")}
+    index.train(TrainOptions(max_steps=2, lora_rank=2), update=True, show_progress=False)
+    assert index.untrained_ids() == []
+    after = {hit.node.node_id: hit.score for hit in retriever.retrieve("x")}
+    assert before.keys() == after.keys()
+    assert before != after
+
+
+def test_the_stock_reader_without_its_extra_reads_no_picture_and_that_is_an_error(make, folder):
+    (document, *_) = SimpleDirectoryReader(input_files=[folder / "red-bar.png"]).load_data()
+    with pytest.raises(ImageError, match="load_images"):
+        make([document])
