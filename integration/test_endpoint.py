@@ -253,7 +253,6 @@ def test_the_retriever_takes_one_request_and_finds_what_the_stock_protocol_finds
             served_index.folder, f"{endpoint}/v1", api_key=KEY, similarity_top_k=3, **options
         )
         stock = GenerativeImageRetriever(index, retriever._scorer, similarity_top_k=3, **options)
-        retriever.retrieve("red circle")  # the first asks what is served
         posted.clear()
         nodes = retriever.retrieve("red circle")
         assert posted == ["/v1/recall"]

@@ -39,8 +39,8 @@ _MOST_TOKENS = 2125
 
 _TEXT_ONLY = (
     "recalled images go through an engine that gives its model text only: captions, and no picture. Use "
-    "`image_query_engine(retriever, llm)`, or a query engine with `multimodal=True`; for chats a `MultiModal...ChatEngine`; "
-    "for agents a `QueryEngineTool` over one of these."
+    "`image_query_engine(retriever, llm)`, or a query engine with `multimodal=True`; for chats a "
+    "`MultiModal...ChatEngine`; for agents a `QueryEngineTool` over one of these."
 )
 
 
@@ -88,7 +88,7 @@ class GenretImageNode(ImageNode):
         return cls.from_dict({**node.to_dict(), **options})
 
     def get_content(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> str:
-        """See `BaseNode.get_content`. Warns `PictureNotShown` where it is what a model reads: a text without picture."""
+        """See `BaseNode.get_content`. Warns `PictureNotShown` of the text that a model reads instead."""
         if metadata_mode == MetadataMode.LLM:
             warnings.warn(_TEXT_ONLY, PictureNotShown, stacklevel=1)  # of one line: Python shows it once
         return super().get_content(metadata_mode)

@@ -57,7 +57,7 @@ def genret_llm(
     return _ServerLLM(model=model, api_base=api_base, context_window=context_window, max_tokens=max_tokens, **options)
 
 
-class _ServerLLM(OpenAILike):
+class _ServerLLM(OpenAILike):  # type: ignore[misc]  # it has no types
     """Makes clients that cost nothing and hold nothing: a new one for each request is cheap, and may be forgotten.
 
     One TLS context for all, of which each takes 30 ms to read; and no connection is kept open after its answer, as

@@ -107,7 +107,10 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[: self.server.cut])
 
     def do_GET(self):
-        self.answer(200, {"data": self.server.models})
+        if self.path.endswith("/models"):
+            self.answer(200, {"data": self.server.models})
+        else:
+            self.answer(404, {"detail": "Not Found"})
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -132,9 +132,9 @@ def multimodal_chat(retriever, llm):
 
 ENGINES = {
     "query": lambda retriever, llm: image_query_engine(retriever, llm).query,
-    "citations": lambda retriever, llm: CitationQueryEngine.from_args(
-        None, retriever=retriever, llm=llm, multimodal=True
-    ).query,
+    "citations": lambda retriever, llm: (
+        CitationQueryEngine.from_args(None, retriever=retriever, llm=llm, multimodal=True).query
+    ),
     "chat": multimodal_chat,
 }
 

@@ -117,7 +117,10 @@ async def achat(engine):
 
 @dataclass(frozen=True)
 class Row:
-    """make: (retriever, llm) -> engine. ask, aask: put the question. shown: of the recalled paths those of each request."""
+    """make: (retriever, llm) -> engine. ask, aask: put the question. shown: those of the recalled paths in each request.
+
+    script: what the server answers, see `OpenAIServer`. warned: whether the user is told that there is no picture.
+    """
 
     make: Callable[[Any, Any], Any]
     ask: Callable[[Any], Any] | None = query
@@ -250,9 +253,7 @@ ROWS = {
 # What the README warns of.
 TEXT_ONLY = {
     "RetrieverQueryEngine": Row(lambda r, llm: RetrieverQueryEngine.from_args(r, llm=llm)),
-    "CitationQueryEngine": Row(
-        lambda r, llm: CitationQueryEngine.from_args(None, retriever=r, llm=llm), warned=False
-    ),
+    "CitationQueryEngine": Row(lambda r, llm: CitationQueryEngine.from_args(None, retriever=r, llm=llm), warned=False),
     "ContextChatEngine": Row(lambda r, llm: ContextChatEngine.from_defaults(r, llm=llm), chat, achat),
     "FunctionAgent, RetrieverTool": Row(
         agent(lambda r, llm: RetrieverTool.from_defaults(r, name="pictures", description="pictures")),
@@ -356,7 +357,8 @@ def test_a_citation_leads_back_to_its_image(server, retriever, llm):
     """One source an image, although they are new nodes with new ids."""
     response = query(ROWS["CitationQueryEngine(multimodal=True)"].make(retriever, llm))
     assert [node.metadata["file_path"] for node in response.source_nodes] == retriever.recalled[0]
-    assert [node.metadata["image_id"] for node in response.source_nodes] == [n.node_id for n in retriever.retrieve(QUESTION)]
+    cited = [node.metadata["image_id"] for node in response.source_nodes]
+    assert cited == [node.node_id for node in retriever.retrieve(QUESTION)]
     assert "Source 3:" in server.asked()[0]
     assert "Source 4:" not in server.asked()[0]
 

@@ -5,11 +5,14 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from llama_index.core import SimpleDirectoryReader, StorageContext, load_index_from_storage
 from llama_index.core.chat_engine.types import ChatMode
-from llama_index.core.llms import ImageBlock, MockLLM
+from llama_index.core.llms import ImageBlock, LLMMetadata, MockLLM
+from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.postprocessor import SimilarityPostprocessor
 from llama_index.core.schema import Document, ImageDocument, ImageNode, TextNode
 from PIL import Image, ImageDraw
@@ -26,6 +29,25 @@ from llama_index_genret.errors import (
 from llama_index_genret.store import load_index, remove_images
 from llama_index_genret.training.options import TrainOptions
 from tests.conftest import draw_pictures
+
+
+class Watching(MockLLM):
+    """A chat model that keeps what it is asked."""
+
+    @property
+    def metadata(self):
+        return LLMMetadata(is_chat_model=True, context_window=8192)
+
+    def chat(self, messages, **kwargs):
+        asked.append(list(messages))
+        return super().chat(messages, **kwargs)
+
+
+asked = []
+
+
+def pictures():
+    return [sum(isinstance(block, ImageBlock) for m in messages for block in m.blocks) for messages in asked]
 
 
 @pytest.fixture
@@ -47,6 +69,11 @@ def make(tmp_path, tiny_model_dir):
 @pytest.fixture
 def index(make, folder):
     return make(load_images(folder))
+
+
+def memory():
+    """LlamaIndex's default one leaves a connection to SQLite open."""
+    return ChatMemoryBuffer.from_defaults()
 
 
 def found(retriever, query="red circle"):
@@ -85,7 +112,8 @@ def test_images_of_a_folder_become_nodes_with_their_own_ids_captions_and_metadat
 
 def test_the_folder_is_a_whole_index_for_the_command_line(index, folder):
     stored = load_index(index.folder)
-    assert [(r.image_id, r.captions, dict(r.metadata)) for r in stored.records][0] == (
+    first = stored.records[0]
+    assert (first.image_id, first.captions, dict(first.metadata)) == (
         "red-circle",
         ("red circle",),
         {"color": "red", "shape": "circle"},
@@ -110,7 +138,7 @@ def test_captions_are_lines_and_questions_are_kept_from_models(tmp_path, make):
     assert "Which color" not in index.docstore.get_node("a").get_content("llm")
 
 
-def test_documents_of_the_stock_reader_and_plain_documents_with_images_do(make, tmp_path, folder):
+def test_any_document_with_an_image_does(make, tmp_path):
     path = another(tmp_path / "b.png")
     plain = Document(id_="plain", text="a dot", image_resource={"path": path})
     index = make([document(another(tmp_path / "a.png")), plain], scheme="numeric")
@@ -142,7 +170,7 @@ def test_a_picture_in_memory_is_stored_as_a_file_and_never_as_base64(make, tmp_p
     index.insert_nodes([ImageNode(id_="too", image=base64.b64encode(content).decode())])
     storage.persist(tmp_path / "persisted")
     for node_id in ("mem", "too"):
-        assert open(index.docstore.get_node(node_id).image_path, "rb").read() == content  # noqa: PTH123, SIM115
+        assert Path(index.docstore.get_node(node_id).image_path).read_bytes() == content
     stored = (tmp_path / "persisted" / "docstore.json").read_text()
     assert base64.b64encode(content).decode()[:60] not in stored
     assert len(list((index.folder / "pictures").iterdir())) == 1
@@ -173,7 +201,7 @@ def test_an_image_of_a_known_id_is_not_inserted_twice(index, folder):
 
 
 def test_a_deleted_image_is_found_no_more_by_retrievers_made_before(index, folder):
-    before, engine = everything(index), index.as_query_engine(llm=MockLLM(), similarity_top_k=100)
+    before, engine = everything(index), index.as_query_engine(llm=Watching(), similarity_top_k=100)
     index.delete_ref_doc("red-circle")
     index.delete_nodes(["blue-bar"], delete_from_docstore=True)
     assert found(before) == found(engine) == found(everything(index)) == set(index.stored.rows_by_id)
@@ -263,10 +291,8 @@ def test_a_folder_that_has_moved_is_named_when_it_is_loaded_and_edits_go_on(inde
     loaded = load_index_from_storage(storage, index_dir=moved, scorer=FakeScorer(1000), device="cpu")
     loaded.insert(document(another(tmp_path / "new.png")))
     loaded.delete_ref_doc("red-bar")
-    assert found(everything(loaded)) == set(
-        index.stored.rows_by_id if index.folder.exists() else loaded.stored.rows_by_id
-    )
-    assert {"new"} < found(everything(loaded))
+    assert found(everything(loaded)) == set(load_index(tmp_path / "moved").rows_by_id)
+    assert len(load_index(tmp_path / "moved").records) == 20
 
 
 def test_an_edit_by_another_process_is_seen_and_not_undone(index, tmp_path):
@@ -284,21 +310,6 @@ def test_an_index_that_was_not_trained_says_so(make, folder):
         index.as_retriever()
 
 
-class Watching(MockLLM):
-    """Keeps what it is asked."""
-
-    def chat(self, messages, **kwargs):
-        asked.append(list(messages))
-        return super().chat(messages, **kwargs)
-
-
-asked = []
-
-
-def pictures():
-    return [sum(isinstance(block, ImageBlock) for m in messages for block in m.blocks) for messages in asked]
-
-
 def test_the_pictures_reach_the_model_of_its_query_engine(index):
     asked.clear()
     answer = index.as_query_engine(llm=Watching(), similarity_top_k=3).query("Which color?")
@@ -310,7 +321,7 @@ def test_the_pictures_reach_the_model_of_its_query_engine(index):
 def test_the_pictures_reach_the_model_of_its_chat_engine_in_every_turn(index, mode):
     asked.clear()
     chat = index.as_chat_engine(
-        mode, llm=Watching(), similarity_top_k=2, node_postprocessors=[SimilarityPostprocessor()]
+        mode, llm=Watching(), memory=memory(), similarity_top_k=2, node_postprocessors=[SimilarityPostprocessor()]
     )
     chat.chat("Which color?")
     chat.chat("And which shape?")
@@ -322,14 +333,15 @@ def test_a_chat_goes_on_where_a_picture_is_gone(index, folder):
     asked.clear()
     gone = index.as_retriever(similarity_top_k=1).retrieve("Which color?")[0].node
     (folder / f"{gone.node_id}.png").unlink()
-    index.as_chat_engine(llm=Watching(), similarity_top_k=2).chat("Which color?")
+    index.as_chat_engine(llm=Watching(), similarity_top_k=2, memory=memory()).chat("Which color?")
     assert pictures() == [1]
     assert asked[0][-1].blocks[-1].text == f"{gone.text}\n(The picture {gone.node_id} cannot be shown.)\n\nWhich color?"
 
 
 def test_a_chat_that_condenses_questions_asks_the_query_engine(index):
     asked.clear()
-    index.as_chat_engine(ChatMode.CONDENSE_QUESTION, llm=Watching(), similarity_top_k=2).chat("Which color?")
+    chat = index.as_chat_engine(ChatMode.CONDENSE_QUESTION, llm=Watching(), similarity_top_k=2, memory=memory())
+    chat.chat("Which color?")
     assert pictures() == [2]
 
 
@@ -352,6 +364,7 @@ def test_it_trains_recalls_and_answers_by_the_same_model_and_learns_what_came_la
     assert before != after
 
 
+@pytest.mark.skipif(find_spec("llama_index.readers") is not None, reason="llama-index-readers-file is installed")
 def test_the_stock_reader_without_its_extra_reads_no_picture_and_that_is_an_error(make, folder):
     (document, *_) = SimpleDirectoryReader(input_files=[folder / "red-bar.png"]).load_data()
     with pytest.raises(ImageError, match="load_images"):

@@ -185,6 +185,14 @@ FILTERS = {
     "in": (one("color", ["red", "blue"], FilterOperator.IN), lambda m: m["color"] in ("red", "blue")),
     "nin": (one("color", ["red"], FilterOperator.NIN), lambda m: m["color"] != "red"),
     "gt": (one("color", "green", FilterOperator.GT), lambda m: m["color"] > "green"),
+    "gte": (one("color", "green", FilterOperator.GTE), lambda m: m["color"] >= "green"),
+    "lt": (one("color", "green", FilterOperator.LT), lambda m: m["color"] < "green"),
+    "lte": (one("color", "green", FilterOperator.LTE), lambda m: m["color"] <= "green"),
+    "contains": (one("shape", "ar", FilterOperator.CONTAINS), lambda m: "ar" in m["shape"]),
+    "any": (one("shape", ["squ", "fra"], FilterOperator.ANY), lambda m: m["shape"] in ("square", "frame")),
+    "all": (one("shape", ["a", "r", "m"], FilterOperator.ALL), lambda m: m["shape"] == "frame"),
+    "is_empty": (one("shape", None, FilterOperator.IS_EMPTY), lambda m: False),
+    "text_insensitive": (one("shape", "SQU", FilterOperator.TEXT_MATCH_INSENSITIVE), lambda m: m["shape"] == "square"),
     "text": (one("shape", "squ", FilterOperator.TEXT_MATCH), lambda m: "squ" in m["shape"]),
     "or": (
         MetadataFilters(

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
-from llama_index_genret.endpoint.wire import EXACT_BUDGET, IndexList, RecallRequest, RecallResponse, RecallResult
+from llama_index_genret.endpoint.wire import EXACT_BUDGET, RecallRequest, RecallResponse, RecallResult
 from llama_index_genret.errors import ServerError
 from llama_index_genret.images import to_data_url
 from llama_index_genret.prompts import Prompt
@@ -20,7 +20,6 @@ from llama_index_genret.search import Hit, Ranking
 from llama_index_genret.store import Index, MetadataFilters, Scoring
 
 RECALL = "/recall"
-INDEXES = "/recall/indexes"
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,7 @@ class RecallClient:
     def __init__(self, index: Index, server: Server) -> None:
         self._index = index
         self._server = server
-        self._name: str | None = None
-        self._asked = False
+        self._is_served = True  # until the server says that it is not
 
     def recall(self, query: Query) -> Ranking | None:
         """The best `k` images, or None where the server does not serve this version of the index.
@@ -54,47 +52,33 @@ class RecallClient:
         Raises:
             ServerUnreachable, ServerError: nothing answers, or with an error. ImageError: the image cannot be read.
         """
+        if not self._is_served:
+            return None
         with self._server.connection() as connection:
-            if not self._asked:
-                self._choose(connection.request("GET", INDEXES))
-            if self._name is None:
-                return None
             return self._ranking(connection.request("POST", RECALL, self._body(query)), query)
 
     async def arecall(self, query: Query) -> Ranking | None:
         """The same for an event loop."""
+        if not self._is_served:
+            return None
         async with self._server.async_connection() as connection:
-            if not self._asked:
-                self._choose(await connection.request("GET", INDEXES))
-            if self._name is None:
-                return None
             return self._ranking(await connection.request("POST", RECALL, self._body(query)), query)
-
-    def _choose(self, answer: httpx.Response) -> None:
-        """Remember under which name the server has this version; none, if it is a stock server or has another."""
-        name = None
-        if answer.status_code != 404:
-            cards = _validated(IndexList, answer).data
-            name = next((card.name for card in cards if card.version == self._index.version), None)
-        self._asked, self._name = True, name
 
     def _body(self, query: Query) -> dict[str, Any]:
         most = EXACT_BUDGET if query.budget is None else query.budget
         mode: dict[str, Any] = {"mode": "beam"} if query.budget == 0 else {"mode": "exact", "budget": most}
         image = to_data_url(query.prompt.image) if query.prompt.image else None
         asked: dict[str, Any] = {"query": query.text or None, "image": image, "k": query.k, "beam_width": query.width}
-        request = RecallRequest(**asked, **mode, **asdict(query.scoring), filters=query.filters, index=self._name)
+        asked |= {"filters": query.filters, "version": self._index.version}
+        request = RecallRequest(**asked, **mode, **asdict(query.scoring))
         return request.model_dump(mode="json")
 
     def _ranking(self, answer: httpx.Response, query: Query) -> Ranking | None:
         """None too where the result must be certain, and the server's budget did not suffice."""
-        if answer.status_code == 404:  # the index is gone from the server
-            self._asked, self._name = False, None
+        if answer.status_code == 404:  # a stock server, or one that has another version
+            self._is_served = False
             return None
         response = _validated(RecallResponse, answer)
-        if response.version != self._index.version:  # edited since: this client's records are older
-            self._asked, self._name = False, None
-            return None
         (result,) = response.results
         if query.budget is None and not result.exact:
             return None

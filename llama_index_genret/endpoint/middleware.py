@@ -117,7 +117,7 @@ async def list_indexes(raw: Request) -> IndexList:
 
 async def _answer(request: RecallRequest, app: FastAPI) -> RecallResponse:
     registry: Registry = app.state.genret
-    loaded = await _current(registry, registry.name_of(request.index))
+    loaded = await _asked_for(registry, request)
     index = loaded.index
     engine, adapters = app.state.engine_client, app.state.openai_serving_models.lora_requests
     lora = adapters.get(served_name(index.weights_id or ""))
@@ -138,6 +138,19 @@ async def _answer(request: RecallRequest, app: FastAPI) -> RecallResponse:
         STEPS.inc(scorer.steps)
     results = [_result(loaded, text, ranking) for text, ranking in zip(request.texts(), rankings, strict=True)]
     return RecallResponse(index=loaded.name, version=loaded.version, scoring=scoring, results=results)
+
+
+async def _asked_for(registry: Registry, request: RecallRequest) -> LoadedIndex:
+    """By its version, if that is asked for, else by its name."""
+    if request.version is None:
+        return await _current(registry, registry.name_of(request.index))
+    names = [loaded.name for loaded in registry.loaded if request.index in (None, loaded.name)]
+    current = [await _current(registry, name) for name in names]
+    found = next((loaded for loaded in current if loaded.version == request.version), None)
+    if found is None:
+        served = {loaded.name: loaded.version for loaded in current}
+        raise IndexNotFound(f"no index of the version {request.version!r} is on this server, which has {served}.")
+    return found
 
 
 async def _current(registry: Registry, name: str) -> LoadedIndex:

@@ -45,6 +45,7 @@ class RecallRequest(BaseModel):
     rerank: how many of the best are ranked anew by log p(query | image), of text queries only; 0 for none.
     rerank_weight, rerank_by: see `store.Scoring`. What is not given of these four is as `genret tune` chose it.
     index: name of a loaded index; may be left out where there is one.
+    version: of a loaded index, in place of its name. A server that has none of it answers 404.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -61,6 +62,7 @@ class RecallRequest(BaseModel):
     rerank_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     rerank_by: RerankBy | None = None
     index: str | None = None
+    version: str | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> RecallRequest:

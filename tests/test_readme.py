@@ -1,0 +1,69 @@
+"""The page "In LlamaIndex" of the README: every block is run, in order, in one namespace.
+
+The prelude: the working folder has a folder `photos`; the base model is a tiny one, trained for a moment; the server is
+one that answers from a table, at the address that it has.
+"""
+
+import asyncio
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from llama_index_genret.errors import PictureNotShown
+from llama_index_genret.store import load_index
+from llama_index_genret.training.options import TrainOptions
+from tests.conftest import draw_pictures
+from tests.openai_server import ANSWER, OpenAIServer, running
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+PAGE = re.search(r"^## In LlamaIndex\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, tiny_model_dir):
+    """The namespace after the blocks, the server, and what each block was."""
+    folder = tmp_path_factory.mktemp("readme")
+    rows = [json.loads(line) for line in (draw_pictures(folder / "photos") / "metadata.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**row, "album": str(2023 + number % 2)}) for number, row in enumerate(rows)]
+    (folder / "photos" / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch, running(OpenAIServer(vocabulary=1000)) as server:
+        patch.chdir(folder)
+        asyncio.set_event_loop(None)
+        server.script = {"photos": {"tool": "photos", "arguments": {"input": "Who plays with a ball?"}}}
+        names = {"_options": TrainOptions(max_steps=2, lora_rank=2)}
+        for block in BLOCKS:
+            code = block.replace("HuggingFaceTB/SmolVLM-256M-Instruct", str(tiny_model_dir))
+            code = code.replace("http://127.0.0.1:8000/v1", server.api_base)
+            exec(compile(code.replace("index.train()", "index.train(_options)"), "README.md", "exec"), names)
+            weights = load_index(folder / "photos-index").weights_id
+            server.models = [{"id": "genret", "max_model_len": 2048}, {"id": f"genret-{weights}"}]
+        names["said"] = asyncio.run(names["ask"]("Who plays with a ball?"))
+        yield names, server
+
+
+def test_every_block_runs_and_does_what_is_said_of_it(page, capsys):
+    names, server = page
+    assert len(BLOCKS) == 7
+    assert len(names["retriever"].retrieve("the dog at the sea")) == 3
+    assert {hit.metadata["album"] for hit in names["hits"]} == {"2024"}
+    assert names["said"] == ANSWER
+    assert len(names["sources"]) == 2
+    assert set(names["sources"]) <= names["index"].stored.rows_by_id.keys()
+    # query, two turns of the chat with the condensed question between them, citation, agent: choosing, looking, saying
+    assert [len(pictures) for pictures in server.pictures()] == [3, 1, 0, 1, 2, 0, 3, 0]
+
+
+def test_each_engine_and_name_that_the_page_has_exists(page):
+    """In the tables, too."""
+    import llama_index.core.chat_engine as chat_engine
+    import llama_index.core.query_engine as query_engine
+    from llama_index.core.chat_engine import multi_modal_condense_plus_context, multi_modal_context
+
+    homes = (chat_engine, query_engine, multi_modal_context, multi_modal_condense_plus_context)
+    engines = set(re.findall(r"`(\w+(?:Query|Chat)Engine)\b", PAGE))
+    assert len(engines) == 8
+    assert [name for name in engines if not any(hasattr(home, name) for home in homes)] == []
+    assert PictureNotShown.__name__ in PAGE
