@@ -29,7 +29,8 @@ def strips(rows: Mapping[str, Iterable[Item]]) -> Shown:
             draw.text((GAP, top + SIDE / 2 + (place - len(lines) / 2) * LINE), line, INK, _font())
         for place, item in enumerate(items):
             _draw(canvas, draw, item, GAP + label + place * (SIDE + GAP), top)
-    return _jpeg(canvas, alt="; ".join(f"{text}: {', '.join(map(_said, items))}" for text, items in rows.items()))
+    said = {text: ", ".join(" ".join(_said(item)).strip() for item in items) for text, items in rows.items()}
+    return _jpeg(canvas, alt="; ".join(f"{text}: {shown}" if text else shown for text, shown in said.items()))
 
 
 def gallery(folder: Path | str, *, columns: int = 8) -> Shown:
@@ -37,7 +38,7 @@ def gallery(folder: Path | str, *, columns: int = 8) -> Shown:
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix != ".jsonl")
     rows = [[(path, path.stem) for path in paths[at : at + columns]] for at in range(0, len(paths), columns)]
     side = SIDE + GAP
-    canvas = Image.new("RGB", (GAP + columns * side, len(rows) * (side + LINE)), "white")
+    canvas = Image.new("RGB", (GAP + columns * side, len(rows) * (side + LINE) + GAP), "white")
     for number, row in enumerate(rows):
         for place, item in enumerate(row):
             _draw(canvas, ImageDraw.Draw(canvas), item, GAP + place * side, GAP + number * (side + LINE))
@@ -53,25 +54,29 @@ def picture(path: Path | str, *, width: int = 1000) -> Shown:
 
 def _draw(canvas: Image.Image, draw: ImageDraw.ImageDraw, item: Item, x: int, y: int) -> None:
     path = item.node.image_path if isinstance(item, NodeWithScore) else item[0]
-    text = item.node.text if isinstance(item, NodeWithScore) else item[1]
+    text = _said(item)[0]
     canvas.paste(Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
     for place, line in enumerate(_wrapped(text, SIDE + GAP - 4)[: 1 if isinstance(item, NodeWithScore) else 2]):
         draw.text((x, y + SIDE + 4 + place * LINE), line, INK, _font())
     if isinstance(item, NodeWithScore) and item.score is not None:
         bar = y + SIDE + LINE + 14
-        draw.text((x, bar - 7), f"{item.score:.3f}", FAINT, _font(16))
+        draw.text((x, bar - 7), _said(item)[1], FAINT, _font(16))
         draw.rectangle((x + 50, bar, x + SIDE, bar + 6), TRACK)
         draw.rectangle((x + 50, bar, x + 50 + min(item.score, 1.0) * (SIDE - 50), bar + 6), BAR)
 
 
-def _said(item: Item) -> str:
-    return f"{item.node.text} {item.score:.3f}" if isinstance(item, NodeWithScore) else item[1]
+def _said(item: Item) -> tuple[str, str]:
+    """What stands below the picture, and its score."""
+    if not isinstance(item, NodeWithScore):
+        return item[1], ""
+    caption = item.node.text.partition("\n")[0] or item.node.node_id
+    return caption, "" if item.score is None else f"{item.score:.3f}"
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most `width` pixels; a word that is longer is cut with an ellipsis."""
+    """Lines of at most `width` pixels, broken between words or symbols; one that is longer is cut with an ellipsis."""
     lines: list[str] = []
-    for word in text.split():
+    for word in text.replace("><", "> <").split():
         if lines and _font().getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
