@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # a clone's `integrat
 
 SOURCE = Path(llama_index_genret.__file__).parent / "demo_data" / "images"
 PHOTOS, INDEX, STORAGE = Path("work/photos"), Path("work/emoji-index"), Path("work/storage")
-STEPS = 60
+STEPS = 90
 
 _KNOWN = """
 dog cat fox elephant  red-apple banana grapes watermelon  fire-engine taxi bicycle sailboat
