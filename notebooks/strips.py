@@ -45,11 +45,11 @@ def gallery(folder: Path | str, *, columns: int = 8) -> Shown:
     return _jpeg(canvas, alt=", ".join(path.stem for path in paths))
 
 
-def picture(path: Path | str, *, width: int = 1000) -> Shown:
-    """A large picture as a small file."""
+def picture(path: Path | str, alt: str, *, width: int = 1000) -> Shown:
+    """A large picture as a small file. alt: what it shows, for those who do not see it."""
     image = Image.open(path).convert("RGB")
     image.thumbnail((width, 10 * width))
-    return _jpeg(image, alt=Path(path).stem, scale=1.0)
+    return _jpeg(image, alt=alt, scale=1.0)
 
 
 def _draw(canvas: Image.Image, draw: ImageDraw.ImageDraw, item: Item, x: int, y: int) -> None:
