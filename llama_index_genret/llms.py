@@ -163,6 +163,8 @@ class InProcessLLM(CustomLLM):
         return {"max_new_tokens": kwargs.get("max_tokens", self.max_tokens), "do_sample": False}
 
     def _inputs(self, messages: Sequence[ChatMessage]) -> dict[str, Any]:
+        # LlamaIndex's chat engines put an empty one first, to which a small model answers nothing.
+        messages = [message for message in messages if message.role != MessageRole.SYSTEM or message.content]
         images = [
             load_image(block.resolve_image().read())
             for message in messages

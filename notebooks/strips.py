@@ -1,4 +1,7 @@
-"""Recalled images as a picture: a row for each query, its images in order, their scores below."""
+"""Recalled images as a picture: a row for each query, its images in order.
+
+Below each stand its caption and its score, as a number and as a share of the best.
+"""
 
 from collections.abc import Iterable, Mapping
 from io import BytesIO
@@ -27,8 +30,9 @@ def strips(rows: Mapping[str, Iterable[Item]]) -> Shown:
         lines = _wrapped(text, label - GAP)
         for place, line in enumerate(lines):
             draw.text((GAP, top + SIDE / 2 + (place - len(lines) / 2) * LINE), line, INK, _font())
+        best = max((item.score or 0.0 for item in items if isinstance(item, NodeWithScore)), default=0.0)
         for place, item in enumerate(items):
-            _draw(canvas, draw, item, GAP + label + place * (SIDE + GAP), top)
+            _draw(canvas, draw, item, GAP + label + place * (SIDE + GAP), top, best)
     said = {text: ", ".join(" ".join(_said(item)).strip() for item in items) for text, items in rows.items()}
     return _jpeg(canvas, alt="; ".join(f"{text}: {shown}" if text else shown for text, shown in said.items()))
 
@@ -52,17 +56,18 @@ def picture(path: Path | str, alt: str, *, width: int = 1000) -> Shown:
     return _jpeg(image, alt=alt, scale=1.0)
 
 
-def _draw(canvas: Image.Image, draw: ImageDraw.ImageDraw, item: Item, x: int, y: int) -> None:
+def _draw(canvas: Image.Image, draw: ImageDraw.ImageDraw, item: Item, x: int, y: int, best: float = 1.0) -> None:
+    """best: the score of a full bar."""
     path = item.node.image_path if isinstance(item, NodeWithScore) else item[0]
     text = _said(item)[0]
     canvas.paste(Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
     for place, line in enumerate(_wrapped(text, SIDE + GAP - 4)[: 1 if isinstance(item, NodeWithScore) else 2]):
         draw.text((x, y + SIDE + 4 + place * LINE), line, INK, _font())
-    if isinstance(item, NodeWithScore) and item.score is not None:
+    if isinstance(item, NodeWithScore) and item.score and best:
         bar = y + SIDE + LINE + 14
         draw.text((x, bar - 7), _said(item)[1], FAINT, _font(16))
         draw.rectangle((x + 50, bar, x + SIDE, bar + 6), TRACK)
-        draw.rectangle((x + 50, bar, x + 50 + min(item.score, 1.0) * (SIDE - 50), bar + 6), BAR)
+        draw.rectangle((x + 50, bar, x + 50 + item.score / best * (SIDE - 50), bar + 6), BAR)
 
 
 def _said(item: Item) -> tuple[str, str]:
