@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-unit test-integration check base-model bench recall supply clean
+.PHONY: demo test test-unit test-integration check base-model bench recall supply notebooks clean
 
 demo: $(VENV)/.installed $(if $(VLLM),$(VENV)/.serving)
 	@model=$$($(BIN)/python -m integration.base_model | tail -n 1) && \
@@ -20,7 +20,7 @@ test: test-unit test-integration
 test-unit: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
 
-test-integration: $(VENV)/.serving $(VENV)/.benches $(VENV)/.browser $(VENV)/.qwen $(VENV)/.deploy $(VENV)/.docstore
+test-integration: $(VENV)/.serving $(VENV)/.benches $(VENV)/.browser $(VENV)/.qwen $(VENV)/.deploy $(VENV)/.docstore $(VENV)/.notebooks
 	$(BIN)/python -m pytest integration
 
 check: $(VENV)/.installed
@@ -56,6 +56,14 @@ recall: $(VENV)/.recall
 	    $(BIN)/python -m integration.recall.table $(addprefix --index ,$(INDEXES)) --corpora "$$corpora" \
 	        --json integration/recall/results.json --picture integration/recall/recall.png; \
 	else $(BIN)/python -m integration.recall.peers "$$corpora"; fi
+
+# make notebooks: execute them in place, outputs kept; NOTEBOOKS='01_quickstart' for some.
+notebooks: $(VENV)/.serving $(VENV)/.notebooks
+	@$(BIN)/python -m integration.run_notebooks $(NOTEBOOKS)
+
+$(VENV)/.notebooks: $(VENV)/.installed
+	$(PIP) -e '.[notebooks]'
+	touch $@
 
 $(VENV)/.benches: $(VENV)/.installed
 	$(PIP) -e '.[bench]'
@@ -113,4 +121,4 @@ $(VENV)/.docstore: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out build dist
+	rm -rf $(VENV) demo-out build dist notebooks/work

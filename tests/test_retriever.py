@@ -264,6 +264,16 @@ def test_the_same_model_answers_in_process_sync_async_and_streaming(trained_inde
     assert "".join(stream.response_gen).strip() == str(answer)
 
 
+def test_an_empty_system_message_is_not_said(trained_mllm):
+    """LlamaIndex's chat engines put one before every conversation."""
+    llm, question = InProcessLLM(trained_mllm), ChatMessage(content="What is red?")
+    bare, empty, told = (
+        llm._inputs([*before, question])["input_ids"].tolist()
+        for before in ([], [ChatMessage(role="system", content="")], [ChatMessage(role="system", content="Be brief.")])
+    )
+    assert bare == empty != told
+
+
 def test_the_question_and_only_the_pictures_are_what_the_model_is_shown(trained_index, trained_mllm, monkeypatch):
     seen = []
     monkeypatch.setattr(

@@ -1,0 +1,42 @@
+"""Executes every notebook as `make notebooks` does, on copies: a reader who runs them sees no error and no warning."""
+
+import shutil
+
+import nbformat
+import pytest
+from nbclient.exceptions import CellExecutionError
+
+from integration.run_notebooks import FOLDER, BadOutput, execute
+
+NAMES = ["01_quickstart"]
+"""`make notebooks` executes all six, which takes ten minutes more."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A copy, without what an earlier run has left; what one notebook makes, the next finds."""
+    copy = tmp_path_factory.mktemp("clone") / "notebooks"
+    return shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("work"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs_from_top_to_bottom(name, folder):
+    execute(folder / f"{name}.ipynb", folder / f"{name}.ipynb")
+    cells = nbformat.read(folder / f"{name}.ipynb", 4).cells
+    assert any("image/jpeg" in output.get("data", {}) for cell in cells for output in cell.get("outputs", ()))
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("1 / 0", CellExecutionError),
+        ("import warnings; warnings.warn('mind')", BadOutput),
+        ("import os; print(os.path.expanduser('~/photos'))", BadOutput),
+    ],
+)
+def test_nothing_is_written_of_one_that_nobody_should_read(code, error, tmp_path):
+    source, target = tmp_path / "a.ipynb", tmp_path / "b.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), source)
+    with pytest.raises(error):
+        execute(source, target)
+    assert not target.exists()
