@@ -37,7 +37,7 @@ SYSTEMS = ("#050505", "#060606", "#070707")
 VARIABLES = {INK: "--ink", QUIET: "--quiet", LINE: "--line", CARD: "--card"}
 VARIABLES |= {color: f"--chart-{number}" for number, color in enumerate(SYSTEMS, start=1)}
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": FONT_PT,
     "text.color": INK,

@@ -106,8 +106,8 @@ def leaves_below(trie: LiveTrie, nodes: Nodes) -> Int64:
         if node[0] >= 0:
             (low,), (high,) = part.leaf_range(node)
             found.append(np.arange(low, high) + start)
-    leaves = np.concatenate(found)
-    return leaves if trie.live is None else leaves[trie.live.contains(leaves)]
+    leaves = np.concatenate(found).astype(np.int64)
+    return leaves if trie.live is None else np.asarray(leaves[trie.live.contains(leaves)])
 
 
 def _read(index: Index, token_id: int) -> str:
