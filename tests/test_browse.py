@@ -11,9 +11,10 @@ from llama_index_genret import FakeScorer
 from llama_index_genret.browse.app import MAX_BODY_BYTES, listen, make_app
 from llama_index_genret.browse.recaller import Recaller
 from llama_index_genret.browse.spelling import SHOWN, leaves_below, probabilities, spelled
+from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import ServerError
 from llama_index_genret.images import to_data_url
-from llama_index_genret.indexing import add_to_index
+from llama_index_genret.indexing import add_to_index, build_index
 from llama_index_genret.llms import InProcessLLM
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
@@ -79,16 +80,17 @@ def test_a_child_tells_how_many_images_lie_below_it_and_how_many_pass_the_filter
             beginning += tuple(choice.symbol for choice in level.choices if choice.chosen)
 
 
-def test_removed_images_are_not_counted_and_added_ones_are(pictures, tiny_mllm, untrained_index, tmp_path):
-    from llama_index_genret.corpus import read_corpus
-    from llama_index_genret.indexing import build_index
-
-    records = read_corpus(pictures).records
+def test_a_removed_image_is_not_counted_and_an_added_one_is(pictures, tiny_mllm, tmp_path):
     corpus = read_corpus(pictures)
-    index = build_index(replace(corpus, records=records[:15]), tmp_path / "index", tiny_mllm)
-    grown = add_to_index(remove_images(index, [records[0].image_id]), records[15:], tiny_mllm)
-    below = grown.trie.key(leaves_below(grown.trie, grown.trie.roots(1)))
-    assert sorted(grown.records[row].image_id for row in below) == sorted(r.image_id for r in records[1:])
+    whole = build_index(corpus, tmp_path / "whole", tiny_mllm)
+    fewer = remove_images(whole, [corpus.records[0].image_id])
+    part = build_index(replace(corpus, records=corpus.records[1:]), tmp_path / "part", tiny_mllm)
+    more = add_to_index(part, corpus.records[:1], tiny_mllm)
+    assert fewer.trie.live is not None
+    assert more.trie.added is not None
+    for index in (whole, fewer, part, more):
+        below = index.trie.key(leaves_below(index.trie, index.trie.roots(1)))
+        assert sorted(below.tolist()) == list(range(len(index.records)))
 
 
 async def test_recall_by_text_by_image_and_within_filters(client, pictures):

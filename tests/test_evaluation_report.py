@@ -54,6 +54,8 @@ def test_scores_that_are_as_often_right_as_they_say_have_no_calibration_error():
     assert expected_calibration_error([1.0] * 5, [True] * 4 + [False]) == pytest.approx(0.2)
     (low, high) = reliability([0.0, 1.0], [False, True])
     assert (low.low, low.high, high.low, high.high) == (0.0, 0.1, 0.9, 1.0)
+    (edge,) = reliability([0.5], [True])
+    assert (edge.low, edge.high) == (0.4, 0.5)
 
 
 def test_prefix_survival_ends_at_recall_and_a_refused_query_keeps_nothing(evaluation):

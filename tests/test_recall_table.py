@@ -15,7 +15,7 @@ from integration.recall.split import is_validation, write_queries
 from integration.recall.table import BEAM, EXACT, HYBRID, Section, measure
 from llama_index_genret import FakeScorer
 from llama_index_genret.errors import CorpusError
-from llama_index_genret.evaluation import Query, baseline, evaluation_by_score
+from llama_index_genret.evaluation import Query, baseline, evaluate, evaluation_by_score
 
 
 def test_the_split_is_a_function_of_the_image_id_and_leaves_no_query_out(tmp_path):
@@ -144,6 +144,7 @@ def test_prefix_survival_is_what_a_beam_keeps(untrained_index, seed):
         for level in range(len(found)):
             expected[level] += right[: level + 1] in {prefix[: level + 1] for prefix in kept}
     assert found == pytest.approx(expected / (len(queries) + 1))
+    assert found == pytest.approx(evaluate(untrained_index, scorer, [refused, *queries]).prefix_survival())
     recalled = recall_queries(untrained_index, scorer, [refused, *queries]).evaluation()
     assert found[-1] == pytest.approx(recalled.figures()["recall@10"])
     assert 0 < found[-1] < found[0] < 1
