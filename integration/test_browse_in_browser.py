@@ -54,9 +54,11 @@ def address(trained_index) -> Iterator[str]:
     command = [*GENRET, "browse", str(trained_index.folder), "--port", "0", "--device", "cpu", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
-        yield json.loads(running.stdout.readline())["url"]
-        assert running.poll() is None
-        running.terminate()
+        try:
+            yield json.loads(running.stdout.readline())["url"]
+            assert running.poll() is None
+        finally:
+            running.terminate()
 
 
 @pytest.fixture(

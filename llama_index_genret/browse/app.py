@@ -126,7 +126,7 @@ def listen(port: int) -> socket.socket:
 
 def serve(app: Starlette, listening: socket.socket) -> None:
     """Serve until the process is told to stop."""
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run(sockets=[listening])
 
 
 async def _body(request: Request, model: type[Model]) -> Model:
