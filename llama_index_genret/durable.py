@@ -48,9 +48,15 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """`sync` all files in a folder, and then the folders, itself included."""
-    found = sorted(folder.rglob("*"))
-    for path in [path for path in found if path.is_file()] + [path for path in found if path.is_dir()]:
+    """`sync` all files in a folder, and then the folders, itself included.
+
+    Files become readable to whom the folder is: safetensors makes them readable to their owner only.
+    """
+    found, mode = sorted(folder.rglob("*")), folder.stat().st_mode & 0o666
+    for path in (path for path in found if path.is_file()):
+        path.chmod(mode)
+        sync(path)
+    for path in (path for path in found if path.is_dir()):
         sync(path)
     sync(folder)
 
@@ -154,7 +160,7 @@ def _locked(lock: Path) -> int | None:
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+        if os.path.samestat(os.fstat(descriptor), lock.stat()):
             return descriptor
     except (BlockingIOError, FileNotFoundError):  # held; or its holder has just removed it
         pass

@@ -17,7 +17,6 @@ from pydantic import BaseModel
 
 from llama_index_genret.errors import BatchError
 
-
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 

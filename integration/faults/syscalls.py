@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 MKDIRAT, UNLINKAT, OPENAT = 258, 263, 257
 CALLS = {
@@ -32,13 +33,12 @@ CALLS = {
     UNLINKAT: "unlinkat", 85: "creat", 2: "open", OPENAT: "openat",
     86: "link", 265: "linkat", 88: "symlink", 266: "symlinkat",
 }  # fmt: skip
-GROWS = {"write", "pwrite", "writev", "pwritev", "pwritev2", "sendfile", "copy_file_range", "ftruncate", "fallocate"} | {
-    "open", "openat", "creat", "mkdir", "mkdirat", "link", "linkat", "symlink", "symlinkat", "rename", "renameat",
-    "renameat2",
-}  # fmt: skip
+_WRITE = {"write", "pwrite", "writev", "pwritev", "pwritev2"}
+_NAME = {"mkdir", "mkdirat", "link", "linkat", "symlink", "symlinkat", "rename", "renameat", "renameat2"}
+GROWS = _WRITE | _NAME | {"sendfile", "copy_file_range", "ftruncate", "fallocate", "open", "openat", "creat"}
 """Calls that a full disk may refuse."""
 
-_BY_FD = {"write", "pwrite", "writev", "pwritev", "pwritev2", "fsync", "fdatasync", "ftruncate", "fallocate"}
+_BY_FD = _WRITE | {"fsync", "fdatasync", "ftruncate", "fallocate"}
 _AT = {"openat", "mkdirat", "unlinkat", "renameat", "renameat2", "linkat", "symlinkat"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _LOAD, _EQUALS, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
@@ -96,7 +96,7 @@ def supervised(work: Callable[[], None], under: Path, decide: Decide = lambda ev
     pid = os.fork()
     if not pid:
         ours.close()
-        _child(work, theirs, said)
+        _child(work, said, theirs)
     theirs.close()
     outcome = Outcome()
     try:
@@ -114,15 +114,17 @@ def supervised(work: Callable[[], None], under: Path, decide: Decide = lambda ev
     return outcome
 
 
-def _child(work: Callable[[], None], theirs: socket.socket, said: int) -> None:
+def _child(work: Callable[[], None], said: int, theirs: socket.socket | None = None) -> NoReturn:
+    """Do the work of a forked process, and end it."""
     status = 1
     try:
         os.dup2(said, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        listener = _install()
-        socket.send_fds(theirs, [b"x"], [listener])
-        os.close(listener)
-        theirs.close()
+        if theirs:
+            listener = _install()
+            socket.send_fds(theirs, [b"x"], [listener])
+            os.close(listener)
+            theirs.close()
         work()
         status = 0
     except SystemExit as stop:
@@ -203,7 +205,7 @@ def _event(number: int, call: str, pid: int, arguments: list[int], under: Path) 
     if call in _BY_FD or call in ("sendfile", "copy_file_range"):
         fd = arguments[2] if call == "copy_file_range" else arguments[0]
         try:
-            path = Path(os.readlink(f"/proc/{pid}/fd/{fd & 0xFFFFFFFF}"))
+            path = Path(f"/proc/{pid}/fd/{fd & 0xFFFFFFFF}").readlink()
         except OSError:
             return None
         if call in ("write", "pwrite"):
@@ -225,7 +227,7 @@ _cwd = 2**64 - 100  # AT_FDCWD
 
 
 def _path(pid: int, folder: int, address: int) -> Path:
-    with open(f"/proc/{pid}/mem", "rb", 0) as memory:
+    with Path(f"/proc/{pid}/mem").open("rb", 0) as memory:
         memory.seek(address)
         name = b""
         while b"\0" not in name and len(name) < 4096:  # a page at a time: the next may not be mapped
@@ -235,7 +237,7 @@ def _path(pid: int, folder: int, address: int) -> Path:
         return _real(Path(os.fsdecode(name)))
     fd = folder & 0xFFFFFFFF
     where = "cwd" if fd == _cwd & 0xFFFFFFFF else f"fd/{fd}"
-    return _real(Path(os.readlink(f"/proc/{pid}/{where}")) / os.fsdecode(name))
+    return _real(Path(f"/proc/{pid}/{where}").readlink() / os.fsdecode(name))
 
 
 def _real(path: Path) -> Path:
@@ -245,7 +247,7 @@ def _real(path: Path) -> Path:
 def _write_half(event: Event | None) -> None:
     """Write the first half of what the stopped write holds, where it would have gone."""
     assert event is not None
-    with open(f"/proc/{event.pid}/mem", "rb", 0) as memory:
+    with Path(f"/proc/{event.pid}/mem").open("rb", 0) as memory:
         memory.seek(event.address)
         content = memory.read(event.size // 2)
     position = int(Path(f"/proc/{event.pid}/fdinfo/{event.fd}").read_text().split()[1])
@@ -259,19 +261,7 @@ def wait_for_child(work: Callable[[], None], *, timeout_s: float = 120.0) -> tup
     said = os.memfd_create("stderr")
     pid = os.fork()
     if not pid:
-        status = 1
-        try:
-            os.dup2(said, 2)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            work()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
+        _child(work, said)
     end = time.monotonic() + timeout_s
     while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
         if time.monotonic() > end:

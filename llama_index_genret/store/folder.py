@@ -226,7 +226,11 @@ def verify(path: Path, entry: FileEntry) -> None:
     """
     if not path.is_file():
         raise IndexDamaged(f"{path} is missing. Restore it, or make the index anew with `genret index`.")
-    if path.stat().st_size != entry.size or _sha256(path) != entry.sha256:
+    try:
+        differs = path.stat().st_size != entry.size or _sha256(path) != entry.sha256
+    except OSError as error:
+        raise IndexDamaged(f"{path} cannot be read: {error}. Make it readable, or restore it.") from error
+    if differs:
         raise IndexDamaged(
             f"{path} differs from its recorded checksum ({path.stat().st_size} bytes, {entry.size} expected). "
             "Restore it, or make the index anew with `genret index`."
