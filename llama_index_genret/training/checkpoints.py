@@ -19,6 +19,7 @@ from transformers import Trainer
 from llama_index_genret.durable import make_folder, sync, sync_tree
 from llama_index_genret.errors import NotWritten
 
+_TORCH_SAVE = ("inline_container", "iostream", "PytorchStreamWriter")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -56,7 +57,7 @@ class CheckpointedTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
                 sync(work)
                 _remove_all_but(checkpoint)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save tells a full disk as a RuntimeError
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_SAVE):
                 raise
             raise NotWritten(
                 f"the checkpoint {checkpoint} could not be written: {error}. The index is as it was. Free space there, "
