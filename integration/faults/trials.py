@@ -89,7 +89,7 @@ class Trials:
                 version = self._version(found, where)
                 found.count(version)
                 status, said = self._again()
-                if status and not (version == "new" and any(text in said for text in IS_DONE)):
+                if status and not (version == "new" and any(_joined(text) in _joined(said) for text in IS_DONE)):
                     found.failures.append(f"{where}: again ended with {status}: {said[-2000:]}")
                 if self._version(found, f"{where}, again") != "new":
                     found.failures.append(f"{where}: again left the old version")
@@ -139,8 +139,8 @@ class Trials:
             if seen.status == 0 and version != "new":
                 found.failures.append(f"{where}: nothing was said")
             if seen.status and version != "new":
-                line = seen.said.replace("\n", " ")
-                if "Traceback" in line or "error:" not in line or self.place.name not in line:
+                line = _joined(seen.said)
+                if "Traceback" in line or "error:" not in line or str(self.place) not in line:
                     found.failures.append(f"{where}: it ended with {seen.status}: {seen.said[-1500:]}")
                 left = {name for name in set(names_in(self.place)) - before if not name.startswith(UNFINISHED)}
                 if left:
@@ -225,6 +225,11 @@ def _state(found: Found, where: str, trials: Trials) -> State | None:
     except Exception as error:
         found.failures.append(f"{where}: {error!r}")
         return None
+
+
+def _joined(said: str) -> str:
+    """Without the spaces and breaks that a terminal's width puts into a line."""
+    return "".join(said.split())
 
 
 def _some(events: list[Event]) -> Iterator[Event]:
