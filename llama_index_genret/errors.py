@@ -18,7 +18,10 @@
     │   ├── IndexExists             a folder is not free for a new index
     │   ├── IndexDamaged            a checksum or a length differs; names the file
     │   ├── IndexVersionError       written by another format version
+    │   ├── IndexBusy               another process is writing it
+    │   ├── IndexChanged            another process has changed it since it was read
     │   └── ModelMismatch           model or tokenizer are not those the index was made with
+    ├── NotWritten                  a disk is full, broken or read only; what was there is as it was
     ├── ModelError                  a model folder cannot be loaded or used
     │   └── NotTrained              the index has no trained weights yet
     ├── BatchError                  what a long run writes cannot be written, or its unfinished run is another
@@ -106,8 +109,20 @@ class IndexVersionError(StoreError):
     """The index was written by another format version."""
 
 
+class IndexBusy(StoreError):
+    """Another process is writing the index."""
+
+
+class IndexChanged(StoreError):
+    """Another process has changed the index since it was read."""
+
+
 class ModelMismatch(StoreError):
     """Model or tokenizer are not those the index was made with."""
+
+
+class NotWritten(GenretError):
+    """A disk is full, broken or read only. What was there is as it was."""
 
 
 class ModelError(GenretError):

@@ -10,6 +10,7 @@ Knows LlamaIndex's documents, files and records; nothing of indexes or models.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,7 @@ from llama_index.core.schema import (
 from pydantic import AnyUrl
 
 from llama_index_genret.corpus import Question, Record, Scalar, read_corpus
+from llama_index_genret.durable import make_folder, write_file, writing
 from llama_index_genret.errors import DuplicateImage, ImageError, MetadataError
 from llama_index_genret.image_node import OWN_KEYS, OWN_PREFIX
 from llama_index_genret.images import decode_image, image_sha256, load_image, sniff_mime
@@ -191,11 +193,11 @@ def _written(content: bytes, pictures: Path) -> Path:
     """An image file of this content, named by it."""
     load_image(content)
     suffix = sniff_mime(content).rpartition("/")[2].removeprefix("x-")
-    pictures.mkdir(parents=True, exist_ok=True)
-    temporary = pictures / f".{os.getpid()}"
-    temporary.write_bytes(content)
-    path = pictures / f"{image_sha256(temporary)}.{suffix}"
-    return temporary.replace(path).resolve()
+    path = pictures / f"{hashlib.sha256(content).hexdigest()}.{suffix}"
+    with writing(pictures):
+        make_folder(pictures)
+        write_file(path, content)
+    return path.resolve()
 
 
 def _checked(node: BaseNode, path: Path) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import httpx
 
+from llama_index_genret.durable import remove_unheld, writing
 from llama_index_genret.endpoint.wire import INDEXES_VARIABLE, MIDDLEWARE
 from llama_index_genret.errors import ModelMismatch, NotTrained, ServerError
 from llama_index_genret.joined_adapter import join_adapters, lora_rank
@@ -84,9 +85,12 @@ def served_adapter(index: Index) -> Path:
 def _place(index: Index, kind: str) -> Path:
     """Where a thing made of the current weights lies; those of earlier weights are removed."""
     folder = index.folder / SERVED
-    folder.mkdir(exist_ok=True)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
-        if not path.name.startswith(f"{index.weights_id}-"):
+        if path.name.startswith("."):
+            remove_unheld(path)
+        elif not path.name.startswith(f"{index.weights_id}-"):
             shutil.rmtree(path)
     return folder / f"{index.weights_id}-{kind}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from llama_index_genret.corpus import Record
-from llama_index_genret.errors import IndexDamaged, ModelMismatch
+from llama_index_genret.durable import make_folder, writing
+from llama_index_genret.errors import IndexChanged, IndexDamaged, IndexNotFound, ModelMismatch, NotWritten
 from llama_index_genret.identifiers import Alphabet, Identifier, Scheme, get_scheme
 from llama_index_genret.prompts import Prompt, PromptSet
 from llama_index_genret.search import Hit
@@ -30,6 +32,7 @@ from llama_index_genret.store.folder import (
     ModelEntry,
     check_free,
     commit,
+    only_writer_of,
     read_manifest,
     verify,
 )
@@ -249,10 +252,18 @@ class Index:
 
         Raises:
             IndexDamaged: it is missing or differs from the manifest.
+            IndexChanged: another process has written the index since it was loaded, and what it held is gone.
         """
         entry = self.manifest.files[name]
         path = self.folder / entry.path
-        verify(path, entry)
+        try:
+            verify(path, entry)
+        except IndexDamaged as error:
+            if _manifest_of(self.folder) == self.manifest:
+                raise
+            raise IndexChanged(
+                f"{self.folder} was written anew since it was loaded, {name!r} of that version is gone: load it again."
+            ) from error
         return path
 
     def adapter_folder(self) -> Path:
@@ -297,6 +308,7 @@ def create_index(
         overwrite: whether an index that is there already may be replaced, its trained weights included.
     Raises:
         IndexExists: there is an index in `folder` already, or something else.
+        IndexBusy, NotWritten: somebody else writes it, or nobody can.
         IdentifierError: identifiers are not unique, or a symbol is not one token.
     """
     check_free(folder, overwrite=overwrite)
@@ -323,19 +335,45 @@ def create_index(
         prompts=prompts,
         files={},
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    commit(folder, manifest, write, keep=lambda name: False)
+    with writing(folder):
+        make_folder(folder)
+    try:
+        with only_writer_of(folder):
+            check_free(folder, overwrite=overwrite)
+            commit(folder, manifest, write, keep=lambda name: False)
+    except NotWritten:
+        with suppress(OSError):  # pictures, or an older index
+            folder.rmdir()
+        raise
     return load_index(folder)
 
 
 def load_index(folder: Path) -> Index:
-    """Open an index. The trie is memory-mapped; trained weights are not read.
+    """Open an index. Every file that is read is held against its checksum first, the trie's too, which is then
+    memory-mapped. Trained weights are not read; `Index.file` verifies them when they are.
+
+    What another process writes meanwhile is no error: the newer version is read.
 
     Raises:
         IndexNotFound, IndexVersionError, IndexDamaged: as their names say; each names the file.
     """
-    manifest = read_manifest(folder)
+    while True:
+        manifest = read_manifest(folder)
+        try:
+            return _loaded(folder, manifest)
+        except IndexDamaged:
+            if _manifest_of(folder) in (manifest, None):
+                raise
 
+
+def _manifest_of(folder: Path) -> Manifest | None:
+    try:
+        return read_manifest(folder)
+    except (IndexNotFound, IndexDamaged):
+        return None
+
+
+def _loaded(folder: Path, manifest: Manifest) -> Index:
     def verified(name: str) -> Path:
         if name not in manifest.files:
             raise IndexDamaged(f"{folder / MANIFEST} names no file {name!r}. Make the index anew with `genret index`.")
