@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from llama_index_genret.errors import IndexDamaged, IndexExists, IndexNotFound, IndexVersionError
 from llama_index_genret.identifiers import Alphabet
@@ -31,6 +31,7 @@ PICTURES = "pictures"
 """Folder inside an index of images that were given as bytes: not of the index, and left alone by its writes."""
 
 _DATA_FOLDER = re.compile(r"data-[0-9a-f]{12}")
+_STORED = re.compile(rf"{_DATA_FOLDER.pattern}(/[^/\\:\0]+)+")
 _TEMPORARY_MANIFEST = re.compile(re.escape(MANIFEST) + r"\.[0-9a-f]{12}")
 
 
@@ -41,6 +42,13 @@ class FileEntry(BaseModel):
     path: str
     size: int
     sha256: str
+
+    @field_validator("path")
+    @classmethod
+    def _below_the_index(cls, path: str) -> str:
+        if not _STORED.fullmatch(path) or ".." in path.split("/"):
+            raise ValueError(f"{path!r} is no file of a data folder of the index")
+        return path
 
 
 class ModelEntry(BaseModel):
@@ -101,7 +109,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise IndexNotFound(
             f"there is no index in {folder}: {MANIFEST} is missing. Make one: `genret index`."
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise IndexDamaged(f"{path} is damaged: {error}. Restore it, or make the index anew.") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
@@ -150,7 +158,11 @@ def verify(path: Path, entry: FileEntry) -> None:
     Raises:
         IndexDamaged: it is not there, or has another size or checksum.
     """
-    if not path.is_file():
+    try:
+        present = path.is_file()
+    except OSError:  # a name that no file can have
+        present = False
+    if not present:
         raise IndexDamaged(f"{path} is missing. Restore it, or make the index anew with `genret index`.")
     if path.stat().st_size != entry.size or _sha256(path) != entry.sha256:
         raise IndexDamaged(

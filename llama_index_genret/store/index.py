@@ -6,7 +6,6 @@ Knows files and the light parts; nothing of torch or LlamaIndex.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,10 +14,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from llama_index_genret.corpus import Record
-from llama_index_genret.errors import IndexDamaged, ModelMismatch
+from llama_index_genret.errors import IdentifierError, IndexDamaged, ModelMismatch
 from llama_index_genret.identifiers import Alphabet, Identifier, Scheme, get_scheme
 from llama_index_genret.prompts import Prompt, PromptSet
 from llama_index_genret.search import Hit
@@ -33,6 +33,7 @@ from llama_index_genret.store.folder import (
     read_manifest,
     verify,
 )
+from llama_index_genret.store.records import RECORDS, read_records, write_records
 from llama_index_genret.store.scoring import RerankBy, Scoring, ScoringChoice
 from llama_index_genret.store.weights import (
     ADAPTER,
@@ -343,31 +344,36 @@ def load_index(folder: Path) -> Index:
         verify(path, manifest.files[name])
         return path
 
-    rows = [json.loads(line) for line in verified("records.jsonl").read_text(encoding="utf-8").splitlines()]
-    identifiers = tuple(tuple(row.pop("identifier")) for row in rows)
     folders = [Path(folder).absolute() for folder in manifest.folders]
+    records, identifiers = read_records(verified(RECORDS), folders)
     tokenizer = IndexTokenizer.from_file(verified("tokenizer.json"))
     if tokenizer.fingerprint != manifest.tokenizer:
         raise IndexDamaged(f"{folder / MANIFEST} records another tokenizer than tokenizer.json beside it.")
-    base, keys = open_trie(verified("trie.bin")), np.load(verified("leaf_to_record.npy"), allow_pickle=False)
+    edits = verified(EDITS) if EDITS in manifest.files else None
     return Index(
         folder=folder,
         manifest=manifest,
-        records=tuple(Record.from_json(row, folders[row.pop("folder")]) for row in rows),
+        records=records,
         identifiers=identifiers,
-        trie=with_edits(base, keys, load_file(verified(EDITS)))
-        if EDITS in manifest.files
-        else LiveTrie(base, keys=keys),
+        trie=_trie(verified("trie.bin"), verified("leaf_to_record.npy"), edits, len(records)),
         tokenizer=tokenizer,
     )
 
 
-def write_records(
-    into: Path, records: Sequence[Record], identifiers: Sequence[Identifier], folders: Sequence[int]
-) -> None:
-    """Write `records.jsonl`: one image a line, with its name and the position of its folder in the manifest."""
-    lines = (
-        json.dumps({**record.to_json(), "identifier": identifier, "folder": folder}, ensure_ascii=False)
-        for record, identifier, folder in zip(records, identifiers, folders, strict=True)
-    )
-    (into / "records.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+def _trie(path: Path, leaf_to_record: Path, edits: Path | None, n_records: int) -> LiveTrie:
+    base = open_trie(path)
+    try:
+        keys = np.load(leaf_to_record, allow_pickle=False)
+        if keys.dtype != np.int64 or keys.shape != (base.n_leaves,):
+            raise ValueError(f"{leaf_to_record.name} is {keys.dtype} {keys.shape} for {base.n_leaves} identifiers")
+        trie = with_edits(base, keys, load_file(edits)) if edits else LiveTrie(base, keys=keys)
+        rows = trie.key(np.arange(trie.n_leaves))
+        if trie.live is not None:
+            rows = rows[trie.live.contains(np.arange(trie.n_leaves))]
+        if not np.array_equal(np.sort(rows), np.arange(n_records)):
+            raise ValueError(f"{len(rows)} identifiers do not stand for {n_records} images, each once")
+    except (OSError, ValueError, KeyError, IndexError, SafetensorError, IdentifierError, MemoryError) as error:
+        raise IndexDamaged(
+            f"the names in {path.parent} cannot be used: {error}. Restore the index, or make it anew."
+        ) from error
+    return trie
