@@ -12,6 +12,7 @@ from pathlib import Path
 import atheris
 
 from integration.fuzz import TARGETS, target
+from integration.fuzz.mutation import mutated
 
 TIMEOUT_S = 20
 MAX_BYTES = 4096
@@ -43,8 +44,13 @@ def main() -> None:
             "print_final_stats": 1,
         }
         given = [sys.argv[0], *(f"-{name}={value}" for name, value in flags.items()), str(corpus)]
-        atheris.Setup(given, tested.one)
+        atheris.Setup(given, tested.one, custom_mutator=_mutated)
         atheris.Fuzz()
+
+
+def _mutated(data: bytes, max_size: int, seed: int) -> bytes:
+    changed = mutated(data, seed, max_size) if seed % 2 else None
+    return atheris.Mutate(data, max_size) if changed is None else changed
 
 
 def _escaped(word: bytes) -> bytes:

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import IdentifierError, IndexDamaged, ModelMismatch
 from llama_index_genret.identifiers import Alphabet, Identifier, Scheme, get_scheme
 from llama_index_genret.prompts import Prompt, PromptSet
 from llama_index_genret.search import Hit
+from llama_index_genret.store.arrays import read_npy, read_safetensors
 from llama_index_genret.store.filters import Columns, MetadataFilters
 from llama_index_genret.store.folder import (
     FORMAT_VERSION,
@@ -116,9 +116,9 @@ class Index:
         """(records,) log p(image | no query), NaN where it is not known; None before `genret tune`."""
         if PRIOR not in self.manifest.files:
             return None
-        log_prior: NDArray[np.float32] = np.load(self.file(PRIOR), allow_pickle=False)
-        if log_prior.shape != (len(self.records),):
-            raise IndexDamaged(f"{PRIOR} of {self.folder} is {log_prior.shape} for {len(self.records)} images.")
+        log_prior = read_npy(self.file(PRIOR))
+        if log_prior.shape != (len(self.records),) or log_prior.dtype.kind != "f":
+            raise IndexDamaged(f"{PRIOR} of {self.folder} is {log_prior.dtype} {log_prior.shape} for {len(self.records)} images.")
         return log_prior
 
     @cached_property
@@ -235,8 +235,8 @@ class Index:
     def scheme(self) -> Scheme:
         """The scheme with its frozen codebooks."""
         scheme = get_scheme(self.manifest.scheme, **self.manifest.scheme_options)
-        arrays = load_file(self.file("codebooks.safetensors")) if "codebooks.safetensors" in self.manifest.files else {}
-        scheme.restore(arrays)
+        name = "codebooks.safetensors"
+        scheme.restore(read_safetensors(self.file(name)) if name in self.manifest.files else {})
         return scheme
 
     def new_token_ids(self) -> list[int]:
@@ -363,16 +363,16 @@ def load_index(folder: Path) -> Index:
 def _trie(path: Path, leaf_to_record: Path, edits: Path | None, n_records: int) -> LiveTrie:
     base = open_trie(path)
     try:
-        keys = np.load(leaf_to_record, allow_pickle=False)
+        keys = read_npy(leaf_to_record)
         if keys.dtype != np.int64 or keys.shape != (base.n_leaves,):
             raise ValueError(f"{leaf_to_record.name} is {keys.dtype} {keys.shape} for {base.n_leaves} identifiers")
-        trie = with_edits(base, keys, load_file(edits)) if edits else LiveTrie(base, keys=keys)
+        trie = with_edits(base, keys, read_safetensors(edits)) if edits else LiveTrie(base, keys=keys)
         rows = trie.key(np.arange(trie.n_leaves))
         if trie.live is not None:
             rows = rows[trie.live.contains(np.arange(trie.n_leaves))]
         if not np.array_equal(np.sort(rows), np.arange(n_records)):
             raise ValueError(f"{len(rows)} identifiers do not stand for {n_records} images, each once")
-    except (OSError, ValueError, KeyError, IndexError, SafetensorError, IdentifierError, MemoryError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, IdentifierError) as error:
         raise IndexDamaged(
             f"the names in {path.parent} cannot be used: {error}. Restore the index, or make it anew."
         ) from error
