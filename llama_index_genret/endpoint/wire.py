@@ -55,7 +55,9 @@ class RecallRequest(BaseModel):
     version: of a loaded index, in place of its name. A server that has none of it answers 404.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"anyOf": [{"required": [name]} for name in ("query", "queries", "image")]}
+    )
     query: Text | None = None
     queries: list[Text] | None = Field(default=None, min_length=1, max_length=MAX_QUERIES)
     image: str | None = Field(default=None, max_length=MAX_IMAGE_CHARACTERS)
@@ -122,6 +124,27 @@ class RecallResponse(BaseModel):
     version: str
     scoring: Scoring
     results: list[RecallResult]
+
+
+class Problem(BaseModel):
+    """Why a request is not answered. code: the HTTP status. param: the field that is wrong, where it is known."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: int
+
+
+class Refused(BaseModel):
+    """An error, in the shape of the OpenAI API's."""
+
+    error: Problem
+
+
+class Unread(BaseModel):
+    """FastAPI's own answer to a body that it cannot read as JSON."""
+
+    detail: str
 
 
 class IndexCard(BaseModel):
