@@ -22,7 +22,9 @@ from llama_index_genret.scorers.fake import FakeScorer
 from llama_index_genret.store import Scoring, Tuned, load_index, store_tuned
 
 # The test client of Starlette, through which schemathesis asks, leaves its streams to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore:Unclosed <MemoryObject:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Unclosed <MemoryObject:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 
 
 class TableEngine:

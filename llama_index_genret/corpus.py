@@ -189,7 +189,7 @@ def _existing_folder(folder: Path) -> Path:
 
 
 def _list_rows(root: Path) -> Iterable[_Row]:
-    present = [name for name in _METADATA_FILES if (root / name).exists()]
+    present = [name for name in _METADATA_FILES if os.path.lexists(root / name)]
     if len(present) > 1:
         raise MetadataError(f"{root} has both {' and '.join(present)}: remove the one that is not meant.")
     if present and not (root / present[0]).is_file():  # a pipe would be waited for
@@ -239,7 +239,9 @@ def _csv_rows(path: Path) -> Iterator[_Row]:
                 yield _Row(where, line, path.name, partial(_parse_cells, columns, cells, where))
             line = reader.line_num + 1
     except csv.Error as error:  # where the next row begins is unknown from here on
-        raise MetadataError(f"{path}, line {reader.line_num}: no valid CSV: {error}. Check its quotes.") from error
+        raise MetadataError(
+            f"{path}, line {reader.line_num}: no valid CSV: {error}. Check its quotes, or write a metadata.jsonl."
+        ) from error
 
 
 def _check_columns(columns: list[str], path: Path) -> None:

@@ -8,6 +8,7 @@ Knows the format; nothing of what the objects mean.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,5 +65,6 @@ def objects(path: Path, *, example: str) -> Iterator[tuple[str, dict[str, Any]]]
 def _without_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise ValueError(f"a key is given twice among {[key for key, _ in pairs]}")
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"a key is given twice, {twice!r:.200}")
     return fields

@@ -41,14 +41,25 @@ def _contents() -> dict[str, tuple[Path, bytes]]:
 def _seeds() -> tuple[bytes, ...]:
     seeds = []
     for number, (name, (_, content)) in enumerate(_contents().items()):
-        seeds += [bytes([number]) + how + content for how in ([b""] if name == MANIFEST else [AS_WRITTEN, WITH_CHECKSUM])]
+        seeds += [
+            bytes([number]) + how + content for how in ([b""] if name == MANIFEST else [AS_WRITTEN, WITH_CHECKSUM])
+        ]
     return tuple(seeds)
 
 
 SEEDS = _seeds()
 WORDS = (
     *(b'"identifier"', b'"folder"', b'"captions"', b'"path"', b'"files"', b'"sha256"', b'"size"', b"../", b"null"),
-    *(b"'descr': '<i8'", b"'descr': '|O'", b"'shape': (4,)", b"genrTRIE", b'"payload_bytes"', b'"arrays"', b"[[[[", b"-1"),
+    *(
+        b"'descr': '<i8'",
+        b"'descr': '|O'",
+        b"'shape': (4,)",
+        b"genrTRIE",
+        b'"payload_bytes"',
+        b'"arrays"',
+        b"[[[[",
+        b"-1",
+    ),
 )
 
 
@@ -95,5 +106,3 @@ def _write_checksum(name: str, content: bytes) -> None:
     manifest = json.loads(written)
     manifest["files"][name] |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     path.write_text(json.dumps(manifest))
-
-

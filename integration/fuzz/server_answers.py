@@ -36,7 +36,15 @@ def _seeds() -> tuple[bytes, ...]:
     told = [None, {"3": {"logprob": -0.5}}, {"4": {"logprob": -1}, "9": {"logprob": -0.1}}]
     likely = {"choices": [_choice(0, prompt_logprobs=told)]}
     hits = [
-        {"image_id": name, "file_name": "", "caption": "", "identifier": "", "score": 0.5, "log_prob": -0.7, "metadata": {}}
+        {
+            "image_id": name,
+            "file_name": "",
+            "caption": "",
+            "identifier": "",
+            "score": 0.5,
+            "log_prob": -0.7,
+            "metadata": {},
+        }
         for name in ("a", "third")
     ]
     result = {"query": "red", "hits": hits, "exact": True, "nodes_expanded": 4}
@@ -48,7 +56,16 @@ def _seeds() -> tuple[bytes, ...]:
 
 SEEDS = _seeds()
 WORDS = (
-    *(b'"data"', b'"id"', b'"max_model_len"', b'"choices"', b'"index"', b'"logprobs"', b'"top_logprobs"', b'"token_id:3"'),
+    *(
+        b'"data"',
+        b'"id"',
+        b'"max_model_len"',
+        b'"choices"',
+        b'"index"',
+        b'"logprobs"',
+        b'"top_logprobs"',
+        b'"token_id:3"',
+    ),
     *(b'"prompt_logprobs"', b'"logprob"', b'"hits"', b'"results"', b'"image_id"', b'"log_prob"', b'"ranked_by"'),
     *(b"NaN", b"Infinity", b"-Infinity", b"1e999", b"1" * 400, b"null", b"true", b"[[[[", b"{}", b"\\ud800", b"-1"),
 )

@@ -22,7 +22,6 @@ from llama_index_genret.corpus import Scalar
 from llama_index_genret.errors import FilterError
 
 
-
 def _encodable(text: str) -> str:
     text.encode()  # a half of a surrogate pair is refused: UnicodeEncodeError is a ValueError
     return text

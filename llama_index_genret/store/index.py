@@ -118,7 +118,9 @@ class Index:
             return None
         log_prior = read_npy(self.file(PRIOR))
         if log_prior.shape != (len(self.records),) or log_prior.dtype.kind != "f":
-            raise IndexDamaged(f"{PRIOR} of {self.folder} is {log_prior.dtype} {log_prior.shape} for {len(self.records)} images.")
+            raise IndexDamaged(
+                f"{PRIOR} of {self.folder} is {log_prior.dtype} {log_prior.shape} for {len(self.records)} images."
+            )
         return log_prior
 
     @cached_property
