@@ -1,4 +1,4 @@
-"""Files as nobody should write them: each is read right, or is an error that names the file, the line and the way out."""
+"""Files as nobody should write them: each is read right, or is an error that names the file, line and way out."""
 
 import hashlib
 import json
@@ -88,7 +88,7 @@ def test_and_so_it_is_for_the_other_readers(tmp_path, reader, case):
 
 def test_a_query_that_is_no_text_is_not_told_to_name_another_image(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"query": 1, "image_id": "a"}')
-    with pytest.raises(CorpusError, match='want {"query"'):
+    with pytest.raises(CorpusError, match=r'want \{"query"'):
         read_queries(tmp_path / "q.jsonl", small_corpus().records)
 
 

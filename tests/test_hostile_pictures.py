@@ -1,10 +1,10 @@
 """Pictures and names that people really have: the right pixels, or an error that names the file and the way out."""
 
 import io
-import os
 import struct
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,7 +147,7 @@ def test_a_folder_with_the_name_of_a_picture_is_a_folder(tmp_path):
     assert [record.file_name for record in read_corpus(tmp_path)] == ["x.png/y.png"]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no devices there")
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no devices there")
 def test_a_link_to_a_device_is_refused_unread(tmp_path):
     (tmp_path / "endless.png").symlink_to("/dev/zero")
     with pytest.raises(UnsafePath, match="link out of the folder"):

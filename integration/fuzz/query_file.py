@@ -13,7 +13,8 @@ from llama_index_genret.pseudo_queries import read_samples
 
 SEEDS = (
     b'{"query": "red", "file_name": "a.png"}\n\n{"query": "g", "image_id": ["third", "d"], "kind": "tag"}\n',
-    b'\xef\xbb\xbf{"image": "images/a.png", "image_id": "a"}\r\n{"query": "x", "image": "images/c.gif", "image_id": "a"}',
+    b'\xef\xbb\xbf{"image": "images/a.png", "image_id": "a"}\r\n'
+    b'{"query": "x", "image": "images/c.gif", "image_id": "a"}',
     '{"query": "one\u2028line", "file_name": ["a.png", "sub/b.jpg"]}'.encode(),
     b'{"query": 1, "file_name": {"a": [[[]]]}}',
 )

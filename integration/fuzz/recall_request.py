@@ -19,7 +19,8 @@ PIXEL = b"data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEA
 SEEDS = (
     b'{"query": "red", "k": 3, "filters": {"shape": ["bar", "frame"], "year": 1999}, "eta": 0.5, "rerank": 2}',
     b'{"queries": ["a", "b"], "beam_width": 5, "mode": "exact", "budget": 9, "rerank_by": "image", "index": "x"}',
-    b'{"query": "a", "filters": {"filters": [{"key": "year", "value": 7, "operator": ">"}, {"filters": [{"key": "shape", '
+    b'{"query": "a", "filters": {"filters": [{"key": "year", "value": 7, "operator": ">"}, '
+    b'{"filters": [{"key": "shape", '
     b'"operator": "is_empty"}], "condition": "not"}], "condition": "or"}, "version": "0"}',
     b'{"image": "%s", "query": "but blue"}' % PIXEL,
 )

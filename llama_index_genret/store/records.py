@@ -35,16 +35,16 @@ def read_records(path: Path, folders: Sequence[Path]) -> tuple[tuple[Record, ...
     """
     records: list[Record] = []
     identifiers: list[Identifier] = []
-    line = 0
     try:
         with path.open(encoding="utf-8", newline="\n") as lines:  # captions may hold what else ends a line of text
-            for line, text in enumerate(lines, 1):
+            for text in lines:
                 row = json.loads(text)
                 identifiers.append(_identifier(row.pop("identifier")))
                 records.append(Record.from_json(row, _folder(folders, row.pop("folder"))))
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError, CorpusError) as error:
         raise IndexDamaged(
-            f"{path}, line {line}: no record of an image: {error!r:.500}. Restore it, or make the index anew."
+            f"{path}, line {len(records) + 1}: no record of an image: {error!r:.500}. "
+            "Restore it, or make the index anew."
         ) from error
     return tuple(records), tuple(identifiers)
 
