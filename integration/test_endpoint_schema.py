@@ -4,6 +4,7 @@ In vLLM's own app, with its error handlers, but without its engine: a table answ
 """
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import httpx
@@ -50,15 +51,16 @@ class TableEngine:
 
 
 @pytest.fixture(scope="module")
-def app():
+def app(tmp_path_factory):
     """vLLM's, over an index with a prior."""
     from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     index = small_index()
+    folder = shutil.copytree(index.folder, tmp_path_factory.mktemp("served") / "index")
     prior = np.log(np.full(len(index.records), 1 / len(index.records), np.float32))
-    index = store_tuned(load_index(index.folder), prior, Tuned(scoring=Scoring(eta=0.5), queries=1))
+    index = store_tuned(load_index(folder), prior, Tuned(scoring=Scoring(eta=0.5), queries=1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(INDEXES_VARIABLE, f"small={index.folder}")
         args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--middleware", MIDDLEWARE])
