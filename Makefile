@@ -1,4 +1,4 @@
-# make demo | make demo VLLM=1 | make test | make check | make bench | make fuzz | make supply : each makes .venv and installs what it needs.
+# make demo | make demo VLLM=1 | make test | make check | make bench | make supply | make fuzz: each makes .venv and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -37,7 +37,7 @@ supply: $(VENV)/.installed
 	build/client/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.$(EXTRAS)'
 	$(BIN)/python -m integration.supply build/client/bin/python build
 
-# Coverage-guided fuzzing of what reads input from outside; what it finds goes to tests/fuzz_findings. make fuzz FUZZ_SECONDS=60
+# Coverage-guided fuzzing of what reads input from outside, ten minutes a target. make fuzz FUZZ_SECONDS=60
 FUZZED ?= metadata query_file index_files recall_request server_answers
 FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/.fuzz
