@@ -190,7 +190,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(f"{where}: no JSON in UTF-8: {error}; found {line[:80]!r}.") from error
     if not isinstance(row, dict) or not isinstance(row.get("query"), str):
         raise CorpusError(f'{where}: want {{"query": "..."}}, found {line[:80]!r}.')

@@ -143,7 +143,7 @@ def _record(node: ImageNode, folders: list[Path]) -> Record:
         path=path,
         file_name=path.relative_to(folder).as_posix(),
         sha256=node.metadata["content_sha256"],
-        captions=tuple(line.strip() for line in node.text.splitlines() if line.strip()),
+        captions=tuple(line.strip() for line in node.text.split("\n") if line.strip()),
         metadata=metadata,
         questions=tuple(Question(**question) for question in json.loads(node.metadata.get(QUESTIONS, "[]"))),
     )
@@ -208,6 +208,13 @@ def _checked(node: BaseNode, path: Path) -> str:
                 f"the metadata {key!r} of {node.node_id!r} is a {type(value).__name__}, but must be text, a number, "
                 "true, false or null. Flatten it into several keys."
             )
+    try:
+        json.dumps([node.node_id, node.get_content(), node.metadata], ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise MetadataError(
+            f"the text or the metadata of {node.node_id!r} cannot be stored: {error}. Leave out NaN, infinite numbers "
+            "and halves of surrogate pairs."
+        ) from error
     where = f"the image of {node.node_id!r}: "
     if not path.is_file() or image_sha256(path) != node.metadata.get("content_sha256"):
         decode_image(path, where)

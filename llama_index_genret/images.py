@@ -12,7 +12,7 @@ from pathlib import Path
 
 import filetype
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from llama_index_genret.errors import ImageError
 
@@ -30,6 +30,18 @@ _DECODERS = {
     "image/x-icon": "ICO",
     "image/x-portable-anymap": "PPM",
 }
+
+
+_HELD = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by the orientation that its EXIF tells."""
 
 
 def load_image(source: Path | str | bytes) -> Image.Image:
@@ -127,7 +139,7 @@ def _decode(source: Path | BytesIO, mime: str, name: str, size: int) -> Image.Im
             if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ImageError(too_large)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(_upright(image))
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -145,13 +157,26 @@ def _no_raster(name: str, size: int, mime: str) -> ImageError:
     )
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """As it was held; as it is stored where its EXIF cannot be read, which says nothing of the pixels."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of what is no EXIF, a parser raises almost anything
+        return image
+    held = _HELD.get(orientation) if isinstance(orientation, int) else None
+    return image if held is None else image.transpose(held)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in {"I", "F"} or image.mode.startswith("I;16"):
         values = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0, neginf=0.0)
         low, high = values.min(), values.max()
         if image.mode != "F" and low >= 0 and high <= 65535:
             low, high = 0, 65535
-        image = Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
+        grey = np.rint((values - low) * (255 / max(high - low, 1e-9))).astype(np.uint8)
+        if isinstance(image.info.get("transparency"), int):
+            grey[values == image.info["transparency"]] = 255
+        image = Image.fromarray(grey)
     if image.mode in {"LA", "RGBA"} or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import httpx
-from pydantic import ValidationError
 
 from llama_index_genret.endpoint.wire import EXACT_BUDGET, RecallRequest, RecallResponse, RecallResult
-from llama_index_genret.errors import ServerError
+from llama_index_genret.errors import SearchError, ServerError
 from llama_index_genret.images import to_data_url
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.http import Server, json_object
@@ -78,21 +77,20 @@ class RecallClient:
         if answer.status_code == 404:  # a stock server, or one that has another version
             self._is_served = False
             return None
-        response = _validated(RecallResponse, answer)
-        (result,) = response.results
+        result = self._result(answer, query)
         if query.budget is None and not result.exact:
             return None
-        return Ranking(tuple(self._hits(result)), result.exact, result.nodes_expanded)
+        pairs = [(self._index.rows_by_id[hit.image_id], hit) for hit in result.hits]
+        hits = [Hit(row, row, self._index.token_ids(row), min(hit.log_prob, 0.0), hit.ranked_by) for row, hit in pairs]
+        return Ranking(tuple(hits), result.exact, result.nodes_expanded)
 
-    def _hits(self, result: RecallResult) -> list[Hit]:
-        rows = [self._index.rows_by_id[hit.image_id] for hit in result.hits]
-        pairs = zip(rows, result.hits, strict=True)
-        return [Hit(row, row, self._index.token_ids(row), min(hit.log_prob, 0.0), hit.ranked_by) for row, hit in pairs]
-
-
-def _validated(model: Any, answer: httpx.Response) -> Any:
-    body = json_object(answer)
-    try:
-        return model.model_validate(body)
-    except ValidationError as error:
-        raise ServerError(f"{answer.url} answered something else than a recall: {error}") from error
+    def _result(self, answer: httpx.Response, query: Query) -> RecallResult:
+        body = json_object(answer)
+        try:
+            (result,) = RecallResponse.model_validate(body).results
+            found = [hit.image_id for hit in result.hits]
+            if len(set(found)) != len(found) or len(found) > query.k or not self._index.rows_by_id.keys() >= set(found):
+                raise ValueError(f"{found!r:.200} are not {query.k} images of the index at most, each once")
+        except (ValueError, SearchError) as error:
+            raise ServerError(f"{answer.url} answered something else than a recall: {error}") from error
+        return result

@@ -23,10 +23,13 @@ from llama_index_genret.endpoint.wire import (
     INDEXES_VARIABLE,
     IndexCard,
     IndexList,
+    Problem,
     RecallHit,
     RecallRequest,
     RecallResponse,
     RecallResult,
+    Refused,
+    Unread,
 )
 from llama_index_genret.errors import FilterError, GenretError, ImageError, IndexNotFound, QueryError, SearchError
 from llama_index_genret.images import from_data_url
@@ -44,6 +47,14 @@ SECONDS = Histogram("genret_recall_seconds", "Seconds from a recall request to i
 STEPS = Counter("genret_recall_steps", "Search steps that the engine has scored.")
 
 router = APIRouter()
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The request, its query, image or filters cannot be read", "model": Refused | Unread},
+    401: {"description": "The API key is missing or wrong"},
+    404: {"description": "There is no such index, or not in that version", "model": Refused},
+    503: {"description": "The engine has died", "model": Refused},
+}
+"""What the description tells beside an answer."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -70,7 +81,7 @@ def _configured(text: str) -> dict[str, Path]:
     return {name: Path(folder) for name, _, folder in pairs}
 
 
-@router.post("/v1/recall", response_model=RecallResponse)
+@router.post("/v1/recall", response_model=RecallResponse, responses=REFUSALS)
 async def recall_images(request: RecallRequest, raw: Request) -> Response:
     """Rank the images that each query means, by generating their identifiers under a constraint."""
     start = time.perf_counter()
@@ -197,8 +208,8 @@ def _error(error: Exception) -> JSONResponse:
         status, kind = 500, "InternalServerError"
     else:
         raise error
-    body = {"message": str(error), "type": kind, "param": None, "code": status}
-    return JSONResponse({"error": body}, status_code=status)
+    refused = Refused(error=Problem(message=str(error), type=kind, code=status))
+    return JSONResponse(refused.model_dump(), status_code=status)
 
 
 async def _disconnected(raw: Request) -> None:

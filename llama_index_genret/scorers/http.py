@@ -155,7 +155,7 @@ def json_object(answer: httpx.Response) -> dict[str, Any]:
         raise ServerError(f"{answer.url} answered {answer.status_code}: {answer.text[:500]}")
     try:
         body = answer.json()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ServerError(f"{answer.url} answered no JSON: {answer.text[:200]!r}. Is it a vLLM server?") from error
     if not isinstance(body, dict):
         raise ServerError(f"{answer.url} answered {type(body).__name__}, not an object. Is it a vLLM server?")

@@ -20,7 +20,8 @@ from llama_index_genret.corpus import Record
 from llama_index_genret.errors import DuplicateImage, UnknownImage
 from llama_index_genret.identifiers import Identifier, Scheme
 from llama_index_genret.store.folder import check_unchanged, commit, only_writer_of
-from llama_index_genret.store.index import EDITS, PRIOR, Index, load_index, write_records
+from llama_index_genret.store.index import EDITS, PRIOR, Index, load_index
+from llama_index_genret.store.records import write_records
 from llama_index_genret.store.weights import NEW_ROWS, NewRows
 from llama_index_genret.store.written import PSEUDO_QUERIES, WrittenQueries, write_written
 from llama_index_genret.tokenization import IndexTokenizer

@@ -12,22 +12,32 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from llama_index_genret.corpus import Scalar
 from llama_index_genret.errors import FilterError
 
-Value = str | int | float | bool
+
+def _encodable(text: str) -> str:
+    text.encode()  # a half of a surrogate pair is refused: UnicodeEncodeError is a ValueError
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Value = Text | int | Annotated[float, Field(allow_inf_nan=False)] | bool
 Operator = Literal[
     "==", "!=", ">", ">=", "<", "<=", "in", "nin", "any", "all", "contains",
     "text_match", "text_match_insensitive", "is_empty",
 ]  # fmt: skip
 Mask = NDArray[np.bool_]
 
+
+MAX_FILTERS = 1000
+"""Conditions that hold together."""
 
 MAX_DEPTH = 32
 """Of nested filters: deeper ones could be read, but not written as JSON again."""
@@ -37,7 +47,7 @@ class MetadataFilter(BaseModel):
     """One condition on one metadata key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    key: str
+    key: Text
     value: Value | list[Value] | None = None
     operator: Operator = "=="
 
@@ -49,7 +59,7 @@ class MetadataFilters(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    filters: list[MetadataFilter | MetadataFilters] = Field(max_length=1000)
+    filters: list[MetadataFilter | MetadataFilters] = Field(max_length=MAX_FILTERS)
     condition: Literal["and", "or", "not"] | None = "and"
 
     @property

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from llama_index_genret.durable import only_writer, sync, sync_tree, writing
 from llama_index_genret.errors import (
@@ -48,6 +48,7 @@ PICTURES = "pictures"
 
 _DATA_FOLDER = re.compile(r"data-[0-9a-f]{12}")
 _CHECKSUM = "checksum"
+_STORED = re.compile(rf"{_DATA_FOLDER.pattern}(/[^/\\:\0]+)+")
 _TEMPORARY_MANIFEST = re.compile(re.escape(MANIFEST) + r"\.[0-9a-f]{12}")
 
 
@@ -58,6 +59,13 @@ class FileEntry(BaseModel):
     path: str
     size: int
     sha256: str
+
+    @field_validator("path")
+    @classmethod
+    def _below_the_index(cls, path: str) -> str:
+        if not _STORED.fullmatch(path) or ".." in path.split("/"):
+            raise ValueError(f"{path!r} is no file of a data folder of the index")
+        return path
 
 
 class ModelEntry(BaseModel):
@@ -224,7 +232,11 @@ def verify(path: Path, entry: FileEntry) -> None:
     Raises:
         IndexDamaged: it is not there, or has another size or checksum.
     """
-    if not path.is_file():
+    try:
+        present = path.is_file()
+    except OSError:  # a name that no file can have
+        present = False
+    if not present:
         raise IndexDamaged(f"{path} is missing. Restore it, or make the index anew with `genret index`.")
     try:
         differs = path.stat().st_size != entry.size or _sha256(path) != entry.sha256
