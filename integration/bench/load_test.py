@@ -1,6 +1,6 @@
 """Many clients for many minutes on a server that they do not spare: does it hold?
 
-    python -m integration.bench.load_test [--minutes 20] [--clients 32] [--faults] [--seed 0] [--json FILE]
+    python -m integration.bench.load_test [--minutes 20] [--clients 32] [--faults] [--kills] [--json FILE]
 
 A vLLM server on the CPU, with the recall endpoint, serves a tiny model of random weights and an index that is edited
 every few seconds. Each client draws at random: recalls of every kind, batches, requests that it leaves, malformed and
@@ -17,10 +17,9 @@ mistyped bodies, queries of a megabyte, unknown indexes and routes, chats. It ho
 
 With --faults, besides: the server takes fewer recalls at once than the clients send, and turns others away; FAULTY
 clients cut their connections, fall silent, write or read a byte a second, and send what is too large, of which it must
-be rid in time; and in the first third of a run of LONG_MINUTES or more the engine's process is killed, then the
-server's own, then the server is told to stop, and it is started again whenever it has ended. Who is on the way at such
-a time may be turned away or find no server, but may not hang, nor be answered wrongly. At the end of any run the server
-is told to stop while it is asked. Memory and open files are judged of the last life.
+be rid in time; and at the end it is told to stop while it is asked. With --kills, before that, its engine's process is
+killed, then its own, and it is started again when it has ended. Who is on the way at such a time may be turned away, or
+find no server, but may not hang, nor be answered wrongly.
 
 Exit code 0 if it holds, 1 if not.
 """
@@ -62,7 +61,10 @@ from tests.tiny_model import make_tiny_model
 
 NAME, IMAGES, TEXTS = "pictures", 120, 12
 EDIT_EVERY_S, TIMEOUT_S = 3.0, 120.0
-FAULTY, LONG_MINUTES, KILLED_UNTIL = 12, 5.0, 1 / 3
+FAULTY = 12
+ASKED_S, KILLED_AFTER_S = 8.0, 2.0
+"""How long the clients go on about a kill, and when in it the kill is."""
+
 TIGHT = "head_s=4 body_s=8 stalled_s=8 body_mib=4 stop_s=5"
 """The limits of a server with faulty clients, but for `queries`."""
 
@@ -84,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--faults", action="store_true", help="clients that misuse their connections")
+    parser.add_argument("--kills", action="store_true", help="kill and restart the server at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to add the results to")
     args = parser.parse_args(argv)
@@ -112,39 +115,36 @@ async def _load(traffic: Traffic, supervisor: Supervisor, target: Target, args: 
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=args.clients)
     async with supervisor.running(), httpx.AsyncClient(base_url=address, timeout=TIMEOUT_S, limits=limits) as http:
         supervisor.lives[-1].sample()
-        start = time.monotonic()
-        end = start + 60 * args.minutes
-        kills = KILLS if args.faults and args.minutes >= LONG_MINUTES else ()
+        end = time.monotonic() + 60 * args.minutes
         besides = [asyncio.create_task(work) for work in (_edit(traffic), _sample(supervisor), _progress(traffic, end))]
         clients = [traffic.client(http, args.seed * 1000 + number, end) for number in range(args.clients)]
         clients += [traffic.faulty(target, number, end) for number in range(FAULTY * args.faults)]
-        await asyncio.gather(*clients, _kill(supervisor, kills, start, (end - start) * KILLED_UNTIL))
+        await asyncio.gather(*clients)
         for task in besides:
             task.cancel()
         for ended in await asyncio.gather(*besides, return_exceptions=True):
             if not isinstance(ended, asyncio.CancelledError):
                 traffic.problems.append(f"the editor, the sampler or the bar ended early: {ended!r}")
         traffic.problems += await _aftermath(http, traffic, supervisor)
-        if args.faults:
-            await _stopped_while_asked(http, traffic, supervisor, args)
+        for kind in KILLS if args.kills else KILLS[-1:] if args.faults else ():
+            await _killed_while_asked(kind, http, traffic, supervisor, args)
 
 
-async def _kill(supervisor: Supervisor, kinds: Sequence[str], start: float, within_s: float) -> None:
-    """Each kind once, in equal distances as far as the server is back by then."""
-    for number, kind in enumerate(kinds, 1):
-        await asyncio.sleep(max(0.0, start + within_s * number / (len(kinds) + 1) - time.monotonic()))
-        await supervisor.kill(kind)
-
-
-async def _stopped_while_asked(
-    http: httpx.AsyncClient, traffic: Traffic, supervisor: Supervisor, args: argparse.Namespace
+async def _killed_while_asked(
+    kind: str, http: httpx.AsyncClient, traffic: Traffic, supervisor: Supervisor, args: argparse.Namespace
 ) -> None:
-    """The last that happens to the server: it must end, and answer or turn away whoever waits."""
-    end = time.monotonic() + 4.0
-    asking = [asyncio.create_task(traffic.client(http, 10**6 + number, end)) for number in range(args.clients)]
-    await asyncio.sleep(2.0)
-    await supervisor.kill("stop", again=False)
-    await asyncio.gather(*asking)
+    """One of the KILLS, of which the last is for good: whoever waits is answered or turned away."""
+    start, again = time.monotonic(), kind != KILLS[-1]
+    asking = [traffic.client(http, 10**6 + number, start + ASKED_S) for number in range(args.clients)]
+
+    async def killed() -> None:
+        await asyncio.sleep(KILLED_AFTER_S)
+        await supervisor.kill(kind, again=again)
+
+    await asyncio.gather(*asking, killed())
+    if again:
+        asked = [await traffic.recall(http, [text], LAST) for text in traffic.texts]
+        traffic.problems += [f"after the kill of the {kind}: {what}" for _, what in asked if what]
 
 
 async def _edit(traffic: Traffic) -> None:
@@ -188,8 +188,6 @@ async def _aftermath(http: httpx.AsyncClient, traffic: Traffic, supervisor: Supe
         return [f"after the load: the server does not answer: {error!r}"]
     problems += [f"after the load: {left:.0f} requests are left in the engine"] * bool(left)
     problems += [f"after the load: {connections} more files are open than before"] * (connections > MORE_FILES)
-    if supervisor.outages:  # it has not counted what was before the last
-        return problems
     problems += [f"the server counts {failed:.0f} failed recalls"] * bool(failed)
     here = traffic.answered_recalls + len(traffic.texts)
     if not here <= answered <= here + traffic.tallies["cancelled"].outcomes["cancelled"]:
@@ -227,7 +225,7 @@ def _show(report: Report, traffic: Traffic, supervisor: Supervisor) -> list[str]
             table.add_row(kind, str(sum(counts)), *map(str, counts), *(f"{ms:.0f}" for ms in times))
         report.results[kind] = {**tally.outcomes, "latency_ms": dict(zip(("p50", "p95", "max"), times, strict=True))}
     Console(width=150).print(table)
-    life = max(supervisor.lives, key=lambda life: len(life.mib))
+    life = supervisor.lives[0]
     broken = [*traffic.problems, *life.problems()]
     broken += [what for outage in supervisor.outages for what in outage.problems()]
     if traffic.index.newest.number < 1 or len(traffic.versions) < 2:
@@ -249,10 +247,8 @@ def _show(report: Report, traffic: Traffic, supervisor: Supervisor) -> list[str]
         report.value("open files, growth from the first quarter to the last", life.more_files)
     else:
         report.value("resident memory, growth", "not judged: too short a run")
-    report.results["lives"] = [
-        {"resident memory, MiB": [round(mib, 1) for mib in life.mib], "open files": life.files}
-        for life in supervisor.lives
-    ]
+    report.results["resident memory, MiB"] = [round(mib, 1) for mib in life.mib]
+    report.results["open files"] = life.files
     for problem in broken[:SHOWN]:
         print(f"  BROKEN: {problem}", flush=True)
     report.value("held", not broken)

@@ -18,10 +18,14 @@ PROBES = 3
 """Unanswered ones after which the other end is gone."""
 
 
+AFTER_S = 2
+"""For what goes on when its connection was cut, when the server stops."""
+
+
 def guard(server: Any, limits: Limits) -> None:
     """Let `server`, a `uvicorn.Server` that takes no connections yet, keep to the limits."""
     server.config.http_protocol_class = guarded(server.config.http_protocol_class, limits)
-    server.config.timeout_graceful_shutdown = limits.stop_s
+    server.config.timeout_graceful_shutdown = limits.stop_s + AFTER_S
 
 
 def guarded(protocol: type[Any], limits: Limits) -> type[Any]:
@@ -40,6 +44,10 @@ def guarded(protocol: type[Any], limits: Limits) -> type[Any]:
         def connection_lost(self, error: Exception | None) -> None:
             super().connection_lost(error)
             self._later.cancel()
+
+        def shutdown(self) -> None:
+            super().shutdown()
+            self.loop.call_later(limits.stop_s, self.transport.abort)
 
         def _look(self, waited_since: Any) -> None:
             if self.transport.get_protocol() is not self or self.transport.is_closing():  # a WebSocket now, or done

@@ -95,7 +95,7 @@ async def recall_images(request: RecallRequest, raw: Request) -> Response:
         REQUESTS.labels("answered").inc()
     except Exception as error:
         response = _error(error)
-        REQUESTS.labels("refused" if response.status_code < 500 else "failed").inc()
+        REQUESTS.labels(_outcome(response.status_code)).inc()
     SECONDS.observe(time.perf_counter() - start)
     return response
 
@@ -228,6 +228,10 @@ def _error(error: Exception) -> JSONResponse:
     if isinstance(error, GenretError):
         return refusal(500, "InternalServerError", str(error))
     raise error
+
+
+def _outcome(status: int) -> str:
+    return "refused" if status < 500 else "turned_away" if status == 503 else "failed"
 
 
 async def _disconnected(raw: Request) -> None:
