@@ -54,7 +54,7 @@ ROUTES = ("/v1/recal", "/v1/recall/index", "/v2/recall", "/recall")
 
 
 class TurnedAway(Exception):
-    """A recall was answered that the server cannot answer it now."""
+    """The server says that it cannot answer a recall now."""
 
     def __init__(self, answer: httpx.Response) -> None:
         super().__init__(f"status {answer.status_code}: {answer.text[:300]}")
@@ -214,6 +214,8 @@ def _wrong_request(kind: str, name: str, draw: random.Random) -> tuple[str, byte
 
 async def _refused(http: httpx.AsyncClient, route: str, content: bytes, status: int) -> tuple[str, str]:
     answer = await http.post(route, content=content, headers={"Content-Type": "application/json"})
+    if answer.status_code == 503:
+        raise TurnedAway(answer)
     if answer.status_code != status:
         return "refused", f"{content[:80]!r} to {route}: status {answer.status_code}, not {status}: {answer.text[:300]}"
     said: Mapping[str, Any] = answer.json()
