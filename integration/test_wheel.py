@@ -99,10 +99,11 @@ def test_the_wheel_tells_licence_readme_and_one_version(dist):
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     info = f"llama_index_genret-{version}.dist-info"
     content = zipfile.ZipFile(wheel)
-    assert content.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    for licence in ("LICENSE", "llama_index_genret/demo_data/LICENSE-fluent-emoji.txt"):
+        assert content.read(f"{info}/licenses/{licence}") == (ROOT / licence).read_bytes()
     head, _, body = content.read(f"{info}/METADATA").decode().partition("\n\n")
     assert f"\nVersion: {version}\n" in head
-    assert "\nLicense-Expression: Apache-2.0\n" in head
+    assert "\nLicense-Expression: Apache-2.0 AND MIT\n" in head
     assert body.strip() == (ROOT / "README.md").read_text().strip()
     assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text()
 
