@@ -17,7 +17,6 @@ from llama_index_genret.endpoint.limits import Limits
 PROBES = 3
 """Unanswered ones after which the other end is gone."""
 
-
 AFTER_S = 2
 """For what goes on when its connection was cut, when the server stops."""
 
