@@ -219,6 +219,7 @@ async def _refused(http: httpx.AsyncClient, route: str, content: bytes, status: 
     if answer.status_code != status:
         return "refused", f"{content[:80]!r} to {route}: status {answer.status_code}, not {status}: {answer.text[:300]}"
     said: Mapping[str, Any] = answer.json()
-    if route == "/v1/recall" and (said["error"]["code"] != status or not said["error"]["message"]):
+    error = said.get("error") or {}
+    if route == "/v1/recall" and (error.get("code") != status or not error.get("message")):
         return "refused", f"{content[:80]!r}: the error is not of the OpenAI API's shape: {answer.text[:300]}"
     return "refused", ""
