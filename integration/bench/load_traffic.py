@@ -35,8 +35,6 @@ PAUSE_S = 0.5
 MALFORMED = (
     b"",
     b"{",
-    b"[" * 100_000,
-    b'{"query": "\\ud800"}',
     b'{"query": "red dog"',
     b"\xff\xfe",
     b'{"query": "a" "k": 1}',
