@@ -1,14 +1,20 @@
 """Starting and stopping a server, with a small one in vLLM's place."""
 
+import asyncio
+import shutil
 import sys
+import threading
+import time
 
 import psutil
 import pytest
 
 from llama_index_genret.endpoint.admission import Admission, TooBusy
 from llama_index_genret.endpoint.limits import Limits
+from llama_index_genret.endpoint.registry import Registry
 from llama_index_genret.errors import ServerError
 from llama_index_genret.serving import free_port, running_server
+from llama_index_genret.store import load_index, remove_images
 
 STUBBORN = """
 import signal, subprocess, sys
@@ -57,3 +63,33 @@ def test_more_queries_than_the_limit_are_turned_away_until_others_are_answered()
             pass
     with admission.of(256):  # of one request that is alone
         pass
+
+
+def test_an_edit_is_read_once_for_all_who_wait_and_no_answer_is_older(untrained_index, tmp_path, monkeypatch):
+    """Or each would hold a thread of the server's few, which its other routes need."""
+    folder = tmp_path / "index"
+    shutil.copytree(untrained_index.folder, folder)
+    registry, read, readings = Registry({"index": folder}), Registry._read, []
+
+    def slowly(*args):
+        readings.append(threading.active_count())
+        loaded = read(*args)
+        time.sleep(0.2)
+        return loaded
+
+    monkeypatch.setattr(Registry, "_read", slowly)
+
+    async def ask():
+        first = remove_images(load_index(folder), ["red-circle"]).version
+        early = [asyncio.create_task(registry.current("index")) for _ in range(20)]
+        await asyncio.sleep(0.1)
+        second = remove_images(load_index(folder), ["red-bar"]).version
+        late = [asyncio.create_task(registry.current("index")) for _ in range(20)]
+        late[0].cancel()
+        found = [loaded.version for loaded in await asyncio.gather(*early, *late[1:])]
+        assert set(found[:20]) <= {first, second}
+        assert set(found[20:]) == {second}
+
+    asyncio.run(ask())
+    assert len(readings) == 2
+    assert max(readings) - min(readings) <= 1

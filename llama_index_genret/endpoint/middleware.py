@@ -130,7 +130,7 @@ async def list_indexes(raw: Request) -> IndexList:
     """The loaded indexes, in the versions that are served now."""
     registry: Registry = raw.app.state.genret
     for loaded in registry.loaded:
-        await _current(registry, loaded.name)
+        await registry.current(loaded.name)
     return IndexList(
         data=[
             IndexCard(
@@ -173,21 +173,14 @@ async def _answer(request: RecallRequest, app: FastAPI) -> RecallResponse:
 async def _asked_for(registry: Registry, request: RecallRequest) -> LoadedIndex:
     """By its version, if that is asked for, else by its name."""
     if request.version is None:
-        return await _current(registry, registry.name_of(request.index))
+        return await registry.current(registry.name_of(request.index))
     names = [loaded.name for loaded in registry.loaded if request.index in (None, loaded.name)]
-    current = [await _current(registry, name) for name in names]
+    current = [await registry.current(name) for name in names]
     found = next((loaded for loaded in current if loaded.version == request.version), None)
     if found is None:
         served = {loaded.name: loaded.version for loaded in current}
         raise IndexNotFound(f"no index of the version {request.version!r} is on this server, which has {served}.")
     return found
-
-
-async def _current(registry: Registry, name: str) -> LoadedIndex:
-    """The newest version; a folder that has changed is read in a thread, while others are answered."""
-    if registry.is_current(name):
-        return registry.get(name)
-    return await asyncio.to_thread(registry.get, name)
 
 
 def _prompts(request: RecallRequest, index: Index) -> list[Prompt]:
