@@ -84,7 +84,7 @@ def from_data_url(url: str) -> bytes:
         raise ImageError(
             f"what was given as an image is no `data:image/...;base64,` URL ({scheme}, {len(url)} characters: "
             f"{error}). Nothing is fetched from an address or a file: send the content."
-        ) from error
+        ) from None
 
 
 def image_sha256(path: Path | str) -> str:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from threading import Thread
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
 import httpx
 from tenacity import (
@@ -90,8 +91,8 @@ class Server:
             yield AsyncConnection(self, client)
 
     def url(self, path: str) -> str:
-        """Of a path below `api_base`."""
-        return f"{self.api_base.rstrip('/')}{path}"
+        """Of a path below `api_base`, without its login: httpx would log it."""
+        return f"{_without_login(self.api_base).rstrip('/')}{path}"
 
     def policy(self) -> dict[str, Any]:
         """When a request is sent again, as tenacity takes it."""
@@ -120,14 +121,16 @@ class Server:
     @property
     def secrets(self) -> tuple[str, ...]:
         """What no message may hold, longest first."""
-        login = re.match(r"(?:[a-z]+://)?([^/@]*)@", self.api_base, re.IGNORECASE)
-        held = {self.api_key, *self.headers.values(), *((login[1], login[1].partition(":")[2]) if login else ())}
+        login = _login(self.api_base)
+        held = {self.api_key, *self.headers.values(), login, login.partition(":")[2]}
         return tuple(sorted((one for one in held if len(one) >= SHORTEST_SECRET), key=len, reverse=True))
 
     def _options(self) -> dict[str, Any]:
         secure = self.api_base.startswith("https")
+        user, _, password = map(unquote, _login(self.api_base).partition(":"))
         return {
             "headers": {"Authorization": f"Bearer {self.api_key}", **self.headers},
+            "auth": httpx.BasicAuth(user, password) if user or password else None,
             "verify": httpx.create_ssl_context() if secure else False,
         }
 
@@ -237,7 +240,19 @@ def partial_text(answer: httpx.Response) -> str:
 
 def shown_address(url: str) -> str:
     """An address without user, password and query."""
-    return re.sub(r"^([a-z]+://)?[^/@]*@", r"\1", url.partition("?")[0], flags=re.IGNORECASE)
+    return _without_login(url).partition("?")[0]
+
+
+_LOGIN = re.compile(r"^([a-z]+://)?([^/@]*)@", re.IGNORECASE)
+
+
+def _login(url: str) -> str:
+    found = _LOGIN.match(url)
+    return found[2] if found else ""
+
+
+def _without_login(url: str) -> str:
+    return _LOGIN.sub(lambda found: found[1] or "", url)
 
 
 def _hidden(text: str, secrets: tuple[str, ...]) -> str:
