@@ -54,8 +54,9 @@ class Searched:
 
     def told(self, ranking: Ranking | None) -> Ranking | None:
         """What an endpoint told, which may know the filters of another version of this package, or none."""
-        for hit in () if ranking is None or self.rows is None else ranking.hits:
-            if not self.rows[hit.key]:
+        rows = self.rows
+        for hit in () if ranking is None else ranking.hits:
+            if rows is not None and not rows[hit.key]:
                 raise ServerError(
                     f"the server's endpoint answered {self.index.record_of(hit).image_id!r}, which does not pass the "
                     "filters. Nothing of its answer is used: is it `genret serve` of this version?"

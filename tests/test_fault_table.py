@@ -190,14 +190,14 @@ def test_a_server_that_asks_to_wait_is_left_alone_so_long(acting, how):
 @pytest.mark.parametrize("how", ["sync", "async"])
 def test_a_connection_that_is_refused_opens_the_circuit_and_a_server_that_comes_back_closes_it(how):
     port = free_port()
-    client = Server(f"http://127.0.0.1:{port}/v1", timeout_s=DEADLINE, circuit=Circuit(open_s=0.3))
+    client = Server(f"http://127.0.0.1:{port}/v1", timeout_s=DEADLINE, circuit=Circuit(open_s=1.0))
     for _ in range(FAILED_REQUESTS):
         with pytest.raises(ServerUnreachable, match="no server answers"):
             ask(client, how)
     start = time.monotonic()
     with pytest.raises(ServerUnreachable, match="is not asked"):
         ask(client, how)
-    assert time.monotonic() - start < 0.2
+    assert time.monotonic() - start < 0.8
     with contextlib.closing(socket.create_server(("127.0.0.1", port))) as listening:
 
         def serve():
@@ -209,7 +209,7 @@ def test_a_connection_that_is_refused_opens_the_circuit_and_a_server_that_comes_
                         connection.sendall(response())
 
         Thread(target=serve, daemon=True).start()
-        time.sleep(0.35)
+        time.sleep(1.1)
         assert ask(client, how) == {"data": 1}
         assert ask(client, how) == {"data": 1}
 
