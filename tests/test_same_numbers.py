@@ -1,8 +1,8 @@
 """The same numbers whatever the process, the batch, the search, the layout of the weights and their precision.
 
 Tolerances, in log p: SAME_MODEL between batches and layouts of one model, which sum in another order; HALF of weights
-in half precision. Two images whose log p differ by less than twice a tolerance may change places, and no others. Ties come
-in the order of the identifiers' token ids.
+in half precision. Two images whose log p differ by less than twice a tolerance may change places, and no others. Ties
+come in the order of the identifiers' token ids.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +20,9 @@ import pytest
 import torch
 
 from llama_index_genret import FakeScorer, GenerativeImageRetriever, RecallVerifier
+from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import GenretError, NotANumber
+from llama_index_genret.indexing import build_index
 from llama_index_genret.modeling import load_mllm
 from llama_index_genret.scorers import packed_weights
 from llama_index_genret.scorers.base import arecall, recall
@@ -39,6 +41,14 @@ QUERIES = [
 @pytest.fixture(scope="module")
 def scorer(tiny_mllm):
     return TransformersScorer(tiny_mllm)
+
+
+@pytest.fixture(scope="module")
+def numbered(pictures, tiny_mllm, tmp_path_factory):
+    """An index whose symbols the untrained model has: digits."""
+    return build_index(
+        read_corpus(pictures), tmp_path_factory.mktemp("numbered") / "index", tiny_mllm, scheme="numeric"
+    )
 
 
 def prompts_of(index, queries=QUERIES):
@@ -64,20 +74,20 @@ def assert_same_within(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 32])
-def test_the_size_of_a_batch_changes_nothing(untrained_index, scorer, batch):
-    assert_same_within(ranked(untrained_index, scorer, batch=batch), ranked(untrained_index, scorer), SAME_MODEL)
+def test_the_size_of_a_batch_changes_nothing(numbered, scorer, batch):
+    assert_same_within(ranked(numbered, scorer, batch=batch), ranked(numbered, scorer), SAME_MODEL)
 
 
-def test_packed_weights_rank_as_the_weights_themselves(untrained_index, scorer, tiny_mllm, monkeypatch):
-    expected = ranked(untrained_index, scorer)
+def test_packed_weights_rank_as_the_weights_themselves(numbered, scorer, tiny_mllm, monkeypatch):
+    expected = ranked(numbered, scorer)
     monkeypatch.setattr(packed_weights, "_worth_it", lambda weights: False)
-    assert_same_within(ranked(untrained_index, TransformersScorer(tiny_mllm)), expected, SAME_MODEL)
+    assert_same_within(ranked(numbered, TransformersScorer(tiny_mllm)), expected, SAME_MODEL)
 
 
-def test_a_beam_that_is_certain_finds_what_exact_search_finds(untrained_index, scorer):
-    prompts = prompts_of(untrained_index)
-    beams = recall(scorer, untrained_index.trie, prompts, k=3)
-    exact = recall(scorer, untrained_index.trie, prompts, k=3, budget=None)
+def test_a_beam_that_is_certain_finds_what_exact_search_finds(numbered, scorer):
+    prompts = prompts_of(numbered)
+    beams = recall(scorer, numbered.trie, prompts, k=3)
+    exact = recall(scorer, numbered.trie, prompts, k=3, budget=None)
     certain = [(one, other) for one, other in zip(beams, exact, strict=True) if one.exact]
     assert all(other.exact for other in exact)
     assert certain
@@ -87,9 +97,9 @@ def test_a_beam_that_is_certain_finds_what_exact_search_finds(untrained_index, s
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_half_precision_moves_no_image_further_than_the_tolerance(untrained_index, scorer, tiny_model_dir, dtype):
+def test_half_precision_moves_no_image_further_than_the_tolerance(numbered, scorer, tiny_model_dir, dtype):
     half = TransformersScorer(load_mllm(str(tiny_model_dir), device="cpu", dtype=dtype))
-    found, expected = ranked(untrained_index, half), ranked(untrained_index, scorer)
+    found, expected = ranked(numbered, half), ranked(numbered, scorer)
     assert_same_within(found, expected, HALF[dtype])
 
 
@@ -103,19 +113,20 @@ from llama_index_genret.scorers.transformers import TransformersScorer
 from tests.test_same_numbers import ranked
 pictures, model, out = map(Path, sys.argv[1:])
 mllm = load_mllm(str(model), device="cpu")
-index = build_index(read_corpus(pictures), out, mllm)
-print(json.dumps({"identifiers": index.identifiers, "ranked": ranked(index, TransformersScorer(mllm))}))
+codes = build_index(read_corpus(pictures), out / "codes", mllm)
+numbered = build_index(read_corpus(pictures), out / "numbered", mllm, scheme="numeric")
+print(json.dumps({"identifiers": codes.identifiers, "ranked": ranked(numbered, TransformersScorer(mllm))}))
 """
 
 
-def test_another_process_names_and_ranks_alike(pictures, tiny_model_dir, untrained_index, scorer, tmp_path):
+def test_another_process_names_and_ranks_alike(pictures, tiny_model_dir, untrained_index, numbered, scorer, tmp_path):
     """Bit for bit, with other hashes of strings: this process has random ones."""
     environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    arguments = [sys.executable, "-c", CHILD, str(pictures), str(tiny_model_dir), str(tmp_path / "index")]
+    arguments = [sys.executable, "-c", CHILD, str(pictures), str(tiny_model_dir), str(tmp_path)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["identifiers"] == [list(identifier) for identifier in untrained_index.identifiers]
-    assert told["ranked"] == json.loads(json.dumps(ranked(untrained_index, scorer)))
+    assert told["ranked"] == json.loads(json.dumps(ranked(numbered, scorer)))
 
 
 def test_ties_come_in_the_order_of_the_token_ids_by_every_route(untrained_index):
@@ -238,15 +249,15 @@ def _last_number(text, answer):
     return text[:place] + answer + text[end:]
 
 
-async def test_damaged_weights_are_an_error_in_process(untrained_index, tiny_model_dir):
+async def test_damaged_weights_are_an_error_in_process(numbered, tiny_model_dir):
     mllm = load_mllm(str(tiny_model_dir), device="cpu")
     with torch.no_grad():
         next(mllm.model.get_decoder().layers[0].parameters()).fill_(torch.nan)
-    scorer, prompt = TransformersScorer(mllm), prompts_of(untrained_index)[:1]
+    scorer, prompt = TransformersScorer(mllm), prompts_of(numbered)[:1]
     with pytest.raises(NotANumber):
-        recall(scorer, untrained_index.trie, prompt, k=3)
+        recall(scorer, numbered.trie, prompt, k=3)
     with pytest.raises(NotANumber):
-        await arecall(scorer, untrained_index.trie, prompt, k=3)
-    retriever = GenerativeImageRetriever(replace(untrained_index), scorer)
+        await arecall(scorer, numbered.trie, prompt, k=3)
+    retriever = GenerativeImageRetriever(numbered, scorer)
     with pytest.raises(NotANumber):
         retriever.retrieve("red circle")
