@@ -5,6 +5,7 @@ server is in `test_endpoint.py`.
 """
 
 import asyncio
+import json
 import secrets
 import socket
 from contextlib import closing
@@ -95,10 +96,10 @@ async def test_without_the_key_no_path_method_or_mount_answers_anything(app_of, 
 
 
 async def test_the_key_is_asked_for_by_its_scheme_and_without_one_all_may_ask(app_of):
-    for header in (KEY, f"Basic {KEY}", f"Bearer  {KEY}", f"Bearer {KEY} "):
+    for header, status in ((KEY, 401), (f"Basic {KEY}", 401), (f"Bearer  {KEY}", 401), (f"bearer {KEY}", 200)):
         async with client_of(app_of(), None) as client:
             answer = await client.post("/v1/recall", json=BODY, headers={"Authorization": header})
-            assert answer.status_code == (200 if header == f"Bearer {KEY} " else 401), header
+            assert answer.status_code == status, header
     async with client_of(app_of(api_key=()), None) as client:
         assert (await client.post("/v1/recall", json=BODY)).status_code == 200
 
@@ -174,7 +175,8 @@ async def test_two_tenants_at_once_see_their_own_and_a_wrong_filter_is_refused(a
             [],
             "color=red",
         ):
-            refused = await client.post("/v1/recall", json={**BODY, "filters": filters})
+            content = json.dumps({**BODY, "filters": filters})  # which half a surrogate pair goes through
+            refused = await client.post("/v1/recall", content=content, headers={"Content-Type": "application/json"})
             assert refused.status_code in (400, 422), (filters, refused.text)
         nan = '{"query": "x", "filters": {"filters": [{"key": "color", "value": NaN, "operator": "!="}]}}'
         answer = await client.post("/v1/recall", content=nan, headers={"Content-Type": "application/json"})
