@@ -17,6 +17,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.multimodal.media.connector import MediaConnector
 
@@ -56,7 +57,8 @@ def app_of(untrained_index, monkeypatch):
     def make(*, api_key=(KEY,), root_path=""):
         app = FastAPI()
         app.root_path = root_path
-        app.state.args = SimpleNamespace(api_key=list(api_key))
+        app.state.args = SimpleNamespace(api_key=list(api_key), log_error_stack=False)
+        init_exception_handler(app)
         app.state.engine_client = TableEngine(untrained_index.tokenizer.vocab_size)
         app.state.openai_serving_models = SimpleNamespace(lora_requests={})
         if api_key:
