@@ -12,7 +12,8 @@
     ├── QueryError                  the query is empty or longer than the model reads
     ├── FilterError                 a metadata filter names no known key or cannot be parsed
     ├── SearchError                 a search was asked for something impossible
-    │   └── DeadEnd                 a finished identifier was asked for its next token
+    │   ├── DeadEnd                 a finished identifier was asked for its next token
+    │   └── NotANumber              a model answered NaN or +inf
     ├── StoreError                  an index folder is missing, damaged or of another version
     │   ├── IndexNotFound
     │   ├── IndexExists             a folder is not free for a new index
@@ -87,6 +88,10 @@ class SearchError(GenretError):
 
 class DeadEnd(SearchError):
     """A finished identifier was asked for its next token."""
+
+
+class NotANumber(SearchError):
+    """A model answered NaN or +inf: its weights are damaged, or its dtype overflows."""
 
 
 class StoreError(GenretError):

@@ -89,10 +89,14 @@ def from_data_url(url: str) -> bytes:
     head, comma, body = url.partition(",")
     try:
         if not comma or not head.startswith("data:") or not head.endswith(";base64"):
-            raise ValueError("it has another beginning")
+            raise ValueError("another beginning")
         return base64.b64decode(body, validate=True)
     except ValueError as error:
-        raise ImageError(f"{url[:40]!r}... is no `data:image/...;base64,` URL: {error}.") from error
+        scheme = url.partition(":")[0] if ":" in url[:12] else "something else"  # and no more: it may hold a key
+        raise ImageError(
+            f"what was given as an image is no `data:image/...;base64,` URL ({scheme}, {len(url)} characters: "
+            f"{error}). Nothing is fetched from an address or a file: send the content."
+        ) from None
 
 
 def image_sha256(path: Path | str) -> str:
@@ -105,6 +109,12 @@ def image_sha256(path: Path | str) -> str:
 
 
 def _sniff(path: Path, where: str) -> str:
+    scheme, colon, _ = str(path).partition(":")
+    if colon and scheme in ("data", "http", "https", "file"):  # not shown: it may hold a picture or a key
+        raise ImageError(
+            f"{where}a {scheme}: address ({len(str(path))} characters) was given where the path of a file is wanted: "
+            "nothing is fetched."
+        )
     try:
         if not path.is_file():
             raise ImageError(f"{where}{path} is missing or no regular file: restore it, or remove its entry.")

@@ -21,7 +21,7 @@ from llama_index.core.base.llms.types import (
     MessageRole,
     TextBlock,
 )
-from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.bridge.pydantic import Field, PrivateAttr, field_serializer
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
 from llama_index.llms.openai_like import OpenAILike
@@ -29,6 +29,7 @@ from openai import DefaultAsyncHttpxClient, DefaultHttpxClient
 
 from llama_index_genret.errors import ModelError
 from llama_index_genret.images import load_image
+from llama_index_genret.scorers.http import shown_address
 
 
 def genret_llm(
@@ -62,7 +63,23 @@ class _ServerLLM(OpenAILike):  # type: ignore[misc]  # it has no types
 
     One TLS context for all, of which each takes 30 ms to read; and no connection is kept open after its answer, as
     LlamaIndex does not close the client of a stream.
+
+    Key, headers and login are in no `repr`, `to_dict` or `model_dump`; with a key it is not pickled.
     """
+
+    api_key: str | None = Field(default=None, exclude=True, repr=False)
+    default_headers: dict[str, str] | None = Field(default=None, exclude=True, repr=False)
+    api_base: str | None = Field(default=None, repr=False)
+
+    @field_serializer("api_base")
+    def _shown(self, api_base: str | None) -> str | None:
+        return None if api_base is None else shown_address(api_base)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.api_key not in (None, "EMPTY"):
+            raise TypeError("an LLM with an API key is not pickled: make it anew by genret_llm where it is needed.")
+        state: dict[str, Any] = super().__getstate__()
+        return state
 
     def _get_credential_kwargs(self, is_async: bool = False) -> dict[str, Any]:
         options: dict[str, Any] = super()._get_credential_kwargs(is_async=is_async)

@@ -8,13 +8,15 @@ bodies and connections keep to the limits.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
+import secrets
 import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import Counter, Histogram
 
@@ -25,6 +27,7 @@ from llama_index_genret.endpoint.engine_scorer import EngineScorer, EngineStoppe
 from llama_index_genret.endpoint.limits import Limits
 from llama_index_genret.endpoint.registry import LoadedIndex, Registry
 from llama_index_genret.endpoint.wire import (
+    IMPOSSIBLE,
     INDEXES_VARIABLE,
     IndexCard,
     IndexList,
@@ -35,7 +38,15 @@ from llama_index_genret.endpoint.wire import (
     Refused,
     Unread,
 )
-from llama_index_genret.errors import FilterError, GenretError, ImageError, IndexNotFound, QueryError, SearchError
+from llama_index_genret.errors import (
+    FilterError,
+    GenretError,
+    ImageError,
+    IndexNotFound,
+    NotANumber,
+    QueryError,
+    SearchError,
+)
 from llama_index_genret.images import from_data_url
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import arecall
@@ -52,7 +63,23 @@ REQUESTS = Counter("genret_recall_requests", "Recall requests by outcome.", ["ou
 SECONDS = Histogram("genret_recall_seconds", "Seconds from a recall request to its answer.")
 STEPS = Counter("genret_recall_steps", "Search steps that the engine has scored.")
 
-router = APIRouter()
+
+def _with_key(raw: Request) -> None:
+    """Ask for vLLM's API key again. vLLM guards what begins with /v1, and a `--root-path` that is part of that, as "/"
+    is, hides it. Compared in constant time."""
+    args = getattr(raw.app.state, "args", None)
+    keys = [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
+    scheme, _, given = raw.headers.get("Authorization", "").partition(" ")
+    same = [secrets.compare_digest(_digest(given), _digest(key)) for key in keys]
+    if keys and not (scheme.lower() == "bearer" and any(same)):
+        raise HTTPException(401, "Unauthorized")
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+
+
+router = APIRouter(dependencies=[Depends(_with_key)])
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request, its query, image or filters cannot be read", "model": Refused | Unread},
@@ -213,8 +240,8 @@ def _result(loaded: LoadedIndex, text: str, ranking: Ranking) -> RecallResult:
                 caption=record.captions[0] if record.captions else "",
                 identifier=loaded.index.identifier_of(hit),
                 score=hit.score,
-                log_prob=hit.log_prob,
-                ranked_by=hit.ranked_by,
+                log_prob=max(hit.log_prob, IMPOSSIBLE),
+                ranked_by=None if hit.ranked_by is None else max(hit.ranked_by, IMPOSSIBLE),
                 metadata=dict(record.metadata),
             )
         )
@@ -225,7 +252,7 @@ def _error(error: Exception) -> JSONResponse:
     """In the shape of the OpenAI API's errors."""
     if isinstance(error, IndexNotFound):
         return refusal(404, "NotFoundError", str(error))
-    if isinstance(error, (QueryError, FilterError, SearchError, ImageError)):
+    if isinstance(error, (QueryError, FilterError, SearchError, ImageError)) and not isinstance(error, NotANumber):
         return refusal(400, "BadRequestError", str(error))
     if isinstance(error, (TooBusy, EngineStopped)) or type(error).__name__ == "EngineDeadError":
         return refusal(503, "ServiceUnavailableError", str(error))

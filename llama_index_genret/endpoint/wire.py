@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from llama_index_genret.corpus import Scalar
 from llama_index_genret.store import MetadataFilters, Scoring, ScoringChoice
@@ -29,6 +29,9 @@ MAX_K = 1000
 MAX_IMAGE_CHARACTERS = 2**25
 """Of a data URL: an image of some 25 MB."""
 
+IMPOSSIBLE = -9999.0
+"""What stands for the logarithm of zero, which is no JSON, as in vLLM's answers."""
+
 EXACT_BUDGET = 1000
 """Prefixes that an exact search expands before it goes on as a beam, where the request names no budget."""
 
@@ -37,7 +40,6 @@ MAX_WEIGHT = 1e6
 """The largest `eta` and `rerank_weight`: what they are multiplied with stays finite."""
 
 Equal = Annotated[dict[Text, Value | list[Value]], Field(max_length=MAX_FILTERS)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class RecallRequest(BaseModel):
@@ -56,7 +58,9 @@ class RecallRequest(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"anyOf": [{"required": [name]} for name in ("query", "queries", "image")]}
+        extra="forbid",
+        hide_input_in_errors=True,
+        json_schema_extra={"anyOf": [{"required": [name]} for name in ("query", "queries", "image")]},
     )
     query: Text | None = None
     queries: list[Text] | None = Field(default=None, min_length=1, max_length=MAX_QUERIES)
@@ -97,13 +101,14 @@ class RecallRequest(BaseModel):
 class RecallHit(BaseModel):
     """One image. log_prob: natural logarithm of its probability; score, ranked_by: see `search.Hit`."""
 
+    model_config = ConfigDict(hide_input_in_errors=True)
     image_id: str
     file_name: str
     caption: str
     identifier: str
-    score: Finite
-    log_prob: Finite
-    ranked_by: Finite | None = None
+    score: FiniteFloat
+    log_prob: FiniteFloat
+    ranked_by: FiniteFloat | None = None
     metadata: dict[str, Scalar]
 
 
@@ -119,6 +124,7 @@ class RecallResult(BaseModel):
 class RecallResponse(BaseModel):
     """The results in the order of the queries, all of one version of one index. scoring: what they are ranked by."""
 
+    model_config = ConfigDict(hide_input_in_errors=True)
     object: Literal["recall"] = "recall"
     index: str
     version: str

@@ -19,7 +19,7 @@ import numpy as np
 from llama_index_genret.errors import QueryError, ServerError
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session
-from llama_index_genret.scorers.http import AsyncConnection, Connection, Server, json_object
+from llama_index_genret.scorers.http import AsyncConnection, Connection, Server, json_objects, said_by, shown_address
 from llama_index_genret.scorers.rerank import Continuation, Float64
 from llama_index_genret.search import Normalise, Rows
 
@@ -135,20 +135,19 @@ class VllmScorer:
     def _choose_model(self, response: httpx.Response) -> tuple[str, int | None]:
         """Name and context length of the served model."""
         models = _models(response)
+        where = shown_address(self.server.api_base)
         named = [name for name in models if name.startswith(served_name(""))]
         own = served_name(self._weights_id or "")
         if self._weights_id and named and own not in named:
             raise ServerError(
-                f"{self.server.api_base} serves the weights {sorted(n.removeprefix(served_name('')) for n in named)}, "
+                f"{where} serves the weights {sorted(n.removeprefix(served_name('')) for n in named)}, "
                 f"the index has {self._weights_id}: it was trained or grew since, or is another one. Restart "
                 "`genret serve` on this index."
             )
         others = [name for name in models if name not in named]
         name = self._model or (own if own in named else others[0] if len(others) == 1 else None)
         if name is None or name not in models:
-            raise ServerError(
-                f"{self.server.api_base} serves {sorted(others)}, not {name!r}: name one of them as model."
-            )
+            raise ServerError(f"{where} serves {sorted(others)}, not {name!r}: name one of them as model.")
         return name, models[name]
 
 
@@ -198,8 +197,7 @@ class _AsyncHttpSession:
 
 def _models(response: httpx.Response) -> dict[str, int | None]:
     """Context length of every served model, None where it is not told."""
-    data = json_object(response).get("data")
-    models = [model for model in data if isinstance(model, dict)] if isinstance(data, list) else []
+    models = json_objects(response, "data")
     found = {model.get("id"): model.get("max_model_len") for model in models if isinstance(model.get("id"), str)}
     return {str(name): length if type(length) is int and length > 0 else None for name, length in found.items()}
 
@@ -250,19 +248,18 @@ def _merge(rows: Rows, groups: Sequence[Sequence[Part]], answers: Sequence[httpx
     for group, answer in zip(groups, answers, strict=True):
         for part, choice in zip(group, _choices(answer, len(group)), strict=True):
             start = rows.offsets[part.row] + part.start
-            scores[start : start + len(part.token_ids)] = _read_choice(choice, part, answer.url)
+            scores[start : start + len(part.token_ids)] = _read_choice(choice, part, said_by(answer))
     return scores
 
 
 def _choices(answer: httpx.Response, n_prompts: int) -> list[dict[str, Any]]:
-    found = json_object(answer).get("choices")
-    choices = [choice for choice in found if isinstance(choice, dict)] if isinstance(found, list) else []
-    by_index = {choice["index"]: choice for choice in choices if type(choice.get("index")) is int}
+    choices = json_objects(answer, "choices")
     if len(choices) == n_prompts == 1:
         return choices
+    by_index = {choice["index"]: choice for choice in choices if type(choice.get("index")) is int}
     if by_index.keys() != set(range(n_prompts)) or len(choices) != n_prompts:
-        raise ServerError(f"{answer.url} answered {len(choices)} choices for {n_prompts} prompts.")
-    return [by_index[i] for i in range(n_prompts)]
+        raise ServerError(f"{said_by(answer)} answered other choices than one for each of {n_prompts} prompts.")
+    return [by_index[place] for place in range(n_prompts)]
 
 
 def _likelihood_groups(
@@ -290,7 +287,7 @@ def _read_likelihoods(groups: Sequence[Sequence[Continuation]], answers: Sequenc
                 found.append(sum(_log_prob(place[str(token)]["logprob"]) for place, token in pairs))
             except _NOT_THERE as error:
                 raise ServerError(
-                    f"{answer.url} did not give the log-probabilities of the prompt that a re-ranking asks for "
+                    f"{said_by(answer)} did not give the log-probabilities of the prompt that a re-ranking asks for "
                     f"({error!r}). It must be a vLLM server (0.30 or newer)."
                 ) from error
     return np.array(found)
@@ -307,7 +304,7 @@ def _log_prob(value: Any) -> float:
     return number
 
 
-def _read_choice(choice: dict[str, Any], part: Part, url: httpx.URL) -> list[float]:
+def _read_choice(choice: dict[str, Any], part: Part, url: str) -> list[float]:
     try:
         top = choice["logprobs"]["top_logprobs"][0]
         return [_log_prob(top[f"token_id:{token}"]) for token in part.token_ids]
