@@ -120,6 +120,7 @@ def _child(work: Callable[[], None], said: int, theirs: socket.socket | None = N
     try:
         os.dup2(said, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stderr = os.fdopen(2, "w", closefd=False)  # pytest has put a file of its own there
         if theirs:
             listener = _install()
             socket.send_fds(theirs, [b"x"], [listener])
