@@ -33,7 +33,7 @@ def guarded(protocol: type[Any], limits: Limits) -> type[Any]:
     Looked at every `head_s`: it ends between one and two times that after the last request's answer.
     """
 
-    class Guarded(protocol):  # type: ignore[misc]
+    class Guarded(protocol):  # type: ignore[misc, valid-type]
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
             if (opened := transport.get_extra_info("socket")) is not None:
