@@ -19,6 +19,7 @@ from llama_index_genret.identifiers import ImageFacts, get_scheme
 from llama_index_genret.image_documents import records_of, sealed_node
 from llama_index_genret.pseudo_queries import read_samples
 from llama_index_genret.store import ModelEntry, create_index, load_index
+from llama_index_genret.store.folder import FileEntry, manifest_text, read_manifest
 
 SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven"
 """What `str.splitlines` takes for the end of a line, and JSON does not."""
@@ -183,10 +184,11 @@ def copied(tmp_path):
 
 def put(folder, name, content):
     """Other content of a stored file, with its checksum: damage that only reading finds."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / manifest["files"][name]["path"]).write_bytes(content)
-    manifest["files"][name] |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(folder)
+    entry = FileEntry(path=manifest.files[name].path, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    (folder / entry.path).write_bytes(content)
+    changed = manifest.model_copy(update={"files": {**manifest.files, name: entry}})
+    (folder / "manifest.json").write_text(manifest_text(changed))
 
 
 def record_lines(**change):
@@ -251,7 +253,8 @@ def test_leaves_that_stand_for_no_image_are_an_error(copied, content):
 def test_a_manifest_names_no_file_outside_of_the_index(copied, path):
     manifest = json.loads((copied / "manifest.json").read_text())
     manifest["files"]["extra"] = {"path": path, "size": 0, "sha256": ""}
-    (copied / "manifest.json").write_text(json.dumps(manifest))
+    del manifest["checksum"]
+    (copied / "manifest.json").write_text(json.dumps({**manifest, "format_version": 3}))
     with pytest.raises(IndexDamaged, match=r"manifest\.json is damaged"):
         load_index(copied)
 

@@ -158,7 +158,7 @@ def test_more_images_than_were_asked_for_are_no_answer():
     client = RecallClient(index, Played("http://none/v1", content=recalled[1:], asked=RECALL))
     prompt = index.prompts.for_query(index.tokenizer, "red")
     assert len(client.recall(Query("red", prompt, 2, None, 0, None, Scoring())).hits) == 2
-    with pytest.raises(ServerError, match="not 1 images"):
+    with pytest.raises(ServerError, match="other images than the best 1"):
         client.recall(Query("red", prompt, 1, None, 0, None, Scoring()))
 
 

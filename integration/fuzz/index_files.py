@@ -24,10 +24,15 @@ AS_WRITTEN, WITH_CHECKSUM = b"w", b"c"
 
 @cache
 def _edited() -> Index:
-    """With a removed image, so that there are edits, too."""
+    """With a removed image, so that there are edits, too, and with the manifest of a release that gave it no checksum:
+    else nothing that is changed in it would be looked at."""
     folder = scratch() / "edited"
     shutil.copytree(small_index().folder, folder)
-    return remove_images(load_index(folder), [small_corpus().records[3].image_id])
+    index = remove_images(load_index(folder), [small_corpus().records[3].image_id])
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    del manifest["checksum"]
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "format_version": 3}))
+    return index
 
 
 @cache
