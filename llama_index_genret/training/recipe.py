@@ -171,6 +171,7 @@ def _train(
         )
         for callback in (ProgressCallback, PrinterCallback):  # they write the losses to stdout
             trainer.remove_callback(callback)
+        trainer.add_callback(_Stop())
         if show_progress:
             trainer.add_callback(_Bar())
         checkpoint = last_whole_checkpoint(work)
@@ -178,7 +179,8 @@ def _train(
     if not np.isfinite(result.training_loss):
         if processes.is_main_process:
             discard(work)
-        raise TrainingError(f"the loss became {result.training_loss} after {steps} steps: lower the learning rate.")
+        reached = f"within {result.global_step} of {steps} steps"
+        raise TrainingError(f"the loss became {result.training_loss} {reached}: lower the learning rate.")
 
     final, losses = work / "final", [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered, where they lie in shards
@@ -311,6 +313,14 @@ def _optimizer(model: Any, options: TrainOptions) -> torch.optim.Optimizer:
     if symbols:
         groups.append({"params": symbols, "lr": options.symbol_learning_rate})
     return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99))
+
+
+class _Stop(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Ends a run whose loss is no number any more."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and not np.isfinite(float(logs.get("loss", 0.0))):
+            control.should_training_stop = True
 
 
 class _Bar(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
