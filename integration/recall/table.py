@@ -77,8 +77,10 @@ class Section:
         }
 
 
-def measure(name: str, index: Index, scorer: Scorer, peers: Peers, asked: QuerySet, queries: Path) -> Section:
-    """Every row of one index on one query set."""
+def measure(
+    name: str, index: Index, scorer: Scorer, peers: Peers, asked: QuerySet, queries: Path, *, hybrid: bool = True
+) -> Section:
+    """Every row of one index on one query set; without the hybrid, where it is not asked for."""
 
     def bar(batches: Any) -> Any:
         return tqdm(batches, desc=f"{name}: {asked.name}", file=sys.stderr)
@@ -89,7 +91,7 @@ def measure(name: str, index: Index, scorer: Scorer, peers: Peers, asked: QueryS
     exact = recall_queries(index, scorer, test, exact=True, progress=bar) if _is_tree(index) else beam
     rows = {BEAM: beam.evaluation(), EXACT: exact.evaluation()}
     note = ""
-    if not asked.shows_images:
+    if hybrid and not asked.shows_images:
         validation = read_queries(queries / f"{asked.name}-validation.jsonl", index.records)
         generative = [
             recall_queries(index, scorer, part, k=FUSED_HITS, progress=bar).log_probs() for part in (validation, test)
@@ -179,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--index", type=named_folder, action="append", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--corpora", type=Path, help="of integration.recall.corpora (default: made if needed)")
     parser.add_argument("--sets", help="comma-separated names of query sets (default: all)")
+    parser.add_argument("--no-hybrid", dest="hybrid", action="store_false", help="leave its row out")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="file to add the results to")
     parser.add_argument("--picture", type=Path, help="a PNG of bars; needs matplotlib")
@@ -197,7 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             peers[base] = Peers(load_mllm(base, device=options.device))
         for asked in QUERY_SETS:
             if asked.corpus == corpus and asked.name in names:
-                sections.append(measure(name, index, scorer, peers[base], asked, corpora / "queries"))
+                rows = measure(name, index, scorer, peers[base], asked, corpora / "queries", hybrid=options.hybrid)
+                sections.append(rows)
                 record(report, sections[-1])
                 report.write(options.json)
     if options.picture:
