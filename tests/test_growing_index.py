@@ -139,7 +139,7 @@ def test_one_symbol_per_image_grows_the_vocabulary(pictures, more_pictures, tiny
     assert grown.new_rows() is None  # the training will give them
 
 
-@pytest.mark.parametrize("point", ["write_records", "save_trie", "_sync", "replace", "_remove_unnamed"])
+@pytest.mark.parametrize("point", ["write_records", "save_trie", "sync_tree", "replace", "_remove_unnamed"])
 def test_killed_at_any_point_of_an_edit_the_old_index_or_the_new_one_loads(index, point):
     code = f"""
         import os
