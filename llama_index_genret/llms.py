@@ -64,8 +64,8 @@ class _ServerLLM(OpenAILike):  # type: ignore[misc]  # it has no types
     One TLS context for all, of which each takes 30 ms to read; and no connection is kept open after its answer, as
     LlamaIndex does not close the client of a stream.
 
-    LlamaIndex's chat engines begin each request with their system prompt, an empty one where none was given: a model that
-    was never taught with one sees its template's words for it. It is not sent.
+    LlamaIndex's chat engines begin each request with their system prompt, an empty one where none was given: a model
+    that was never taught with one sees its template's words for it. It is not sent.
     """
 
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
