@@ -78,7 +78,7 @@ def test_the_logits_processor_of_the_last_block_leaves_only_identifiers(page):
     exec(compile(GENERATE.replace("model.generate", "output = model.generate"), "README.md", "exec"), names)
     *generated, end = names["output"][0, prompt.shape[1] :].tolist()
     assert end == index.end_token
-    assert tuple(generated) in {tuple(index.token_ids(row))[: len(generated)] for row in range(len(index.records))}
+    assert tuple(generated) in {index.token_ids(row) for row in range(len(index.records))}
 
 
 def test_each_engine_and_name_that_the_page_has_exists(page):

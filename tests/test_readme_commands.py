@@ -4,6 +4,7 @@ Every `genret` line of a block is read by the real parser, and all but two are r
 browse` and `genret serve` go on until they are stopped: `integration/` starts them.
 """
 
+import asyncio
 import json
 import re
 import shlex
@@ -88,6 +89,7 @@ def session(tmp_path_factory, tiny_model_dir):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        asyncio.set_event_loop(None)
         for words in of("genret"):
             name, *given = words
             options = given[: given.index("--")] if "--" in given else given
