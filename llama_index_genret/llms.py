@@ -70,19 +70,23 @@ class _ServerLLM(OpenAILike):  # type: ignore[misc]  # it has no types
 
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """See `LLM.chat`."""
-        return super().chat(_without_empty_system(messages), **kwargs)
+        response: ChatResponse = super().chat(_without_empty_system(messages), **kwargs)
+        return response
 
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """See `LLM.stream_chat`."""
-        return super().stream_chat(_without_empty_system(messages), **kwargs)
+        response: ChatResponseGen = super().stream_chat(_without_empty_system(messages), **kwargs)
+        return response
 
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """See `LLM.achat`."""
-        return await super().achat(_without_empty_system(messages), **kwargs)
+        response: ChatResponse = await super().achat(_without_empty_system(messages), **kwargs)
+        return response
 
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """See `LLM.astream_chat`."""
-        return await super().astream_chat(_without_empty_system(messages), **kwargs)
+        response: ChatResponseAsyncGen = await super().astream_chat(_without_empty_system(messages), **kwargs)
+        return response
 
     def _get_credential_kwargs(self, is_async: bool = False) -> dict[str, Any]:
         options: dict[str, Any] = super()._get_credential_kwargs(is_async=is_async)
