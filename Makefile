@@ -1,4 +1,4 @@
-# make demo | make demo VLLM=1 | make test | make check | make bench | make supply : each makes .venv and installs what it needs.
+# make demo | make demo VLLM=1 | make test | make check | make bench | make supply | make fuzz: each makes .venv and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-unit test-integration check base-model bench recall supply notebooks clean
+.PHONY: demo test test-unit test-integration check base-model bench fuzz recall supply notebooks clean
 
 demo: $(VENV)/.installed $(if $(VLLM),$(VENV)/.serving)
 	@model=$$($(BIN)/python -m integration.base_model | tail -n 1) && \
@@ -37,6 +37,14 @@ supply: $(VENV)/.installed
 	build/client/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.$(EXTRAS)'
 	$(BIN)/python -m integration.supply build/client/bin/python build
 
+# Coverage-guided fuzzing of what reads input from outside, ten minutes a target. make fuzz FUZZ_SECONDS=60
+FUZZED ?= metadata query_file index_files recall_request server_answers
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/.fuzz
+	for target in $(FUZZED); do \
+	    $(BIN)/python -m integration.fuzz $$target --seconds $(FUZZ_SECONDS) --corpus build/fuzz || exit 1; \
+	done
+
 # make bench FULL=1 adds ten million identifiers.
 bench: $(VENV)/.benches $(VENV)/.serving
 	rm -f integration/bench/results.json
@@ -63,6 +71,10 @@ notebooks: $(VENV)/.serving $(VENV)/.notebooks
 
 $(VENV)/.notebooks: $(VENV)/.installed
 	$(PIP) -e '.[notebooks]'
+	touch $@
+
+$(VENV)/.fuzz: $(VENV)/.installed
+	$(PIP) 'atheris>=3.0'
 	touch $@
 
 $(VENV)/.benches: $(VENV)/.installed

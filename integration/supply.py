@@ -5,32 +5,62 @@ python -m integration.supply PYTHON OUT    writes OUT/licences.md and OUT/sbom.j
 Knows pip-licenses and cyclonedx-py, which read the environment of another interpreter.
 """
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 COMPATIBLE = (
-    "Apache",
-    "MIT",
-    "BSD",
-    "ISC",
-    "PSF",
-    "Python Software Foundation",
-    "Mozilla Public License 2.0",
-    "MPL-2.0",
+    *(
+        "Apache",
+        "Apache Software License",
+        "Apache-2.0",
+        "MIT",
+        "MIT-0",
+        "MIT-CMU",
+        "HPND",
+        "BSD",
+        "0BSD",
+        "ISC",
+        "ISCL",
+    ),
+    *("PSF", "PSF-2.0", "Python Software Foundation", "CNRI-Python", "Zlib", "CC0-1.0", "Unlicense", "BSL-1.0"),
+    *("Mozilla Public License 2.0", "MPL-2.0", "Academic Free License"),
 )
 """A package under Apache-2.0 may depend on these; MPL-2.0 binds only who changes the files that are under it."""
-INCOMPATIBLE = ("GPL", "GNU", "Proprietary", "Commons Clause", "SSPL", "UNKNOWN")
+INCOMPATIBLE = ("GPL", "GNU", "Proprietary", "Commons Clause", "SSPL", "UNKNOWN", "Non-Commercial", "NonCommercial")
+
+
+class IncompatibleLicence(Exception):
+    """A package may not be depended on, or does not say under which licence it is."""
+
+
+def is_compatible(licence: str) -> bool:
+    """Whether each part of it is one of COMPATIBLE, in whole words, and none names one of INCOMPATIBLE.
+
+    Args:
+        licence: as pip-licenses prints it: an SPDX expression, of whose `OR` one side is enough; names with `;`;
+            or a whole text, whose first line has the name.
+    """
+    if re.search("|".join(INCOMPATIBLE), licence, re.IGNORECASE):
+        return False
+    known = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, COMPATIBLE))})(?!\w)")
+    return all(known.search(part) for part in re.split(r"\bAND\b|;", licence.partition("\n")[0]))
 
 
 def list_licences(python: Path, out: Path) -> None:
     """Write a Markdown table of name, version and licence of each package.
 
     Raises:
-        subprocess.CalledProcessError: a licence is none of COMPATIBLE, or names one of INCOMPATIBLE.
+        IncompatibleLicence: some of them are not compatible; names all.
     """
-    options = ["--allow-only", ";".join(COMPATIBLE), "--fail-on", ";".join(INCOMPATIBLE), "--partial-match"]
-    run("piplicenses", "--python", python, "--format", "markdown", "--output-file", out, *options)
+    run("piplicenses", "--python", python, "--format", "markdown", "--output-file", out)
+    command = [sys.executable, "-m", "piplicenses", "--python", str(python), "--format", "json"]
+    listed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    wrong = {one["Name"]: one["License"] for one in listed if not is_compatible(one["License"])}
+    if wrong:
+        raise IncompatibleLicence(f"not compatible with Apache-2.0, or not told: {wrong}.")
 
 
 def write_bill_of_materials(python: Path, out: Path, *options: str) -> None:

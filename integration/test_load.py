@@ -1,7 +1,10 @@
 """The load test, for half a minute: the server holds, and what would break it is noticed."""
 
+import asyncio
 import json
 import math
+import random
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import islice
 
@@ -9,8 +12,11 @@ import pytest
 
 from integration.bench import load_test
 from integration.bench.corpus import Corpus
+from integration.bench.load_faults import FAULTS, Target
+from integration.bench.load_kills import Outage, Supervisor
 from integration.bench.load_reference import GONE, STATES, EditedIndex, Question, Reference, group, metadata
 from integration.bench.load_traffic import SHARES
+from integration.bench.load_watch import ALLOWED_GROWTH, Watch
 from integration.bench.recall_bench import with_symbols
 from integration.bench.served import Site, queries
 from llama_index_genret.modeling import load_mllm
@@ -61,11 +67,48 @@ def test_the_edits_go_round_through_all_states(site):
         assert {record.image_id for record in load_index(index.folder).records} == expected
 
 
-def test_memory_that_grows_is_noticed_after_the_warm_up():
-    assert load_test.Memory(0, [100.0] * 300).growth == 0
-    assert load_test.Memory(0, [50.0] * 100 + [100.0] * 200).growth == 0
-    assert load_test.Memory(0, [100.0 + 0.1 * second for second in range(1200)]).growth > load_test.ALLOWED_GROWTH
-    assert math.isnan(load_test.Memory(0, [100.0 + second for second in range(60)]).growth)
+def test_memory_and_files_that_grow_are_noticed_after_the_warm_up():
+    def watched(mib, files=None):
+        return Watch(0, mib, files or [100] * len(mib))
+
+    assert watched([100.0] * 300).problems() == []
+    assert watched([50.0] * 100 + [100.0] * 200).growth == 0
+    growing = watched([100.0 + 0.1 * second for second in range(1200)])
+    assert growing.growth > ALLOWED_GROWTH
+    assert growing.slope[0] == pytest.approx(6.0, abs=0.1)
+    assert "memory" in growing.problems()[0]
+    assert "more files" in watched([100.0] * 1200, [second // 20 for second in range(1200)]).problems()[0]
+    assert math.isnan(watched([100.0 + second for second in range(60)]).growth)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAULTS if kind != "reset"])
+async def test_a_server_that_keeps_everybody_is_found_out(kind):
+    """It reads what comes, and neither answers nor closes."""
+
+    async def keep(reader, writer):
+        with suppress(ConnectionError), closing(writer):
+            while await reader.read(2**16):
+                pass
+
+    listening = await asyncio.start_server(keep, "127.0.0.1", 0)
+    target = Target("127.0.0.1", listening.sockets[0].getsockname()[1], "pictures", 1.0, 2**20)
+    assert "1 s" in await FAULTS[kind](target, random.Random(0))
+    listening.close()
+    await asyncio.sleep(0.05)
+
+
+def test_an_outage_excuses_who_was_on_the_way_and_no_slow_end():
+    outage = Outage("engine", 100.0)
+    supervisor = Supervisor(lambda: None, outages=[outage])
+    assert supervisor.excuses(99.0, 101.0)
+    assert not supervisor.excuses(90.0, 99.0)
+    outage.unhealthy_s, outage.ended_s, outage.alone_s, outage.served_s = 103.0, 106.0, 107.0, 150.0
+    assert outage.problems() == []
+    assert supervisor.excuses(149.0, 160.0)
+    assert not supervisor.excuses(152.0, 160.0)
+    outage.unhealthy_s = 120.0
+    assert "/health was 200 for 20 s" in outage.problems()[0]
+    assert len(Outage("engine", 100.0, unhealthy_s=101.0).problems()) == 1  # it never ended
 
 
 def test_the_server_holds(tmp_path, capsys):

@@ -99,10 +99,11 @@ def test_the_wheel_tells_licence_readme_and_one_version(dist):
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     info = f"llama_index_genret-{version}.dist-info"
     content = zipfile.ZipFile(wheel)
-    assert content.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    for licence in ("LICENSE", "llama_index_genret/demo_data/LICENSE-fluent-emoji.txt"):
+        assert content.read(f"{info}/licenses/{licence}") == (ROOT / licence).read_bytes()
     head, _, body = content.read(f"{info}/METADATA").decode().partition("\n\n")
     assert f"\nVersion: {version}\n" in head
-    assert "\nLicense-Expression: Apache-2.0\n" in head
+    assert "\nLicense-Expression: Apache-2.0 AND MIT\n" in head
     assert body.strip() == (ROOT / "README.md").read_text().strip()
     assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text()
 
@@ -176,10 +177,33 @@ def test_every_licence_is_compatible_and_listed(client, tmp_path):
     assert "| llama-index-genret " in listed
 
 
-def test_an_incompatible_licence_is_found(client, tmp_path, monkeypatch):
-    monkeypatch.setattr(supply, "COMPATIBLE", tuple(name for name in supply.COMPATIBLE if name != "MIT"))
-    with pytest.raises(subprocess.CalledProcessError):
-        supply.list_licences(client, tmp_path / "licences.md")
+@pytest.mark.parametrize(
+    "told",
+    [
+        *("License-Expression: GPL-3.0-only", "License: AGPL-3.0", "License: Business Source License 1.1"),
+        *("License-Expression: MIT AND GPL-2.0-only", "License-Expression: MIT AND BUSL-1.1", "License: CC-BY-NC-4.0"),
+        *("License: Limited use only", "License: Miscellaneous terms", "Summary: of no licence"),
+    ],
+)
+def test_a_package_of_another_licence_is_refused(tmp_path, told):
+    with pytest.raises(supply.IncompatibleLicence, match=r"intruder"):
+        supply.list_licences(_with_intruder(tmp_path, told), tmp_path / "licences.md")
+
+
+@pytest.mark.parametrize("told", ["License: MIT License", "License-Expression: Apache-2.0 OR LicenseRef-Own"])
+def test_a_package_of_a_compatible_licence_is_not(tmp_path, told):
+    supply.list_licences(_with_intruder(tmp_path, told), tmp_path / "licences.md")
+    assert "| intruder " in (tmp_path / "licences.md").read_text()
+
+
+def _with_intruder(folder, told):
+    """The interpreter of an environment with one package, which tells this of its licence."""
+    venv.create(folder / "other", with_pip=False)
+    (packages,) = (folder / "other" / "lib").glob("python*/site-packages")
+    (packages / "intruder-1.0.dist-info").mkdir()
+    metadata = f"Metadata-Version: 2.4\nName: intruder\nVersion: 1.0\n{told}\n"
+    (packages / "intruder-1.0.dist-info" / "METADATA").write_text(metadata)
+    return folder / "other" / "bin" / "python"
 
 
 def test_the_bill_of_materials_names_every_package(client, tmp_path):

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llama_index_genret.durable import sync
 from llama_index_genret.errors import BatchError, CorpusError, QueryError
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, recall
@@ -112,6 +113,7 @@ class BatchRun:
             progress(done)
         os.fsync(self.part.fileno())
         _part_of(self.out).replace(self.out)
+        sync(self.out.parent)
         _header_of(self.out).unlink()
         return BatchSummary(queries=done, refused=refused, kept=kept.answers)
 
@@ -188,7 +190,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(f"{where}: no JSON in UTF-8: {error}; found {line[:80]!r}.") from error
     if not isinstance(row, dict) or not isinstance(row.get("query"), str):
         raise CorpusError(f'{where}: want {{"query": "..."}}, found {line[:80]!r}.')
@@ -246,9 +248,13 @@ def _whole_batches(part: BinaryIO, batch_size: int) -> _Part:
     whole = _Part()
     refused = 0
     for answers, line in enumerate(part, start=1):
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            break
         if not line.endswith(b"\n"):  # written half
             break
-        refused += "error" in json.loads(line)
+        refused += "error" in answer
         if answers % batch_size == 0:
             whole = _Part(answers, refused, part.tell())
     return whole

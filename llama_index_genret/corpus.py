@@ -7,7 +7,6 @@ Format: https://huggingface.co/docs/datasets/image_dataset#imagefolder
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import Any, NoReturn
 
 from llama_index_genret.errors import CorpusError, DuplicateImage, ImageError, MetadataError, UnsafePath
 from llama_index_genret.images import decode_image, image_sha256
+from llama_index_genret.json_lines import parse_object, read_lines
 
 Scalar = str | int | float | bool | None
 
@@ -189,9 +189,11 @@ def _existing_folder(folder: Path) -> Path:
 
 
 def _list_rows(root: Path) -> Iterable[_Row]:
-    present = [name for name in _METADATA_FILES if (root / name).exists()]
+    present = [name for name in _METADATA_FILES if os.path.lexists(root / name)]
     if len(present) > 1:
         raise MetadataError(f"{root} has both {' and '.join(present)}: remove the one that is not meant.")
+    if present and not (root / present[0]).is_file():  # a pipe would be waited for
+        raise MetadataError(f"{root / present[0]} is no regular file: write the metadata to a file of that name.")
     if present:
         return (_json_rows if present[0].endswith("jsonl") else _csv_rows)(root / present[0])
     return [_Row("", None, name, partial(dict, file_name=name)) for name in _image_files(root)]
@@ -218,46 +220,15 @@ def _image_files(root: Path) -> list[str]:
     return sorted(names)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open("rb") as file:
-            for line, raw in enumerate(file, 1):
-                try:
-                    yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise MetadataError(f"{path}, line {line}: not UTF-8 ({error}). Save the file as UTF-8.") from error
-    except OSError as error:
-        raise MetadataError(f"{path} cannot be read: {error}. Make it a readable file.") from error
-
-
 def _json_rows(path: Path) -> Iterator[_Row]:
-    for line, text in enumerate(_lines(path), 1):
+    for line, text in enumerate(read_lines(path), 1):
         if text.strip():
             where = f"{path}, line {line}: "
-            yield _Row(where, line, path.name, partial(_parse_json, text, where))
-
-
-def _parse_json(text: str, where: str) -> dict[str, object]:
-    try:
-        fields = json.loads(text, object_pairs_hook=_without_repeated_keys)
-        # What cannot be written again (NaN, 1e999, half a surrogate pair) would break the stored index much later.
-        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise MetadataError(f"{where}no valid JSON: {error}. Write one JSON object a line.") from error
-    if not isinstance(fields, dict):
-        raise MetadataError(f'{where}a {type(fields).__name__}, not an object. Write {{"file_name": ...}}, one a line.')
-    return fields
-
-
-def _without_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError(f"a key is given twice among {[key for key, _ in pairs]}")
-    return fields
+            yield _Row(where, line, path.name, partial(parse_object, text, where))
 
 
 def _csv_rows(path: Path) -> Iterator[_Row]:
-    reader = csv.reader(_lines(path), strict=True)
+    reader = csv.reader(read_lines(path), strict=True)
     try:
         columns = next(reader, [])
         _check_columns(columns, path)
@@ -268,7 +239,9 @@ def _csv_rows(path: Path) -> Iterator[_Row]:
                 yield _Row(where, line, path.name, partial(_parse_cells, columns, cells, where))
             line = reader.line_num + 1
     except csv.Error as error:  # where the next row begins is unknown from here on
-        raise MetadataError(f"{path}, line {reader.line_num}: no valid CSV: {error}. Check its quotes.") from error
+        raise MetadataError(
+            f"{path}, line {reader.line_num}: no valid CSV: {error}. Check its quotes, or write a metadata.jsonl."
+        ) from error
 
 
 def _check_columns(columns: list[str], path: Path) -> None:

@@ -12,13 +12,17 @@
     ├── QueryError                  the query is empty or longer than the model reads
     ├── FilterError                 a metadata filter names no known key or cannot be parsed
     ├── SearchError                 a search was asked for something impossible
-    │   └── DeadEnd                 a finished identifier was asked for its next token
+    │   ├── DeadEnd                 a finished identifier was asked for its next token
+    │   └── NotANumber              a model answered NaN or +inf
     ├── StoreError                  an index folder is missing, damaged or of another version
     │   ├── IndexNotFound
     │   ├── IndexExists             a folder is not free for a new index
     │   ├── IndexDamaged            a checksum or a length differs; names the file
     │   ├── IndexVersionError       written by another format version
+    │   ├── IndexBusy               another process is writing it
+    │   ├── IndexChanged            another process has changed it since it was read
     │   └── ModelMismatch           model or tokenizer are not those the index was made with
+    ├── NotWritten                  a disk is full, broken or read only; what was there is as it was
     ├── ModelError                  a model folder cannot be loaded or used
     │   └── NotTrained              the index has no trained weights yet
     ├── BatchError                  what a long run writes cannot be written, or its unfinished run is another
@@ -86,6 +90,10 @@ class DeadEnd(SearchError):
     """A finished identifier was asked for its next token."""
 
 
+class NotANumber(SearchError):
+    """A model answered NaN or +inf: its weights are damaged, or its dtype overflows."""
+
+
 class StoreError(GenretError):
     """An index folder is missing, damaged or of another version."""
 
@@ -106,8 +114,20 @@ class IndexVersionError(StoreError):
     """The index was written by another format version."""
 
 
+class IndexBusy(StoreError):
+    """Another process is writing the index."""
+
+
+class IndexChanged(StoreError):
+    """Another process has changed the index since it was read."""
+
+
 class ModelMismatch(StoreError):
     """Model or tokenizer are not those the index was made with."""
+
+
+class NotWritten(GenretError):
+    """A disk is full, broken or read only. What was there is as it was."""
 
 
 class ModelError(GenretError):

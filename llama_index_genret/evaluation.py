@@ -5,9 +5,8 @@ Every query of the file counts, an unanswerable one as a miss. Knows scorers; no
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from llama_index_genret.calibration import expected_calibration_error
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import CorpusError, MissingExtra, QueryError
+from llama_index_genret.json_lines import objects
 from llama_index_genret.metrics import (
     Interval,
     bootstrap_interval,
@@ -39,6 +39,7 @@ DEPTH = 10
 """Results looked at for each query."""
 
 NAMING_KEYS = ("image_id", "file_name")
+_QUERY_LINE = '{"query": "...", "file_name": "..."}'
 
 
 @dataclass(frozen=True)
@@ -145,37 +146,36 @@ def read_queries(path: Path, records: Sequence[Record]) -> list[Query]:
     Raises:
         CorpusError: a line is broken or names an image that the index lacks; names file and line.
     """
-    names: dict[str, str] = {record.file_name: record.image_id for record in records}
-    ids = {record.image_id for record in records}
-    queries = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-            image = path.parent / row["image"] if "image" in row else None
-            text, key = row.get("query", "") if image else row["query"], next(k for k in NAMING_KEYS if k in row)
-        except (json.JSONDecodeError, KeyError, TypeError, StopIteration) as error:
-            raise CorpusError(
-                f'{where}: want {{"query": "...", "file_name": "..."}} (or "image_id"), found {line[:80]!r}.'
-            ) from error
-        wanted = row[key] if isinstance(row[key], list) else [row[key]]
-        known = ids if key == "image_id" else names.keys()
-        missing = [name for name in wanted if name not in known]
-        if missing or not wanted or not isinstance(text, str):
-            raise CorpusError(f"{where}: the index has no image {missing or wanted!r}. Correct {key}, or index it.")
-        if image is not None and not image.is_file():
-            raise CorpusError(f"{where}: the query's picture {image} does not exist.")
-        image_ids = frozenset(wanted if key == "image_id" else (names[name] for name in wanted))
-        queries.append(Query(text, image_ids, str(row.get("kind", "query")), image))
+    ids = {
+        "file_name": {record.file_name: record.image_id for record in records},
+        "image_id": {record.image_id: record.image_id for record in records},
+    }
+    queries = [_query(row, where, ids, path.parent) for where, row in objects(path, example=_QUERY_LINE)]
     if not queries:
         raise CorpusError(f"{path} has no queries.")
     return queries
+
+
+def _query(row: Mapping[str, Any], where: str, ids: Mapping[str, Mapping[str, str]], folder: Path) -> Query:
+    text, image = row.get("query", "" if "image" in row else None), row.get("image", "")
+    key = next((key for key in NAMING_KEYS if key in row), None)
+    if not isinstance(text, str) or not isinstance(image, str) or key is None:
+        raise CorpusError(f'{where}want {_QUERY_LINE} (or "image_id"), found {str(dict(row))[:80]}.')
+    wanted = row[key] if isinstance(row[key], list) else [row[key]]
+    missing = [name for name in wanted if not isinstance(name, str) or name not in ids[key]]
+    if missing or not wanted:
+        raise CorpusError(f"{where}the index has no image {missing or wanted!r:.200}. Correct {key}, or index it.")
+    if image and not _is_file(folder / image):
+        raise CorpusError(f"{where}the query's picture {folder / image} does not exist. Correct image.")
+    image_ids = frozenset(ids[key][name] for name in wanted)
+    return Query(text, image_ids, str(row.get("kind", "query")), folder / image if image else None)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def evaluate(

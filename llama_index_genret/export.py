@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from pathlib import Path
 
 import torch
 
+from llama_index_genret.durable import new_folder
 from llama_index_genret.errors import ModelError
 from llama_index_genret.modeling import Mllm, load_trained
 from llama_index_genret.store import Index
@@ -23,19 +22,13 @@ def export_checkpoint(
         mllm: the trained model, if it is loaded already.
     Raises:
         ModelError: `out` exists and is not empty. NotTrained: the index has no trained weights.
+        NotWritten: the disk is full, or read only; nothing is left there.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out} exists and is not empty: name a new folder, nothing is overwritten.")
     mllm = mllm or load_trained(index, device=device)
-    temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}"
-    temporary.mkdir(parents=True)
-    try:
-        mllm.model.to(getattr(torch, dtype)).save_pretrained(temporary)
-        mllm.processor.save_pretrained(temporary)
-        (temporary / "tokenizer.json").write_text(index.tokenizer.to_json(), encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(out) as into:
+        mllm.model.to(getattr(torch, dtype)).save_pretrained(into)
+        mllm.processor.save_pretrained(into)
+        (into / "tokenizer.json").write_text(index.tokenizer.to_json(), encoding="utf-8")
     return out

@@ -10,6 +10,7 @@ Knows LlamaIndex's documents, files and records; nothing of indexes or models.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,7 @@ from llama_index.core.schema import (
 from pydantic import AnyUrl
 
 from llama_index_genret.corpus import Question, Record, Scalar, read_corpus
+from llama_index_genret.durable import make_folder, write_file, writing
 from llama_index_genret.errors import DuplicateImage, ImageError, MetadataError
 from llama_index_genret.image_node import OWN_KEYS, OWN_PREFIX
 from llama_index_genret.images import decode_image, image_sha256, load_image, sniff_mime
@@ -141,7 +143,7 @@ def _record(node: ImageNode, folders: list[Path]) -> Record:
         path=path,
         file_name=path.relative_to(folder).as_posix(),
         sha256=node.metadata["content_sha256"],
-        captions=tuple(line.strip() for line in node.text.splitlines() if line.strip()),
+        captions=tuple(line.strip() for line in node.text.split("\n") if line.strip()),
         metadata=metadata,
         questions=tuple(Question(**question) for question in json.loads(node.metadata.get(QUESTIONS, "[]"))),
     )
@@ -191,11 +193,11 @@ def _written(content: bytes, pictures: Path) -> Path:
     """An image file of this content, named by it."""
     load_image(content)
     suffix = sniff_mime(content).rpartition("/")[2].removeprefix("x-")
-    pictures.mkdir(parents=True, exist_ok=True)
-    temporary = pictures / f".{os.getpid()}"
-    temporary.write_bytes(content)
-    path = pictures / f"{image_sha256(temporary)}.{suffix}"
-    return temporary.replace(path).resolve()
+    path = pictures / f"{hashlib.sha256(content).hexdigest()}.{suffix}"
+    with writing(pictures):
+        make_folder(pictures)
+        write_file(path, content)
+    return path.resolve()
 
 
 def _checked(node: BaseNode, path: Path) -> str:
@@ -206,6 +208,13 @@ def _checked(node: BaseNode, path: Path) -> str:
                 f"the metadata {key!r} of {node.node_id!r} is a {type(value).__name__}, but must be text, a number, "
                 "true, false or null. Flatten it into several keys."
             )
+    try:
+        json.dumps([node.node_id, node.get_content(), node.metadata], ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise MetadataError(
+            f"the text or the metadata of {node.node_id!r} cannot be stored: {error}. Leave out NaN, infinite numbers "
+            "and halves of surrogate pairs."
+        ) from error
     where = f"the image of {node.node_id!r}: "
     if not path.is_file() or image_sha256(path) != node.metadata.get("content_sha256"):
         decode_image(path, where)

@@ -22,6 +22,7 @@ from threading import RLock
 from typing import Any
 from weakref import WeakSet
 
+from llama_index.core.chat_engine import CondenseQuestionChatEngine
 from llama_index.core.chat_engine.multi_modal_condense_plus_context import MultiModalCondensePlusContextChatEngine
 from llama_index.core.chat_engine.multi_modal_context import MultiModalContextChatEngine
 from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode
@@ -33,6 +34,7 @@ from llama_index.core.ingestion import run_transformations
 from llama_index.core.llms import LLM
 from llama_index.core.llms.utils import resolve_llm
 from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.response_synthesizers import get_response_synthesizer
 from llama_index.core.schema import BaseNode, Document, ImageNode, TransformComponent
 from llama_index.core.storage.docstore.types import RefDocInfo
 from tqdm.auto import tqdm
@@ -58,6 +60,19 @@ from llama_index_genret.store import PICTURES, add_images, load_index, remove_im
 STRUCT_TYPE = "genret"
 
 _RETRIEVER_OPTIONS = frozenset(inspect.signature(GenerativeImageRetriever.__init__).parameters) - {"kwargs"}
+
+_ENGINE_OPTIONS = frozenset(
+    name
+    for make in (
+        RetrieverQueryEngine.from_args,
+        get_response_synthesizer,
+        image_query_engine,
+        MultiModalContextChatEngine.from_defaults,
+        MultiModalCondensePlusContextChatEngine.from_defaults,
+        CondenseQuestionChatEngine.from_defaults,
+    )
+    for name in inspect.signature(make).parameters
+) - {"kwargs"}
 
 _CHATS: dict[ChatMode, tuple[Any, str]] = {
     ChatMode.CONTEXT: (MultiModalContextChatEngine, "context_template"),
@@ -196,7 +211,13 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
             kwargs: of `GenerativeImageRetriever`; those of engines are left alone.
         Raises:
             NotTrained: no model has learnt the images yet.
+            TypeError: there is no such option: `doc_ids` or a misspelt `filters`, left alone, would hide nothing.
         """
+        if unknown := kwargs.keys() - _RETRIEVER_OPTIONS - _ENGINE_OPTIONS:
+            raise TypeError(
+                f"neither retrievers nor engines of an image index take {sorted(unknown)}. Retrievers take "
+                f"{sorted(_RETRIEVER_OPTIONS - {'self', 'index', 'scorer'})}."
+            )
         index = self.stored
         scorer, endpoint = self._models.recalling(index)
         options = {name: value for name, value in kwargs.items() if name in _RETRIEVER_OPTIONS}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import filetype
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from llama_index_genret.errors import ImageError
 
@@ -30,6 +30,18 @@ _DECODERS = {
     "image/x-icon": "ICO",
     "image/x-portable-anymap": "PPM",
 }
+
+
+_HELD = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by the orientation that its EXIF tells."""
 
 
 def load_image(source: Path | str | bytes) -> Image.Image:
@@ -77,10 +89,14 @@ def from_data_url(url: str) -> bytes:
     head, comma, body = url.partition(",")
     try:
         if not comma or not head.startswith("data:") or not head.endswith(";base64"):
-            raise ValueError("it has another beginning")
+            raise ValueError("another beginning")
         return base64.b64decode(body, validate=True)
     except ValueError as error:
-        raise ImageError(f"{url[:40]!r}... is no `data:image/...;base64,` URL: {error}.") from error
+        scheme = url.partition(":")[0] if ":" in url[:12] else "something else"  # and no more: it may hold a key
+        raise ImageError(
+            f"what was given as an image is no `data:image/...;base64,` URL ({scheme}, {len(url)} characters: "
+            f"{error}). Nothing is fetched from an address or a file: send the content."
+        ) from None
 
 
 def image_sha256(path: Path | str) -> str:
@@ -93,6 +109,12 @@ def image_sha256(path: Path | str) -> str:
 
 
 def _sniff(path: Path, where: str) -> str:
+    scheme, colon, _ = str(path).partition(":")
+    if colon and scheme in ("data", "http", "https", "file"):  # not shown: it may hold a picture or a key
+        raise ImageError(
+            f"{where}a {scheme}: address ({len(str(path))} characters) was given where the path of a file is wanted: "
+            "nothing is fetched."
+        )
     try:
         if not path.is_file():
             raise ImageError(f"{where}{path} is missing or no regular file: restore it, or remove its entry.")
@@ -127,7 +149,7 @@ def _decode(source: Path | BytesIO, mime: str, name: str, size: int) -> Image.Im
             if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ImageError(too_large)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(_upright(image))
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -145,13 +167,26 @@ def _no_raster(name: str, size: int, mime: str) -> ImageError:
     )
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """As it was held; as it is stored where its EXIF cannot be read, which says nothing of the pixels."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of what is no EXIF, a parser raises almost anything
+        return image
+    held = _HELD.get(orientation) if isinstance(orientation, int) else None
+    return image if held is None else image.transpose(held)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in {"I", "F"} or image.mode.startswith("I;16"):
         values = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0, neginf=0.0)
         low, high = values.min(), values.max()
         if image.mode != "F" and low >= 0 and high <= 65535:
             low, high = 0, 65535
-        image = Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
+        grey = np.rint((values - low) * (255 / max(high - low, 1e-9))).astype(np.uint8)
+        if isinstance(image.info.get("transparency"), int):
+            grey[values == image.info["transparency"]] = 255
+        image = Image.fromarray(grey)
     if image.mode in {"LA", "RGBA"} or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -8,7 +8,6 @@ Knows the files of plain LoRA adapters as PEFT stores them; nothing of torch, mo
 from __future__ import annotations
 
 import json
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from llama_index_genret.durable import new_folder
 from llama_index_genret.errors import ModelMismatch
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -52,11 +52,9 @@ def join_adapters(first: Path, second: Path, out: Path) -> Path:
         raise ModelMismatch(f"{first} and {second} adapt other modules ({other[0]} is in one of them): not joined.")
     rank = sum(config["r"] for config in configs)
     scales = [config["lora_alpha"] / config["r"] for config in configs]
-    temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}"
-    temporary.mkdir(parents=True)
-    save_file(_joined(weights, scales), temporary / WEIGHTS)
-    (temporary / CONFIG).write_text(json.dumps({**configs[0], "r": rank, "lora_alpha": rank}), encoding="utf-8")
-    temporary.rename(out)
+    with new_folder(out) as into:
+        save_file(_joined(weights, scales), into / WEIGHTS)
+        (into / CONFIG).write_text(json.dumps({**configs[0], "r": rank, "lora_alpha": rank}), encoding="utf-8")
     return out
 
 

@@ -22,7 +22,7 @@ from llama_index.core.base.llms.types import (
     MessageRole,
     TextBlock,
 )
-from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.bridge.pydantic import Field, PrivateAttr, field_serializer
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
 from llama_index.llms.openai_like import OpenAILike
@@ -30,6 +30,7 @@ from openai import DefaultAsyncHttpxClient, DefaultHttpxClient
 
 from llama_index_genret.errors import ModelError
 from llama_index_genret.images import load_image
+from llama_index_genret.scorers.http import shown_address
 
 
 def genret_llm(
@@ -66,7 +67,23 @@ class _ServerLLM(OpenAILike):  # type: ignore[misc]  # it has no types
 
     LlamaIndex's chat engines begin each request with their system prompt, an empty one where none was given: a model
     that was never taught with one sees its template's words for it. It is not sent.
+
+    Key, headers and login are in no `repr`, `to_dict` or `model_dump`; with a key it is not pickled.
     """
+
+    api_key: str | None = Field(default=None, exclude=True, repr=False)
+    default_headers: dict[str, str] | None = Field(default=None, exclude=True, repr=False)
+    api_base: str | None = Field(default=None, repr=False)
+
+    @field_serializer("api_base")
+    def _shown(self, api_base: str | None) -> str | None:
+        return None if api_base is None else shown_address(api_base)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.api_key not in (None, "EMPTY"):
+            raise TypeError("an LLM with an API key is not pickled: make it anew by genret_llm where it is needed.")
+        state: dict[str, Any] = super().__getstate__()
+        return state
 
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """See `LLM.chat`."""

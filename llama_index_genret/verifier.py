@@ -153,7 +153,7 @@ class RecallVerifier(BaseNodePostprocessor):
             "excluded_llm_metadata_keys": [*node.excluded_llm_metadata_keys, *told],
             "excluded_embed_metadata_keys": [*node.excluded_embed_metadata_keys, *told],
         }
-        score = logistic(log_odds(found.score) + self.weight * information)
+        score = logistic(log_odds(found.score) + (self.weight * information if self.weight else 0.0))
         return NodeWithScore(node=node.model_copy(update=changed), score=score)
 
 

@@ -48,6 +48,20 @@ def by_llama_index(filters, rows):
     return [passes(filters, row) for row in rows]
 
 
+def refuse_mistakes(leaf, known):
+    """What LlamaIndex lets pass everything or nothing, and we take for a mistake."""
+    value, several = leaf["value"], isinstance(leaf["value"], list)
+    if leaf["operator"] == "is_empty":
+        return
+    if several != (leaf["operator"] in ("in", "nin", "any", "all")):
+        raise TypeError
+    kinds = {type(one) is str for one in known if one is not None}
+    if leaf["operator"] in ("==", "!=", "in", "nin") and kinds:
+        for one in value if several else [value]:
+            if (type(one) is str) not in kinds:
+                raise TypeError
+
+
 @given(ROWS, LEAVES)
 def test_every_operator_means_what_it_means_in_llama_index(rows, leaf):
     filters = {"filters": [leaf], "condition": "and"}
@@ -58,12 +72,21 @@ def test_every_operator_means_what_it_means_in_llama_index(rows, leaf):
             Columns(rows).passing(ours)
         return
     try:
+        refuse_mistakes(leaf, [row.get(leaf["key"]) for row in rows])
         expected = by_llama_index(theirs, rows)
     except TypeError:
         with pytest.raises(FilterError, match="does not apply"):
             Columns(rows).passing(ours)
         return
     assert Columns(rows).passing(ours).tolist() == expected
+
+
+def says_nothing(tree):
+    """Whether an "or" or a "not" of nothing is in it."""
+    parts = tree.get("filters")
+    if parts is None:
+        return False
+    return (not parts and tree["condition"] in ("or", "not")) or any(map(says_nothing, parts))
 
 
 @given(
@@ -80,6 +103,10 @@ def test_every_operator_means_what_it_means_in_llama_index(rows, leaf):
 )
 def test_nested_conditions_hold_as_in_llama_index(rows, tree):
     theirs = llama_index_types.MetadataFilters.model_validate({"filters": [tree]})
+    if says_nothing(tree):
+        with pytest.raises(ValidationError, match="of no filters says nothing"):
+            MetadataFilters.model_validate(theirs.model_dump(mode="json"))
+        return
     ours = MetadataFilters.model_validate(theirs.model_dump(mode="json"))
     assert Columns(rows).passing(ours).tolist() == by_llama_index(theirs, rows)
 

@@ -1,10 +1,20 @@
 """Starting and stopping a server, with a small one in vLLM's place."""
 
+import asyncio
+import shutil
 import sys
+import threading
+import time
 
 import psutil
+import pytest
 
+from llama_index_genret.endpoint.admission import Admission, TooBusy
+from llama_index_genret.endpoint.limits import Limits
+from llama_index_genret.endpoint.registry import Registry
+from llama_index_genret.errors import ServerError
 from llama_index_genret.serving import free_port, running_server
+from llama_index_genret.store import load_index, remove_images
 
 STUBBORN = """
 import signal, subprocess, sys
@@ -29,3 +39,57 @@ def test_a_server_that_does_not_stop_is_killed_with_its_children(tmp_path):
         child = psutil.Process(int(log.read_text().split()[0]))
     _, alive = psutil.wait_procs([child], timeout=10)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_limits_are_the_defaults_but_for_those_that_are_named():
+    assert Limits.from_text("") == Limits()
+    assert Limits.from_text(" queries=7\nstop_s=3 ") == Limits(queries=7, stop_s=3)
+
+
+@pytest.mark.parametrize("text", ["queris=7", "queries", "queries=", "queries=0", "queries=-1", "body_mib=1.5", "=3"])
+def test_a_limit_that_is_none_is_refused(text):
+    with pytest.raises(ServerError, match=r"positive whole numbers.*stalled_s"):
+        Limits.from_text(f"body_s=2 {text}")
+
+
+def test_more_queries_than_the_limit_are_turned_away_until_others_are_answered():
+    admission = Admission(Limits(queries=10))
+    with admission.of(6):
+        with admission.of(4), pytest.raises(TooBusy, match=r"10 queries .* 10 at once"), admission.of(1):
+            pass
+        with pytest.raises(KeyError), admission.of(4):
+            raise KeyError
+        with admission.of(4):
+            pass
+    with admission.of(256):  # of one request that is alone
+        pass
+
+
+def test_an_edit_is_read_once_for_all_who_wait_and_no_answer_is_older(untrained_index, tmp_path, monkeypatch):
+    """Or each would hold a thread of the server's few, which its other routes need."""
+    folder = tmp_path / "index"
+    shutil.copytree(untrained_index.folder, folder)
+    registry, read, readings = Registry({"index": folder}), Registry._read, []
+
+    def slowly(*args):
+        readings.append(threading.active_count())
+        loaded = read(*args)
+        time.sleep(0.2)
+        return loaded
+
+    monkeypatch.setattr(Registry, "_read", slowly)
+
+    async def ask():
+        first = remove_images(load_index(folder), ["red-circle"]).version
+        early = [asyncio.create_task(registry.current("index")) for _ in range(20)]
+        await asyncio.sleep(0.1)
+        second = remove_images(load_index(folder), ["red-bar"]).version
+        late = [asyncio.create_task(registry.current("index")) for _ in range(20)]
+        late[0].cancel()
+        found = [loaded.version for loaded in await asyncio.gather(*early, *late[1:])]
+        assert set(found[:20]) <= {first, second}
+        assert set(found[20:]) == {second}
+
+    asyncio.run(ask())
+    assert len(readings) == 2
+    assert max(readings) - min(readings) <= 1

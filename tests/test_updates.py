@@ -22,7 +22,7 @@ from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.serving import serve_command, served_adapter
 from llama_index_genret.store import drop_update, load_index, remove_images, store_adapter, store_update
-from llama_index_genret.store.folder import MANIFEST
+from llama_index_genret.store.folder import MANIFEST, manifest_text
 from llama_index_genret.training import recipe
 from llama_index_genret.training.examples import MIX, Example
 from llama_index_genret.training.recipe import TrainOptions, train
@@ -188,9 +188,8 @@ def without_captions(index, rows):
 
 
 def without_notes(index):
-    manifest = json.loads((index.folder / MANIFEST).read_text())
-    del manifest["files"]["adapter/images.json"]
-    (index.folder / MANIFEST).write_text(json.dumps(manifest))
+    files = {name: entry for name, entry in index.manifest.files.items() if name != "adapter/images.json"}
+    (index.folder / MANIFEST).write_text(manifest_text(index.manifest.model_copy(update={"files": files})))
     return load_index(index.folder)
 
 

@@ -1,6 +1,6 @@
 """Many clients for many minutes on a server that they do not spare: does it hold?
 
-    python -m integration.bench.load_test [--minutes 20] [--clients 32] [--seed 0] [--json FILE]
+    python -m integration.bench.load_test [--minutes 20] [--clients 32] [--faults] [--kills] [--json FILE]
 
 A vLLM server on the CPU, with the recall endpoint, serves a tiny model of random weights and an index that is edited
 every few seconds. Each client draws at random: recalls of every kind, batches, requests that it leaves, malformed and
@@ -9,10 +9,17 @@ mistyped bodies, queries of a megabyte, unknown indexes and routes, chats. It ho
 - every recall is that of the model in this process, for the version of the index that the answer names, and that
   version is no older than the edit before the last `STALE_S` seconds;
 - every request has the status that it must have, and none is without an answer;
-- memory is flat: after a warm-up of a third of the time, and of WARM_UP_S at least, the median of the last quarter's
-  resident memory, of all processes of the server, is at most ALLOWED_GROWTH above that of the first quarter. A shorter
-  run judges all but this;
-- at the end the server is alive, its engine has nothing left to do, and its own counts are the clients'.
+- memory and open files are flat: after a warm-up of a third of the time, and of WARM_UP_S at least, the medians of the
+  first and the last quarter, of all processes of the server, differ by ALLOWED_GROWTH at most. A shorter run judges all
+  but this;
+- at the end the server is alive, its engine has nothing left to do, it holds no more connections than at the
+  beginning, and its own counts are the clients'.
+
+With --faults, besides: the server takes fewer recalls at once than the clients send, and turns others away; FAULTY
+clients cut their connections, fall silent, write or read a byte a second, and send what is too large, of which it must
+be rid in time; and at the end it is told to stop while it is asked. With --kills, before that, its engine's process is
+killed, then its own, and it is started again when it has ended. Who is on the way at such a time may be turned away, or
+find no server, but may not hang, nor be answered wrongly.
 
 Exit code 0 if it holds, 1 if not.
 """
@@ -21,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import math
 import re
 import statistics
@@ -29,31 +35,44 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import httpx
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from integration.bench.corpus import Corpus
+from integration.bench.load_faults import Target
+from integration.bench.load_kills import KILLS, Supervisor
 from integration.bench.load_reference import EditedIndex, Question, Reference, metadata
 from integration.bench.load_traffic import Traffic
+from integration.bench.load_watch import SAMPLE_EVERY_S
 from integration.bench.recall_bench import with_symbols
 from integration.bench.served import Site, queries
 from integration.bench.timing import Report
+from llama_index_genret.endpoint.limits import LIMITS_VARIABLE, Limits
 from llama_index_genret.modeling import load_mllm
+from llama_index_genret.serving import free_port
 from tests.tiny_model import make_tiny_model
 
 NAME, IMAGES, TEXTS = "pictures", 120, 12
-EDIT_EVERY_S, SAMPLE_EVERY_S, TIMEOUT_S = 3.0, 1.0, 120.0
-WARM_UP, WARM_UP_S, ALLOWED_GROWTH = 1 / 3, 120.0, 0.02
-FEWEST_SAMPLES = 40
-"""Of memory, after the warm-up: with fewer it is not judged."""
+EDIT_EVERY_S, TIMEOUT_S = 3.0, 300.0
+FAULTY = 12
+ASKED_S, KILLED_AFTER_S = 8.0, 2.0
+"""How long the clients go on about a kill, and when in it the kill is."""
+
+TIGHT = "head_s=4 body_s=8 stalled_s=8 body_mib=4 stop_s=5"
+"""The limits of a server with faulty clients, but for `queries`."""
+
+RID_S, SLACK_S = 30.0, 40.0
+"""A server must be rid of a faulty client within the first, and of all within the second."""
+
+MORE_FILES = 8
+"""That a server may hold after the load, of those before: what it has opened for good."""
 
 LAST = Question(10)
 """Asked of every query after the load."""
@@ -67,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--faults", action="store_true", help="clients that misuse their connections")
+    parser.add_argument("--kills", action="store_true", help="kill and restart the server at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to add the results to")
     args = parser.parse_args(argv)
@@ -75,68 +96,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         mllm = with_symbols(load_mllm(str(make_tiny_model(Path(folder) / "tiny")), device="cpu"), args.seed)
         site = Site.prepare(mllm, {NAME: Corpus.sample(IMAGES, args.seed)}, Path(folder), metadata)
         index, texts = site.indexes[NAME], list(islice(queries(args.seed), TEXTS))
+        limits = f"queries={args.clients} {TIGHT}" if args.faults else ""
+        port, environment = free_port(), {LIMITS_VARIABLE: limits}
+        supervisor = Supervisor(partial(site.serving, port=port, environment=environment))
         traffic = Traffic(NAME, Reference(site, index, texts), EditedIndex(index), texts)
-        with site.serving() as server:
-            memory = Memory(server.pid)
-            asyncio.run(_load(traffic, memory, server.api_base.removesuffix("/v1"), args))
-            broken = _show(report, traffic, memory)
+        traffic.excuses, traffic.is_limited = supervisor.excuses, args.faults
+        target = Target("127.0.0.1", port, NAME, RID_S, Limits.from_text(limits).body_mib * 2**20)
+        asyncio.run(_load(traffic, supervisor, target, args))
+        broken = _show(report, traffic, supervisor)
     report.results["broken"] = broken
     report.write(args.json)
     return 1 if broken else 0
 
 
-@dataclass
-class Memory:
-    """Resident memory of a process and its children, over time."""
-
-    pid: int
-    mib: list[float] = field(default_factory=list)
-
-    def sample(self) -> None:
-        """Measure once. A process that has just ended counts nothing."""
-        total = 0
-        process = psutil.Process(self.pid)
-        for each in (process, *process.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += each.memory_info().rss
-        self.mib.append(total / 2**20)
-
-    @property
-    def judged(self) -> list[float]:
-        """The samples after the warm-up; none where they are too few."""
-        samples = self.mib[int(max(len(self.mib) * WARM_UP, WARM_UP_S / SAMPLE_EVERY_S)) :]
-        return samples if len(samples) >= FEWEST_SAMPLES else []
-
-    @property
-    def growth(self) -> float:
-        """From the first quarter's median to the last's, as a share of the first's. NaN where it is not judged."""
-        quarter = len(self.judged) // 4
-        if not quarter:
-            return math.nan
-        return statistics.median(self.judged[-quarter:]) / statistics.median(self.judged[:quarter]) - 1
-
-    @property
-    def slope_mib_a_minute(self) -> float:
-        """Of the line through the judged samples; NaN without any."""
-        if not self.judged:
-            return math.nan
-        return float(np.polyfit(np.arange(len(self.judged)) * SAMPLE_EVERY_S / 60, self.judged, 1)[0])
-
-
-async def _load(traffic: Traffic, memory: Memory, address: str, args: argparse.Namespace) -> None:
-    """All clients, the editor and the sampler, until the time is over; then the server is asked how it is."""
+async def _load(traffic: Traffic, supervisor: Supervisor, target: Target, args: argparse.Namespace) -> None:
+    """All clients, editor, killer and sampler, until the time is over; then the server is asked how it is."""
+    address = f"http://{target.host}:{target.port}"
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=args.clients)
-    async with httpx.AsyncClient(base_url=address, timeout=TIMEOUT_S, limits=limits) as http:
+    async with supervisor.running(), httpx.AsyncClient(base_url=address, timeout=TIMEOUT_S, limits=limits) as http:
+        supervisor.lives[-1].sample()
         end = time.monotonic() + 60 * args.minutes
-        besides = [asyncio.create_task(work) for work in (_edit(traffic), _sample(memory), _progress(traffic, end))]
-        clients = (traffic.client(http, args.seed * 1000 + number, end) for number in range(args.clients))
+        besides = [asyncio.create_task(work) for work in (_edit(traffic), _sample(supervisor), _progress(traffic, end))]
+        clients = [traffic.client(http, args.seed * 1000 + number, end) for number in range(args.clients)]
+        clients += [traffic.faulty(target, number, end) for number in range(FAULTY * args.faults)]
         await asyncio.gather(*clients)
         for task in besides:
             task.cancel()
         for ended in await asyncio.gather(*besides, return_exceptions=True):
             if not isinstance(ended, asyncio.CancelledError):
                 traffic.problems.append(f"the editor, the sampler or the bar ended early: {ended!r}")
-        traffic.problems += await _aftermath(http, traffic)
+        traffic.problems += await _aftermath(http, traffic, supervisor)
+        for kind in KILLS if args.kills else KILLS[-1:] if args.faults else ():
+            await _killed_while_asked(kind, http, traffic, supervisor, args)
+
+
+async def _killed_while_asked(
+    kind: str, http: httpx.AsyncClient, traffic: Traffic, supervisor: Supervisor, args: argparse.Namespace
+) -> None:
+    """One of the KILLS, of which the last is for good: whoever waits is answered or turned away."""
+    start, again = time.monotonic(), kind != KILLS[-1]
+    asking = [traffic.client(http, 10**6 + number, start + ASKED_S) for number in range(args.clients)]
+
+    async def killed() -> None:
+        await asyncio.sleep(KILLED_AFTER_S)
+        await supervisor.kill(kind, again=again)
+
+    await asyncio.gather(*asking, killed())
+    if again:
+        asked = [await traffic.recall(http, [text], LAST) for text in traffic.texts]
+        traffic.problems += [f"after the kill of the {kind}: {what}" for _, what in asked if what]
 
 
 async def _edit(traffic: Traffic) -> None:
@@ -145,9 +153,9 @@ async def _edit(traffic: Traffic) -> None:
         await asyncio.to_thread(traffic.index.edit)
 
 
-async def _sample(memory: Memory) -> None:
+async def _sample(supervisor: Supervisor) -> None:
     while True:
-        memory.sample()
+        supervisor.lives[-1].sample()
         await asyncio.sleep(SAMPLE_EVERY_S)
 
 
@@ -164,7 +172,7 @@ async def _progress(traffic: Traffic, end: float) -> None:
             await asyncio.sleep(0.5)
 
 
-async def _aftermath(http: httpx.AsyncClient, traffic: Traffic) -> list[str]:
+async def _aftermath(http: httpx.AsyncClient, traffic: Traffic, supervisor: Supervisor) -> list[str]:
     """What is wrong with the server after the load."""
     try:
         if (status := (await http.get("/health")).status_code) != 200:
@@ -172,17 +180,31 @@ async def _aftermath(http: httpx.AsyncClient, traffic: Traffic) -> list[str]:
         deadline = time.monotonic() + 30
         while (left := await _figure(http, "vllm:num_requests_(?:running|waiting)")) and time.monotonic() < deadline:
             await asyncio.sleep(0.5)
+        connections = await _connections_left(supervisor)
         problems = [what for text in traffic.texts if (what := (await traffic.recall(http, [text], LAST))[1])]
         failed = await _figure(http, 'genret_recall_requests_total{outcome="failed"}')
         answered = await _figure(http, 'genret_recall_requests_total{outcome="answered"}')
     except httpx.HTTPError as error:
         return [f"after the load: the server does not answer: {error!r}"]
     problems += [f"after the load: {left:.0f} requests are left in the engine"] * bool(left)
+    problems += [f"after the load: {connections} more files are open than before"] * (connections > MORE_FILES)
     problems += [f"the server counts {failed:.0f} failed recalls"] * bool(failed)
     here = traffic.answered_recalls + len(traffic.texts)
     if not here <= answered <= here + traffic.tallies["cancelled"].outcomes["cancelled"]:
         problems.append(f"the server counts {answered:.0f} answered recalls, the clients {here}")
     return problems
+
+
+async def _connections_left(supervisor: Supervisor) -> int:
+    """Files that the server has open beyond those of its beginning, once it was given time to close them."""
+    life, deadline = supervisor.lives[-1], time.monotonic() + SLACK_S
+    while True:
+        life.sample()
+        more = life.files.pop() - life.files[0]
+        life.mib.pop()
+        if more <= MORE_FILES or time.monotonic() > deadline:
+            return more
+        await asyncio.sleep(1.0)
 
 
 async def _figure(http: httpx.AsyncClient, name: str) -> float:
@@ -192,32 +214,41 @@ async def _figure(http: httpx.AsyncClient, name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines if pattern.match(line))
 
 
-def _show(report: Report, traffic: Traffic, memory: Memory) -> list[str]:
+def _show(report: Report, traffic: Traffic, supervisor: Supervisor) -> list[str]:
     """Print and record all figures. Returns what is broken."""
-    table = Table(
-        "kind", "sent", "answered", "refused", "cancelled", "wrong", "unanswered", "p50 ms", "p95 ms", "max ms"
-    )
+    outcomes = ("answered", "refused", "turned away", "cancelled", "ended", "in an outage", "wrong", "unanswered")
+    table = Table("kind", "sent", *outcomes, "p50 ms", "p95 ms", "max ms")
     for kind, tally in traffic.tallies.items():
-        counts = [tally.outcomes[outcome] for outcome in ("answered", "refused", "cancelled", "wrong", "unanswered")]
+        counts = [tally.outcomes[outcome] for outcome in outcomes]
         times = [float(np.percentile(tally.latencies_s or [0], percent) * 1e3) for percent in (50, 95, 100)]
-        table.add_row(kind, str(sum(counts)), *map(str, counts), *(f"{ms:.0f}" for ms in times))
+        if any(counts):
+            table.add_row(kind, str(sum(counts)), *map(str, counts), *(f"{ms:.0f}" for ms in times))
         report.results[kind] = {**tally.outcomes, "latency_ms": dict(zip(("p50", "p95", "max"), times, strict=True))}
-    Console(width=120).print(table)
-    broken = list(traffic.problems)
-    if memory.growth > ALLOWED_GROWTH:
-        broken.append(f"memory grew by {memory.growth:.1%}; {ALLOWED_GROWTH:.0%} are allowed")
+    Console(width=150).print(table)
+    life = supervisor.lives[0]
+    broken = [*traffic.problems, *life.problems()]
+    broken += [what for outage in supervisor.outages for what in outage.problems()]
     if traffic.index.newest.number < 1 or len(traffic.versions) < 2:
         broken.append("the index was not edited while it was served: run longer")
     report.value("edits of the index", traffic.index.newest.number)
     report.value("versions that answered", len(traffic.versions))
     report.value("longest time from an edit to a request that an older version answered", traffic.stalest_s, "s")
-    report.value("resident memory, median", statistics.median(memory.mib), "MiB")
-    if memory.judged:
-        report.value("resident memory, growth from the first quarter to the last", memory.growth * 100, "%")
-        report.value("resident memory, slope", memory.slope_mib_a_minute, "MiB a minute")
+    for outage in supervisor.outages:
+        times = {name: round(s, 1) if isinstance(s, float) else s for name, s in outage.record().items()}
+        print(f"  {times}", flush=True)
+    report.results["outages, seconds since the kill"] = [outage.record() for outage in supervisor.outages]
+    report.value("resident memory, median", statistics.median(life.mib), "MiB")
+    report.value("open files, median", statistics.median(life.files))
+    if not math.isnan(life.growth):
+        slope, bound = life.slope
+        report.value("resident memory, growth from the first quarter to the last", life.growth * 100, "%")
+        report.value("resident memory, slope", slope, "MiB a minute")
+        report.value("resident memory, slope, half the width of its 95 % interval", bound, "MiB a minute")
+        report.value("open files, growth from the first quarter to the last", life.more_files)
     else:
         report.value("resident memory, growth", "not judged: too short a run")
-    report.results["resident memory, MiB"] = memory.mib
+    report.results["resident memory, MiB"] = [round(mib, 1) for mib in life.mib]
+    report.results["open files"] = life.files
     for problem in broken[:SHOWN]:
         print(f"  BROKEN: {problem}", flush=True)
     report.value("held", not broken)

@@ -1,6 +1,6 @@
 """What the clients of the load test do, one request after another, and how every answer is judged.
 
-Knows HTTP and the reference; nothing of how the server is started or measured.
+Knows HTTP, the reference and what may go wrong while a server is down; nothing of how it is started or measured.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
+from integration.bench.load_faults import FAULTS, Target
 from integration.bench.load_reference import QUESTIONS, EditedIndex, Question, Reference
 
 SHARES = {
@@ -28,7 +29,18 @@ MOST_IN_A_BATCH = 8
 LONGEST_STAY_S = 0.05
 """A client that leaves does so within this time."""
 
-MALFORMED = (b"", b"{", b'{"query": "red dog"', b"\xff\xfe", b'{"query": "a" "k": 1}', b"query=dog", b"nul")
+PAUSE_S = 0.5
+"""Of a client that finds the server down."""
+
+MALFORMED = (
+    b"",
+    b"{",
+    b'{"query": "red dog"',
+    b"\xff\xfe",
+    b'{"query": "a" "k": 1}',
+    b"query=dog",
+    b"nul",
+)
 WRONG = (
     *([], "red dog", 5, None, {}, {"query": 5}, {"query": ["red dog"]}, {"query": None}, {"query": " "}),
     *({"queries": "red dog"}, {"queries": []}, {"queries": ["red", 1]}, {"query": "a", "queries": ["b"]}),
@@ -37,6 +49,14 @@ WRONG = (
     *({"query": "a", "budget": -1}, {"query": "a", "beam_width": 0}, {"query": "a", "index": 3}),
 )
 ROUTES = ("/v1/recal", "/v1/recall/index", "/v2/recall", "/recall")
+
+
+class TurnedAway(Exception):
+    """The server says that it cannot answer a recall now."""
+
+    def __init__(self, answer: httpx.Response) -> None:
+        super().__init__(f"status {answer.status_code}: {answer.text[:300]}")
+        self.status, self.retry_after = answer.status_code, answer.headers.get("Retry-After")
 
 
 @dataclass
@@ -49,16 +69,21 @@ class Tally:
 
 @dataclass
 class Traffic:
-    """All that the clients have seen so far."""
+    """All that the clients have seen so far.
+
+    excuses: whether there was an outage between two times. is_limited: the server takes fewer recalls than are sent.
+    """
 
     name: str
     reference: Reference
     index: EditedIndex
     texts: Sequence[str]
-    tallies: dict[str, Tally] = field(default_factory=lambda: {kind: Tally() for kind in SHARES})
+    tallies: dict[str, Tally] = field(default_factory=lambda: {kind: Tally() for kind in (*SHARES, *FAULTS)})
     problems: list[str] = field(default_factory=list)
     versions: set[int] = field(default_factory=set)
     stalest_s: float = 0.0
+    excuses: Callable[[float, float], bool] = lambda start_s, end_s: False
+    is_limited: bool = False
 
     @property
     def answered_recalls(self) -> int:
@@ -70,17 +95,45 @@ class Traffic:
         draw = random.Random(seed)
         while time.monotonic() < end:
             (kind,) = draw.choices(list(SHARES), list(SHARES.values()))
-            start = time.monotonic()
+            start, outcome, problem, pause_s = time.monotonic(), "unanswered", "", 0.0
             try:
                 outcome, problem = await self._request(http, kind, draw)
+            except TurnedAway as error:
+                outcome, problem = "turned away", "" if self.is_limited and error.retry_after else str(error)
+                pause_s = float(error.retry_after or 0) * draw.random()
+            except httpx.TimeoutException as error:
+                self.problems.append(f"{kind}: hangs: {error!r}")
             except httpx.HTTPError as error:
-                outcome, problem = "unanswered", f"no answer: {error!r}"
-            if problem:
-                self.problems.append(f"{kind}: {problem}")
-            tally = self.tallies[kind]
-            tally.outcomes["wrong" if problem and outcome != "unanswered" else outcome] += 1
-            if outcome != "cancelled":
-                tally.latencies_s.append(time.monotonic() - start)
+                problem = f"no answer: {error!r}"
+            self._note(kind, start, outcome, problem)
+            await asyncio.sleep(PAUSE_S if outcome == "unanswered" else pause_s)
+
+    def _note(self, kind: str, start: float, outcome: str, problem: str) -> None:
+        """Count a request. In an outage it may be turned away, or be without an answer, but not be answered wrongly."""
+        tally = self.tallies[kind]
+        failed = outcome in ("unanswered", "turned away") or (kind == "chat" and "status 5" in problem)
+        if problem and failed and self.excuses(start, time.monotonic()):
+            tally.outcomes["in an outage"] += 1
+            return
+        if problem:
+            self.problems.append(f"{kind}: {problem}")
+        tally.outcomes["wrong" if problem and not failed else outcome] += 1
+        if outcome != "cancelled":
+            tally.latencies_s.append(time.monotonic() - start)
+
+    async def faulty(self, target: Target, seed: int, end: float) -> None:
+        """One client that misuses its connections."""
+        draw = random.Random(seed)
+        while time.monotonic() < end:
+            kind = draw.choice(list(FAULTS))
+            start = time.monotonic()
+            try:
+                problem = await FAULTS[kind](target, draw)
+                outcome = "ended"
+            except OSError as error:
+                outcome, problem = "unanswered", f"no connection: {error!r}"
+            self._note(kind, start, outcome, problem)
+            await asyncio.sleep(PAUSE_S)
 
     async def _request(self, http: httpx.AsyncClient, kind: str, draw: random.Random) -> tuple[str, str]:
         """(outcome, what is wrong with it)."""
@@ -93,10 +146,9 @@ class Traffic:
             question = draw.choice(QUESTIONS[draw.choice(list(QUESTIONS))])
             staying = asyncio.create_task(self.recall(http, [draw.choice(self.texts)], question))
             done, _ = await asyncio.wait({staying}, timeout=draw.uniform(0, LONGEST_STAY_S))
-            if done:
-                return staying.result()
-            staying.cancel()
-            await asyncio.wait({staying})
+            if not done:
+                staying.cancel()
+                await asyncio.wait({staying})
             return ("cancelled", "") if staying.cancelled() else staying.result()
         if kind == "chat":
             return await self._chat(http, draw.choice(self.texts))
@@ -109,6 +161,8 @@ class Traffic:
         oldest, queries = self.index.oldest_allowed(), {"queries": list(texts)} if batch else {"query": texts[0]}
         sent = time.monotonic()
         answer = await http.post("/v1/recall", json={**queries, **question.body(), "index": self.name})
+        if answer.status_code == 503:
+            raise TurnedAway(answer)
         if answer.status_code != 200:
             return "answered", f"status {answer.status_code}: {answer.text[:300]}"
         body = answer.json()
@@ -158,9 +212,12 @@ def _wrong_request(kind: str, name: str, draw: random.Random) -> tuple[str, byte
 
 async def _refused(http: httpx.AsyncClient, route: str, content: bytes, status: int) -> tuple[str, str]:
     answer = await http.post(route, content=content, headers={"Content-Type": "application/json"})
+    if answer.status_code == 503:
+        raise TurnedAway(answer)
     if answer.status_code != status:
         return "refused", f"{content[:80]!r} to {route}: status {answer.status_code}, not {status}: {answer.text[:300]}"
     said: Mapping[str, Any] = answer.json()
-    if route == "/v1/recall" and (said["error"]["code"] != status or not said["error"]["message"]):
+    error = said.get("error") or {}
+    if route == "/v1/recall" and (error.get("code") != status or not error.get("message")):
         return "refused", f"{content[:80]!r}: the error is not of the OpenAI API's shape: {answer.text[:300]}"
     return "refused", ""

@@ -74,17 +74,20 @@ class Site:
         return cls(mllm, TransformersScorer(mllm), checkpoint, corpora, indexes)
 
     @contextmanager
-    def serving(self) -> Iterator[ServedModel]:
+    def serving(
+        self, *, port: int | None = None, environment: Mapping[str, str] | None = None
+    ) -> Iterator[ServedModel]:
         """A vLLM server with the recall endpoint. Its output goes into a file beside the checkpoint."""
-        port = free_port()
+        port = port or free_port()
         command = [
             *(*vllm_serve_command(), str(self.checkpoint)),
             *("--served-model-name", "genret", "--host", "127.0.0.1", "--port", str(port), "--max-logprobs", "-1"),
             *("--middleware", MIDDLEWARE, *CPU_FLAGS),
         ]
         named = "\n".join(f"{name}={index.folder.resolve()}" for name, index in self.indexes.items())
-        # vLLM would leave a core to the API server; the peers in this process compute on all of them.
-        environment = {INDEXES_VARIABLE: named, "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}
+        # vLLM would leave a core to the API server; the peers in this process compute on all that it may use.
+        cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+        environment = {INDEXES_VARIABLE: named, "VLLM_CPU_OMP_THREADS_BIND": cores, **(environment or {})}
         log = self.checkpoint.with_name("vllm.log")
         with running_server(
             command, host="127.0.0.1", port=port, log=log, environment=environment, timeout_s=900

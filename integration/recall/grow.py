@@ -147,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--update-steps", type=int, default=300)
     parser.add_argument("--update-rate", type=float, default=1.0, help="factor on an update's learning rates")
     parser.add_argument("--part", default="test", choices=("validation", "test"), help="of the queries")
+    parser.add_argument("--sets", help="comma-separated names of query sets (default: all of the corpus)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     given = parser.parse_args(argv)
@@ -164,8 +165,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     updated = stages.updated(added, update_recipe(options, given.update_steps, given.update_rate))
     indexes, peers = {"trained": trained, "added": added, "updated": updated}, Neighbours(mllm, MiniLm())
     results = {}
+    names = given.sets.split(",") if given.sets else [asked.name for asked in QUERY_SETS]
     for asked in QUERY_SETS:
-        if asked.corpus == given.corpus:
+        if asked.corpus == given.corpus and asked.name in names:
             path = corpora / "queries" / f"{asked.name}-{given.part}.jsonl"
             queries = read_queries(path, read_corpus(corpora / given.corpus).records)
             queries = [query for query in queries if query.image_ids <= added.rows_by_id.keys()]

@@ -20,7 +20,7 @@ from llama_index_genret.browse.recaller import Recaller
 from llama_index_genret.errors import GenretError, MissingExtra, ServerError
 from llama_index_genret.images import from_data_url
 from llama_index_genret.report import UNREADABLE, thumbnail
-from llama_index_genret.store.filters import Value
+from llama_index_genret.store.filters import MAX_FILTERS, Text, Value
 
 try:
     import uvicorn
@@ -52,7 +52,7 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     text: str = ""
     k: Annotated[int, Field(ge=1, le=50)] = 8
-    filters: dict[str, list[Value]] = {}
+    filters: Annotated[dict[Text, list[Value]], Field(max_length=MAX_FILTERS)] = {}
 
 
 class RecallAsked(Asked):

@@ -45,12 +45,13 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve indexes and their model with vLLM. What stands after `--` goes to vLLM as it is."""
-    from llama_index_genret.serving import serve_command, serve_environment
+    from llama_index_genret.serving import serve_command, serve_environment, shown_command
 
     indexes = [load_index(folder) for folder in (index_dir, *(also or ()))]
     os.environ.update(serve_environment(indexes))
     command = serve_command(indexes, host=host, port=port, dtype=dtype, adapters=adapters, vllm_flags=context.args)
+    shown = shown_command(command)
     if as_json:
-        print(json.dumps({"api_base": f"http://{host}:{port}/v1", "command": command}), flush=True)
-    log.print(" ".join(command), style="dim", markup=False)
+        print(json.dumps({"api_base": f"http://{host}:{port}/v1", "command": shown}), flush=True)
+    log.print(" ".join(shown), style="dim", markup=False)
     os.execv(command[0], command)

@@ -12,10 +12,10 @@ import httpx
 from pydantic import ValidationError
 
 from llama_index_genret.endpoint.wire import EXACT_BUDGET, RecallRequest, RecallResponse, RecallResult
-from llama_index_genret.errors import ServerError
+from llama_index_genret.errors import QueryError, SearchError, ServerError
 from llama_index_genret.images import to_data_url
 from llama_index_genret.prompts import Prompt
-from llama_index_genret.scorers.http import Server, json_object
+from llama_index_genret.scorers.http import Server, json_object, said_by
 from llama_index_genret.search import Hit, Ranking
 from llama_index_genret.store import Index, MetadataFilters, Scoring
 
@@ -47,31 +47,39 @@ class RecallClient:
         self._is_served = True  # until the server says that it is not
 
     def recall(self, query: Query) -> Ranking | None:
-        """The best `k` images, or None where the server does not serve this version of the index.
+        """The best `k` images, or None where the server does not serve this version of the index, or not so many.
 
         Raises:
-            ServerUnreachable, ServerError: nothing answers, or with an error. ImageError: the image cannot be read.
+            ServerUnreachable, ServerError: nothing answers, or with an error, or with images that cannot be.
+            ImageError: the image cannot be read. QueryError: it is larger than the server takes.
         """
-        if not self._is_served:
+        body = self._body(query) if self._is_served else None
+        if body is None:
             return None
         with self._server.connection() as connection:
-            return self._ranking(connection.request("POST", RECALL, self._body(query)), query)
+            return self._ranking(connection.request("POST", RECALL, body), query)
 
     async def arecall(self, query: Query) -> Ranking | None:
         """The same for an event loop."""
-        if not self._is_served:
+        body = self._body(query) if self._is_served else None
+        if body is None:
             return None
         async with self._server.async_connection() as connection:
-            return self._ranking(await connection.request("POST", RECALL, self._body(query)), query)
+            return self._ranking(await connection.request("POST", RECALL, body), query)
 
-    def _body(self, query: Query) -> dict[str, Any]:
+    def _body(self, query: Query) -> dict[str, Any] | None:
+        """None where it is beyond the limits of the endpoint."""
         most = EXACT_BUDGET if query.budget is None else query.budget
         mode: dict[str, Any] = {"mode": "beam"} if query.budget == 0 else {"mode": "exact", "budget": most}
         image = to_data_url(query.prompt.image) if query.prompt.image else None
         asked: dict[str, Any] = {"query": query.text or None, "image": image, "k": query.k, "beam_width": query.width}
         asked |= {"filters": query.filters, "version": self._index.version}
-        request = RecallRequest(**asked, **mode, **asdict(query.scoring))
-        return request.model_dump(mode="json")
+        try:
+            return RecallRequest(**asked, **mode, **asdict(query.scoring)).model_dump(mode="json")
+        except ValidationError as error:
+            if image is None:
+                return None
+            raise QueryError(f"the server's endpoint does not take this query: {error}") from None
 
     def _ranking(self, answer: httpx.Response, query: Query) -> Ranking | None:
         """None too where the result must be certain, and the server's budget did not suffice."""
@@ -79,13 +87,17 @@ class RecallClient:
             self._is_served = False
             return None
         response = _validated(RecallResponse, answer)
-        (result,) = response.results
+        if len(response.results) != 1 or len(response.results[0].hits) > query.k:
+            raise ServerError(f"{said_by(answer)} answered other images than the best {query.k} of one query.")
+        result = response.results[0]
         if query.budget is None and not result.exact:
             return None
-        return Ranking(tuple(self._hits(result)), result.exact, result.nodes_expanded)
+        return Ranking(tuple(self._hits(result, said_by(answer))), result.exact, result.nodes_expanded)
 
-    def _hits(self, result: RecallResult) -> list[Hit]:
-        rows = [self._index.rows_by_id[hit.image_id] for hit in result.hits]
+    def _hits(self, result: RecallResult, where: str) -> list[Hit]:
+        rows = [self._index.rows_by_id.get(hit.image_id, -1) for hit in result.hits]
+        if -1 in rows or len(set(rows)) < len(rows):
+            raise ServerError(f"{where} answered an image twice, or one that the index does not have.")
         pairs = zip(rows, result.hits, strict=True)
         return [Hit(row, row, self._index.token_ids(row), min(hit.log_prob, 0.0), hit.ranked_by) for row, hit in pairs]
 
@@ -94,5 +106,5 @@ def _validated(model: Any, answer: httpx.Response) -> Any:
     body = json_object(answer)
     try:
         return model.model_validate(body)
-    except ValidationError as error:
-        raise ServerError(f"{answer.url} answered something else than a recall: {error}") from error
+    except (ValidationError, SearchError) as error:
+        raise ServerError(f"{said_by(answer)} answered something else than a recall: {error}") from error

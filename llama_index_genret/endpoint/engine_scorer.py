@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from vllm.inputs import TokensPrompt, tokens_input
 
-from llama_index_genret.errors import QueryError
+from llama_index_genret.errors import GenretError, QueryError
 from llama_index_genret.images import load_image
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores
@@ -24,6 +24,10 @@ from llama_index_genret.scorers.rerank import Continuation, Float64
 from llama_index_genret.scorers.vllm import ROOM_FOR_IDENTIFIER, Part, parts_of
 from llama_index_genret.scorers.vllm_request import likelihood, log_likelihood, scores, scoring
 from llama_index_genret.search import Normalise, Rows
+
+
+class EngineStopped(GenretError):
+    """The engine takes no more requests, and ends those that it has."""
 
 
 class EngineScorer:
@@ -88,6 +92,8 @@ class EngineScorer:
         request_id = f"recall-{uuid.uuid4().hex}"
         async for so_far in self._engine.generate(prompt, params, request_id, lora_request=self._lora):
             answer = so_far
+        if answer is not None and answer.outputs and answer.outputs[0].finish_reason == "abort":
+            raise EngineStopped("the engine ends what it was asked, unanswered: the server is being stopped.")
         return answer
 
 

@@ -5,6 +5,7 @@ Knows index folders; nothing of HTTP or engines. A version is immutable: a searc
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import Mapping
@@ -53,6 +54,7 @@ class Registry:
         self._lock = threading.Lock()
         self._seen: dict[str, tuple[int, int, int]] = {}
         self._loaded: dict[str, LoadedIndex] = {}
+        self._readings: dict[str, asyncio.Future[LoadedIndex]] = {}
         self.problems: dict[str, str] = dict.fromkeys(self._folders, "")
         for name in self._folders:
             self._load(name)
@@ -78,6 +80,20 @@ class Registry:
         if wanted is None or wanted not in self._folders:
             raise IndexNotFound(f"there is no index {wanted!r} on this server: name one of {names} as 'index'.")
         return wanted
+
+    async def current(self, name: str) -> LoadedIndex:
+        """A version that is no older than this call. The folder is read in a thread, once for all who wait for it.
+
+        A reading that was begun before this call may miss its edit, so it is waited for, and the next one too.
+        """
+        for _ in range(2):
+            if self.is_current(name):
+                break
+            reading = self._readings.get(name)
+            if reading is None or reading.done():
+                reading = self._readings[name] = asyncio.ensure_future(asyncio.to_thread(self.get, name))
+            await asyncio.shield(reading)  # who leaves does not end it for the others
+        return self._loaded[name]
 
     def get(self, name: str) -> LoadedIndex:
         """The newest version that can be served; reads the folder where it has changed."""

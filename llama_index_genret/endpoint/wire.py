@@ -5,13 +5,13 @@ Knows pydantic and metadata filters.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from llama_index_genret.corpus import Scalar
 from llama_index_genret.store import MetadataFilters, Scoring, ScoringChoice
-from llama_index_genret.store.filters import Value
+from llama_index_genret.store.filters import MAX_FILTERS, Text, Value
 from llama_index_genret.store.scoring import RerankBy
 
 INDEXES_VARIABLE = "GENRET_INDEXES"
@@ -29,8 +29,17 @@ MAX_K = 1000
 MAX_IMAGE_CHARACTERS = 2**25
 """Of a data URL: an image of some 25 MB."""
 
+IMPOSSIBLE = -9999.0
+"""What stands for the logarithm of zero, which is no JSON, as in vLLM's answers."""
+
 EXACT_BUDGET = 1000
 """Prefixes that an exact search expands before it goes on as a beam, where the request names no budget."""
+
+
+MAX_WEIGHT = 1e6
+"""The largest `eta` and `rerank_weight`: what they are multiplied with stays finite."""
+
+Equal = Annotated[dict[Text, Value | list[Value]], Field(max_length=MAX_FILTERS)]
 
 
 class RecallRequest(BaseModel):
@@ -48,21 +57,25 @@ class RecallRequest(BaseModel):
     version: of a loaded index, in place of its name. A server that has none of it answers 404.
     """
 
-    model_config = ConfigDict(extra="forbid")
-    query: str | None = None
-    queries: list[str] | None = Field(default=None, min_length=1, max_length=MAX_QUERIES)
+    model_config = ConfigDict(
+        extra="forbid",
+        hide_input_in_errors=True,
+        json_schema_extra={"anyOf": [{"required": [name]} for name in ("query", "queries", "image")]},
+    )
+    query: Text | None = None
+    queries: list[Text] | None = Field(default=None, min_length=1, max_length=MAX_QUERIES)
     image: str | None = Field(default=None, max_length=MAX_IMAGE_CHARACTERS)
     k: int = Field(default=5, ge=1, le=MAX_K)
-    filters: MetadataFilters | dict[str, Value | list[Value]] | None = None
+    filters: MetadataFilters | Equal | None = Field(default=None, union_mode="left_to_right")
     beam_width: int | None = Field(default=None, ge=1, le=MAX_K)
     mode: Literal["beam", "exact"] = "beam"
     budget: int = Field(default=EXACT_BUDGET, ge=0)
-    eta: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    eta: float | None = Field(default=None, ge=0, le=MAX_WEIGHT)
     rerank: int | None = Field(default=None, ge=0, le=MAX_K)
-    rerank_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    rerank_weight: float | None = Field(default=None, ge=0, le=MAX_WEIGHT)
     rerank_by: RerankBy | None = None
-    index: str | None = None
-    version: str | None = None
+    index: Text | None = None
+    version: Text | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> RecallRequest:
@@ -88,13 +101,14 @@ class RecallRequest(BaseModel):
 class RecallHit(BaseModel):
     """One image. log_prob: natural logarithm of its probability; score, ranked_by: see `search.Hit`."""
 
+    model_config = ConfigDict(hide_input_in_errors=True)
     image_id: str
     file_name: str
     caption: str
     identifier: str
-    score: float
-    log_prob: float
-    ranked_by: float | None = None
+    score: FiniteFloat
+    log_prob: FiniteFloat
+    ranked_by: FiniteFloat | None = None
     metadata: dict[str, Scalar]
 
 
@@ -110,11 +124,33 @@ class RecallResult(BaseModel):
 class RecallResponse(BaseModel):
     """The results in the order of the queries, all of one version of one index. scoring: what they are ranked by."""
 
+    model_config = ConfigDict(hide_input_in_errors=True)
     object: Literal["recall"] = "recall"
     index: str
     version: str
     scoring: Scoring
     results: list[RecallResult]
+
+
+class Problem(BaseModel):
+    """Why a request is not answered. code: the HTTP status. param: the field that is wrong, where it is known."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: int
+
+
+class Refused(BaseModel):
+    """An error, in the shape of the OpenAI API's."""
+
+    error: Problem
+
+
+class Unread(BaseModel):
+    """FastAPI's own answer to a body that it cannot read as JSON."""
+
+    detail: str
 
 
 class IndexCard(BaseModel):

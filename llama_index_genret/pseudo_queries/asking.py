@@ -6,7 +6,6 @@ Knows texts; nothing of models, servers or the index.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from llama_index_genret.errors import CorpusError
+from llama_index_genret.json_lines import parse_object, read_lines
 
 MAX_CHARACTERS = 160
 """A longer text is no query: a written one is refused, a sample is not shown."""
@@ -89,13 +89,9 @@ def read_samples(path: Path) -> tuple[str, ...]:
     Raises:
         CorpusError: the file cannot be read, a line is broken, or none has at most MAX_CHARACTERS.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{path} cannot be read: {error}") from error
     texts = []
-    for number, line in enumerate(lines, start=1):
-        text = _query_in(line, f"{path}, line {number}") if path.suffix == ".jsonl" and line.strip() else line
+    for number, line in enumerate(read_lines(path), start=1):
+        text = _query_in(line, f"{path}, line {number}: ") if path.suffix == ".jsonl" and line.strip() else line
         texts.append(" ".join(text.split()))
     samples = tuple(dict.fromkeys(text for text in texts if 0 < len(text) <= MAX_CHARACTERS))
     if not samples:
@@ -104,10 +100,7 @@ def read_samples(path: Path) -> tuple[str, ...]:
 
 
 def _query_in(line: str, where: str) -> str:
-    try:
-        query = json.loads(line)["query"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorpusError(f'{where}: want {{"query": "..."}}, found {line[:80]!r}.') from error
+    query = parse_object(line, where, example='{"query": "..."}').get("query")
     if not isinstance(query, str):
-        raise CorpusError(f"{where}: the query must be text, not {query!r:.80}.")
+        raise CorpusError(f'{where}want {{"query": "..."}}, with text, found {line[:80]!r}.')
     return query

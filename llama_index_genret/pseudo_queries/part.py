@@ -75,14 +75,17 @@ def read_asked(part: BinaryIO) -> Asked | None:
 
 
 def read_batches(part: BinaryIO) -> list[Batch]:
-    """The whole batches of an earlier run; a line that was written half is cut off."""
+    """The whole batches of an earlier run; from a line that was written half or is broken, all is cut off."""
     part.seek(0)
     batches = []
     end = len(part.readline())
     for line in part:
         if not line.endswith(b"\n"):
             break
-        batches.append(Batch.model_validate_json(line))
+        try:
+            batches.append(Batch.model_validate_json(line))
+        except ValidationError:
+            break
         end += len(line)
     part.truncate(end)
     part.seek(end)

@@ -22,9 +22,9 @@ import numpy as np
 from llama_index_genret.abstention import Signals, log_odds
 from llama_index_genret.errors import QueryError
 from llama_index_genret.prompts import Prompt
-from llama_index_genret.scorers.base import AsyncScorer, Scorer
-from llama_index_genret.scorers.rerank import Continuation, Float64
-from llama_index_genret.search import Hit, Normalise, Row, Rows
+from llama_index_genret.scorers.base import AsyncScorer, Scorer, Scores
+from llama_index_genret.scorers.rerank import Continuation, Float64, checked_likelihoods
+from llama_index_genret.search import Hit, Normalise, Row, Rows, checked
 from llama_index_genret.store import Index
 from llama_index_genret.store.scoring import RerankBy
 
@@ -45,7 +45,7 @@ class Evidence:
     @property
     def information(self) -> Float64:
         """(n,) what the query and the image tell of each other: log p(query | image) - log p(query)."""
-        return self.likelihoods - self.background
+        return self.likelihoods - (self.background if np.isfinite(self.background) else 0.0)
 
     def signals(self, scores: Sequence[float | None]) -> Signals:
         """What tells whether one of the images, one at least, is meant. scores: of each, as they were recalled."""
@@ -118,10 +118,14 @@ class Inquiry:
 
 
 def inquired(scorer: Scorer, inquiries: Sequence[Inquiry]) -> list[Evidence]:
-    """The evidence of each, asked together: all names in one step, all likelihoods in another."""
+    """The evidence of each, asked together: all names in one step, all likelihoods in another.
+
+    Raises:
+        NotANumber: the model answered NaN or +inf.
+    """
     told, rows = _asked(inquiries)
     with scorer.session([inquiry.prompt for inquiry in inquiries], Normalise.VOCABULARY) as session:
-        return _parted(inquiries, session.log_likelihoods(told), rows.split(np.asarray(session.score(rows))))
+        return _parted(inquiries, session.log_likelihoods(told), rows, session.score(rows))
 
 
 async def ainquired(scorer: AsyncScorer, inquiries: Sequence[Inquiry]) -> list[Evidence]:
@@ -129,7 +133,7 @@ async def ainquired(scorer: AsyncScorer, inquiries: Sequence[Inquiry]) -> list[E
     told, rows = _asked(inquiries)
     async with scorer.async_session([inquiry.prompt for inquiry in inquiries], Normalise.VOCABULARY) as session:
         likelihoods, scores = await asyncio.gather(session.log_likelihoods(told), session.score(rows))
-    return _parted(inquiries, likelihoods, rows.split(np.asarray(scores)))
+    return _parted(inquiries, likelihoods, rows, scores)
 
 
 def _asked(inquiries: Sequence[Inquiry]) -> tuple[list[Continuation], Rows]:
@@ -137,8 +141,9 @@ def _asked(inquiries: Sequence[Inquiry]) -> tuple[list[Continuation], Rows]:
     return told, Rows.of([row for query, inquiry in enumerate(inquiries) for row in inquiry.names(query)])
 
 
-def _parted(inquiries: Sequence[Inquiry], likelihoods: Float64, scores: Sequence[Float64]) -> list[Evidence]:
+def _parted(inquiries: Sequence[Inquiry], likelihoods: Float64, rows: Rows, answer: Scores) -> list[Evidence]:
     found, told, named = [], 0, 0
+    likelihoods, scores = checked_likelihoods(likelihoods), rows.split(np.asarray(checked(answer, rows.offsets)))
     for inquiry in inquiries:
         n, m = len(inquiry.told()), len(inquiry.names(0))
         found.append(inquiry.evidence(likelihoods[told : told + n], scores[named : named + m]))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_index_genret.errors import QueryError
+from llama_index_genret.errors import NotANumber, QueryError
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.search import Hit, Ranking
 
@@ -63,7 +63,12 @@ class Rerank:
         return [Continuation(self.prompt_of(hit), prompt.words) for prompt, hit in pairs]
 
     def ranked(self, rankings: Sequence[Ranking], log_likelihoods: Float64, k: int) -> list[Ranking]:
-        """The best `k` of each; equal ones stay in the order of the search."""
+        """The best `k` of each; equal ones stay in the order of the search.
+
+        Raises:
+            NotANumber: a log-likelihood is.
+        """
+        log_likelihoods = checked_likelihoods(log_likelihoods)
         ends = np.cumsum([len(ranking.hits) for ranking in rankings])
         each = np.split(log_likelihoods, ends[:-1])
         return [
@@ -72,10 +77,26 @@ class Rerank:
         ]
 
 
+def checked_likelihoods(log_likelihoods: Float64) -> Float64:
+    """What a session answered.
+
+    Raises:
+        NotANumber: it holds NaN or +inf.
+    """
+    if not (log_likelihoods < np.inf).all():
+        raise NotANumber(
+            "the model answered NaN or +inf as the log-probability of a query: its weights are damaged, or its dtype "
+            "overflows."
+        )
+    return log_likelihoods
+
+
 def rescored(hits: Sequence[Hit], log_likelihoods: Float64, weight: float) -> tuple[Hit, ...]:
     """The hits of one query in their new order. log_likelihoods: (n,) log p(query | image) of each."""
     if not hits:
         return ()
+    if not weight:  # which makes nothing of a probability of zero
+        log_likelihoods = np.zeros(len(hits))
     before = np.array([hit.log_prob if hit.ranked_by is None else hit.ranked_by for hit in hits])
     mean = np.logaddexp.reduce(log_likelihoods) - np.log(len(hits))
     ranked_by = before + weight * (log_likelihoods - (mean if np.isfinite(mean) else 0.0))

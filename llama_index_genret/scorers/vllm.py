@@ -19,7 +19,7 @@ import numpy as np
 from llama_index_genret.errors import QueryError, ServerError
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session
-from llama_index_genret.scorers.http import AsyncConnection, Connection, Server, json_object
+from llama_index_genret.scorers.http import AsyncConnection, Connection, Server, json_objects, said_by, shown_address
 from llama_index_genret.scorers.rerank import Continuation, Float64
 from llama_index_genret.search import Normalise, Rows
 
@@ -31,6 +31,9 @@ MAX_TOKENS_ASKED = 128
 
 ROOM_FOR_IDENTIFIER = 16
 """Tokens of the served context kept free behind the prompt."""
+
+ROUNDING = 1e-2
+"""A log-probability may lie above 0 by so much: servers compute with 16 bits."""
 
 MAX_PROMPTS = 256
 """Prompts in one request; a server's queue holds more, its body limit may not."""
@@ -131,24 +134,21 @@ class VllmScorer:
 
     def _choose_model(self, response: httpx.Response) -> tuple[str, int | None]:
         """Name and context length of the served model."""
-        models = {
-            m.get("id"): m.get("max_model_len") for m in json_object(response).get("data", []) if isinstance(m, dict)
-        }
-        named = [str(name) for name in models if str(name).startswith(served_name(""))]
+        models = _models(response)
+        where = shown_address(self.server.api_base)
+        named = [name for name in models if name.startswith(served_name(""))]
         own = served_name(self._weights_id or "")
         if self._weights_id and named and own not in named:
             raise ServerError(
-                f"{self.server.api_base} serves the weights {sorted(n.removeprefix(served_name('')) for n in named)}, "
+                f"{where} serves the weights {sorted(n.removeprefix(served_name('')) for n in named)}, "
                 f"the index has {self._weights_id}: it was trained or grew since, or is another one. Restart "
                 "`genret serve` on this index."
             )
         others = [name for name in models if name not in named]
         name = self._model or (own if own in named else others[0] if len(others) == 1 else None)
-        if name not in models:
-            raise ServerError(
-                f"{self.server.api_base} serves {sorted(map(str, others))}, not {name!r}: name one of them as model."
-            )
-        return str(name), models[name]
+        if name is None or name not in models:
+            raise ServerError(f"{where} serves {sorted(others)}, not {name!r}: name one of them as model.")
+        return name, models[name]
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,13 @@ class _AsyncHttpSession:
         posts = [_likelihood_request(self.model, group) for group in groups]
         answers = await asyncio.gather(*(self.connection.request("POST", "/completions", post) for post in posts))
         return _read_likelihoods(groups, answers)
+
+
+def _models(response: httpx.Response) -> dict[str, int | None]:
+    """Context length of every served model, None where it is not told."""
+    models = json_objects(response, "data")
+    found = {model.get("id"): model.get("max_model_len") for model in models if isinstance(model.get("id"), str)}
+    return {str(name): length if type(length) is int and length > 0 else None for name, length in found.items()}
 
 
 def _check_prompts(prompts: Sequence[Prompt], model: str, max_model_len: int | None) -> None:
@@ -241,15 +248,18 @@ def _merge(rows: Rows, groups: Sequence[Sequence[Part]], answers: Sequence[httpx
     for group, answer in zip(groups, answers, strict=True):
         for part, choice in zip(group, _choices(answer, len(group)), strict=True):
             start = rows.offsets[part.row] + part.start
-            scores[start : start + len(part.token_ids)] = _read_choice(choice, part, answer.url)
+            scores[start : start + len(part.token_ids)] = _read_choice(choice, part, said_by(answer))
     return scores
 
 
 def _choices(answer: httpx.Response, n_prompts: int) -> list[dict[str, Any]]:
-    choices = sorted(json_object(answer).get("choices", []), key=lambda choice: int(choice.get("index", 0)))
-    if len(choices) != n_prompts:
-        raise ServerError(f"{answer.url} answered {len(choices)} choices for {n_prompts} prompts.")
-    return choices
+    choices = json_objects(answer, "choices")
+    if len(choices) == n_prompts == 1:
+        return choices
+    by_index = {choice["index"]: choice for choice in choices if type(choice.get("index")) is int}
+    if by_index.keys() != set(range(n_prompts)) or len(choices) != n_prompts:
+        raise ServerError(f"{said_by(answer)} answered other choices than one for each of {n_prompts} prompts.")
+    return [by_index[place] for place in range(n_prompts)]
 
 
 def _likelihood_groups(
@@ -274,20 +284,31 @@ def _read_likelihoods(groups: Sequence[Sequence[Continuation]], answers: Sequenc
             try:
                 places = choice["prompt_logprobs"][-len(one.token_ids) :]
                 pairs = zip(places, one.token_ids, strict=True)
-                found.append(sum(float(place[str(token)]["logprob"]) for place, token in pairs))
-            except (KeyError, IndexError, TypeError, ValueError) as error:
+                found.append(sum(_log_prob(place[str(token)]["logprob"]) for place, token in pairs))
+            except _NOT_THERE as error:
                 raise ServerError(
-                    f"{answer.url} did not give the log-probabilities of the prompt that a re-ranking asks for "
+                    f"{said_by(answer)} did not give the log-probabilities of the prompt that a re-ranking asks for "
                     f"({error!r}). It must be a vLLM server (0.30 or newer)."
                 ) from error
     return np.array(found)
 
 
-def _read_choice(choice: dict[str, Any], part: Part, url: httpx.URL) -> list[float]:
+_NOT_THERE = (KeyError, IndexError, TypeError, ValueError, OverflowError)
+
+
+def _log_prob(value: Any) -> float:
+    """The number, minus infinity included. Raises ValueError if it cannot be a log-probability."""
+    number = float(value)
+    if not number <= ROUNDING:
+        raise ValueError(f"{number} is no log-probability")
+    return number
+
+
+def _read_choice(choice: dict[str, Any], part: Part, url: str) -> list[float]:
     try:
         top = choice["logprobs"]["top_logprobs"][0]
-        return [float(top[f"token_id:{token}"]) for token in part.token_ids]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        return [_log_prob(top[f"token_id:{token}"]) for token in part.token_ids]
+    except _NOT_THERE as error:
         raise ServerError(
             f"{url} did not give the log-probabilities asked for ({error!r}). It must be a vLLM server (0.30 or newer) "
             "started with --max-logprobs -1, as `genret serve` does."

@@ -2,5 +2,6 @@
 
 from llama_index_genret.search.engine import search
 from llama_index_genret.search.interface import Hit, Normalise, Ranking, Row, Rows, Steps
+from llama_index_genret.search.scores import checked
 
-__all__ = ["Hit", "Normalise", "Ranking", "Row", "Rows", "Steps", "search"]
+__all__ = ["Hit", "Normalise", "Ranking", "Row", "Rows", "Steps", "checked", "search"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_index_genret.errors import SearchError
+from llama_index_genret.errors import NotANumber, SearchError
 from llama_index_genret.search.interface import Float64, Int64, Normalise
 
 
@@ -16,13 +16,13 @@ def checked(scores: NDArray[np.floating], offsets: Int64) -> NDArray[np.floating
     """(m,) a scorer's answer.
 
     Raises:
-        SearchError: it has another length, or holds NaN or +inf.
+        SearchError: it has another length. NotANumber: it holds NaN or +inf.
     """
     scores = np.asarray(scores)
     if scores.shape != (offsets[-1],):
         raise SearchError(f"the scorer answered {scores.shape} scores for {offsets[-1]} tokens.")
     if not scores.max() < np.inf:
-        raise SearchError("the scorer answered NaN or +inf: its weights are damaged, or its dtype overflows.")
+        raise NotANumber("the scorer answered NaN or +inf: its weights are damaged, or its dtype overflows.")
     return scores
 
 

@@ -19,8 +19,9 @@ from safetensors.numpy import save_file
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import DuplicateImage, UnknownImage
 from llama_index_genret.identifiers import Identifier, Scheme
-from llama_index_genret.store.folder import commit
-from llama_index_genret.store.index import EDITS, PRIOR, Index, load_index, write_records
+from llama_index_genret.store.folder import check_unchanged, commit, only_writer_of
+from llama_index_genret.store.index import EDITS, PRIOR, Index, load_index
+from llama_index_genret.store.records import write_records
 from llama_index_genret.store.weights import NEW_ROWS, NewRows
 from llama_index_genret.store.written import PSEUDO_QUERIES, WrittenQueries, write_written
 from llama_index_genret.tokenization import IndexTokenizer
@@ -35,6 +36,8 @@ def remove_images(index: Index, image_ids: Sequence[str]) -> Index:
 
     Raises:
         UnknownImage: the index has no such image; nothing is removed.
+        IndexChanged: another process has written the index since it was loaded. IndexBusy, NotWritten: it cannot be
+            written now. Nothing is removed.
     """
     unknown = [image_id for image_id in image_ids if image_id not in index.rows_by_id]
     if unknown:
@@ -66,6 +69,7 @@ def add_images(
         new_rows: of all symbols that the trained weights lack, in place of those stored.
     Raises:
         DuplicateImage: an image id is in the index already. IdentifierCollision: an identifier is.
+        IndexChanged, IndexBusy, NotWritten: as of `remove_images`.
     """
     twice = [record.image_id for record in records if record.image_id in index.rows_by_id]
     if twice:
@@ -84,14 +88,20 @@ def add_images(
 
 
 def store_pseudo_queries(index: Index, written: Sequence[WrittenQueries]) -> Index:
-    """Store what a model has written of the images, in place of anything stored before; in the order of the records."""
+    """Store what a model has written of the images, in place of anything stored before; in the order of the records.
+
+    Raises:
+        IndexChanged, IndexBusy, NotWritten: as of `remove_images`.
+    """
     lines = sorted(written, key=lambda line: index.rows_by_id[line.image_id])
-    commit(
-        index.folder,
-        index.manifest,
-        lambda into: write_written(into, lines),
-        keep=lambda name: name != PSEUDO_QUERIES,
-    )
+    with only_writer_of(index.folder):
+        check_unchanged(index.folder, index.manifest)
+        commit(
+            index.folder,
+            index.manifest,
+            lambda into: write_written(into, lines),
+            keep=lambda name: name != PSEUDO_QUERIES,
+        )
     return load_index(index.folder)
 
 
@@ -154,7 +164,9 @@ def _write(
         "tokenizer": index.tokenizer.fingerprint,
     }
     manifest = index.manifest.model_copy(update=changed_fields)
-    commit(index.folder, manifest, write, keep=lambda name: name not in replaced)
+    with only_writer_of(index.folder):
+        check_unchanged(index.folder, index.manifest)
+        commit(index.folder, manifest, write, keep=lambda name: name not in replaced)
     return load_index(index.folder)
 
 

@@ -6,8 +6,8 @@ Knows files and the light parts; nothing of torch or LlamaIndex.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +15,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from llama_index_genret.corpus import Record
-from llama_index_genret.errors import IndexDamaged, ModelMismatch
+from llama_index_genret.durable import make_folder, writing
+from llama_index_genret.errors import (
+    IdentifierError,
+    IndexChanged,
+    IndexDamaged,
+    IndexNotFound,
+    ModelMismatch,
+    NotWritten,
+)
 from llama_index_genret.identifiers import Alphabet, Identifier, Scheme, get_scheme
 from llama_index_genret.prompts import Prompt, PromptSet
 from llama_index_genret.search import Hit
+from llama_index_genret.store.arrays import read_npy, read_safetensors
 from llama_index_genret.store.filters import Columns, MetadataFilters
 from llama_index_genret.store.folder import (
     FORMAT_VERSION,
@@ -30,9 +39,11 @@ from llama_index_genret.store.folder import (
     ModelEntry,
     check_free,
     commit,
+    only_writer_of,
     read_manifest,
     verify,
 )
+from llama_index_genret.store.records import RECORDS, read_records, write_records
 from llama_index_genret.store.scoring import RerankBy, Scoring, ScoringChoice
 from llama_index_genret.store.weights import (
     ADAPTER,
@@ -115,9 +126,11 @@ class Index:
         """(records,) log p(image | no query), NaN where it is not known; None before `genret tune`."""
         if PRIOR not in self.manifest.files:
             return None
-        log_prior: NDArray[np.float32] = np.load(self.file(PRIOR), allow_pickle=False)
-        if log_prior.shape != (len(self.records),):
-            raise IndexDamaged(f"{PRIOR} of {self.folder} is {log_prior.shape} for {len(self.records)} images.")
+        log_prior = read_npy(self.file(PRIOR))
+        if log_prior.shape != (len(self.records),) or log_prior.dtype.kind != "f":
+            raise IndexDamaged(
+                f"{PRIOR} of {self.folder} is {log_prior.dtype} {log_prior.shape} for {len(self.records)} images."
+            )
         return log_prior
 
     @cached_property
@@ -234,8 +247,8 @@ class Index:
     def scheme(self) -> Scheme:
         """The scheme with its frozen codebooks."""
         scheme = get_scheme(self.manifest.scheme, **self.manifest.scheme_options)
-        arrays = load_file(self.file("codebooks.safetensors")) if "codebooks.safetensors" in self.manifest.files else {}
-        scheme.restore(arrays)
+        name = "codebooks.safetensors"
+        scheme.restore(read_safetensors(self.file(name)) if name in self.manifest.files else {})
         return scheme
 
     def new_token_ids(self) -> list[int]:
@@ -249,10 +262,18 @@ class Index:
 
         Raises:
             IndexDamaged: it is missing or differs from the manifest.
+            IndexChanged: another process has written the index since it was loaded, and what it held is gone.
         """
         entry = self.manifest.files[name]
         path = self.folder / entry.path
-        verify(path, entry)
+        try:
+            verify(path, entry)
+        except IndexDamaged as error:
+            if _manifest_of(self.folder) == self.manifest:
+                raise
+            raise IndexChanged(
+                f"{self.folder} was written anew since it was loaded, {name!r} of that version is gone: load it again."
+            ) from error
         return path
 
     def adapter_folder(self) -> Path:
@@ -297,6 +318,7 @@ def create_index(
         overwrite: whether an index that is there already may be replaced, its trained weights included.
     Raises:
         IndexExists: there is an index in `folder` already, or something else.
+        IndexBusy, NotWritten: somebody else writes it, or nobody can.
         IdentifierError: identifiers are not unique, or a symbol is not one token.
     """
     check_free(folder, overwrite=overwrite)
@@ -323,19 +345,45 @@ def create_index(
         prompts=prompts,
         files={},
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    commit(folder, manifest, write, keep=lambda name: False)
+    with writing(folder):
+        make_folder(folder)
+    try:
+        with only_writer_of(folder):
+            check_free(folder, overwrite=overwrite)
+            commit(folder, manifest, write, keep=lambda name: False)
+    except NotWritten:
+        with suppress(OSError):  # pictures, or an older index
+            folder.rmdir()
+        raise
     return load_index(folder)
 
 
 def load_index(folder: Path) -> Index:
-    """Open an index. The trie is memory-mapped; trained weights are not read.
+    """Open an index. Every file that is read is held against its checksum first, the trie's too, which is then
+    memory-mapped. Trained weights are not read; `Index.file` verifies them when they are.
+
+    What another process writes meanwhile is no error: the newer version is read.
 
     Raises:
         IndexNotFound, IndexVersionError, IndexDamaged: as their names say; each names the file.
     """
-    manifest = read_manifest(folder)
+    while True:
+        manifest = read_manifest(folder)
+        try:
+            return _loaded(folder, manifest)
+        except IndexDamaged:
+            if _manifest_of(folder) in (manifest, None):
+                raise
 
+
+def _manifest_of(folder: Path) -> Manifest | None:
+    try:
+        return read_manifest(folder)
+    except (IndexNotFound, IndexDamaged):
+        return None
+
+
+def _loaded(folder: Path, manifest: Manifest) -> Index:
     def verified(name: str) -> Path:
         if name not in manifest.files:
             raise IndexDamaged(f"{folder / MANIFEST} names no file {name!r}. Make the index anew with `genret index`.")
@@ -343,31 +391,36 @@ def load_index(folder: Path) -> Index:
         verify(path, manifest.files[name])
         return path
 
-    rows = [json.loads(line) for line in verified("records.jsonl").read_text(encoding="utf-8").splitlines()]
-    identifiers = tuple(tuple(row.pop("identifier")) for row in rows)
     folders = [Path(folder).absolute() for folder in manifest.folders]
+    records, identifiers = read_records(verified(RECORDS), folders)
     tokenizer = IndexTokenizer.from_file(verified("tokenizer.json"))
     if tokenizer.fingerprint != manifest.tokenizer:
         raise IndexDamaged(f"{folder / MANIFEST} records another tokenizer than tokenizer.json beside it.")
-    base, keys = open_trie(verified("trie.bin")), np.load(verified("leaf_to_record.npy"), allow_pickle=False)
+    edits = verified(EDITS) if EDITS in manifest.files else None
     return Index(
         folder=folder,
         manifest=manifest,
-        records=tuple(Record.from_json(row, folders[row.pop("folder")]) for row in rows),
+        records=records,
         identifiers=identifiers,
-        trie=with_edits(base, keys, load_file(verified(EDITS)))
-        if EDITS in manifest.files
-        else LiveTrie(base, keys=keys),
+        trie=_trie(verified("trie.bin"), verified("leaf_to_record.npy"), edits, len(records)),
         tokenizer=tokenizer,
     )
 
 
-def write_records(
-    into: Path, records: Sequence[Record], identifiers: Sequence[Identifier], folders: Sequence[int]
-) -> None:
-    """Write `records.jsonl`: one image a line, with its name and the position of its folder in the manifest."""
-    lines = (
-        json.dumps({**record.to_json(), "identifier": identifier, "folder": folder}, ensure_ascii=False)
-        for record, identifier, folder in zip(records, identifiers, folders, strict=True)
-    )
-    (into / "records.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+def _trie(path: Path, leaf_to_record: Path, edits: Path | None, n_records: int) -> LiveTrie:
+    base = open_trie(path)
+    try:
+        keys = read_npy(leaf_to_record)
+        if keys.dtype != np.int64 or keys.shape != (base.n_leaves,):
+            raise ValueError(f"{leaf_to_record.name} is {keys.dtype} {keys.shape} for {base.n_leaves} identifiers")
+        trie = with_edits(base, keys, read_safetensors(edits)) if edits else LiveTrie(base, keys=keys)
+        rows = trie.key(np.arange(trie.n_leaves))
+        if trie.live is not None:
+            rows = rows[trie.live.contains(np.arange(trie.n_leaves))]
+        if not np.array_equal(np.sort(rows), np.arange(n_records)):
+            raise ValueError(f"{len(rows)} identifiers do not stand for {n_records} images, each once")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, IdentifierError) as error:
+        raise IndexDamaged(
+            f"the names in {path.parent} cannot be used: {error}. Restore the index, or make it anew."
+        ) from error
+    return trie

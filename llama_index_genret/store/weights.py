@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from llama_index_genret.corpus import Record
 from llama_index_genret.identifiers import Identifier
+from llama_index_genret.store.arrays import read_safetensors
 from llama_index_genret.store.folder import FileEntry
 
 ADAPTER, UPDATE = "adapter/", "update/"
@@ -58,7 +59,7 @@ class NewRows:
     @classmethod
     def load(cls, path: Path) -> NewRows:
         """Read what `save` wrote."""
-        arrays: dict[str, NDArray[Any]] = load_file(path)
+        arrays = read_safetensors(path)
         token_ids, modules = arrays.pop("token_ids"), dict[str, dict[str, NDArray[Any]]]()
         for key, array in arrays.items():
             module, _, name = key.partition("/")

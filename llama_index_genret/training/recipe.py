@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from llama_index_genret.durable import only_writer, writing
 from llama_index_genret.errors import MissingExtra, TrainingError
 from llama_index_genret.modeling import Mllm, last_hidden_states, load_base, load_trained, vision_features
 from llama_index_genret.store import PSEUDO_QUERIES, Index, load_index, store_adapter, store_update
@@ -40,8 +40,9 @@ try:
     from peft import LoraConfig, get_peft_model
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from tqdm.auto import tqdm
-    from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
+    from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+
+    from llama_index_genret.training.checkpoints import CheckpointedTrainer, discard, last_whole_checkpoint
 except ImportError as error:
     raise MissingExtra("training needs peft and accelerate: pip install 'llama-index-genret[train]'.") from error
 
@@ -53,6 +54,8 @@ FITTED_QUERIES = 8192
 
 WORK = "training"
 """Folder of a run's checkpoints, inside the index; removed when the run is complete."""
+
+LOCK = "training.lock"
 
 
 def train(
@@ -73,6 +76,7 @@ def train(
     Returns:
         The index as stored, trained.
     Raises:
+        IndexBusy: another training of the index runs. NotWritten: the disk is full, or read only.
         TrainingError: no captions, no new images, the loss is not a number, or the batch does not divide among the
             processes.
         ModelMismatch: the base model has changed. NotTrained: an update of an index that was never trained.
@@ -83,8 +87,33 @@ def train(
     new = added_rows(index) if update else None
     if options.symbol_start not in ("images", "teacher", "noise"):
         raise TrainingError(f"symbol_start={options.symbol_start!r} must be 'images', 'teacher' or 'noise'.")
-    torch.manual_seed(options.seed)
     processes = PartialState(cpu=device == "cpu")
+    with _only_training_of(index, processes):
+        return _train(index, options, processes, new, device=device, show_progress=show_progress)
+
+
+@contextlib.contextmanager
+def _only_training_of(index: Index, processes: PartialState) -> Iterator[None]:
+    """Two runs would write into one folder of checkpoints, and the first to end would remove the other's."""
+    busy = f"another training of {index.folder} is running: wait until it is done, and run the command again."
+    with contextlib.ExitStack() as stack:
+        if processes.is_main_process:
+            with writing(index.folder):
+                stack.enter_context(only_writer(index.folder / LOCK, busy=busy))
+        yield
+
+
+def _train(
+    index: Index,
+    options: TrainOptions,
+    processes: PartialState,
+    new: list[int] | None,
+    *,
+    device: str,
+    show_progress: bool,
+) -> Index:
+    update = new is not None
+    torch.manual_seed(options.seed)
     show_progress = show_progress and processes.is_main_process
     share, left = divmod(options.batch_size, processes.num_processes * options.accumulate)
     if left or not share:
@@ -126,7 +155,6 @@ def train(
                 warmup_steps=max(1, steps // 20),
                 max_grad_norm=1.0,
                 save_steps=options.checkpoint_every,
-                save_total_limit=1,
                 logging_steps=max(1, min(20, steps // 5)),
                 logging_nan_inf_filter=False,
                 report_to=[],
@@ -145,11 +173,11 @@ def train(
             trainer.remove_callback(callback)
         if show_progress:
             trainer.add_callback(_Bar())
-        checkpoint = get_last_checkpoint(str(work)) if work.is_dir() else None
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        checkpoint = last_whole_checkpoint(work)
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not np.isfinite(result.training_loss):
         if processes.is_main_process:
-            shutil.rmtree(work)
+            discard(work)
         raise TrainingError(f"the loss became {result.training_loss} after {steps} steps: lower the learning rate.")
 
     final, losses = work / "final", [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -158,14 +186,15 @@ def train(
         course = {
             "steps": steps,
             "processes": processes.num_processes,
-            "resumed_at_step": int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
+            "resumed_at_step": int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
             "losses": losses,
             "final_loss": losses[-1],
         }
-        model.save_pretrained(final, state_dict=weights, save_embedding_layers=False)
+        with writing(final):
+            model.save_pretrained(final, state_dict=weights, save_embedding_layers=False)
         store = store_update if update else store_adapter
         store(index, final, dataclasses.asdict(options) | course)
-        shutil.rmtree(index.folder / WORK)
+        discard(work)
     processes.wait_for_everyone()
     return load_index(index.folder)
 
@@ -301,7 +330,7 @@ class _Bar(TrainerCallback):  # type: ignore[misc]  # transformers is untyped he
         self._bar.close()
 
 
-class _LabelTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
+class _LabelTrainer(CheckpointedTrainer):
     """Computes the LM head at the positions of the targets only, which stand at the right edge of a batch.
 
     Args:

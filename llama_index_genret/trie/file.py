@@ -80,7 +80,7 @@ def open_trie(path: Path | str) -> Trie:
                 raise ValueError(f"{name} of type {dtype}")
             arrays[name] = np.frombuffer(content, dtype, length, start + offset)
         return Trie.from_arrays(arrays)
-    except (IndexDamaged, FileNotFoundError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (IndexDamaged, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise IndexDamaged(f"no usable trie file {path}: {error}. Restore it or build the index anew.") from error
 
 

@@ -1,0 +1,186 @@
+"""The commands that change an index, on a tiny random model, and what a folder holds before and after them.
+
+Each runs in a forked process: models are loaded once, and nothing is left in memory of what was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from integration.faults.syscalls import wait_for_child
+from llama_index_genret import cli, modeling
+from llama_index_genret.batch import open_batch
+from llama_index_genret.errors import GenretError
+from llama_index_genret.prompts import Prompt
+from llama_index_genret.pseudo_queries import Answer, WriteOptions, open_writing
+from llama_index_genret.scorers.base import recall
+from llama_index_genret.scorers.fake import FakeScorer
+from llama_index_genret.store import load_index
+from llama_index_genret.training import checkpoints  # noqa: F401  # loads the Trainer before a process is forked
+from llama_index_genret.training.recipe import TrainOptions, train
+from tests.conftest import draw_pictures
+from tests.tiny_model import make_tiny_model
+
+OPTIONS = TrainOptions(max_steps=4, batch_size=2, lora_rank=2, checkpoint_every=2)
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Command:
+    """before: name of the folder that it starts from, None of none. run: takes the folder that holds `index`, `out`."""
+
+    name: str
+    before: str | None
+    run: Callable[[Path], None]
+
+
+class Workshop:
+    """A model, pictures, the folders that commands start from, and the folder that they work in."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.place = root, root / "place"
+        self.pictures = draw_pictures(root / "pictures")
+        self.more = draw_pictures(root / "more")
+        metadata = self.more / "metadata.jsonl"
+        first = metadata.read_text().splitlines()[0].replace("red-circle", "another")
+        (self.more / "red-circle.png").rename(self.more / "another.png")
+        metadata.write_text(first + "\n")
+        self.queries = root / "queries.jsonl"
+        self.queries.write_text("".join(f'{{"query": "picture {n}"}}\n' for n in range(9)))
+        self.model = make_tiny_model(root / "model")
+        mllm = modeling.load_mllm(str(self.model), device="cpu")
+        modeling.load_mllm = lambda *_, **__: mllm  # each process has its own copy
+        self._bases = {None: root / "nothing"}
+        (root / "nothing").mkdir()
+
+    @cached_property
+    def commands(self) -> dict[str, Command]:
+        """All of them, by name."""
+        new = ("index", str(self.pictures), "--model", str(self.model), "--device", "cpu", "--out")
+        found = [
+            Command("index", None, lambda at: genret(*new, at / "index")),
+            Command("index --overwrite", "tuned", lambda at: genret(*new, at / "index", "--overwrite")),
+            Command("train", "untrained", _train),
+            Command("train --update", "grown", lambda at: _train(at, update=True)),
+            Command("train --drop-update", "updated", lambda at: genret("train", at / "index", "--drop-update")),
+            Command("add", "tuned", lambda at: genret("add", at / "index", self.more, "--device", "cpu")),
+            Command("remove", "tuned", lambda at: genret("remove", at / "index", "red-bar", "red-frame", "blue-bar")),
+            Command("tune", "trained", lambda at: genret("tune", at / "index", "--device", "cpu")),
+            Command("write-queries", "untrained", _write_queries),
+            Command("export", "trained", lambda at: genret("export", at / "index", "--out", at / "out")),
+            Command("batch", "untrained", self._batch),
+        ]
+        return {command.name: command for command in found}
+
+    def lay(self, command: Command) -> None:
+        """Put what a command starts from in its place."""
+        shutil.rmtree(self.place, ignore_errors=True)
+        shutil.copytree(self._base(command.before), self.place)
+
+    def _base(self, name: str | None) -> Path:
+        if name not in self._bases:
+            made_by = {
+                "untrained": ("index",),
+                "trained": ("train",),
+                "tuned": ("tune",),
+                "grown": ("add",),
+                "updated": ("train --update",),
+            }[name]
+            for step in made_by:
+                command = self.commands[step]
+                self.lay(command)
+                status, said = wait_for_child(lambda command=command: command.run(self.place))
+                assert status == 0, said
+            self._bases[name] = self.root / name
+            self.place.rename(self._bases[name])
+        return self._bases[name]
+
+    def _batch(self, at: Path) -> None:
+        _or_exit(lambda: _answered(at, self.queries))
+
+
+def genret(*arguments: object) -> None:
+    """The command line; leaves the process."""
+    sys.argv = ["genret", *map(str, arguments)]
+    cli.main()
+
+
+def _or_exit(work: Callable[[], Any]) -> None:
+    """As `cli.main` tells an error."""
+    try:
+        work()
+    except GenretError as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _train(at: Path, *, update: bool = False) -> None:
+    index = at / "index"
+    _or_exit(lambda: train(load_index(index), OPTIONS, update=update, device="cpu", show_progress=False))
+
+
+class Writer:
+    """Says of every picture what its seed tells."""
+
+    model, fingerprint = "says what its seed tells", None
+
+    def write(self, requests: Sequence[Any], sampling: Any) -> list[list[Answer]]:
+        return [[Answer(f"picture {r.seed % 997} {place}", True) for place in range(sampling.n)] for r in requests]
+
+
+def _write_queries(at: Path) -> None:
+    def write() -> None:
+        with open_writing(load_index(at / "index"), WriteOptions(per_image=3)) as run:
+            run.finish(Writer)
+
+    _or_exit(write)
+
+
+def _answered(at: Path, queries: Path) -> None:
+    index = load_index(at / "index")
+    with open_batch(index, queries, at / "hits.jsonl") as run:
+        run.finish(FakeScorer(index.tokenizer.vocab_size), batch_size=4)
+
+
+def state_of(place: Path) -> State:
+    """What lies there, all of it read and held against its checksums; raises where it is not whole."""
+    state: State = {"out": _contents(place / "out"), "hits": _contents(place / "hits.jsonl")}
+    if not (place / "index" / "manifest.json").exists():
+        return state
+    index = load_index(place / "index")
+    for name in index.manifest.files:
+        index.file(name)
+    scorer, n = FakeScorer(index.tokenizer.vocab_size), len(index.records)
+    hits = recall(scorer, index.trie, [Prompt((1, 2))], k=n + 1)[0].hits
+    assert sorted(hit.key for hit in hits) == list(range(n)), "an image is lost, or found twice"
+    assert index.log_prior is None or len(index.log_prior) == n
+    return state | {
+        "ids": [record.image_id for record in index.records],
+        "identifiers": index.identifiers,
+        "weights": index.weights_id,
+        "new rows": index.new_rows() is not None,
+        "update": index.has_update,
+        "trained": index.unseen_rows(),
+        "tuned": index.manifest.tuned,
+        "prior": index.log_prior is not None,
+        "queries": index.pseudo_queries,
+    }
+
+
+def _contents(path: Path) -> dict[str, str]:
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def names_in(place: Path) -> list[str]:
+    """What lies there, by name; what is drawn of a name is not looked at."""
+    found = [str(path.relative_to(place)) for path in place.rglob("*")]
+    return sorted(re.sub(r"[0-9a-f]{8,}", "*", name) for name in found)

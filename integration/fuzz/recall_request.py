@@ -1,0 +1,62 @@
+"""The body of `POST /v1/recall`, up to what a scorer would be asked.
+
+A request must mean the same after it went over the wire again, and the two parsers of pydantic must agree.
+"""
+
+import json
+from contextlib import suppress
+
+import numpy as np
+from pydantic import ValidationError
+
+from integration.fuzz.small_index import small_index
+from llama_index_genret.endpoint.registry import LoadedIndex
+from llama_index_genret.endpoint.wire import RecallRequest
+from llama_index_genret.errors import GenretError
+from llama_index_genret.images import from_data_url, load_image
+
+PIXEL = b"data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
+SEEDS = (
+    b'{"query": "red", "k": 3, "filters": {"shape": ["bar", "frame"], "year": 1999}, "eta": 0.5, "rerank": 2}',
+    b'{"queries": ["a", "b"], "beam_width": 5, "mode": "exact", "budget": 9, "rerank_by": "image", "index": "x"}',
+    b'{"query": "a", "filters": {"filters": [{"key": "year", "value": 7, "operator": ">"}, '
+    b'{"filters": [{"key": "shape", '
+    b'"operator": "is_empty"}], "condition": "not"}], "condition": "or"}, "version": "0"}',
+    b'{"image": "%s", "query": "but blue"}' % PIXEL,
+)
+WORDS = (
+    *(b'"query"', b'"queries"', b'"image"', b'"k"', b'"filters"', b'"key"', b'"value"', b'"operator"', b'"condition"'),
+    *(b'"and"', b'"or"', b'"not"', b'"=="', b'"!="', b'">="', b'"in"', b'"nin"', b'"any"', b'"all"', b'"contains"'),
+    *(b'"text_match"', b'"text_match_insensitive"', b'"is_empty"', b'"year"', b'"shape"', b'"public"', b'"note"'),
+    *(b"NaN", b"-Infinity", b"1e999", b"1" * 40, b"\\ud800", b"\\u0000", b"null", b"true", b"[[[[", b"<|im_end|>"),
+)
+
+
+def one(data: bytes) -> None:
+    index = small_index()
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):  # which FastAPI answers by itself
+        return
+    try:
+        request = RecallRequest.model_validate(body)
+    except ValidationError:
+        return
+    sent = json.dumps(request.model_dump(mode="json"), allow_nan=False).encode()
+    assert RecallRequest.model_validate_json(sent) == request
+    for text in request.texts():
+        with suppress(GenretError):
+            tokens = index.prompts.for_query(index.tokenizer, text).words
+            assert not set(tokens) & set(index.tokenizer.encode_markup("<|im_start|><|im_end|><image>"))
+    if request.image is not None:
+        with suppress(GenretError):
+            assert load_image(from_data_url(request.image)).mode == "RGB"
+    with suppress(GenretError):
+        conditions = request.conditions()
+        leaves = LoadedIndex("x", index).leaf_filter(conditions)
+        if conditions is not None and leaves is not None:
+            passing = index.columns.passing(conditions)
+            assert leaves.n_allowed == np.count_nonzero(passing)
+    with suppress(GenretError):
+        scoring = index.scoring(request.choice())
+        assert scoring.eta >= 0

@@ -1,0 +1,144 @@
+"""The recall routes against their own OpenAPI description: requests that fit it and such that do not, by schemathesis.
+
+In vLLM's own app, with its error handlers, but without its engine: a table answers in its place.
+"""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from integration.fuzz.recall_request import PIXEL
+from integration.fuzz.small_index import small_index
+from llama_index_genret.endpoint.wire import INDEXES_VARIABLE, MAX_WEIGHT, MIDDLEWARE
+from llama_index_genret.prompts import Prompt
+from llama_index_genret.scorers.fake import FakeScorer
+from llama_index_genret.store import Scoring, Tuned, load_index, store_tuned
+
+# The test client of Starlette, through which schemathesis asks, leaves its streams to the garbage collector.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Unclosed <MemoryObject:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+class TableEngine:
+    """What `EngineScorer` asks of vLLM's engine, answered by a table."""
+
+    def __init__(self, vocabulary):
+        self._table = FakeScorer(vocabulary)
+        self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=1000))
+        self.renderer = self
+
+    async def render_cmpl_async(self, asked):
+        assert all(one["multi_modal_data"]["image"].mode == "RGB" for one in asked)
+        return [{"prompt_token_ids": one["prompt_token_ids"]} for one in asked]
+
+    async def generate(self, prompt, params, request_id, lora_request=None):
+        ids = prompt["prompt_token_ids"]
+        row = self._table.logits(Prompt(tuple(ids)), ())
+        log_probs = row - np.logaddexp.reduce(row)
+        wanted = [0, *(params.logprob_token_ids or [])]
+        flat = SimpleNamespace(token_ids=wanted, logprobs=[float(log_probs[token]) for token in wanted])
+        told = [{token: SimpleNamespace(logprob=float(log_probs[token]))} for token in ids]
+        yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=flat)], prompt_logprobs=[None, *told[1:]])
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    """vLLM's, over an index with a prior."""
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    index = small_index()
+    folder = shutil.copytree(index.folder, tmp_path_factory.mktemp("served") / "index")
+    prior = np.log(np.full(len(index.records), 1 / len(index.records), np.float32))
+    index = store_tuned(load_index(folder), prior, Tuned(scoring=Scoring(eta=0.5), queries=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(INDEXES_VARIABLE, f"small={index.folder}")
+        args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--middleware", MIDDLEWARE])
+        app = build_app(args, ("generate",))
+        app.state.engine_client = TableEngine(index.tokenizer.vocab_size)
+        app.state.log_stats = False
+        app.state.openai_serving_models = SimpleNamespace(lora_requests={})
+        yield app
+
+
+@pytest.fixture(scope="module")
+def operations(app):
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app).include(path_regex="^/v1/recall")
+    return {operation.ok().path: operation.ok() for operation in schema.get_all_operations()}
+
+
+@pytest.fixture
+async def client(app):
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("path", "mode", "examples"),
+    [
+        ("/v1/recall", GenerationMode.POSITIVE, 100),
+        ("/v1/recall", GenerationMode.NEGATIVE, 100),
+        ("/v1/recall/indexes", GenerationMode.POSITIVE, 1),
+    ],
+)
+def test_the_routes_do_what_their_description_says(operations, path, mode, examples):
+    """But that they refuse what no schema can tell: an index that is not there, or a key that no image has."""
+    operation = operations[path]
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(operation.as_strategy(generation_mode=mode))
+    def holds(case):
+        case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+    holds()
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"query": "a", "filters": {"shape": "bar"}}', 200),
+        (b'{"image": "%s"}' % PIXEL, 200),
+        (b'{"query": "a", "eta": %d, "rerank": 2, "rerank_weight": %d}' % (MAX_WEIGHT, MAX_WEIGHT), 200),
+        (b'{"query": "<|im_end|>"}', 200),
+        (b'{"query": "a", "eta": 1e308}', 400),
+        (b'{"query": "\\ud800"}', 400),
+        (b'{"query": "a", "index": "\\ud800"}', 400),
+        (b'{"query": "a", "filters": {"\\ud800": 1}}', 400),
+        (b'{"query": "a", "\\ud800": 1}', 400),
+        (b'{"query": "a", "filters": {"year": NaN}}', 400),
+        (b'{"query": "a", "k": NaN}', 400),
+        (b'{"query": "a", "filters": {"no": 1}}', 400),
+        (json.dumps({"query": "a", "filters": {str(i): 1 for i in range(1001)}}).encode(), 400),
+        (b'{"query": ""}', 400),
+        (b'{"query": "%s"}' % (b"a " * 100_000), 400),
+        (b'{"query": "a", "k": %s}' % (b"9" * 400), 400),
+        (b'{"query": "a", "k": %s}' % (b"9" * 5000), 400),
+        (b"[" * 100_000, 400),
+        (b'{"query": "a", "filters": %s}' % (b'{"filters": [' * 5000), 400),
+        (b"\xff\xfe{", 400),
+        (b"", 400),
+        (b'{"image": "data:image/png;base64,AAAA"}', 400),
+        (b'{"image": "data:image/png;base64,\xc3\xa9"}', 400),
+        (b'{"image": "http://127.0.0.1:1/a.png"}', 400),
+        (b'{"query": "a", "index": "other"}', 404),
+        (b'{"query": "a", "version": "0"}', 404),
+    ],
+)
+async def test_a_body_is_answered_or_refused_in_the_shape_of_the_openai_api(client, body, status):
+    answer = await client.post("/v1/recall", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status, answer.text[:300]
+    if status != 200:
+        refused = answer.json()
+        assert refused.get("detail") or refused["error"]["code"] == status  # FastAPI's own, where it reads no JSON
+        assert len(answer.content) < 20_000

@@ -1,0 +1,49 @@
+"""Processes that are killed, disks that are full and power that goes, at every point; bits that flip.
+
+All commands, all points: `python -m integration.faults`, `python -m integration.faults.flips --trials 2000`.
+"""
+
+import pytest
+
+from integration.faults.commands import Workshop
+from integration.faults.flips import flips, full_index
+from integration.faults.syscalls import supported
+from integration.faults.trials import KINDS, Trials
+from llama_index_genret import modeling
+
+pytestmark = pytest.mark.skipif(not supported(), reason="needs Linux 5.5 on x86-64 with seccomp")
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(modeling, "load_mllm", modeling.load_mllm)  # the workshop lends its model to all
+        yield Workshop(tmp_path_factory.mktemp("faults").resolve())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "few"),
+    [
+        ("remove", "kill", True),
+        ("remove", "power", False),
+        ("remove", "full", True),
+        ("remove", "read", False),
+        ("remove", "race", True),
+        ("index", "power", False),
+        ("export", "power", False),
+        ("write-queries", "kill", True),
+        ("batch", "kill", True),
+        ("train", "power", True),
+        ("train", "read", False),
+    ],
+)
+def test_at_every_point(workshop, name, kind, few):
+    found = KINDS[kind](Trials(workshop, workshop.commands[name], few=few))
+    assert found.figures["points"] >= 8
+    assert found.failures == []
+
+
+def test_a_flipped_bit_or_a_cut_is_found_and_named(workshop):
+    counts, failures = flips(full_index(workshop), trials=150)
+    assert failures == []
+    assert counts["found"] > 100
