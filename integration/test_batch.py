@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from llama_index_genret.cli.models import VLLM_ENVIRONMENT
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.search import Normalise
+from llama_index_genret.store import load_index
 
 OWNER = "GENRET_TEST_OWNER"
 """Variable by which a process and all that it starts are known."""
@@ -135,3 +137,23 @@ def test_text_and_image_prompts_in_one_search_score_as_in_the_process(trained_in
     np.testing.assert_array_equal(found[..., 0], expected[..., 0])
     np.testing.assert_allclose(found[..., 1], expected[..., 1], atol=1e-3)
     assert len({tuple(row) for row in expected[1::2, :, 0]}) > 2, "the pictures make no difference"
+
+
+def test_offline_queries_are_written_of_the_pictures_and_stored_with_where_they_come_from(
+    pictures, tiny_model_dir, tmp_path
+):
+    """`genret write-queries --offline` by the base model: most of what it babbles is refused, but not all."""
+    bare = tmp_path / "bare"
+    shutil.copytree(pictures, bare, ignore=shutil.ignore_patterns("metadata.jsonl"))
+    genret_json("index", bare, "--out", tmp_path / "index", "--model", tiny_model_dir, "--device", "cpu")
+    summary = genret_json("write-queries", tmp_path / "index", "--offline", "--batch-size", 10)
+    lines = load_index(tmp_path / "index").pseudo_queries
+    texts = [query.text for line in lines.values() for query in line.queries]
+    assert summary["images"] == len(lines) == 20
+    assert summary["pseudo_queries"] == summary["queries"] == len(texts) > 0
+    assert sum(summary["refused"].values()) > 20
+    assert all(texts)
+    provenance = {line.provenance for line in lines.values()}
+    assert [(one.written_by, one.model, one.fingerprint) for one in provenance] == [
+        ("vllm.LLM", str(tiny_model_dir), None)
+    ]

@@ -108,6 +108,8 @@ def test_vllm_knows_the_flags_of_the_readme():
     rows = [line for line in serving.splitlines() if line.startswith("|")]
     flags = [flags for row in rows for flags in re.findall(r"`(--[^`]*)`", row)]
     assert len(flags) >= 5
+    flags += re.findall(r"genret serve \S+(?: --port \d+)? -- ([^`#\n]*)", (ROOT / "README.md").read_text())
+    assert len(flags) >= 7, "of the block of commands, and of a machine without a GPU"
     assert all(read_by_vllm(*(["checkpoint", *shlex.split(each)] for each in flags)))
 
 

@@ -4,7 +4,7 @@
     index folder      identifiers, trie and trained weights: what `genret train`, `genret serve` and `genret query` take
 
 To make an index names the images; the model recalls them when it was trained: `train`, or `genret train` on the folder.
-What is inserted later is found at once by its name, and `untrained_ids` lists it until the next training.
+What is inserted later has its name at once; text hardly leads to it before it was learnt: `untrained_ids` lists it.
 What is deleted is found no more, at once; retrievers and engines made before see both.
 
 Knows LlamaIndex and the folder; nothing of searches. torch is needed to name images and without a server only.

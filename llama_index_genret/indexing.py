@@ -77,7 +77,7 @@ class NewNames:
 def add_to_index(
     index: Index, records: Sequence[Record], mllm: Mllm | None = None, *, progress: Progress = iter
 ) -> Index:
-    """Name images by the frozen scheme of `index` and write them into it: they are found at once, without training.
+    """Name images by the frozen scheme of `index` and write them into it: the next search may end at them.
 
     Where they bring symbols that the trained weights lack, rows are guessed from the pictures (`new_rows`): the index
     has other weights then. An index that was not trained yet needs none: the training will give them.

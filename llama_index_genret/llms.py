@@ -13,6 +13,7 @@ import httpx
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
+    ChatResponseAsyncGen,
     ChatResponseGen,
     CompletionResponse,
     CompletionResponseGen,
@@ -64,6 +65,9 @@ class _ServerLLM(OpenAILike):  # type: ignore[misc]  # it has no types
     One TLS context for all, of which each takes 30 ms to read; and no connection is kept open after its answer, as
     LlamaIndex does not close the client of a stream.
 
+    LlamaIndex's chat engines begin each request with their system prompt, an empty one where none was given: a model
+    that was never taught with one sees its template's words for it. It is not sent.
+
     Key, headers and login are in no `repr`, `to_dict` or `model_dump`; with a key it is not pickled.
     """
 
@@ -81,12 +85,37 @@ class _ServerLLM(OpenAILike):  # type: ignore[misc]  # it has no types
         state: dict[str, Any] = super().__getstate__()
         return state
 
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """See `LLM.chat`."""
+        response: ChatResponse = super().chat(_without_empty_system(messages), **kwargs)
+        return response
+
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """See `LLM.stream_chat`."""
+        response: ChatResponseGen = super().stream_chat(_without_empty_system(messages), **kwargs)
+        return response
+
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """See `LLM.achat`."""
+        response: ChatResponse = await super().achat(_without_empty_system(messages), **kwargs)
+        return response
+
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        """See `LLM.astream_chat`."""
+        response: ChatResponseAsyncGen = await super().astream_chat(_without_empty_system(messages), **kwargs)
+        return response
+
     def _get_credential_kwargs(self, is_async: bool = False) -> dict[str, Any]:
         options: dict[str, Any] = super()._get_credential_kwargs(is_async=is_async)
         if options["http_client"] is None and not self.reuse_client:
             client = DefaultAsyncHttpxClient if is_async else DefaultHttpxClient
             options["http_client"] = client(verify=_tls_context(), limits=_NONE_KEPT)
         return options
+
+
+def _without_empty_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """All but the system messages that say nothing; other empty ones have a place in the dialogue, as a tool's call."""
+    return [m for m in messages if m.role != MessageRole.SYSTEM or any(getattr(b, "text", True) for b in m.blocks)]
 
 
 _NONE_KEPT = httpx.Limits(max_keepalive_connections=0)

@@ -80,16 +80,26 @@ def test_a_child_tells_how_many_images_lie_below_it_and_how_many_pass_the_filter
             beginning += tuple(choice.symbol for choice in level.choices if choice.chosen)
 
 
-def test_a_removed_image_is_not_counted_and_an_added_one_is(pictures, tiny_mllm, tmp_path):
+def test_a_removed_image_is_not_counted_and_an_added_one_is(pictures, tiny_mllm, tmp_path, monkeypatch):
+    """The added ones wait in a second trie, which a larger index keeps until a tenth of it has changed."""
+    monkeypatch.setattr("llama_index_genret.store.edit.COMPACT_FROM", 1.0)
     corpus = read_corpus(pictures)
     whole = build_index(corpus, tmp_path / "whole", tiny_mllm)
     fewer = remove_images(whole, [corpus.records[0].image_id])
-    part = build_index(replace(corpus, records=corpus.records[1:]), tmp_path / "part", tiny_mllm)
-    more = add_to_index(part, corpus.records[:1], tiny_mllm)
+    part = build_index(replace(corpus, records=corpus.records[5:]), tmp_path / "part", tiny_mllm)
+    more = add_to_index(part, corpus.records[:5], tiny_mllm)
     assert fewer.trie.live is not None
+    assert more.trie.added is not None
+    assert more.trie.added.n_leaves >= 5
     for index in (whole, fewer, part, more):
         below = index.trie.key(leaves_below(index.trie, index.trie.roots(1)))
         assert sorted(below.tolist()) == list(range(len(index.records)))
+    hits, expanded = search(more, FakeScorer(more.tokenizer.vocab_size, spread=2.0), "a red circle")
+    assert {more.record_of(hit).image_id for hit in hits} >= {record.image_id for record in corpus.records[:5]}
+    for hit in hits:
+        (first, *_) = spelled(more, hit, expanded, None)
+        for choice in first.choices:
+            assert choice.images == sum(name[0] == choice.symbol for name in more.identifiers)
 
 
 async def test_recall_by_text_by_image_and_within_filters(client, pictures):

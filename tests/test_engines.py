@@ -369,6 +369,20 @@ def test_a_citation_leads_back_to_its_image(server, retriever, llm):
     assert "Source 4:" not in server.asked()[0]
 
 
+@pytest.mark.parametrize("how", ["sync", "async"])
+@pytest.mark.parametrize("name", [name for name in ROWS if "MultiModal" in name])
+def test_a_chat_without_a_system_prompt_sends_no_empty_one(server, retriever, llm, name, how):
+    """The engine prepends one; a template would render it, or a default in its place, as training never did."""
+    put(ROWS[name], ROWS[name].make(retriever, llm), server, how)
+    assert {message["role"] for chat in server.chats for message in chat["messages"]} == {"user"}
+
+
+def test_a_system_prompt_that_says_something_is_sent(server, retriever, llm):
+    engine = MultiModalContextChatEngine.from_defaults(retriever, multi_modal_llm=llm, system_prompt="Be brief.")
+    chat(engine)
+    assert server.chats[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+
+
 CHATS = [name for name in ROWS if "ChatEngine" in name and "streaming" not in name]
 
 

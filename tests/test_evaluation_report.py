@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from llama_index_genret import FakeScorer
 from llama_index_genret.calibration import expected_calibration_error, reliability
+from llama_index_genret.cli.look import evaluate as evaluate_command
+from llama_index_genret.errors import MissingExtra
 from llama_index_genret.evaluation import Query, baseline, evaluate
 from llama_index_genret.evaluation_report import STRIPS, worst_first, write_evaluation_report
 
@@ -138,3 +140,12 @@ def test_without_matplotlib_the_extra_is_named_and_a_page_without_charts_is_writ
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True)
     assert "MissingExtra" in done.stderr
     assert "llama-index-genret[eval]" in done.stderr
+
+
+def test_a_report_that_cannot_be_drawn_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    """Not after an hour of recalling: even the index, which is not there, is looked for later."""
+    for name in ("matplotlib", "llama_index_genret.charts"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtra, match=r"llama-index-genret\[eval\]"):
+        evaluate_command(tmp_path / "no-index", tmp_path / "queries.jsonl", report=tmp_path / "report.html")

@@ -1,7 +1,8 @@
-"""The page "In LlamaIndex" of the README: every block is run, in order, in one namespace.
+"""The Python of the README. Of its page "In LlamaIndex" every block is run, in order, in one namespace.
 
 The prelude: the working folder has a folder `photos`; the base model is a tiny one, trained for a moment; the server is
-one that answers from a table, at the address that it has.
+one that answers from a table, at the address that it has. Then the first block of all, and the one for `generate`, on
+the index that the page has left. The other blocks: `tests/test_readme_commands.py`.
 """
 
 import asyncio
@@ -10,8 +11,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from llama_index_genret.errors import PictureNotShown
+from llama_index_genret.modeling import load_trained
 from llama_index_genret.store import load_index
 from llama_index_genret.training.options import TrainOptions
 from tests.conftest import draw_pictures
@@ -19,7 +22,9 @@ from tests.openai_server import ANSWER, OpenAIServer, running
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PAGE = re.search(r"^## In LlamaIndex\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCKS = PYTHON.findall(PAGE)
+FIRST, GENERATE = PYTHON.findall(README.replace(PAGE, ""))
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +59,26 @@ def test_every_block_runs_and_does_what_is_said_of_it(page, capsys):
     assert set(names["sources"]) <= names["index"].stored.rows_by_id.keys()
     # query, two turns of the chat with the condensed question between them, citation, agent: choosing, looking, saying
     assert [len(pictures) for pictures in server.pictures()] == [3, 1, 0, 1, 2, 0, 3, 0]
+
+
+def test_the_first_block_prints_an_answer_and_the_file_that_it_is_of(page, capsys):
+    names, server = page
+    exec(compile(FIRST.replace("http://127.0.0.1:8000/v1", server.api_base), "README.md", "exec"), {})
+    said, path = capsys.readouterr().out.strip().rsplit(" ", 1)
+    assert said == ANSWER
+    assert Path(path).name in {record.file_name for record in names["index"].stored.records}
+    assert len(server.pictures()[-1]) == 1
+
+
+def test_the_logits_processor_of_the_last_block_leaves_only_identifiers(page):
+    index = load_index(Path("photos-index"))
+    model = load_trained(index, device="cpu").model
+    prompt = torch.tensor([index.prompts.for_query(index.tokenizer, "the dog at the sea").token_ids])
+    names = {"Path": Path, "model": model, "input_ids": prompt}
+    exec(compile(GENERATE.replace("model.generate", "output = model.generate"), "README.md", "exec"), names)
+    *generated, end = names["output"][0, prompt.shape[1] :].tolist()
+    assert end == index.end_token
+    assert tuple(generated) in {index.token_ids(row) for row in range(len(index.records))}
 
 
 def test_each_engine_and_name_that_the_page_has_exists(page):

@@ -75,7 +75,7 @@ def add(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Add images without training: named by the frozen scheme, they can be found at once."""
+    """Add images without training: named by the frozen scheme; `genret train --update` teaches what leads to them."""
     from llama_index_genret.corpus import read_corpus
     from llama_index_genret.indexing import add_to_index, needs_features
     from llama_index_genret.modeling import load_base
