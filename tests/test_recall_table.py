@@ -9,13 +9,17 @@ import pytest
 from integration.recall.emoji import Emoji
 from integration.recall.fusion import RRF_CONSTANT, Fusion, choose_fusion
 from integration.recall.generative import prefix_survival, recall_queries
+from integration.recall.grow import Neighbours, Stages, parted, update_recipe
+from integration.recall.grow import measure as measure_growth
 from integration.recall.openclipart import Clipart
 from integration.recall.query_sets import QuerySet, corpus_of
 from integration.recall.split import is_validation, write_queries
 from integration.recall.table import BEAM, EXACT, HYBRID, Section, measure
 from llama_index_genret import FakeScorer
+from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import CorpusError
 from llama_index_genret.evaluation import Query, baseline, evaluate, evaluation_by_score
+from llama_index_genret.training.options import TrainOptions
 
 
 def test_the_split_is_a_function_of_the_image_id_and_leaves_no_query_out(tmp_path):
@@ -202,3 +206,25 @@ def test_an_index_of_no_corpus_is_an_error_that_names_the_corpora(untrained_inde
     rows = [{"file_name": r.file_name, "text": list(r.captions)} for r in untrained_index.records]
     (tmp_path / "emoji-labels/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert corpus_of(untrained_index, tmp_path) == "emoji-labels"
+
+
+def test_a_growing_index_is_measured_at_every_stage_on_new_and_old_images(pictures, tiny_mllm, tmp_path, capsys):
+    corpus, new = parted(read_corpus(pictures), hold_out=4, limit=None, seed=0)
+    options = TrainOptions(max_steps=2, batch_size=4, lora_rank=2)
+    stages = Stages(tmp_path / "work", tiny_mllm)
+    trained = stages.trained(corpus, "atomic", options)
+    added = stages.added(trained, new)
+    updated = stages.updated(added, update_recipe(options, 2, 1.0))
+    records = added.records
+    assert len(records) - len(trained.records) == len(new) == 4
+    queries = [Query("", frozenset([record.image_id]), image=record.path) for record in records]
+    asked = QuerySet("own", "pictures", shows_images=True)
+    indexes = {"trained": trained, "added": added, "updated": updated}
+    results = measure_growth(asked, queries, indexes, Neighbours(tiny_mllm, minilm=None))
+    assert {f"new images, {stage}, vision neighbour" for stage in ("added", "updated")} <= results.keys()
+    assert results["new images, added, vision neighbour"]["recall@1"] == 1.0
+    assert results["old images lose, generative"]["recall@5"] == pytest.approx(
+        results["old images, trained, generative"]["recall@5"] - results["old images, updated, generative"]["recall@5"]
+    )
+    assert "old images lose" in capsys.readouterr().out
+    assert stages.updated(added, options).version == updated.version  # what is there is taken as it is

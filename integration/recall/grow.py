@@ -25,13 +25,13 @@ from integration.base_model import Recipe, make_base_model
 from integration.base_model import default_folder as default_model_folder
 from integration.recall.corpora import default_folder, make_corpora
 from integration.recall.generative import recall_queries
-from integration.recall.peers import MiniLm, neighbour_scores, tower_features
+from integration.recall.peers import MiniLm, neighbour_scores
 from integration.recall.query_sets import QUERY_SETS, RECALLS, QuerySet
 from integration.recall.train import recipe
 from llama_index_genret.corpus import Corpus, Record, read_corpus
 from llama_index_genret.evaluation import Evaluation, Query, evaluation_by_score, read_queries
 from llama_index_genret.indexing import add_to_index, build_index
-from llama_index_genret.modeling import Mllm, load_mllm, load_trained
+from llama_index_genret.modeling import Mllm, load_mllm, load_trained, vision_features
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import Index, load_index
 from llama_index_genret.training.options import UPDATE_OPTIONS, TrainOptions
@@ -93,7 +93,7 @@ class Neighbours:
     def evaluate(self, asked: QuerySet, records: Sequence[Record], queries: Sequence[Query]) -> dict[str, Evaluation]:
         """By the name of the peer that can answer such queries."""
         if asked.shows_images:
-            scores = neighbour_scores(tower_features(self.mllm), records, queries)
+            scores = neighbour_scores(lambda paths: vision_features(self.mllm, paths), records, queries)
             return {"vision neighbour": evaluation_by_score(scores, records, queries)}
         return {"MiniLM": evaluation_by_score(self.minilm.scores(records, queries), records, queries)}
 
