@@ -1,5 +1,5 @@
 """The training recipe, readable from top to bottom: LoRA on the language model, rows for the new symbols, and the
-connector, by Hugging Face's `Trainer`.
+connector, by Hugging Face's Trainer.
 
 The vision tower is frozen, and its features are computed once per image. The loss is taken at the targets only.
 A run that was killed goes on from its last checkpoint when the same command is given again. Under `accelerate launch`
