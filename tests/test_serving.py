@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ import pytest
 from llama_index_genret.endpoint.admission import Admission, TooBusy
 from llama_index_genret.endpoint.limits import Limits
 from llama_index_genret.endpoint.registry import Registry
+from llama_index_genret.endpoint.wire import INDEXES_VARIABLE
 from llama_index_genret.errors import ServerError
 from llama_index_genret.serving import free_port, running_server
 from llama_index_genret.store import load_index, remove_images
@@ -30,6 +32,42 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(child.pid, flush=True)
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy).serve_forever()
 """
+
+PARENT = """
+import multiprocessing, os, signal, sys, time
+from llama_index_genret.endpoint import orphans
+
+def engine(stubborn):
+    if stubborn:
+        orphans.GRACE_S = 0.1
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    orphans.end_with_parent()
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    engine_process = multiprocessing.get_context(sys.argv[1]).Process(target=engine, args=(len(sys.argv) > 2,))
+    orphans.end_with_parent()  # whose parent is a shell, or this test
+    engine_process.start()
+    engine_process.join()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "serves", "ends"), [(["fork"], "a", True), (["spawn", "stubborn"], "a", True), (["spawn"], None, False)]
+)
+def test_the_engine_of_a_killed_server_ends_with_it_and_others_are_left_alone(tmp_path, monkeypatch, how, serves, ends):
+    (script := tmp_path / "parent.py").write_text(PARENT)
+    monkeypatch.delenv(INDEXES_VARIABLE, raising=False)
+    if serves:
+        monkeypatch.setenv(INDEXES_VARIABLE, serves)
+    with subprocess.Popen([sys.executable, script, *how], stdout=subprocess.PIPE, text=True) as parent:
+        engine = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    _, alive = psutil.wait_procs([engine], timeout=10 if ends else 0.5)
+    for process in alive:
+        process.kill()
+    assert bool(alive) != ends
 
 
 def test_a_server_that_does_not_stop_is_killed_with_its_children(tmp_path):
