@@ -194,7 +194,7 @@ def test_every_module_that_is_to_be_run_is_there_and_knows_its_flags():
 
 def test_every_picture_says_what_it_shows_and_is_made_by_a_command_that_is_named():
     pictures = re.findall(r"!\[(.*?)\]\((.*?)\)", README)
-    assert len(pictures) == 3
+    assert len(pictures) == 4
     for alternative, path in pictures:
         assert len(alternative) > 20
         assert (ROOT / path).is_file()
