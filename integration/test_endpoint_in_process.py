@@ -46,7 +46,7 @@ class TableEngine:
         if self.value is not None:
             values[-1] = self.value
         flat = SimpleNamespace(token_ids=[0, *asked], logprobs=[0.0, *values])
-        yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=flat)])
+        yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=flat, finish_reason="length")])
 
 
 @pytest.fixture

@@ -47,7 +47,9 @@ class TableEngine:
         wanted = [0, *(params.logprob_token_ids or [])]
         flat = SimpleNamespace(token_ids=wanted, logprobs=[float(log_probs[token]) for token in wanted])
         told = [{token: SimpleNamespace(logprob=float(log_probs[token]))} for token in ids]
-        yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=flat)], prompt_logprobs=[None, *told[1:]])
+        yield SimpleNamespace(
+            outputs=[SimpleNamespace(logprobs=flat, finish_reason="length")], prompt_logprobs=[None, *told[1:]]
+        )
 
 
 @pytest.fixture(scope="module")
