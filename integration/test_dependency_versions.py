@@ -63,7 +63,7 @@ def environment(name):
 
 
 @pytest.mark.parametrize("name", REQUIREMENTS)
-def test_the_client_side_on_other_versions(trained_index, name):
+def test_the_client_side_on_other_versions(untrained_index, name):
     python, names = environment(name), [re.split("[=><]", requirement)[0] for requirement in NEEDED]
     probed = subprocess.run([python, "-c", PROBE, *names], capture_output=True, text=True, check=True)
     versions = json.loads(probed.stdout)
@@ -73,7 +73,7 @@ def test_the_client_side_on_other_versions(trained_index, name):
         assert {one: Version(found) for one, found in versions.items()} == {
             one: Version(v) for one, v in wanted.items()
         }
-    options = {**os.environ, "GENRET_TEST_INDEX": str(trained_index.folder)}
+    options = {**os.environ, "GENRET_TEST_INDEX": str(untrained_index.folder), "PYTHONPATH": str(ROOT)}
     tests = [*TESTS, *MORE_TESTS] if name == "lowest" else TESTS
     run = [python, "-m", "pytest", *(f"tests/{test}" for test in tests)]
     done = subprocess.run(run, cwd=ROOT, env=options, capture_output=True, text=True, timeout=1200)
