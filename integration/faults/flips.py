@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -32,7 +33,8 @@ A_CHILD = 100
 def full_index(workshop: Workshop) -> Path:
     """An index with every file that one can have: `atomic`, to which an image with a row of its own came."""
     folder = workshop.place / "index"
-    workshop.place.mkdir(exist_ok=True)
+    shutil.rmtree(workshop.place, ignore_errors=True)  # what other trials have left there
+    workshop.place.mkdir()
     model = ("--model", workshop.model, "--device", "cpu")
 
     def learn(*, update: bool = False) -> None:
