@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 MKDIRAT, UNLINKAT, OPENAT = 258, 263, 257
 CALLS = {
     1: "write", 18: "pwrite", 20: "writev", 296: "pwritev", 328: "pwritev2", 40: "sendfile", 326: "copy_file_range",
@@ -116,6 +118,7 @@ def supervised(work: Callable[[], None], under: Path, decide: Decide = lambda ev
 
 def _child(work: Callable[[], None], said: int, theirs: socket.socket | None = None) -> NoReturn:
     """Do the work of a forked process, and end it."""
+    torch.set_num_threads(1)  # the threads of a forked process are gone, and would be waited for
     status = 1
     try:
         os.dup2(said, 2)
