@@ -12,9 +12,25 @@ from playwright.sync_api import sync_playwright
 from llama_index_genret.scorers.vllm import VllmScorer
 from llama_index_genret.serving import CPU_FLAGS, free_port, running_server
 from llama_index_genret.store import load_index
-from tests.conftest import pictures, tiny_mllm, tiny_model_dir, trained_index, trained_mllm, untrained_index
+from tests.conftest import (
+    _no_loop_is_left_open,
+    pictures,
+    tiny_mllm,
+    tiny_model_dir,
+    trained_index,
+    trained_mllm,
+    untrained_index,
+)
 
-__all__ = ["pictures", "tiny_mllm", "tiny_model_dir", "trained_index", "trained_mllm", "untrained_index"]
+__all__ = [
+    "_no_loop_is_left_open",
+    "pictures",
+    "tiny_mllm",
+    "tiny_model_dir",
+    "trained_index",
+    "trained_mllm",
+    "untrained_index",
+]
 
 GENRET = [sys.executable, "-m", "llama_index_genret.cli"]
 
