@@ -7,7 +7,6 @@ how often it asks; and within what time, of a deadline of `DEADLINE` seconds. Th
 import asyncio
 import contextlib
 import json
-import select
 import socket
 import time
 from threading import Thread
@@ -26,20 +25,10 @@ from llama_index_genret.scorers.vllm import VllmScorer
 from llama_index_genret.serving import free_port
 from llama_index_genret.trie import build_trie
 from tests.openai_server import OpenAIServer, running
+from tests.scripted_server import GOOD, ScriptedServer, drip, response
 
 DEADLINE = 0.6
 SLACK = 1.0
-GOOD = b'{"data": 1}'
-
-
-def response(status=200, body=GOOD, length=None, headers=()):
-    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body) if length is None else length}", *headers]
-    return "\r\n".join([*lines, "", ""]).encode() + body
-
-
-def drip(content, pause_s=0.05):
-    return [step for byte in content for step in (bytes([byte]), pause_s)]
-
 
 ACTS = {
     "fine": [response()],
@@ -67,57 +56,12 @@ ACTS = {
 }
 
 
-class Acting:
-    """A server over a plain socket. seen: requests. slept: it has waited so long with its first answer."""
-
-    def __init__(self, *script):
-        self.script, self.seen, self.at = script, 0, []
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        Thread(target=self._serve, daemon=True).start()
-
-    @property
-    def api_base(self):
-        return f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
-
-    def _serve(self):
-        while True:
-            try:
-                connection, _ = self.socket.accept()
-            except OSError:
-                return
-            Thread(target=self._act, args=(connection,), daemon=True).start()
-
-    def _act(self, connection):
-        act = ACTS[self.script[min(self.seen, len(self.script) - 1)]]
-        self.seen += 1
-        self.at.append(time.monotonic())
-        with connection, contextlib.suppress(OSError):  # the client may leave first
-            connection.recv(65536)
-            for step in act:
-                if step == "reset":
-                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
-                elif isinstance(step, float):
-                    if has_left(connection, step):
-                        return
-                else:
-                    connection.sendall(step)
-
-
-def has_left(connection, within_s):
-    """Whether the client closes the connection in so many seconds."""
-    end = time.monotonic() + within_s
-    while select.select([connection], [], [], max(0.0, end - time.monotonic()))[0]:
-        if not connection.recv(65536):
-            return True
-    return False
-
-
 @pytest.fixture
 def acting():
     opened = []
 
     def make(*script):
-        opened.append(Acting(*script))
+        opened.append(ScriptedServer(ACTS[name] for name in script))
         return opened[-1]
 
     yield make

@@ -1,58 +1,20 @@
 """What a client does when a server misbehaves: a table of faults, each played by a server over a plain socket."""
 
 import asyncio
-import contextlib
-import socket
 import time
-from threading import Thread
 
 import pytest
 
 from llama_index_genret.errors import ServerError, ServerUnreachable
 from llama_index_genret.scorers.http import TRIES, Server, json_object
+from tests.scripted_server import ScriptedServer, drip, response
 
-ANSWER = b'{"data": 1}'
-
-
-def response(status, body=ANSWER, length=None):
-    return f"HTTP/1.1 {status} X\r\nContent-Length: {len(body) if length is None else length}\r\n\r\n".encode() + body
-
-
-class Faulty:
-    """Plays one act of the script a connection, the last one for ever. `seen` counts the requests."""
-
-    def __init__(self, script):
-        self.script, self.seen = list(script), 0
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        Thread(target=self._play, daemon=True).start()
-
-    @property
-    def api_base(self):
-        return f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
-
-    def _play(self):
-        while True:
-            try:
-                connection, _ = self.socket.accept()
-            except OSError:
-                return
-            Thread(target=self._act, args=(connection,), daemon=True).start()
-
-    def _act(self, connection):
-        act = self.script[min(self.seen, len(self.script) - 1)]
-        self.seen += 1
-        with connection, contextlib.suppress(OSError):  # the client may leave first
-            connection.recv(65536)
-            if act == "slow":
-                time.sleep(2)
-            elif act == "drip":
-                for byte in response(200) * 20:
-                    connection.sendall(bytes([byte]))
-                    time.sleep(0.05)
-            elif act == "cut":
-                connection.sendall(response(200, length=100))
-            elif isinstance(act, int):
-                connection.sendall(response(act))
+ACTS = {
+    "drop": [],
+    "cut": [response(length=100)],
+    "slow": [2.0],
+    "drip": drip(response() * 20),
+}
 
 
 @pytest.fixture
@@ -60,7 +22,7 @@ def faulty():
     opened = []
 
     def make(*script):
-        opened.append(Faulty(script))
+        opened.append(ScriptedServer(ACTS[act] if act in ACTS else [response(act)] for act in script))
         return opened[-1]
 
     yield make

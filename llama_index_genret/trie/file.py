@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_index_genret.durable import write_file
 from llama_index_genret.errors import IndexDamaged, IndexVersionError
 from llama_index_genret.trie.flat import DTYPES, Trie
 
@@ -26,17 +25,7 @@ _PREAMBLE_BYTES, _DIGEST_BYTES = 16, 32
 
 def save_trie(trie: Trie, path: Path | str) -> None:
     """Write one file that `open_trie` maps. It appears whole or not at all, over an older one too."""
-    path = Path(path)
-    content = _serialise(trie.arrays())
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(Path(path), _serialise(trie.arrays()))
 
 
 def _serialise(arrays: Mapping[str, NDArray[Any]]) -> bytes:

@@ -1,0 +1,68 @@
+"""A server over a plain socket that misbehaves by a script: what no HTTP library would send."""
+
+import contextlib
+import select
+import socket
+import time
+from threading import Thread
+
+GOOD = b'{"data": 1}'
+
+
+def response(status=200, body=GOOD, length=None, headers=()):
+    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body) if length is None else length}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def drip(content, pause_s=0.05):
+    """Steps that send byte by byte."""
+    return [step for byte in content for step in (bytes([byte]), pause_s)]
+
+
+class ScriptedServer:
+    """Plays one act a connection, the last one for ever.
+
+    An act is a list of steps: bytes to send, seconds (float) to wait, or "reset", to end by a reset.
+    seen: requests. at: when each came.
+    """
+
+    def __init__(self, acts):
+        self.acts, self.seen, self.at = list(acts), 0, []
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        Thread(target=self._serve, daemon=True).start()
+
+    @property
+    def api_base(self):
+        return f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
+
+    def _serve(self):
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                return
+            Thread(target=self._play, args=(connection,), daemon=True).start()
+
+    def _play(self, connection):
+        act = self.acts[min(self.seen, len(self.acts) - 1)]
+        self.seen += 1
+        self.at.append(time.monotonic())
+        with connection, contextlib.suppress(OSError):  # the client may leave first
+            connection.recv(65536)
+            for step in act:
+                if step == "reset":
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+                elif isinstance(step, float):
+                    if _has_left(connection, step):
+                        return
+                else:
+                    connection.sendall(step)
+
+
+def _has_left(connection, within_s):
+    """Whether the client closes the connection in so many seconds."""
+    end = time.monotonic() + within_s
+    while select.select([connection], [], [], max(0.0, end - time.monotonic()))[0]:
+        if not connection.recv(65536):
+            return True
+    return False
