@@ -1,11 +1,13 @@
 """Starting and stopping a server, with a small one in vLLM's place."""
 
 import asyncio
+import gc
 import shutil
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import psutil
 import pytest
@@ -15,8 +17,11 @@ from llama_index_genret.endpoint.limits import Limits
 from llama_index_genret.endpoint.registry import Registry
 from llama_index_genret.endpoint.wire import INDEXES_VARIABLE
 from llama_index_genret.errors import ServerError
+from llama_index_genret.prompts import Prompt
+from llama_index_genret.scorers.base import recall
+from llama_index_genret.scorers.fake import FakeScorer
 from llama_index_genret.serving import free_port, running_server
-from llama_index_genret.store import load_index, remove_images
+from llama_index_genret.store import MetadataFilters, load_index, remove_images
 
 STUBBORN = """
 import signal, subprocess, sys
@@ -131,3 +136,26 @@ def test_an_edit_is_read_once_for_all_who_wait_and_no_answer_is_older(untrained_
     asyncio.run(ask())
     assert len(readings) == 2
     assert max(readings) - min(readings) <= 1
+
+
+def test_an_older_version_goes_with_its_last_search_and_needs_no_collection_of_garbage(untrained_index, tmp_path):
+    """Its files are mapped: a server whose index is edited would hold more and more of them."""
+    folder = tmp_path / "index"
+    shutil.copytree(untrained_index.folder, folder)
+    gc.collect()
+    gc.disable()
+    try:
+        registry = Registry({"index": folder})
+        searched = registry.get("index")
+        filters = MetadataFilters.model_validate({"filters": [{"key": "color", "operator": "!=", "value": "x"}]})
+        leaves = searched.leaf_filter(filters)
+        scorer = FakeScorer(searched.index.tokenizer.vocab_size)
+        assert recall(scorer, searched.index.trie, [Prompt((5,))], k=3, allowed=leaves)
+        older = [weakref.ref(searched), weakref.ref(searched.index), weakref.ref(searched.index.trie)]
+        remove_images(load_index(folder), ["red-circle"])
+        registry.get("index")
+        assert all(part() for part in older)
+        del searched, leaves
+        assert not any(part() for part in older)
+    finally:
+        gc.enable()

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from llama_index_genret.errors import GenretError, IndexNotFound, ModelMismatch
@@ -28,7 +28,8 @@ class LoadedIndex:
 
     def __init__(self, name: str, index: Index) -> None:
         self.name, self.index = name, index
-        self._leaves = lru_cache(maxsize=CACHED_FILTERS)(self._leaf_filter)
+        # no bound method: an older version and its mapped files go with its last search, not when garbage is collected
+        self._leaves = lru_cache(maxsize=CACHED_FILTERS)(partial(_leaf_filter, index))
 
     @property
     def version(self) -> str:
@@ -38,9 +39,6 @@ class LoadedIndex:
     def leaf_filter(self, filters: MetadataFilters | None) -> LeafFilter | None:
         """See `Index.leaf_filter`."""
         return None if filters is None else self._leaves(filters.model_dump_json())
-
-    def _leaf_filter(self, filters: str) -> LeafFilter:
-        return self.index.leaf_filter(MetadataFilters.model_validate_json(filters))
 
 
 class Registry:
@@ -130,6 +128,10 @@ class Registry:
         loaded.leaf_filter(MetadataFilters(filters=[]))  # reads the metadata now, in the thread that loads
         _ = index.prior  # the same of the prior of every node
         return loaded
+
+
+def _leaf_filter(index: Index, filters: str) -> LeafFilter:
+    return index.leaf_filter(MetadataFilters.model_validate_json(filters))
 
 
 def _stamp(folder: Path) -> tuple[int, int, int]:
