@@ -152,13 +152,18 @@ def table_teacher(index):
     )
 
 
+@pytest.mark.parametrize("more", [1.0, 9.0], ids=["evenly", "some images more often"])
 @pytest.mark.parametrize("scheme", ["structured", "atomic", "numeric"])
-def test_the_soft_loss_is_the_cross_entropy_of_the_drawn_paths(pictures, tiny_mllm, tmp_path, scheme):
-    """Against log-probabilities of the search over the same model, which renormalises over the same children."""
+def test_the_soft_loss_is_the_cross_entropy_of_the_drawn_paths(pictures, tiny_mllm, tmp_path, scheme, more):
+    """Against log-probabilities of the search over the same model, which renormalises over the same children.
+
+    Where the last images are drawn more often, the model may leave that out: it is added to what it says.
+    """
     index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm, scheme=scheme)
     mllm, teacher = load_base(index, device="cpu"), table_teacher(index)
     examples = [Example("imitate", number, text, None) for number, text in enumerate(teacher.texts)] * 3
-    tensors = ExampleTensors(index, mllm, examples, teacher)
+    drawn = np.where(np.arange(len(index.records)) < 16, 1.0, more)
+    tensors = ExampleTensors(index, mllm, examples, teacher, drawn=None if more == 1 else drawn)
     items = [tensors[i] for i in range(len(examples))]
     symbols = torch.from_numpy(tensors.paths.token_ids)
     with torch.no_grad():
@@ -177,11 +182,44 @@ def test_the_soft_loss_is_the_cross_entropy_of_the_drawn_paths(pictures, tiny_ml
         wanted = teacher.probabilities(example.row)
         row = int(np.random.default_rng((0, i)).choice(len(wanted), p=wanted))
         theirs, ours = tensors.paths.targets(row, wanted), tensors.paths.targets(row, model)
+        often, sizes = tensors.paths.targets(row, drawn), tensors.paths.targets(row, np.ones(len(drawn)))
         n_targets += len(theirs)
-        for target, of_model in zip(theirs, ours, strict=True):
-            expected -= float((target.probabilities * np.log(of_model.probabilities)).sum())
+        for target, of_model, weight, size in zip(theirs, ours, often, sizes, strict=True):
+            said = of_model.probabilities * weight.probabilities / size.probabilities
+            expected -= float((target.probabilities * np.log(said / said.sum())).sum())
     assert sum(n for _, n in parts) == n_targets
     assert float(sum(loss for loss, _ in parts)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_where_images_are_drawn_more_often_the_loss_of_a_label_leaves_that_out(pictures, tiny_mllm, tmp_path):
+    index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm, scheme="structured")
+    mllm, row = load_base(index, device="cpu"), 17
+    drawn = np.where(np.arange(len(index.records)) < 16, 1.0, 9.0)
+    examples = [Example(task, row, text, None) for task, text in (("memorise", ""), ("retrieve", "a red thing"))]
+    for example in [*examples, Example("describe", row, "", "a red thing")]:
+        even, often = (ExampleTensors(index, mllm, [example], drawn=drawn) for drawn in (None, drawn))
+        symbols = torch.from_numpy(often.paths.token_ids)
+        ((_, part),), ((_, other),) = (collate([tensors[0]], pad=0).items() for tensors in (even, often))
+        with torch.no_grad():
+            loss, _ = _summed_loss(mllm.model, dict(part), symbols)
+            shifted, _ = _summed_loss(mllm.model, dict(other), symbols)
+            if example.task == "describe":  # its targets are words
+                assert float(shifted) == float(loss)
+                continue
+            labels = part.pop("labels")
+            logits = mllm.model(**part).logits[0]
+        (places,) = torch.where(labels[0] != -100)
+        expected = 0.0
+        for depth, place in enumerate(places):
+            scores = logits[place].double().clone()
+            prefix = index.token_ids(row)[:depth]
+            below = [r for r in range(len(drawn)) if index.token_ids(r)[:depth] == prefix]
+            for child in {index.token_ids(r)[depth] for r in below if depth < len(index.token_ids(r))}:
+                under = [r for r in below if index.token_ids(r)[depth] == child]
+                scores[child] += np.log((drawn[under].mean()) / drawn[below].mean())
+            expected -= float(scores.log_softmax(-1)[labels[0, place]])
+        assert float(shifted) == pytest.approx(expected, rel=1e-4)
+        assert abs(float(shifted) - float(loss)) > 0.1
 
 
 def test_imitation_teaches_queries_that_no_caption_has(pictures, tiny_mllm, tmp_path, encoder):

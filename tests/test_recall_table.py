@@ -214,7 +214,7 @@ def test_a_growing_index_is_measured_at_every_stage_on_new_and_old_images(pictur
     stages = Stages(tmp_path / "work", tiny_mllm)
     trained = stages.trained(corpus, "atomic", options)
     added = stages.added(trained, new)
-    updated = stages.updated(added, update_recipe(options, 2, 1.0))
+    updated = stages.updated(added, update_recipe(added, 2, 1.0))
     records = added.records
     assert len(records) - len(trained.records) == len(new) == 4
     queries = [Query("", frozenset([record.image_id]), image=record.path) for record in records]

@@ -26,8 +26,8 @@ from llama_index_genret.store.folder import MANIFEST, manifest_text
 from llama_index_genret.training import recipe
 from llama_index_genret.training.examples import MIX, Example
 from llama_index_genret.training.recipe import TrainOptions, train
-from llama_index_genret.training.replay import by_age
-from llama_index_genret.training.stream import stream
+from llama_index_genret.training.replay import by_age, drawn_in_turns
+from llama_index_genret.training.stream import MORE_PASSES, SMALLER_STEPS, stream, update_options
 from tests.tiny_model import make_wordy_model
 
 OLD = 16
@@ -102,6 +102,31 @@ def test_every_other_example_is_of_a_new_image_and_both_halves_hold_the_tasks_in
     for half in halves:
         assert len(half) == 80
         assert Counter(example.task for example in half[:20]) == Counter(shares)
+
+
+def test_how_often_an_image_is_drawn_is_known(grown):
+    seen = stream(grown, TrainOptions(max_steps=200, mix={"retrieve": 1}), new=NEW)
+    counts = Counter(example.row for example in seen)
+    drawn = drawn_in_turns(len(grown.records), NEW)
+    assert drawn.sum() == pytest.approx(1)
+    assert sum(counts[row] for row in NEW) / len(seen) == pytest.approx(drawn[NEW].sum())
+    for row, share in enumerate(drawn):
+        assert counts[row] / len(seen) == pytest.approx(share, rel=0.2)
+
+
+def test_an_update_takes_the_options_of_the_training_with_smaller_steps(grown, tmp_path):
+    ours = update_options(grown)
+    assert (ours.batch_size, ours.lora_rank) == (OPTIONS.batch_size, OPTIONS.lora_rank)
+    assert ours.learning_rate == SMALLER_STEPS * OPTIONS.learning_rate
+    assert ours.symbol_learning_rate == SMALLER_STEPS * OPTIONS.symbol_learning_rate
+    assert ours.max_steps == round(2 * MORE_PASSES * 2 * len(NEW) / OLD)  # of 2 steps for 16 images
+    index = copy_of(grown, tmp_path)
+    described = index.manifest.training | {"max_steps": None, "epochs": 6.0, "teacher": None}
+    longer = replace(index, manifest=index.manifest.model_copy(update={"training": described}))
+    assert (update_options(longer).epochs, update_options(longer).max_steps) == (6.0 * MORE_PASSES, None)
+    trained = train(index, update=True, device="cpu", show_progress=False)
+    assert trained.manifest.update["steps"] == ours.max_steps
+    assert trained.manifest.update["learning_rate"] == ours.learning_rate
 
 
 def test_epochs_of_an_update_pass_over_the_new_images(grown):
@@ -228,7 +253,11 @@ def test_from_the_command_line(grown, tmp_path, capsys):
 
     assert run("inspect", index.folder)["untrained_images"] == 4
     done = run("train", index.folder, "--update", "--max-steps", 1, "--batch-size", 4, "--device", "cpu")
-    assert (done["untrained_images"], done["update"]["steps"], done["update"]["learning_rate"]) == (0, 1, 1e-3)
+    assert (done["untrained_images"], done["update"]["steps"], done["update"]["learning_rate"]) == (
+        0,
+        1,
+        SMALLER_STEPS * OPTIONS.learning_rate,
+    )
     assert run("train", index.folder, "--drop-update")["update"] is None
     assert load_index(index.folder).weights_id == grown.weights_id
     with pytest.raises(BadParameter, match="give it alone"):

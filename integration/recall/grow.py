@@ -1,6 +1,6 @@
 """What it gives to add images to a trained index and to update it, and what the old images lose.
 
-    python -m integration.recall.grow --out WORK [--steps 1600] [--update-steps 300] [--part validation]
+    python -m integration.recall.grow --out WORK [--steps 1600] [--part validation]
 
 Images drawn by a seed are held out. An index of the others is trained, gets the held-out ones added, and learns them in
 an update. Queries for the new images and for the old ones are measured apart at each stage, beside nearest neighbours
@@ -34,8 +34,9 @@ from llama_index_genret.indexing import add_to_index, build_index
 from llama_index_genret.modeling import Mllm, load_mllm, load_trained, vision_features
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import Index, load_index
-from llama_index_genret.training.options import UPDATE_OPTIONS, TrainOptions
+from llama_index_genret.training.options import TrainOptions
 from llama_index_genret.training.recipe import train
+from llama_index_genret.training.stream import update_options
 
 MOST_LOST = 0.01
 """Goal: recall@5 that old images may lose by the update, from `trained` to `updated`."""
@@ -124,13 +125,14 @@ def measure(
     return results
 
 
-def update_recipe(training: TrainOptions, steps: int, rate: float) -> TrainOptions:
-    """The tasks of the training, with `rate` times the learning rates of an update."""
+def update_recipe(added: Index, steps: int | None, rate: float) -> TrainOptions:
+    """What an update takes by itself, with `rate` times its learning rates; steps: another number of them."""
+    options = update_options(added)
     return dataclasses.replace(
-        training,
-        max_steps=steps,
-        learning_rate=rate * UPDATE_OPTIONS.learning_rate,
-        symbol_learning_rate=rate * UPDATE_OPTIONS.symbol_learning_rate,
+        options,
+        max_steps=steps or options.max_steps,
+        learning_rate=rate * options.learning_rate,
+        symbol_learning_rate=rate * options.symbol_learning_rate,
     )
 
 
@@ -144,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--hold-out", type=int, default=200, help="images to add")
     parser.add_argument("--limit", type=int, help="take only so many images, held-out ones among them")
     parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--update-steps", type=int, default=300)
+    parser.add_argument("--update-steps", type=int, help="(default: what an update takes)")
     parser.add_argument("--update-rate", type=float, default=1.0, help="factor on an update's learning rates")
     parser.add_argument("--part", default="test", choices=("validation", "test"), help="of the queries")
     parser.add_argument("--sets", help="comma-separated names of query sets (default: all of the corpus)")
@@ -162,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, stages = recipe(given.steps, seed=given.seed, layers=None), Stages(given.out, mllm)
     trained = stages.trained(corpus, given.scheme, options)
     added = stages.added(trained, new)
-    updated = stages.updated(added, update_recipe(options, given.update_steps, given.update_rate))
+    updated = stages.updated(added, update_recipe(added, given.update_steps, given.update_rate))
     indexes, peers = {"trained": trained, "added": added, "updated": updated}, Neighbours(mllm, MiniLm())
     results = {}
     names = given.sets.split(",") if given.sets else [asked.name for asked in QUERY_SETS]

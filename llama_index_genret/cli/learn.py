@@ -162,14 +162,15 @@ def train(
 
 def _trained(loaded: Index, given: dict[str, Any], *, update: bool, device: str) -> Index:
     from llama_index_genret.training.examples import read_mix
-    from llama_index_genret.training.options import UPDATE_OPTIONS, TrainOptions
+    from llama_index_genret.training.options import TrainOptions
     from llama_index_genret.training.recipe import train
+    from llama_index_genret.training.stream import update_options
 
     if "mix" in given:
         given["mix"] = read_mix(given["mix"])
     if "imitated" in given:
         given["imitated"] = tuple(given["imitated"].read_text(encoding="utf-8").splitlines())
-    options = dataclasses.replace(UPDATE_OPTIONS if update else TrainOptions(), **given)
+    options = dataclasses.replace(update_options(loaded) if update else TrainOptions(), **given)
     return train(loaded, options, update=update, device=device)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from llama_index_genret.errors import TrainingError
 from llama_index_genret.images import load_image
@@ -29,6 +30,7 @@ ALIKE = 32
 """Text examples whose lengths share this multiple make one batch: about a block of a prompt."""
 
 _SOFT = ("offsets", "soft")
+_DRAWN = ("drawn_offsets", "drawn")
 
 CACHED_IMAGES = 1024
 """Processed images kept in memory."""
@@ -42,10 +44,22 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
     That is image tensors, and for some models a kind of each token (t,), by which they count positions. An example
     that imitates the teacher has no labels, but for each of its m last tokens that are to be predicted `offsets` (m,),
     how far from the end it stands, and `soft` (m, u), probabilities of the tokens of `paths`, -1 where one may not be.
+
+    Args:
+        drawn: (n,) how often each image is what an example is about, of any sum. Then what is to answer with an
+            identifier also has `drawn_offsets` (m,) and `drawn` (m, u), to be added to the logits: the logarithm of how
+            much more often a token comes there than by the number of images below it.
     """
 
     def __init__(
-        self, index: Index, mllm: Mllm, examples: Sequence[Example], teacher: Teacher | None = None, *, seed: int = 0
+        self,
+        index: Index,
+        mllm: Mllm,
+        examples: Sequence[Example],
+        teacher: Teacher | None = None,
+        *,
+        seed: int = 0,
+        drawn: NDArray[np.float64] | None = None,
     ) -> None:
         self._index = index
         self._mllm = mllm
@@ -55,6 +69,7 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         self._end = index.tokenizer.encode_markup(index.prompts.end)
         self.paths = Paths([(*index.token_ids(row), index.end_token) for row in range(len(index.records))])
         self._images: OrderedDict[Path, Any] = OrderedDict()
+        self._drawn = drawn
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -68,7 +83,8 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         ends = {"input_ids": target, "labels": target}
         text = torch.zeros_like(target)  # the kind of a token that is text
         whole = {name: torch.cat([item[name], ends.get(name, text)]) for name in _per_token(item)}
-        return item | {name: tokens[1:] if name == "labels" else tokens[:-1] for name, tokens in whole.items()}
+        item |= {name: tokens[1:] if name == "labels" else tokens[:-1] for name, tokens in whole.items()}
+        return item | (self._more_often(example.row, len(target)) if example.target is None else {})
 
     def _imitating(self, example: Example, i: int) -> dict[str, Any]:
         """An image is drawn as the teacher would; at each of its symbols, all that may stand there are weighed."""
@@ -85,7 +101,21 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         input_ids = torch.tensor([*prompt, *self._index.token_ids(row)[: max(0, n_symbols - 1)]])
         offsets = torch.tensor([n_symbols - target.depth for target in targets], dtype=torch.long)
         labels = torch.full_like(input_ids, IGNORED)
-        return {"input_ids": input_ids, "labels": labels, "offsets": offsets, "soft": soft}
+        item = {"input_ids": input_ids, "labels": labels, "offsets": offsets, "soft": soft}
+        return item | self._more_often(row, n_symbols)
+
+    def _more_often(self, row: int, n_targets: int) -> dict[str, torch.Tensor]:
+        """`drawn_offsets` and `drawn` of an example that ends with the identifier of image `row`."""
+        if self._drawn is None:
+            return {}
+        drawn = self.paths.targets(row, self._drawn)
+        evenly = self.paths.targets(row, np.ones_like(self._drawn))
+        more = torch.zeros(len(drawn), len(self.paths.token_ids))
+        for place, (ours, theirs) in enumerate(zip(drawn, evenly, strict=True)):
+            more[place, torch.from_numpy(ours.columns)] = torch.from_numpy(
+                np.log(ours.probabilities / theirs.probabilities)
+            )
+        return {"drawn_offsets": torch.tensor([n_targets - target.depth for target in drawn]).long(), "drawn": more}
 
     def _target(self, example: Example) -> list[int]:
         if example.target is None:
@@ -120,21 +150,26 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
 def collate(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, dict[str, torch.Tensor]]:
     """Batches of items of about the same length, those with an image apart: padding costs as much as text.
 
-    Where some are to be imitated, a batch also has `soft` (m, u) of all its rows, `soft_rows` and `offsets` (m,).
+    Where some are to be imitated, a batch also has `soft` (m, u) of all its rows, `soft_rows` and `offsets` (m,); where
+    some images are drawn more often, `drawn` (m, u), `drawn_rows` and `drawn_offsets` (m,).
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for item in items:
-        has_image = not item.keys() <= {"input_ids", "labels", *_SOFT}
+        has_image = not item.keys() <= {"input_ids", "labels", *_SOFT, *_DRAWN}
         groups.setdefault("image" if has_image else f"text {len(item['input_ids']) // ALIKE}", []).append(item)
-    return {name: _padded(group, pad) | _imitated(group) for name, group in groups.items()}
+    return {
+        name: _padded(group, pad) | _of_rows(group, _SOFT, "soft_rows") | _of_rows(group, _DRAWN, "drawn_rows")
+        for name, group in groups.items()
+    }
 
 
-def _imitated(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    rows = [(row, item) for row, item in enumerate(items) if "soft" in item]
+def _of_rows(items: Sequence[dict[str, Any]], names: Sequence[str], rows_name: str) -> dict[str, torch.Tensor]:
+    """What only some items have, end to end, and the rows (m,) in the batch that it is of."""
+    rows = [(row, item) for row, item in enumerate(items) if names[0] in item]
     if not rows:
         return {}
-    together = {name: torch.cat([item[name] for _, item in rows]) for name in _SOFT}
-    return together | {"soft_rows": torch.cat([torch.full_like(item["offsets"], row) for row, item in rows])}
+    together = {name: torch.cat([item[name] for _, item in rows]) for name in names}
+    return together | {rows_name: torch.cat([torch.full_like(item[names[0]], row) for row, item in rows])}
 
 
 def _padded(items: Sequence[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
@@ -145,10 +180,10 @@ def _padded(items: Sequence[dict[str, Any]], pad: int) -> dict[str, torch.Tensor
         return torch.stack([torch.cat([row.new_full((length - len(row),), value), row]) for row in rows])
 
     fill = {"input_ids": pad, "labels": IGNORED}
-    of_tokens = [name for name in _per_token(items[0]) if name not in _SOFT]
+    of_tokens = [name for name in _per_token(items[0]) if name not in (*_SOFT, *_DRAWN)]
     batch = {name: padded([item[name] for item in items], fill.get(name, 0)) for name in of_tokens}
     batch["attention_mask"] = padded([torch.ones_like(item["input_ids"]) for item in items], 0)
-    other = [name for name in items[0] if name not in (*of_tokens, *_SOFT)]
+    other = [name for name in items[0] if name not in (*of_tokens, *_SOFT, *_DRAWN)]
     return batch | {name: torch.cat([item[name] for item in items]) for name in other}
 
 

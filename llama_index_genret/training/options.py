@@ -48,7 +48,3 @@ class TrainOptions:
     teacher: str | None = None
     teacher_temperature: float = 0.05
     imitated: tuple[str, ...] = ()
-
-
-UPDATE_OPTIONS = TrainOptions(epochs=5.0, learning_rate=1e-3, symbol_learning_rate=5e-3)
-"""Of an update, unless others are given: smaller steps, and more passes over fewer images."""

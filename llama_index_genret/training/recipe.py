@@ -29,8 +29,9 @@ from llama_index_genret.store import PSEUDO_QUERIES, Index, load_index, store_ad
 from llama_index_genret.store.weights import ADAPTER, NEW_ROWS
 from llama_index_genret.training.batches import IGNORED, ExampleTensors, collate
 from llama_index_genret.training.layer_cache import cached_layers
-from llama_index_genret.training.options import UPDATE_OPTIONS, TrainOptions
-from llama_index_genret.training.stream import added_rows, stream
+from llama_index_genret.training.options import TrainOptions
+from llama_index_genret.training.replay import Replayed, drawn_in_turns
+from llama_index_genret.training.stream import added_rows, stream, update_options
 from llama_index_genret.training.symbol_rows import fitted_projection, start_rows
 from llama_index_genret.training.teacher import Teacher, teach
 from llama_index_genret.training.tower_cache import cached_tower
@@ -69,7 +70,7 @@ def train(
     """Teach the index's base model its identifiers and store the trained weights in the index.
 
     Args:
-        options: TrainOptions() if not given, UPDATE_OPTIONS of an update.
+        options: TrainOptions() if not given; of an update `update_options`.
         update: leave the trained weights as they are, and learn the images added since in an adapter on top of them,
             while every other example is of an old image. It replaces an earlier update, whose images it learns again;
             `store.drop_update` drops it.
@@ -81,7 +82,7 @@ def train(
             processes.
         ModelMismatch: the base model has changed. NotTrained: an update of an index that was never trained.
     """
-    options = options or (UPDATE_OPTIONS if update else TrainOptions())
+    options = options or (update_options(index) if update else TrainOptions())
     if options.symbol_start is None:
         options = dataclasses.replace(options, symbol_start="teacher" if options.teacher else "images")
     new = added_rows(index) if update else None
@@ -125,7 +126,8 @@ def _train(
     teacher = _teacher(index, options, str(mllm.model.device), show_progress=show_progress)
     examples = stream(index, options, teacher, new)
     steps = len(examples) // options.batch_size
-    tensors = ExampleTensors(index, mllm, examples, teacher, seed=options.seed)
+    drawn = drawn_in_turns(len(index.records), new) if new and isinstance(examples, Replayed) else None
+    tensors = ExampleTensors(index, mllm, examples, teacher, seed=options.seed, drawn=drawn)
 
     if mllm.model.device.type == "cpu":  # short rows: PyTorch's fused attention is the slower one there
         mllm.model.set_attn_implementation("eager")
@@ -364,13 +366,19 @@ class _LabelTrainer(CheckpointedTrainer):
 def _summed_loss(model: Any, inputs: dict[str, torch.Tensor], symbols: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Cross-entropy summed over the targets, and their number.
 
-    A label's is taken over the vocabulary; a soft target's over the symbols that may stand there.
+    A label's is taken over the vocabulary; a soft target's over the symbols that may stand there. Where some images
+    are drawn more often than others, the logits are raised by that much first, so that they need not learn it.
+    Source of this: logit adjustment of Menon et al. (arXiv:2007.07314).
     """
     labels, rows = inputs.pop("labels"), inputs.pop("soft_rows", None)
     offsets, soft = inputs.pop("offsets", None), inputs.pop("soft", None)
+    drawn_rows, drawn_offsets, drawn = (inputs.pop(f"drawn{of}", None) for of in ("_rows", "_offsets", ""))
     positions = (labels != IGNORED).any(0).flip(0).nonzero().flatten() + 1
     reach = int(torch.cat([positions] + ([offsets] if offsets is not None else [])).max())
     logits = model(**inputs, logits_to_keep=reach, use_cache=False).logits
+    if drawn_rows is not None and drawn_offsets is not None and drawn is not None:
+        places = drawn_rows[:, None], reach - drawn_offsets[:, None], symbols.to(logits.device)[None]
+        logits = logits.index_put(places, drawn.to(logits.dtype), accumulate=True)
     targets = labels[:, -reach:]
     known = targets != IGNORED
     loss = functional.cross_entropy(logits[known].float(), targets[known], reduction="sum")

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llama_index_genret.training.examples import Example, Task
 
 Tasks = dict[Task, list[Example]]
@@ -33,6 +36,13 @@ class Replayed(Sequence[Example]):
         if not 0 <= i < len(self):
             raise IndexError(i)
         return self._halves[i % 2][i // 2]
+
+
+def drawn_in_turns(n_images: int, new: Collection[int]) -> NDArray[np.float64]:
+    """(n_images,) how often each image is the one of an example of `Replayed`, of sum 1."""
+    drawn = np.full(n_images, 0.5 / max(1, n_images - len(new)))
+    drawn[list(new)] = 0.5 / len(new)
+    return drawn
 
 
 def by_age(tasks: Mapping[Task, list[Example]], new: Collection[int], meant: Sequence[int] = ()) -> tuple[Tasks, Tasks]:

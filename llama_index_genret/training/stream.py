@@ -6,6 +6,7 @@ Knows the index and the options; nothing of torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 
 from llama_index_genret.errors import NotTrained, TrainingError
 from llama_index_genret.store import Index
@@ -13,6 +14,9 @@ from llama_index_genret.training.examples import Example, Interleaved, Task, epo
 from llama_index_genret.training.options import TrainOptions
 from llama_index_genret.training.replay import Replayed, by_age
 from llama_index_genret.training.teacher import Teacher
+
+MORE_PASSES, SMALLER_STEPS = 5 / 3, 0.5
+"""Of an update, beside the training below it."""
 
 
 def added_rows(index: Index) -> list[int]:
@@ -35,6 +39,28 @@ def added_rows(index: Index) -> list[int]:
             "Add some first, with `genret add`."
         )
     return added
+
+
+def update_options(index: Index) -> TrainOptions:
+    """Of an update, unless others are given: those of the training below it, with smaller steps and more passes.
+
+    Where the training was of so many steps, the update takes as many for each image as it took, times `MORE_PASSES`.
+    """
+    training = index.manifest.training or {}
+    names = {field.name for field in fields(TrainOptions)} & training.keys()
+    options = TrainOptions(**{name: training[name] for name in names})
+    options = replace(
+        options,
+        epochs=options.epochs * MORE_PASSES,
+        learning_rate=options.learning_rate * SMALLER_STEPS,
+        symbol_learning_rate=options.symbol_learning_rate * SMALLER_STEPS,
+        imitated=tuple(options.imitated),
+    )
+    if options.max_steps is None:
+        return options
+    new = len(added_rows(index))
+    share = 2 * new / max(1, len(index.records) - new)  # every other example is of an old image
+    return replace(options, max_steps=max(1, round(options.max_steps * MORE_PASSES * share)))
 
 
 def stream(
