@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama_index_genret.corpus import Corpus, Record
-from llama_index_genret.errors import IdentifierError
+from llama_index_genret.errors import IdentifierError, MissingExtra, TrainingError
 from llama_index_genret.identifiers import Alphabet, Identifier, ImageFacts, Scheme, Spelling, get_scheme, spelling_of
 from llama_index_genret.modeling import Mllm, Progress, render_prompts, vision_features
 from llama_index_genret.new_rows import guess_rows
 from llama_index_genret.prompts import PromptSet
 from llama_index_genret.store import Index, NewRows, add_images, check_free, create_index
+from llama_index_genret.text_encoder import Embed, load_text_encoder
 from llama_index_genret.tokenization import IndexTokenizer
+
+log = logging.getLogger(__name__)
 
 
 def build_index(
@@ -75,15 +79,23 @@ class NewNames:
 
 
 def add_to_index(
-    index: Index, records: Sequence[Record], mllm: Mllm | None = None, *, progress: Progress = iter
+    index: Index,
+    records: Sequence[Record],
+    mllm: Mllm | None = None,
+    *,
+    teacher: str | None = None,
+    progress: Progress = iter,
 ) -> Index:
     """Name images by the frozen scheme of `index` and write them into it: the next search may end at them.
 
-    Where they bring symbols that the trained weights lack, rows are guessed from the pictures (`new_rows`): the index
-    has other weights then. An index that was not trained yet needs none: the training will give them.
+    Where they bring symbols that the trained weights lack, rows are guessed from their captions or from the pictures
+    (`new_rows`): the index has other weights then. An index that was not trained yet needs none: the training will
+    give them.
 
     Args:
         mllm: the index's base model, where `needs_features`.
+        teacher: a text encoder that `sentence-transformers` loads, by which captions tell of rows. If not given, that
+            of the training; where there was none or it is not at hand, which is logged, the pictures tell.
     Raises:
         DuplicateImage: an image id is in the index already.
         IdentifierError: the tokenizer cannot spell a name, or there is nothing to guess a symbol's row from.
@@ -91,12 +103,17 @@ def add_to_index(
     names = name_new_images(index, records, mllm, progress=progress)
     new_rows = None
     if index.is_trained and names.tokenizer.fingerprint != index.tokenizer.fingerprint:
-        new_rows = _new_rows(index, records, names, mllm, progress)
+        new_rows = _new_rows(index, records, names, mllm, teacher, progress)
     return add_images(index, records, names.identifiers, names.scheme, tokenizer=names.tokenizer, new_rows=new_rows)
 
 
 def _new_rows(
-    index: Index, records: Sequence[Record], names: NewNames, mllm: Mllm | None, progress: Progress
+    index: Index,
+    records: Sequence[Record],
+    names: NewNames,
+    mllm: Mllm | None,
+    teacher: str | None,
+    progress: Progress,
 ) -> NewRows:
     if mllm is None:
         raise IdentifierError(
@@ -106,7 +123,22 @@ def _new_rows(
     symbols = set(names.scheme.new_symbols()) - set(index.scheme().new_symbols())
     token_ids = sorted(map(names.tokenizer.symbol_id, symbols))
     identifiers = [tuple(map(names.tokenizer.symbol_id, name)) for name in names.identifiers]
-    return guess_rows(index, records, identifiers, token_ids, mllm, progress=progress)
+    captioned = any(record.captions for record in records)
+    embed = _teacher(index, teacher, str(mllm.model.device)) if captioned else None
+    return guess_rows(index, records, identifiers, token_ids, mllm, embed=embed, progress=progress)
+
+
+def _teacher(index: Index, chosen: str | None, device: str) -> Embed | None:
+    name = chosen or (index.manifest.training or {}).get("teacher")
+    if name is None:
+        return None
+    try:
+        return load_text_encoder(name, device=device)
+    except (TrainingError, MissingExtra) as error:
+        if chosen:
+            raise
+        log.warning("new images are placed by how they look, not by their captions: %s", error)
+        return None
 
 
 def needs_features(index: Index) -> bool:

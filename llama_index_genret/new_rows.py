@@ -1,25 +1,29 @@
-"""Rows for the symbols of images that join a trained index: guessed from how the images look.
+"""Rows for the symbols of images that join a trained index: guessed from their captions, or from how they look.
 
     direction = (features - mean of the features) @ weights
     row = mean of the trained rows + direction, made as long as those of trained rows are in the mean
 
 `weights` are fitted by ridge regression on images of the training, whose rows are known. So a new image has a row like
-those of images that look like it, and is recalled by what is asked of them, until it is trained itself. A ridge gives
-short rows, which longer ones outdo whatever is asked: as predicted, no added image is found; at full length, nearly as
-many as with trained rows (integration.recall.grow measures it).
+those of images like it, and is recalled by what is asked of them, until it is trained itself. A ridge gives short rows,
+which longer ones outdo whatever is asked: as predicted, no added image is found; at full length, many are
+(integration.recall.grow measures it).
+
+Features are the vectors of the captions by a text encoder, where there is one and an image has captions: what is asked
+is text, and finds new images about as often as trained ones. Else those of the vision tower.
 
 IncDSI (arXiv:2307.10323) also adds one row to trained atomic identifiers, and leaves all else as it is. It solves for
 that row under constraints: the new document's own queries must find it, and old queries must not. That takes queries
-of the new document, and those of all old ones at hand. Here only the picture is needed; what the row is worth comes
-from the pictures that were trained, and nothing keeps it from outranking one of them for an old query.
+of the new document, and those of all old ones at hand. Here only the image is needed; what the row is worth comes
+from the images that were trained, and nothing keeps it from outranking one of them for an old query.
 
-Knows pictures, identifiers as token ids, and the files of adapters; nothing of training.
+Knows pictures, captions, identifiers as token ids, and the files of adapters; nothing of training.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +34,7 @@ from llama_index_genret.corpus import Record
 from llama_index_genret.errors import IdentifierError
 from llama_index_genret.modeling import Mllm, Progress, vision_features
 from llama_index_genret.store import Index, NewRows
+from llama_index_genret.text_encoder import Embed, placed_by_captions
 
 SAMPLED = 2048
 """Images of the training, at most, on which the regression is fitted."""
@@ -38,6 +43,7 @@ PENALTY = 0.3
 """Of the ridge, in mean eigenvalues of the features' covariance: with 1, directions of that variance shrink by half."""
 
 Float32 = NDArray[np.float32]
+TrainedRows = dict[str, dict[int, Float32]]
 
 
 @dataclass(frozen=True)
@@ -84,32 +90,32 @@ def guess_rows(
     token_ids: Sequence[int],
     mllm: Mllm,
     *,
+    embed: Embed | None = None,
     seed: int = 0,
     progress: Progress = iter,
 ) -> NewRows:
     """Rows for symbols that the trained weights of `index` lack, beside those that it has guessed before.
 
     A symbol's features are the mean of those of the images that bear it; one that none bears gets the mean row. The
-    regression is fitted once, on at most SAMPLED images drawn by `seed`, and stored: it is that of `genret train`'s
-    weights, whatever update is on top.
+    regression is fitted on at most SAMPLED images drawn by `seed`; that of pictures once, and stored: it is that of
+    `genret train`'s weights, whatever update is on top.
 
     Args:
         records, identifiers: images that join, and their names as token ids. token_ids: the symbols that join.
-        mllm: the base model.
+        mllm: the base model. embed: a text encoder, for the symbols of images with captions.
     Raises:
         IdentifierError: no image of the training is left to learn from.
     """
     before = index.new_rows()
-    if before:
-        regressions = {name: RowRegression(**arrays) for name, arrays in before.regressions.items()}
-    else:
-        regressions = _fitted(index, mllm, seed=seed, progress=progress)
-    features = vision_features(mllm, [record.path for record in records], progress)
-    of_symbols, borne = _of_symbols(token_ids, identifiers, features)
-    guessed = {}
-    for name, regression in regressions.items():
-        of_symbols[~borne] = regression.mean_features
-        guessed[name] = regression.guess(of_symbols)
+    regressions = {name: RowRegression(**arrays) for name, arrays in before.regressions.items()} if before else {}
+    from_captions = _from_captions(index, records, identifiers, token_ids, embed, seed=seed) if embed else {}
+    if not from_captions or not next(iter(from_captions.values())).keys() >= set(token_ids):
+        if not regressions:
+            regressions = _fitted_on_pictures(index, mllm, seed=seed, progress=progress)
+        features = vision_features(mllm, [record.path for record in records], progress)
+        from_pictures = _guessed(regressions, token_ids, identifiers, features)
+        from_captions = {name: rows | from_captions.get(name, {}) for name, rows in from_pictures.items()}
+    guessed = {name: np.stack([rows[token_id] for token_id in token_ids]) for name, rows in from_captions.items()}
     if before:
         token_ids = [*before.token_ids.tolist(), *token_ids]
         guessed = {name: np.concatenate([before.rows[name], rows]) for name, rows in guessed.items()}
@@ -117,7 +123,45 @@ def guess_rows(
     return NewRows(np.array(token_ids, np.int64), guessed, fits)
 
 
-def _trained_rows(index: Index) -> dict[str, dict[int, Float32]]:
+def _guessed(
+    regressions: Mapping[str, RowRegression],
+    token_ids: Sequence[int],
+    identifiers: Sequence[Sequence[int]],
+    features: Float32,
+) -> dict[str, dict[int, Float32]]:
+    """By the name of a module, the rows of `token_ids`."""
+    of_symbols, borne = _of_symbols(token_ids, identifiers, features)
+    found = {}
+    for name, regression in regressions.items():
+        of_symbols[~borne] = regression.mean_features
+        found[name] = dict(zip(token_ids, regression.guess(of_symbols), strict=True))
+    return found
+
+
+def _from_captions(
+    index: Index,
+    records: Sequence[Record],
+    identifiers: Sequence[Sequence[int]],
+    token_ids: Sequence[int],
+    embed: Embed,
+    *,
+    seed: int,
+) -> dict[str, dict[int, Float32]]:
+    """By the name of a module, the rows of the symbols of images that have captions; empty if there are none."""
+    told = [place for place, record in enumerate(records) if record.captions]
+    trained = _trained_rows(index)
+    chosen = _sample(index, trained, seed=seed, captioned=True)
+    if not told or not chosen:
+        return {}
+    captions = [*(index.records[row].captions for row in chosen), *(records[place].captions for place in told)]
+    vectors, _ = placed_by_captions(embed, captions)
+    regressions = _fitted(index, trained, chosen, vectors[: len(chosen)])
+    named = [identifiers[place] for place in told]
+    borne = set(itertools.chain(*named)) & set(token_ids)
+    return _guessed(regressions, sorted(borne), named, vectors[len(chosen) :])
+
+
+def _trained_rows(index: Index) -> TrainedRows:
     """By the name of a module, embeddings or LM head: the trained rows of token ids, as PEFT stores them."""
     folder = index.adapter_folder()
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -130,17 +174,31 @@ def _trained_rows(index: Index) -> dict[str, dict[int, Float32]]:
     return found
 
 
-def _fitted(index: Index, mllm: Mllm, *, seed: int, progress: Progress) -> dict[str, RowRegression]:
-    trained = _trained_rows(index)
+def _sample(index: Index, trained: TrainedRows, *, seed: int, captioned: bool) -> list[int]:
+    """Rows of images of the training."""
     known = set(next(iter(trained.values()), {}))
-    named = [row for row in range(len(index.records)) if known.issuperset(index.token_ids(row))]
-    if not named:
+    named = [
+        row
+        for row, record in enumerate(index.records)
+        if (record.captions or not captioned) and known.issuperset(index.token_ids(row))
+    ]
+    return [int(row) for row in np.random.default_rng(seed).permutation(named)[:SAMPLED]]
+
+
+def _fitted_on_pictures(index: Index, mllm: Mllm, *, seed: int, progress: Progress) -> dict[str, RowRegression]:
+    trained = _trained_rows(index)
+    chosen = _sample(index, trained, seed=seed, captioned=False)
+    if not chosen:
         raise IdentifierError(
             f"no image is left of those that {index.folder} was trained on, so that nothing tells which row belongs to "
             "a picture. Make the index anew, with `genret index`."
         )
-    chosen = np.random.default_rng(seed).permutation(named)[:SAMPLED]
     features = vision_features(mllm, [index.records[row].path for row in chosen], progress)
+    return _fitted(index, trained, chosen, features)
+
+
+def _fitted(index: Index, trained: TrainedRows, chosen: Sequence[int], features: Float32) -> dict[str, RowRegression]:
+    """On the features of images of the training, by the name of a module."""
     identifiers = [index.token_ids(row) for row in chosen]
     token_ids = sorted({token_id for identifier in identifiers for token_id in identifier})
     of_symbols, _ = _of_symbols(token_ids, identifiers, features)

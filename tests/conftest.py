@@ -61,6 +61,13 @@ def tiny_mllm(tiny_model_dir):
 
 
 @pytest.fixture(scope="session")
+def encoder(tmp_path_factory) -> str:
+    from tests.tiny_text_encoder import make_text_encoder
+
+    return make_text_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
 def untrained_index(request, tmp_path_factory):
     """An index over `pictures`. GENRET_TEST_INDEX names one that is there already: then no torch is needed."""
     if folder := os.environ.get("GENRET_TEST_INDEX"):

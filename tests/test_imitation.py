@@ -9,12 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Pooling, Transformer
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import TrainingError
@@ -29,45 +23,6 @@ from llama_index_genret.training.recipe import TrainOptions, _adapted, _fast_sym
 from llama_index_genret.training.soft_targets import Paths
 from llama_index_genret.training.symbol_rows import fitted_projection, start_rows
 from llama_index_genret.training.teacher import Teacher, teach
-
-
-@pytest.fixture(scope="session")
-def encoder(tmp_path_factory):
-    """A tiny random text encoder, as `sentence-transformers` stores one."""
-    folder = tmp_path_factory.mktemp("encoder")
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "a",
-        "thing",
-        "red",
-        "green",
-        "blue",
-        "white",
-        "black",
-        "circle",
-        "bar",
-        "square",
-        "ring",
-        "ball",
-    ]
-    tokenizer = Tokenizer(WordLevel(dict(zip(words, range(len(words)), strict=True)), unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
-    fast.save_pretrained(folder / "bert")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        initializer_range=1.0,
-    )
-    BertModel(config).save_pretrained(folder / "bert")
-    transformer = Transformer(str(folder / "bert"))
-    SentenceTransformer(modules=[transformer, Pooling(16, "mean")], device="cpu").save(str(folder / "encoder"))
-    return str(folder / "encoder")
 
 
 def taught(encoder, captions, **chosen):

@@ -9,13 +9,14 @@ from safetensors.numpy import load_file, save_file
 
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.endpoint.registry import Registry
-from llama_index_genret.errors import IdentifierError, StoreError
+from llama_index_genret.errors import IdentifierError, StoreError, TrainingError
 from llama_index_genret.indexing import add_to_index, build_index, needs_features
 from llama_index_genret.modeling import load_trained, vision_features
 from llama_index_genret.new_rows import RowRegression
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import drop_update, load_index, remove_images, store_adapter
+from llama_index_genret.text_encoder import load_text_encoder, placed_by_captions
 from llama_index_genret.training.recipe import TrainOptions, train
 
 OLD = 16
@@ -114,6 +115,42 @@ def test_an_added_image_has_a_row_like_images_that_look_like_it(grown, truth):
     assert (cosines.diagonal() > 0.7).all()
     assert (by_chance.diagonal() < 0.7).all()
     assert cosines.argmax(0).tolist() == [0, 1, 2, 3]  # a query that means one of the new images finds it among them
+
+
+def test_an_added_image_with_captions_has_a_row_like_images_whose_captions_are_like_its(
+    trained, records, tiny_mllm, tmp_path, encoder, caplog
+):
+    """By the teacher of the training, or another; one without captions by how it looks, as all do without a teacher."""
+    embed = load_text_encoder(encoder, device="cpu")
+    mute = [*records[OLD:19], replace(records[19], captions=())]
+    placed, _ = placed_by_captions(embed, [record.captions for record in [*records[:OLD], *mute]])
+    looks = rows_of(add_to_index(copy_of(trained, tmp_path), mute, tiny_mllm))
+    expected = RowRegression.fit(placed[:OLD], looks[:OLD]).guess(placed[OLD:19])
+    for way in ("chosen", "of the training", "gone", "all told"):
+        (tmp_path / way).mkdir()
+        index = copy_of(trained, tmp_path / way)
+        teacher = encoder if way in ("chosen", "all told") else None
+        if way in ("of the training", "gone"):
+            described = {"teacher": encoder if way == "of the training" else str(tmp_path / "none")}
+            index = store_adapter(
+                index, shutil.copytree(index.adapter_folder(), tmp_path / f"{way} adapter"), described
+            )
+        added = mute[:-1] if way == "all told" else mute
+        grown = add_to_index(index, added, tiny_mllm, teacher=teacher)
+        found = rows_of(grown)[OLD:]
+        if way == "gone":
+            np.testing.assert_allclose(found, looks[OLD:], atol=1e-5)
+            assert "placed by how they look" in caplog.text
+            continue
+        np.testing.assert_allclose(found[:3], expected, atol=1e-4)
+        assert np.abs(expected - looks[OLD:19]).max() > 0.1
+        if way == "all told":  # no picture was looked at: the next image is the first
+            assert not grown.new_rows().regressions
+            grown = add_to_index(grown, mute[3:], tiny_mllm)
+            np.testing.assert_allclose(rows_of(grown)[OLD:19], found, atol=1e-6)
+        np.testing.assert_allclose(rows_of(grown)[19], looks[19], atol=1e-4)
+    with pytest.raises(TrainingError, match="does not load as a text encoder"):
+        add_to_index(trained, mute, tiny_mllm, teacher=str(tmp_path / "none"))
 
 
 def test_it_is_recalled_at_once_and_the_weights_have_another_name(trained, grown, records):

@@ -72,6 +72,10 @@ def add(
     index_dir: IndexDir,
     images: Annotated[Path, typer.Argument(help="Folder of images; those that the index has already are left alone.")],
     model: BaseModel = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Text encoder that places new images by their captions (default: that of the training)."),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -85,7 +89,7 @@ def add(
     corpus = read_corpus(images, progress=bar("Reading"))
     new = [record for record in corpus.records if (record.image_id, record.sha256) not in known]
     mllm = load_base(loaded, device=device, base=model) if new and needs_features(loaded) else None
-    grown = add_to_index(loaded, new, mllm, progress=bar("Encoding")) if new else loaded
+    grown = add_to_index(loaded, new, mllm, teacher=teacher, progress=bar("Encoding")) if new else loaded
     other_weights = grown.weights_id != loaded.weights_id
     if other_weights:
         log.print(

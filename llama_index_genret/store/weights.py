@@ -41,7 +41,8 @@ class NewRows:
     """Rows of symbols that joined after the training, and how rows of further ones are guessed.
 
     token_ids: (m,) int64. rows: by the name of a module of the model, the embeddings or the LM head, (m, d) float32.
-    regressions: likewise, the arrays of a `RowRegression`, kept because fitting it takes the features of many images.
+    regressions: likewise, the arrays of a `RowRegression`, kept because fitting it takes the features of many images;
+        empty where no row was guessed from a picture.
     """
 
     token_ids: NDArray[np.int64]
@@ -52,7 +53,7 @@ class NewRows:
         """Write them as safetensors."""
         arrays: dict[str, NDArray[Any]] = {"token_ids": self.token_ids}
         for module, rows in self.rows.items():
-            arrays |= {f"{module}/{name}": array for name, array in self.regressions[module].items()}
+            arrays |= {f"{module}/{name}": array for name, array in self.regressions.get(module, {}).items()}
             arrays[f"{module}/{_ROWS}"] = rows
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
@@ -65,7 +66,7 @@ class NewRows:
             module, _, name = key.partition("/")
             modules.setdefault(module, {})[name] = array
         rows = {module: own.pop(_ROWS) for module, own in modules.items()}
-        return cls(token_ids, rows, modules)
+        return cls(token_ids, rows, {module: own for module, own in modules.items() if own})
 
 
 def weights_id(files: Mapping[str, FileEntry]) -> str | None:

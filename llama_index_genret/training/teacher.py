@@ -1,4 +1,4 @@
-"""A text encoder as a teacher: how near each image's captions are to any query. Used while training only.
+"""What a teacher says of queries: how near each image's captions are to any query. Used while training only.
 
 Knows captions and queries as text; nothing of images, identifiers or the model that learns.
 Source: distillation of Hinton et al. (arXiv:1503.02531), on queries that nobody has to write.
@@ -6,16 +6,16 @@ Source: distillation of Hinton et al. (arXiv:1503.02531), on queries that nobody
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_index_genret.errors import MissingExtra, TrainingError
+from llama_index_genret.errors import TrainingError
+from llama_index_genret.text_encoder import Float32, Progress, load_text_encoder, placed_by_captions
 
-ENCODED_TOGETHER = 256
+COMPARED_TOGETHER = 256
 KEYWORD_LISTS = 16
 """Lists of keywords that are made up for each image."""
 MOST_KEYWORDS = 6
@@ -23,9 +23,6 @@ KEYWORDS = 256
 """Words nearest to an image, of which its lists are made."""
 NEAR = 0.05
 """Temperature at which an image's keywords are drawn."""
-
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
-Float32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,8 @@ class Teacher:
 
     def meant(self) -> list[int]:
         """(q) the image that each query means most."""
-        starts = range(0, len(self.queries), ENCODED_TOGETHER)
-        parts = [(self.queries[start : start + ENCODED_TOGETHER] @ self.images.T).argmax(1) for start in starts]
+        starts = range(0, len(self.queries), COMPARED_TOGETHER)
+        parts = [(self.queries[start : start + COMPARED_TOGETHER] @ self.images.T).argmax(1) for start in starts]
         return [int(row) for part in parts for row in part]
 
 
@@ -68,8 +65,8 @@ def teach(
 ) -> Teacher:
     """Embed images by their captions, and queries: the captions, `words`, lists of words near each image, `queries`.
 
-    An image lies at the sum of the mean of its captions and of all of them as one text. Its made-up keywords are
-    drawn by their nearness to it: common words that its captions may lack.
+    Where an image lies: `text_encoder.placed_by_captions`. Its made-up keywords are drawn by their nearness to it:
+    common words that its captions may lack.
 
     Args:
         encoder: a local folder or hub id that `sentence-transformers` loads.
@@ -82,41 +79,15 @@ def teach(
         raise TrainingError("a teacher tells images apart, and the index has one alone. Leave the teacher out.")
     if not any(captions):
         raise TrainingError("a teacher needs captions: no image of the index has one. Leave the teacher out.")
-    embed = _encoder(encoder, device, progress)
-    flat = list(dict.fromkeys([*(caption for own in captions for caption in own), *words]))
-    known = dict(zip(flat, embed(flat), strict=True))
-    joined = iter(embed([" ".join(own) for own in captions if own]))
-    images = np.zeros((len(captions), len(next(iter(known.values())))), np.float32)
-    for row, own in enumerate(captions):
-        if own:
-            images[row] = _unit(np.mean([known[caption] for caption in own], axis=0)) + next(joined)
-    images = _unit(images)
+    embed = load_text_encoder(encoder, device=device, progress=progress)
+    images, known = placed_by_captions(embed, captions)
+    others = [word for word in dict.fromkeys(words) if word not in known]
+    known |= zip(others, embed(others), strict=True)
+    flat = list(known)
     lists = _keyword_lists(flat, np.stack([known[text] for text in flat]), images, seed=seed)
     more = [text for text in dict.fromkeys([*lists, *queries]) if text not in known]
     texts = (*flat, *more)
     return Teacher(texts, np.concatenate([np.stack(list(known.values())), embed(more)]), images, temperature)
-
-
-def _encoder(name: str, device: str, progress: Progress) -> Callable[[Sequence[str]], Float32]:
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise MissingExtra("a teacher needs sentence-transformers: pip install 'llama-index-genret[train]'.") from error
-    try:
-        model = SentenceTransformer(name, device=device)
-    except (OSError, ValueError, KeyError) as error:
-        raise TrainingError(f"the teacher {name!r} does not load as a text encoder: {error}") from error
-
-    def embed(texts: Sequence[str]) -> Float32:
-        texts = [text.replace(", ", " ") for text in texts]  # encoders of sentences read lists better so
-        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
-        parts: list[Float32] = []
-        for start in progress(range(0, len(texts), ENCODED_TOGETHER)):
-            chosen = [texts[place] for place in order[start : start + ENCODED_TOGETHER]]
-            parts.append(model.encode(chosen, normalize_embeddings=True, show_progress_bar=False))
-        return np.concatenate(parts)[np.argsort(order)] if parts else np.zeros((0, 0), np.float32)
-
-    return embed
 
 
 def _keyword_lists(words: Sequence[str], embeddings: Float32, images: Float32, *, seed: int) -> Iterator[str]:
@@ -131,7 +102,3 @@ def _keyword_lists(words: Sequence[str], embeddings: Float32, images: Float32, *
                 n_words = int(draw.integers(1, min(MOST_KEYWORDS, len(near)), endpoint=True))
                 chosen = draw.choice(near, n_words, replace=False, p=likely)
                 yield str(draw.choice([" ", ", "])).join(words[place] for place in chosen)
-
-
-def _unit(vectors: Float32) -> Float32:
-    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12), np.float32)
