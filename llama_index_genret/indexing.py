@@ -15,7 +15,7 @@ from llama_index_genret.modeling import Mllm, Progress, render_prompts, vision_f
 from llama_index_genret.new_rows import guess_rows
 from llama_index_genret.prompts import PromptSet
 from llama_index_genret.store import Index, NewRows, add_images, check_free, create_index
-from llama_index_genret.text_encoder import Embed, load_text_encoder
+from llama_index_genret.text_encoder import TextEncoder
 from llama_index_genret.tokenization import IndexTokenizer
 
 log = logging.getLogger(__name__)
@@ -124,16 +124,16 @@ def _new_rows(
     token_ids = sorted(map(names.tokenizer.symbol_id, symbols))
     identifiers = [tuple(map(names.tokenizer.symbol_id, name)) for name in names.identifiers]
     captioned = any(record.captions for record in records)
-    embed = _teacher(index, teacher, str(mllm.model.device)) if captioned else None
-    return guess_rows(index, records, identifiers, token_ids, mllm, embed=embed, progress=progress)
+    encoder = _teacher(index, teacher, str(mllm.model.device)) if captioned else None
+    return guess_rows(index, records, identifiers, token_ids, mllm, teacher=encoder, progress=progress)
 
 
-def _teacher(index: Index, chosen: str | None, device: str) -> Embed | None:
+def _teacher(index: Index, chosen: str | None, device: str) -> TextEncoder | None:
     name = chosen or (index.manifest.training or {}).get("teacher")
     if name is None:
         return None
     try:
-        return load_text_encoder(name, device=device)
+        return TextEncoder(name, device=device)
     except (TrainingError, MissingExtra) as error:
         if chosen:
             raise

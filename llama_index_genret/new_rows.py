@@ -34,7 +34,7 @@ from llama_index_genret.corpus import Record
 from llama_index_genret.errors import IdentifierError
 from llama_index_genret.modeling import Mllm, Progress, vision_features
 from llama_index_genret.store import Index, NewRows
-from llama_index_genret.text_encoder import Embed, placed_by_captions
+from llama_index_genret.text_encoder import TextEncoder, placed_by_captions
 
 SAMPLED = 2048
 """Images of the training, at most, on which the regression is fitted."""
@@ -90,37 +90,52 @@ def guess_rows(
     token_ids: Sequence[int],
     mllm: Mllm,
     *,
-    embed: Embed | None = None,
+    teacher: TextEncoder | None = None,
     seed: int = 0,
     progress: Progress = iter,
 ) -> NewRows:
     """Rows for symbols that the trained weights of `index` lack, beside those that it has guessed before.
 
     A symbol's features are the mean of those of the images that bear it; one that none bears gets the mean row. The
-    regression is fitted on at most SAMPLED images drawn by `seed`; that of pictures once, and stored: it is that of
-    `genret train`'s weights, whatever update is on top.
+    regression is fitted once, on at most SAMPLED images drawn by `seed`, and stored: it is that of `genret train`'s
+    weights, whatever update is on top.
 
     Args:
         records, identifiers: images that join, and their names as token ids. token_ids: the symbols that join.
-        mllm: the base model. embed: a text encoder, for the symbols of images with captions.
+        mllm: the base model. teacher: for the symbols of images with captions.
     Raises:
         IdentifierError: no image of the training is left to learn from.
     """
     before = index.new_rows()
-    regressions = {name: RowRegression(**arrays) for name, arrays in before.regressions.items()} if before else {}
-    from_captions = _from_captions(index, records, identifiers, token_ids, embed, seed=seed) if embed else {}
-    if not from_captions or not next(iter(from_captions.values())).keys() >= set(token_ids):
-        if not regressions:
-            regressions = _fitted_on_pictures(index, mllm, seed=seed, progress=progress)
+    known = before or NewRows(np.zeros(0, np.int64), {}, {})
+    of_pictures, of_captions = _regressions(known.regressions), _regressions(known.of_captions)
+    guessed: dict[str, dict[int, Float32]] = {}
+    told = [place for place, record in enumerate(records) if teacher and record.captions]
+    if teacher and told:
+        if not of_captions or known.teacher != teacher.name:
+            of_captions = _fitted_on_captions(index, teacher, seed=seed)
+        named = [identifiers[place] for place in told]
+        borne = sorted(set(itertools.chain(*named)) & set(token_ids))
+        placed, _ = placed_by_captions(teacher, [records[place].captions for place in told])
+        guessed = _guessed(of_captions, borne, named, placed)
+    if not guessed or not next(iter(guessed.values())).keys() >= set(token_ids):
+        of_pictures = of_pictures or _fitted_on_pictures(index, mllm, seed=seed, progress=progress)
         features = vision_features(mllm, [record.path for record in records], progress)
-        from_pictures = _guessed(regressions, token_ids, identifiers, features)
-        from_captions = {name: rows | from_captions.get(name, {}) for name, rows in from_pictures.items()}
-    guessed = {name: np.stack([rows[token_id] for token_id in token_ids]) for name, rows in from_captions.items()}
+        by_looks = _guessed(of_pictures, token_ids, identifiers, features)
+        guessed = {name: rows | guessed.get(name, {}) for name, rows in by_looks.items()}
+    rows = {name: np.stack([own[token_id] for token_id in token_ids]) for name, own in guessed.items()}
     if before:
         token_ids = [*before.token_ids.tolist(), *token_ids]
-        guessed = {name: np.concatenate([before.rows[name], rows]) for name, rows in guessed.items()}
-    fits = {name: dict(vars(regression)) for name, regression in regressions.items()}
-    return NewRows(np.array(token_ids, np.int64), guessed, fits)
+        rows = {name: np.concatenate([before.rows[name], own]) for name, own in rows.items()}
+    pictures, captions = (
+        {name: dict(vars(regression)) for name, regression in fitted.items()} for fitted in (of_pictures, of_captions)
+    )
+    name = teacher.name if teacher and told else known.teacher
+    return NewRows(np.array(token_ids, np.int64), rows, pictures, captions, name)
+
+
+def _regressions(stored: Mapping[str, Mapping[str, Float32]]) -> dict[str, RowRegression]:
+    return {name: RowRegression(**arrays) for name, arrays in stored.items()}
 
 
 def _guessed(
@@ -136,29 +151,6 @@ def _guessed(
         of_symbols[~borne] = regression.mean_features
         found[name] = dict(zip(token_ids, regression.guess(of_symbols), strict=True))
     return found
-
-
-def _from_captions(
-    index: Index,
-    records: Sequence[Record],
-    identifiers: Sequence[Sequence[int]],
-    token_ids: Sequence[int],
-    embed: Embed,
-    *,
-    seed: int,
-) -> dict[str, dict[int, Float32]]:
-    """By the name of a module, the rows of the symbols of images that have captions; empty if there are none."""
-    told = [place for place, record in enumerate(records) if record.captions]
-    trained = _trained_rows(index)
-    chosen = _sample(index, trained, seed=seed, captioned=True)
-    if not told or not chosen:
-        return {}
-    captions = [*(index.records[row].captions for row in chosen), *(records[place].captions for place in told)]
-    vectors, _ = placed_by_captions(embed, captions)
-    regressions = _fitted(index, trained, chosen, vectors[: len(chosen)])
-    named = [identifiers[place] for place in told]
-    borne = set(itertools.chain(*named)) & set(token_ids)
-    return _guessed(regressions, sorted(borne), named, vectors[len(chosen) :])
 
 
 def _trained_rows(index: Index) -> TrainedRows:
@@ -183,6 +175,16 @@ def _sample(index: Index, trained: TrainedRows, *, seed: int, captioned: bool) -
         if (record.captions or not captioned) and known.issuperset(index.token_ids(row))
     ]
     return [int(row) for row in np.random.default_rng(seed).permutation(named)[:SAMPLED]]
+
+
+def _fitted_on_captions(index: Index, teacher: TextEncoder, *, seed: int) -> dict[str, RowRegression]:
+    """Empty where no image is left of the training that has a caption."""
+    trained = _trained_rows(index)
+    chosen = _sample(index, trained, seed=seed, captioned=True)
+    if not chosen:
+        return {}
+    vectors, _ = placed_by_captions(teacher, [index.records[row].captions for row in chosen])
+    return _fitted(index, trained, chosen, vectors)
 
 
 def _fitted_on_pictures(index: Index, mllm: Mllm, *, seed: int, progress: Progress) -> dict[str, RowRegression]:

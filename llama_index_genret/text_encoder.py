@@ -17,38 +17,41 @@ ENCODED_TOGETHER = 256
 
 Float32 = NDArray[np.float32]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
-Embed = Callable[[Sequence[str]], Float32]
-"""From n texts to (n, d) unit embeddings, float32."""
 
 
-def load_text_encoder(name: str, *, device: str, progress: Progress = iter) -> Embed:
-    """An encoder that `sentence-transformers` loads: a local folder or a hub id.
+class TextEncoder:
+    """An encoder that `sentence-transformers` loads.
 
+    Args:
+        name: a local folder or a hub id.
     Raises:
         TrainingError: it does not load. MissingExtra: sentence-transformers is missing.
     """
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise MissingExtra("a teacher needs sentence-transformers: pip install 'llama-index-genret[train]'.") from error
-    try:
-        model = SentenceTransformer(name, device=device)
-    except (OSError, ValueError, KeyError) as error:
-        raise TrainingError(f"the teacher {name!r} does not load as a text encoder: {error}") from error
 
-    def embed(texts: Sequence[str]) -> Float32:
+    def __init__(self, name: str, *, device: str, progress: Progress = iter) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            needed = "a teacher needs sentence-transformers: pip install 'llama-index-genret[train]'."
+            raise MissingExtra(needed) from error
+        try:
+            self._model = SentenceTransformer(name, device=device)
+        except (OSError, ValueError, KeyError) as error:
+            raise TrainingError(f"the teacher {name!r} does not load as a text encoder: {error}") from error
+        self.name, self._progress = name, progress
+
+    def embed(self, texts: Sequence[str]) -> Float32:
+        """(n, d) unit embeddings of n texts."""
         texts = [text.replace(", ", " ") for text in texts]  # encoders of sentences read lists better so
         order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
         parts: list[Float32] = []
-        for start in progress(range(0, len(texts), ENCODED_TOGETHER)):
+        for start in self._progress(range(0, len(texts), ENCODED_TOGETHER)):
             chosen = [texts[place] for place in order[start : start + ENCODED_TOGETHER]]
-            parts.append(model.encode(chosen, normalize_embeddings=True, show_progress_bar=False))
+            parts.append(self._model.encode(chosen, normalize_embeddings=True, show_progress_bar=False))
         return np.concatenate(parts)[np.argsort(order)] if parts else np.zeros((0, 0), np.float32)
 
-    return embed
 
-
-def placed_by_captions(embed: Embed, captions: Sequence[Sequence[str]]) -> tuple[Float32, dict[str, Float32]]:
+def placed_by_captions(encoder: TextEncoder, captions: Sequence[Sequence[str]]) -> tuple[Float32, dict[str, Float32]]:
     """(n, d) unit vectors of images, and (d,) of each caption.
 
     An image lies at the sum of the mean of its captions and of all of them as one text; one without any at 0.
@@ -57,8 +60,8 @@ def placed_by_captions(embed: Embed, captions: Sequence[Sequence[str]]) -> tuple
         captions: of every image; one has some at least.
     """
     flat = list(dict.fromkeys(caption for own in captions for caption in own))
-    known = dict(zip(flat, embed(flat), strict=True))
-    joined = iter(embed([" ".join(own) for own in captions if own]))
+    known = dict(zip(flat, encoder.embed(flat), strict=True))
+    joined = iter(encoder.embed([" ".join(own) for own in captions if own]))
     images = np.zeros((len(captions), len(next(iter(known.values())))), np.float32)
     for row, own in enumerate(captions):
         if own:

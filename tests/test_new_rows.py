@@ -16,7 +16,7 @@ from llama_index_genret.new_rows import RowRegression
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import drop_update, load_index, remove_images, store_adapter
-from llama_index_genret.text_encoder import load_text_encoder, placed_by_captions
+from llama_index_genret.text_encoder import TextEncoder, placed_by_captions
 from llama_index_genret.training.recipe import TrainOptions, train
 
 OLD = 16
@@ -121,11 +121,12 @@ def test_an_added_image_with_captions_has_a_row_like_images_whose_captions_are_l
     trained, records, tiny_mllm, tmp_path, encoder, caplog
 ):
     """By the teacher of the training, or another; one without captions by how it looks, as all do without a teacher."""
-    embed = load_text_encoder(encoder, device="cpu")
+    reader = TextEncoder(encoder, device="cpu")
     mute = [*records[OLD:19], replace(records[19], captions=())]
-    placed, _ = placed_by_captions(embed, [record.captions for record in [*records[:OLD], *mute]])
+    placed, _ = placed_by_captions(reader, [record.captions for record in [*records[:OLD], *mute]])
     looks = rows_of(add_to_index(copy_of(trained, tmp_path), mute, tiny_mllm))
     expected = RowRegression.fit(placed[:OLD], looks[:OLD]).guess(placed[OLD:19])
+    (tmp_path / "left").mkdir()
     for way in ("chosen", "of the training", "gone", "all told"):
         (tmp_path / way).mkdir()
         index = copy_of(trained, tmp_path / way)
@@ -146,6 +147,12 @@ def test_an_added_image_with_captions_has_a_row_like_images_whose_captions_are_l
         assert np.abs(expected - looks[OLD:19]).max() > 0.1
         if way == "all told":  # no picture was looked at: the next image is the first
             assert not grown.new_rows().regressions
+            old = [record.image_id for record in records[:OLD]]
+            left = remove_images(copy_of(grown, tmp_path / "left"), old)  # how captions tell of rows is stored
+            again = add_to_index(
+                left, [replace(record, image_id="b") for record in added[:1]], tiny_mllm, teacher=encoder
+            )
+            np.testing.assert_allclose(rows_of(again)[3], found[0], atol=1e-5)
             grown = add_to_index(grown, mute[3:], tiny_mllm)
             np.testing.assert_allclose(rows_of(grown)[OLD:19], found, atol=1e-6)
         np.testing.assert_allclose(rows_of(grown)[19], looks[19], atol=1e-4)

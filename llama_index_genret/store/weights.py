@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ ADAPTER, UPDATE = "adapter/", "update/"
 MODEL = "adapter_model.safetensors"
 IMAGES = "images.json"
 NEW_ROWS = "new_rows.safetensors"
+_CAPTIONS, _TEACHER = "captions/", "teacher"
 _ROWS = "rows"
 
 
@@ -42,31 +43,43 @@ class NewRows:
 
     token_ids: (m,) int64. rows: by the name of a module of the model, the embeddings or the LM head, (m, d) float32.
     regressions: likewise, the arrays of a `RowRegression`, kept because fitting it takes the features of many images;
-        empty where no row was guessed from a picture.
+        empty where no row was guessed from a picture. of_captions: the same for captions, read by `teacher`.
     """
 
     token_ids: NDArray[np.int64]
     rows: Mapping[str, NDArray[np.float32]]
     regressions: Mapping[str, Mapping[str, NDArray[np.float32]]]
+    of_captions: Mapping[str, Mapping[str, NDArray[np.float32]]] = field(default_factory=dict)
+    teacher: str = ""
 
     def save(self, path: Path) -> None:
         """Write them as safetensors."""
         arrays: dict[str, NDArray[Any]] = {"token_ids": self.token_ids}
+        if self.of_captions:
+            arrays[_TEACHER] = np.frombuffer(self.teacher.encode(), np.uint8)
         for module, rows in self.rows.items():
-            arrays |= {f"{module}/{name}": array for name, array in self.regressions.get(module, {}).items()}
             arrays[f"{module}/{_ROWS}"] = rows
+            arrays |= {f"{module}/{name}": array for name, array in self.regressions.get(module, {}).items()}
+            arrays |= {f"{module}/{_CAPTIONS}{name}": array for name, array in self.of_captions.get(module, {}).items()}
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
     @classmethod
     def load(cls, path: Path) -> NewRows:
         """Read what `save` wrote."""
         arrays = read_safetensors(path)
-        token_ids, modules = arrays.pop("token_ids"), dict[str, dict[str, NDArray[Any]]]()
+        token_ids, teacher = arrays.pop("token_ids"), arrays.pop(_TEACHER, np.zeros(0, np.uint8))
+        rows: dict[str, NDArray[Any]] = {}
+        of_pictures: dict[str, dict[str, NDArray[Any]]] = {}
+        of_captions: dict[str, dict[str, NDArray[Any]]] = {}
         for key, array in arrays.items():
             module, _, name = key.partition("/")
-            modules.setdefault(module, {})[name] = array
-        rows = {module: own.pop(_ROWS) for module, own in modules.items()}
-        return cls(token_ids, rows, {module: own for module, own in modules.items() if own})
+            if name == _ROWS:
+                rows[module] = array
+            elif name.startswith(_CAPTIONS):
+                of_captions.setdefault(module, {})[name.removeprefix(_CAPTIONS)] = array
+            else:
+                of_pictures.setdefault(module, {})[name] = array
+        return cls(token_ids, rows, of_pictures, of_captions, bytes(teacher).decode())
 
 
 def weights_id(files: Mapping[str, FileEntry]) -> str | None:

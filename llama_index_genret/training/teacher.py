@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.errors import TrainingError
-from llama_index_genret.text_encoder import Float32, Progress, load_text_encoder, placed_by_captions
+from llama_index_genret.text_encoder import Float32, Progress, TextEncoder, placed_by_captions
 
 COMPARED_TOGETHER = 256
 KEYWORD_LISTS = 16
@@ -79,15 +79,15 @@ def teach(
         raise TrainingError("a teacher tells images apart, and the index has one alone. Leave the teacher out.")
     if not any(captions):
         raise TrainingError("a teacher needs captions: no image of the index has one. Leave the teacher out.")
-    embed = load_text_encoder(encoder, device=device, progress=progress)
-    images, known = placed_by_captions(embed, captions)
+    reader = TextEncoder(encoder, device=device, progress=progress)
+    images, known = placed_by_captions(reader, captions)
     others = [word for word in dict.fromkeys(words) if word not in known]
-    known |= zip(others, embed(others), strict=True)
+    known |= zip(others, reader.embed(others), strict=True)
     flat = list(known)
     lists = _keyword_lists(flat, np.stack([known[text] for text in flat]), images, seed=seed)
     more = [text for text in dict.fromkeys([*lists, *queries]) if text not in known]
     texts = (*flat, *more)
-    return Teacher(texts, np.concatenate([np.stack(list(known.values())), embed(more)]), images, temperature)
+    return Teacher(texts, np.concatenate([np.stack(list(known.values())), reader.embed(more)]), images, temperature)
 
 
 def _keyword_lists(words: Sequence[str], embeddings: Float32, images: Float32, *, seed: int) -> Iterator[str]:
