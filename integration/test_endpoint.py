@@ -1,8 +1,11 @@
 """`POST /v1/recall` inside a real vLLM server on the CPU, against the same model in this process."""
 
 import asyncio
+import contextlib
+import http.client
 import random
 import shutil
+import time
 from dataclasses import asdict
 
 import httpx
@@ -58,6 +61,17 @@ def client(endpoint):
 @pytest.fixture(scope="module")
 def local_scorer(trained_mllm):
     return TransformersScorer(trained_mllm)
+
+
+def test_a_connection_outlives_the_five_seconds_that_clients_keep_one(endpoint):
+    """Else of two who let go at once, one asks on a connection that the other has closed, and gets no answer."""
+    with contextlib.closing(http.client.HTTPConnection(endpoint.removeprefix("http://"), timeout=60)) as connection:
+        for pause_s in (0, 7):
+            time.sleep(pause_s)
+            connection.request("GET", "/health")
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 200
 
 
 def expected(index, scorer, text, **options):

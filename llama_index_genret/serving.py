@@ -48,6 +48,9 @@ NOTHING_FETCHED = ("--allowed-media-domains", "none.invalid")
 """Pictures come in the request: vLLM would fetch them from any address that a chat names, those of its own network too.
 The name of RFC 2606 leads nowhere; the same flag after `--` names domains that may be asked."""
 
+KEEP_ALIVE_S = 20
+"""How long the server keeps an idle connection: uvicorn's 5 s are those of httpx too, aiohttp keeps one for 15 s."""
+
 SERVED = "served"
 """Folder below the index in which what is made of its weights to be served lies, until it has other weights."""
 
@@ -200,8 +203,10 @@ def shown_command(command: Sequence[str]) -> list[str]:
 
 
 def serve_environment(indexes: Sequence[Index]) -> dict[str, str]:
-    """What the server must find in its environment: the indexes, under the names of their folders; and that an address
-    that it may ask for a picture cannot lead it to another, unless the environment says so already.
+    """What the server must find in its environment: the indexes, under the names of their folders.
+
+    Unless the environment says something else already: that an address that it may ask for a picture cannot lead it to
+    another, and that it keeps a connection for longer than clients do, of whom one would ask just when it is closed.
 
     Raises:
         ServerError: two of them have one name.
@@ -210,7 +215,8 @@ def serve_environment(indexes: Sequence[Index]) -> dict[str, str]:
     if len({folder.name for folder in folders}) < len(folders):
         raise ServerError(f"indexes are served under the names of their folders, which must differ: {folders}.")
     named = {INDEXES_VARIABLE: "\n".join(f"{folder.name}={folder}" for folder in folders)}
-    return {"VLLM_MEDIA_URL_ALLOW_REDIRECTS": os.environ.get("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0"), **named}
+    chosen = {"VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S)}
+    return {name: os.environ.get(name, value) for name, value in chosen.items()} | named
 
 
 @contextmanager

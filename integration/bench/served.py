@@ -19,14 +19,21 @@ from integration.bench.agreement import Ranked, assert_same_ranking
 from integration.bench.corpus import Corpus
 from integration.bench.recall_bench import WIDTH
 from llama_index_genret.corpus import Record, Scalar
-from llama_index_genret.endpoint.wire import INDEXES_VARIABLE, MIDDLEWARE
+from llama_index_genret.endpoint.wire import MIDDLEWARE
 from llama_index_genret.identifiers import get_scheme
 from llama_index_genret.modeling import Mllm, render_prompts
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.search import Hit, Normalise
-from llama_index_genret.serving import CPU_FLAGS, ServedModel, free_port, running_server, vllm_serve_command
+from llama_index_genret.serving import (
+    CPU_FLAGS,
+    ServedModel,
+    free_port,
+    running_server,
+    serve_environment,
+    vllm_serve_command,
+)
 from llama_index_genret.store import Index, create_index
 
 SHAPES = {"balanced": Corpus.balanced, "random": Corpus.sample}
@@ -84,10 +91,10 @@ class Site:
             *("--served-model-name", "genret", "--host", "127.0.0.1", "--port", str(port), "--max-logprobs", "-1"),
             *("--middleware", MIDDLEWARE, *CPU_FLAGS),
         ]
-        named = "\n".join(f"{name}={index.folder.resolve()}" for name, index in self.indexes.items())
+        served = serve_environment([*self.indexes.values()])
         # vLLM would leave a core to the API server; the peers in this process compute on all that it may use.
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-        environment = {INDEXES_VARIABLE: named, "VLLM_CPU_OMP_THREADS_BIND": cores, **(environment or {})}
+        environment = {**served, "VLLM_CPU_OMP_THREADS_BIND": cores, **(environment or {})}
         log = self.checkpoint.with_name("vllm.log")
         with running_server(
             command, host="127.0.0.1", port=port, log=log, environment=environment, timeout_s=900
