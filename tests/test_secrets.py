@@ -24,7 +24,7 @@ from llama_index_genret.scorers.http import Server, json_object
 from llama_index_genret.scorers.vllm import VllmScorer
 from llama_index_genret.serving import shown_command
 from tests.openai_server import OpenAIServer, running
-from tests.test_fault_table import Acting, response
+from tests.scripted_server import ScriptedServer, response
 
 KEY, HEADER, PASSWORD = "sk-key-of-tenant-one", "token-in-a-header", "password-in-the-address"
 SECRETS = (KEY, HEADER, PASSWORD)
@@ -59,12 +59,11 @@ FAULTS = {
 
 @pytest.mark.parametrize("how", ["sync", "async"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_no_error_of_a_client_holds_key_header_or_password(fault, how, monkeypatch, caplog):
+def test_no_error_of_a_client_holds_key_header_or_password(fault, how, caplog):
     caplog.set_level(logging.INFO)  # where httpx logs addresses; at DEBUG httpcore logs what servers send
     caplog.set_level(logging.DEBUG, logger="llama_index_genret")
     acts = FAULTS[fault]
-    monkeypatch.setattr("tests.test_fault_table.ACTS", {"it": acts or []})
-    acting = Acting("it")
+    acting = ScriptedServer([acts or []])
     port = acting.socket.getsockname()[1]
     if acts is None:
         acting.socket.close()
