@@ -99,11 +99,14 @@ def add_to_index(
     Raises:
         DuplicateImage: an image id is in the index already.
         IdentifierError: the tokenizer cannot spell a name, or there is nothing to guess a symbol's row from.
+        TrainingError: `teacher` does not load. MissingExtra: sentence-transformers is missing.
     """
     names = name_new_images(index, records, mllm, progress=progress)
     new_rows = None
     if index.is_trained and names.tokenizer.fingerprint != index.tokenizer.fingerprint:
         new_rows = _new_rows(index, records, names, mllm, teacher, progress)
+    elif teacher:
+        log.warning("the teacher was not asked: these images bring no symbols that trained weights lack.")
     return add_images(index, records, names.identifiers, names.scheme, tokenizer=names.tokenizer, new_rows=new_rows)
 
 

@@ -9,7 +9,7 @@ which longer ones outdo whatever is asked: as predicted, no added image is found
 (integration.recall.grow measures it).
 
 Features are the vectors of the captions by a text encoder, where there is one and an image has captions: what is asked
-is text, and finds new images about as often as trained ones. Else those of the vision tower.
+is text, and finds more new images so, if fewer than trained ones. Else those of the vision tower.
 
 IncDSI (arXiv:2307.10323) also adds one row to trained atomic identifiers, and leaves all else as it is. It solves for
 that row under constraints: the new document's own queries must find it, and old queries must not. That takes queries

@@ -37,7 +37,9 @@ class TextEncoder:
         try:
             self._model = SentenceTransformer(name, device=device)
         except (OSError, ValueError, KeyError) as error:
-            raise TrainingError(f"the teacher {name!r} does not load as a text encoder: {error}") from error
+            raise TrainingError(
+                f"the teacher {name!r} does not load as a text encoder: {error}. Name another as teacher."
+            ) from error
         self.name, self._progress = name, progress
 
     def embed(self, texts: Sequence[str]) -> Float32:

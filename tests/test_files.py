@@ -191,7 +191,7 @@ def test_a_batch_that_found_the_disk_full_goes_on(untrained_index, tmp_path):
     assert len(out.read_text().splitlines()) == 12
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.skipif(sys.platform != "linux", reason="it forks, and the child becomes another user")
 def test_a_read_only_index_is_read_and_not_written(untrained_index):
     """By a user who may only read it; root may do anything."""
     from integration.faults.syscalls import wait_for_child

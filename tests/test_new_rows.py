@@ -156,6 +156,8 @@ def test_an_added_image_with_captions_has_a_row_like_images_whose_captions_are_l
             grown = add_to_index(grown, mute[3:], tiny_mllm)
             np.testing.assert_allclose(rows_of(grown)[OLD:19], found, atol=1e-6)
         np.testing.assert_allclose(rows_of(grown)[19], looks[19], atol=1e-4)
+    add_to_index(trained, [], tiny_mllm, teacher=encoder)
+    assert "the teacher was not asked" in caplog.text
     with pytest.raises(TrainingError, match="does not load as a text encoder"):
         add_to_index(trained, mute, tiny_mllm, teacher=str(tmp_path / "none"))
 

@@ -126,6 +126,8 @@ def test_an_update_takes_the_options_of_the_training_with_smaller_steps(grown, t
     assert (update_options(longer).epochs, update_options(longer).max_steps) == (6.0 * MORE_PASSES, None)
     trained = train(index, update=True, device="cpu", show_progress=False)
     assert trained.manifest.update["steps"] == ours.max_steps
+    app(["train", str(index.folder), "--update", "--epochs", "0.2", "--device", "cpu"], standalone_mode=False)
+    assert load_index(index.folder).manifest.update["max_steps"] is None  # --epochs holds over steps of the training
     assert trained.manifest.update["learning_rate"] == ours.learning_rate
 
 

@@ -170,6 +170,8 @@ def _trained(loaded: Index, given: dict[str, Any], *, update: bool, device: str)
         given["mix"] = read_mix(given["mix"])
     if "imitated" in given:
         given["imitated"] = tuple(given["imitated"].read_text(encoding="utf-8").splitlines())
+    if "epochs" in given:
+        given["max_steps"] = None  # an update would take over those of the training
     options = dataclasses.replace(update_options(loaded) if update else TrainOptions(), **given)
     return train(loaded, options, update=update, device=device)
 
