@@ -1,6 +1,6 @@
 """What it gives to add images to a trained index and to update it, and what the old images lose.
 
-    python -m integration.recall.grow --out WORK [--steps 1600] [--part validation]
+    python -m integration.recall.grow --out WORK [--steps 700] [--part validation]
 
 Images drawn by a seed are held out. An index of the others is trained, gets the held-out ones added, and learns them in
 an update. Queries for the new images and for the old ones are measured apart at each stage, beside nearest neighbours
@@ -27,7 +27,7 @@ from integration.recall.corpora import default_folder, make_corpora
 from integration.recall.generative import recall_queries
 from integration.recall.peers import MiniLm, neighbour_scores
 from integration.recall.query_sets import QUERY_SETS, RECALLS, QuerySet
-from integration.recall.train import recipe
+from integration.recall.train import LAYERS, TRAINED_LAYERS, recipe
 from llama_index_genret.corpus import Corpus, Record, read_corpus
 from llama_index_genret.evaluation import Evaluation, Query, evaluation_by_score, read_queries
 from llama_index_genret.indexing import add_to_index, build_index
@@ -145,7 +145,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scheme", default="atomic")
     parser.add_argument("--hold-out", type=int, default=200, help="images to add")
     parser.add_argument("--limit", type=int, help="take only so many images, held-out ones among them")
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of the language model, 6 to 30")
+    parser.add_argument("--trained-layers", type=int, default=TRAINED_LAYERS, help="of them, the last")
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--update-steps", type=int, help="(default: what an update takes)")
     parser.add_argument("--update-rate", type=float, default=1.0, help="factor on an update's learning rates")
     parser.add_argument("--part", default="test", choices=("validation", "test"), help="of the queries")
@@ -154,14 +156,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     given = parser.parse_args(argv)
     corpora = given.corpora or make_corpora(default_folder())
-    base = default_model_folder(Recipe())
-    make_base_model(Recipe(), base)
+    base = default_model_folder(Recipe(layers=given.layers))
+    make_base_model(Recipe(layers=given.layers), base)
     mllm = load_mllm(str(base), device="cpu")
 
     corpus, new = parted(
         read_corpus(corpora / given.corpus), hold_out=given.hold_out, limit=given.limit, seed=given.seed
     )
-    options, stages = recipe(given.steps, seed=given.seed, layers=None), Stages(given.out, mllm)
+    options, stages = recipe(given.steps, seed=given.seed, layers=given.trained_layers), Stages(given.out, mllm)
     trained = stages.trained(corpus, given.scheme, options)
     added = stages.added(trained, new)
     updated = stages.updated(added, update_recipe(added, given.update_steps, given.update_rate))

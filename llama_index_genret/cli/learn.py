@@ -134,6 +134,9 @@ def train(
         Path | None, typer.Option(help="More queries to imitate it on, one a line.", exists=True, dir_okay=False)
     ] = None,
     symbol_start: Annotated[str | None, typer.Option(help="Where new symbols start: images, teacher or noise.")] = None,
+    redrawn: Annotated[
+        int | None, typer.Option(min=0, help="Memorise so many more versions of each picture, in other styles.")
+    ] = None,
     mix: Annotated[str | None, typer.Option(help="Examples of each task, as retrieve=8,memorise=3,answer=8.")] = None,
     seed: int = 0,
     device: Device = "auto",
@@ -148,7 +151,7 @@ def train(
     given: dict[str, Any] = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
     given |= {"accumulate": accumulate, "recompute": recompute or None}
     given |= {"learning_rate": learning_rate, "lora_rank": lora_rank, "layers": layers}
-    given |= {"teacher": teacher, "symbol_start": symbol_start, "mix": mix, "imitated": imitate}
+    given |= {"teacher": teacher, "symbol_start": symbol_start, "redrawn": redrawn, "mix": mix, "imitated": imitate}
     given = {name: value for name, value in given.items() if value is not None}
     if drop and (update or given):
         raise typer.BadParameter("--drop-update trains nothing: give it alone")

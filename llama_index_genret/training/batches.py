@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from llama_index_genret.images import load_image
 from llama_index_genret.modeling import Mllm
 from llama_index_genret.store import Index
 from llama_index_genret.training.examples import Example
+from llama_index_genret.training.redrawing import redrawn
 from llama_index_genret.training.soft_targets import Paths
 from llama_index_genret.training.teacher import Teacher
 
@@ -32,8 +32,8 @@ ALIKE = 32
 _SOFT = ("offsets", "soft")
 _DRAWN = ("drawn_offsets", "drawn")
 
-CACHED_IMAGES = 1024
-"""Processed images kept in memory."""
+CACHED_BYTES = 2**30
+"""Pixels of images kept in memory. The oldest make room."""
 
 
 class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
@@ -68,7 +68,8 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         self._seed = seed
         self._end = index.tokenizer.encode_markup(index.prompts.end)
         self.paths = Paths([(*index.token_ids(row), index.end_token) for row in range(len(index.records))])
-        self._images: OrderedDict[Path, Any] = OrderedDict()
+        self._images: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._bytes = 0
         self._drawn = drawn
 
     def __len__(self) -> int:
@@ -134,17 +135,24 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         text = prompts.memorise
         if example.task == "answer":
             text = prompts.answer.before + example.text + prompts.answer.after
-        image = self._image(self._index.records[example.row].path)
+        image = self._image(example.row, example.version)
         inputs = self._mllm.processor(text=[text], images=[[image]], return_tensors="pt")
         of_tokens = inputs["input_ids"].shape
         return {k: v[0] if v.shape == of_tokens else v for k, v in inputs.items() if k != "attention_mask"}
 
-    def _image(self, path: Path) -> Any:
-        if path not in self._images:
-            self._images[path] = load_image(path)
-            if len(self._images) > CACHED_IMAGES:
-                self._images.popitem(last=False)
-        return self._images[path]
+    def _image(self, row: int, version: int) -> Any:
+        key = (row, version)
+        if key not in self._images:
+            image = load_image(self._index.records[row].path)
+            self._images[key] = redrawn(image, seed=(self._seed, row, version)) if version else image
+            self._bytes += _bytes(self._images[key])
+            while self._bytes > CACHED_BYTES and len(self._images) > 1:
+                self._bytes -= _bytes(self._images.popitem(last=False)[1])
+        return self._images[key]
+
+
+def _bytes(image: Any) -> int:
+    return int(image.width * image.height * len(image.getbands()))
 
 
 def collate(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -39,25 +39,28 @@ class Example:
 
     row: of the record; for imitate, of the query among the teacher's. text: what fills the task's blank; empty for
     memorise, which has none, and for describe, which takes the identifier's tokens. target: None for the identifier.
+    version: of the picture to memorise, 0 as it is, others as `redrawing` draws them.
     """
 
     task: Task
     row: int
     text: str
     target: str | None
+    version: int = 0
 
 
-def examples_of(index: Index, imitated: Sequence[str] = ()) -> dict[Task, list[Example]]:
+def examples_of(index: Index, imitated: Sequence[str] = (), *, redrawn: int = 0) -> dict[Task, list[Example]]:
     """All examples of every task that the records allow, in the order of the records.
 
     Args:
         imitated: queries for which a teacher is imitated.
+        redrawn: more versions of each picture to memorise.
     Raises:
         TrainingError: no record has a caption or a pseudo-query, so that nothing teaches query -> identifier.
     """
     tasks: dict[Task, list[Example]] = {task: [] for task in MIX}
     for row, record in enumerate(index.records):
-        tasks["memorise"].append(Example("memorise", row, "", None))
+        tasks["memorise"] += [Example("memorise", row, "", None, version) for version in range(1 + redrawn)]
         for place, caption in enumerate(record.captions):
             carriers = ["{}", *(CARRIERS[(row + place + step) % len(CARRIERS)] for step in (0, 1))]
             queries = [carrier.replace("{}", caption) for carrier in carriers]

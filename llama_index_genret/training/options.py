@@ -27,6 +27,8 @@ class TrainOptions:
         tower (without a teacher the default); where the untrained model comes nearest to what the teacher says of
         their captions (with one the default); or as noise.
     mix: examples of each task in a block, see `examples.MIX`.
+    redrawn: more versions of each picture to memorise, in other styles, see `redrawing`: for image queries that show
+        the same thing, but not the same picture.
     teacher: a text encoder that `sentence-transformers` loads, whose similarities are imitated for any query at all;
         it is needed while training only. teacher_temperature: of its distribution over images.
     imitated: more queries to imitate it on, beside captions, words of the model's vocabulary and lists of those.
@@ -45,6 +47,7 @@ class TrainOptions:
     layers: int | None = None
     symbol_start: Literal["images", "teacher", "noise"] | None = None
     mix: Mapping[Task, int] = field(default_factory=lambda: dict(MIX))
+    redrawn: int = 0
     teacher: str | None = None
     teacher_temperature: float = 0.05
     imitated: tuple[str, ...] = ()

@@ -81,7 +81,7 @@ def stream(
         wanted = options.epochs * times * epoch_length(tasks, options.mix) / options.batch_size
         return options.batch_size * (options.max_steps or max(1, round(wanted)))
 
-    tasks = examples_of(index, teacher.texts if teacher else ())
+    tasks = examples_of(index, teacher.texts if teacher else (), redrawn=options.redrawn)
     if new is None:
         return interleaved(tasks, n_examples(tasks))
     ours, others = by_age(tasks, new, teacher.meant() if teacher else ())

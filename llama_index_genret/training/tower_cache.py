@@ -14,24 +14,26 @@ from typing import Any
 
 import torch
 
-CACHED_BYTES = 2**30
-"""Features kept in memory: of 2,500 images with 256 patches x 384 in float32. The oldest make room."""
+CACHED_BYTES = 2**32
+"""Features kept in memory: in bfloat16 of 20,000 images with 256 patches x 384. The oldest make room."""
 
 
 @contextmanager
 def cached_tower(model: Any) -> Iterator[None]:
     """While inside, `model`, of Hugging Face, encodes an image once and takes its features from memory afterwards.
 
-    Towers with trainable weights, and batches of other shapes, run as they are.
+    Towers with trainable weights, and batches of other shapes, run as they are. Under autocast features are kept in its
+    type.
     """
     tower = model.get_encoder(modality="image")
     if tower is model or any(parameter.requires_grad for parameter in tower.parameters()):
         yield
         return
     cache: OrderedDict[bytes, Any] = OrderedDict()
-    original = tower.forward
+    original, held = tower.forward, 0
 
     def forward(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal held
         lengths = _lengths(pixel_values, kwargs.get("grid_thw"))
         if lengths is None or args:
             return original(pixel_values, *args, **kwargs)
@@ -41,11 +43,12 @@ def cached_tower(model: Any) -> Iterator[None]:
             key = _digest([pixels, *(value for value in own.values() if isinstance(value, torch.Tensor))])
             if key not in cache:
                 with torch.no_grad():
-                    cache[key] = original(pixels, **own)
+                    cache[key] = _kept(original(pixels, **own))
+                held += _bytes(cache[key])
             outputs.append(cache[key])
         joined = type(outputs[0])(**{name: _joined([output[name] for output in outputs]) for name in outputs[0]})
-        while sum(map(_bytes, cache.values())) > CACHED_BYTES:
-            cache.popitem(last=False)
+        while held > CACHED_BYTES:
+            held -= _bytes(cache.popitem(last=False)[1])
         return joined
 
     tower.forward = forward
@@ -53,6 +56,16 @@ def cached_tower(model: Any) -> Iterator[None]:
         yield
     finally:
         tower.forward = original
+
+
+def _kept(output: Any) -> Any:
+    device = next(value for value in output.values() if isinstance(value, torch.Tensor)).device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return type(output)(**{name: _cast(value, dtype) for name, value in output.items()})
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) else [_cast(entry, dtype) for entry in value]
 
 
 def _lengths(pixel_values: torch.Tensor, grid_thw: torch.Tensor | None) -> list[int] | None:
