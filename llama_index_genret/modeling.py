@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -220,9 +219,13 @@ def render_prompts(mllm: Mllm) -> PromptSet:
     )
 
 
-def vision_features(mllm: Mllm, paths: Sequence[Path], progress: Progress = iter) -> NDArray[np.float32]:
+def vision_features(
+    mllm: Mllm, pictures: Sequence[Any], progress: Progress = iter, *, load: Callable[[Any], Any] = load_image
+) -> NDArray[np.float32]:
     """(n, d) float32: the mean of the vision tower's patch features of each image.
 
+    Args:
+        pictures: files, or what else `load` makes an RGB image of.
     Raises:
         ModelError: the model has no `get_image_features`.
     """
@@ -230,11 +233,10 @@ def vision_features(mllm: Mllm, paths: Sequence[Path], progress: Progress = iter
     if not hasattr(core, "get_image_features"):
         raise ModelError(f"{mllm.name_or_path} gives no image features: choose the scheme `numeric`.")
     text = render_prompts(mllm).memorise
-    starts = list(range(0, len(paths), IMAGE_BATCH))
     rows: list[NDArray[np.float32]] = []
-    with torch.inference_mode():
-        for start in progress(starts):
-            images = [load_image(path) for path in paths[start : start + IMAGE_BATCH]]
+    with torch.no_grad():
+        for start in progress(range(0, len(pictures), IMAGE_BATCH)):
+            images = [load(picture) for picture in pictures[start : start + IMAGE_BATCH]]
             rows.append(_mean_patches(core, mllm, text, images).float().cpu().numpy())
     return np.concatenate(rows)
 
@@ -258,6 +260,21 @@ def last_hidden_states(
             output = decoder(input_ids=token_ids, attention_mask=mask.to(device), use_cache=False)
             parts.append(output.last_hidden_state[:, -1].float().cpu().numpy())
     return np.concatenate(parts)[np.argsort(order)]
+
+
+def last_hidden_states_of_pictures(
+    mllm: Mllm, pictures: Sequence[Any], progress: Progress = iter, *, load: Callable[[Any], Any] = load_image
+) -> NDArray[np.float32]:
+    """(n, d) float32: `last_hidden_states` of the prompt that asks for the name of a picture."""
+    text = render_prompts(mllm).memorise
+    core = mllm.model.model
+    rows: list[NDArray[np.float32]] = []
+    with torch.no_grad():
+        for start in progress(range(0, len(pictures), IMAGE_BATCH)):
+            images = [load(picture) for picture in pictures[start : start + IMAGE_BATCH]]
+            output = core(**mllm.processed([text] * len(images), images), use_cache=False)
+            rows.append(output.last_hidden_state[:, -1].float().cpu().numpy())
+    return np.concatenate(rows)
 
 
 def _mean_patches(core: Any, mllm: Mllm, text: str, images: Sequence[Any]) -> Any:

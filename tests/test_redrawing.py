@@ -29,12 +29,13 @@ def test_the_same_seed_draws_the_same_picture_and_another_seed_another(circle):
 
 
 def test_what_is_drawn_stays_in_the_picture_on_its_ground(circle):
+    circle = circle.resize((224, 224))
     for version in range(100):
         pixels = np.asarray(redrawn(circle, seed=(version,)), np.int16)
         corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]]
         assert corners.min() > 200, version
         drawn = (np.abs(pixels - corners[0]).sum(-1) > 60).mean()
-        assert 0.05 < drawn < 0.7, (version, drawn)  # the circle covers a third, seven tenths as wide a sixth
+        assert 0.05 < drawn < 0.6, (version, drawn)  # the circle covers a third, seven tenths as wide a sixth
 
 
 def test_a_photograph_is_redrawn_small_and_in_rgb():

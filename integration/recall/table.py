@@ -184,11 +184,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-hybrid", dest="hybrid", action="store_false", help="leave its row out")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="file to add the results to")
+    parser.add_argument("--title", default="recall", help="of the results in that file, where it replaces its like")
     parser.add_argument("--picture", type=Path, help="a PNG of bars; needs matplotlib")
     options = parser.parse_args(argv)
     names = options.sets.split(",") if options.sets else [asked.name for asked in QUERY_SETS]
     corpora = options.corpora or make_corpora(default_folder())
-    report = Report("recall", seed=0)
+    report = Report(options.title, seed=0)
     sections = []
     peers: dict[str, Peers] = {}
     for name, folder in options.index:

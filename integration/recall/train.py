@@ -58,15 +58,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the language model, 6 to 30")
     parser.add_argument("--trained-layers", type=int, default=TRAINED_LAYERS, help="of them, the last")
     parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--memorise", type=int, default=0, help="examples of image -> identifier in every 40")
+    parser.add_argument("--memorise", type=int, default=0, help="examples of image -> identifier in every 40, up to 36")
     parser.add_argument("--redrawn", type=int, default=0, help="more versions of each image to memorise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     options = recipe(args.steps, seed=args.seed, layers=args.trained_layers)
     if args.memorise:
-        mix = {"retrieve": 4, "imitate": 36 - args.memorise, "memorise": args.memorise}
-        options = replace(options, mix=mix, redrawn=args.redrawn)
+        imitate = 36 - args.memorise
+        mix = {"retrieve": 4, "imitate": imitate, "memorise": args.memorise}
+        options = replace(options, mix=mix, redrawn=args.redrawn, teacher=options.teacher if imitate else None)
     index = trained_index(args.corpus, args.scheme, options, args.out, layers=args.layers)
     print(index.folder.resolve())
 

@@ -19,6 +19,7 @@ from llama_index_genret.images import load_image
 from llama_index_genret.modeling import Mllm
 from llama_index_genret.store import Index
 from llama_index_genret.training.examples import Example
+from llama_index_genret.training.looks import Looks
 from llama_index_genret.training.redrawing import redrawn
 from llama_index_genret.training.soft_targets import Paths
 from llama_index_genret.training.teacher import Teacher
@@ -46,6 +47,7 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
     how far from the end it stands, and `soft` (m, u), probabilities of the tokens of `paths`, -1 where one may not be.
 
     Args:
+        looks: imitated where a picture is to be memorised.
         drawn: (n,) how often each image is what an example is about, of any sum. Then what is to answer with an
             identifier also has `drawn_offsets` (m,) and `drawn` (m, u), to be added to the logits: the logarithm of how
             much more often a token comes there than by the number of images below it.
@@ -60,6 +62,7 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         *,
         seed: int = 0,
         drawn: NDArray[np.float64] | None = None,
+        looks: Looks | None = None,
     ) -> None:
         self._index = index
         self._mllm = mllm
@@ -68,6 +71,7 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         self._seed = seed
         self._end = index.tokenizer.encode_markup(index.prompts.end)
         self.paths = Paths([(*index.token_ids(row), index.end_token) for row in range(len(index.records))])
+        self._looks = looks
         self._images: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._bytes = 0
         self._drawn = drawn
@@ -78,7 +82,11 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, i: int) -> dict[str, Any]:
         example = self._examples[i]
         if example.task == "imitate":
-            return self._imitating(example, i)
+            if self._teacher is None:
+                raise TrainingError("examples of the task 'imitate' need a teacher.")
+            return self._imitating(example, self._teacher.probabilities(example.row), i)
+        if example.task == "memorise" and self._looks is not None:
+            return self._imitating(example, self._looks.probabilities(example.row, example.version), i)
         item, target = self._prompt(example), torch.tensor(self._target(example) + self._end)
         item["labels"] = torch.full_like(item["input_ids"], IGNORED)
         ends = {"input_ids": target, "labels": target}
@@ -87,23 +95,21 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         item |= {name: tokens[1:] if name == "labels" else tokens[:-1] for name, tokens in whole.items()}
         return item | (self._more_often(example.row, len(target)) if example.target is None else {})
 
-    def _imitating(self, example: Example, i: int) -> dict[str, Any]:
+    def _imitating(self, example: Example, probabilities: NDArray[np.float64], i: int) -> dict[str, Any]:
         """An image is drawn as the teacher would; at each of its symbols, all that may stand there are weighed."""
-        if self._teacher is None:
-            raise TrainingError("examples of the task 'imitate' need a teacher.")
-        probabilities = self._teacher.probabilities(example.row)
         row = int(np.random.default_rng((self._seed, i)).choice(len(probabilities), p=probabilities))
         targets = self.paths.targets(row, probabilities)
         n_symbols = targets[-1].depth + 1 if targets else 0
         soft = torch.full((len(targets), len(self.paths.token_ids)), -1.0)
         for place, target in enumerate(targets):
             soft[place, torch.from_numpy(target.columns)] = torch.from_numpy(target.probabilities)
-        prompt = self._index.prompts.query_tokens(self._index.tokenizer, example.text)
-        input_ids = torch.tensor([*prompt, *self._index.token_ids(row)[: max(0, n_symbols - 1)]])
-        offsets = torch.tensor([n_symbols - target.depth for target in targets], dtype=torch.long)
-        labels = torch.full_like(input_ids, IGNORED)
-        item = {"input_ids": input_ids, "labels": labels, "offsets": offsets, "soft": soft}
-        return item | self._more_often(row, n_symbols)
+        symbols = torch.tensor(self._index.token_ids(row)[: max(0, n_symbols - 1)], dtype=torch.long)
+        item = self._prompt(example)
+        text = torch.zeros_like(symbols)  # the kind of a token that is text
+        item |= {n: torch.cat([item[n], symbols if n == "input_ids" else text]) for n in _per_token(item)}
+        item["labels"] = torch.full_like(item["input_ids"], IGNORED)
+        item["offsets"] = torch.tensor([n_symbols - target.depth for target in targets], dtype=torch.long)
+        return item | {"soft": soft} | self._more_often(row, n_symbols)
 
     def _more_often(self, row: int, n_targets: int) -> dict[str, torch.Tensor]:
         """`drawn_offsets` and `drawn` of an example that ends with the identifier of image `row`."""
@@ -125,7 +131,7 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
 
     def _prompt(self, example: Example) -> dict[str, Any]:
         prompts, tokenizer = self._index.prompts, self._index.tokenizer
-        if example.task == "retrieve":
+        if example.task in ("retrieve", "imitate"):
             return {"input_ids": torch.tensor(prompts.query_tokens(tokenizer, example.text))}
         if example.task == "describe":
             return {"input_ids": torch.tensor(prompts.describe.fill(tokenizer, self._index.token_ids(example.row)))}

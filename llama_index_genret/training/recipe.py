@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn import functional
 
 from llama_index_genret.durable import only_writer, writing
 from llama_index_genret.errors import MissingExtra, TrainingError
-from llama_index_genret.modeling import Mllm, last_hidden_states, load_base, load_trained, vision_features
+from llama_index_genret.modeling import Mllm, load_base, load_trained
 from llama_index_genret.store import PSEUDO_QUERIES, Index, load_index, store_adapter, store_update
 from llama_index_genret.store.weights import ADAPTER, NEW_ROWS
 from llama_index_genret.training.batches import IGNORED, ExampleTensors, collate
@@ -32,8 +31,7 @@ from llama_index_genret.training.layer_cache import cached_layers
 from llama_index_genret.training.options import TrainOptions
 from llama_index_genret.training.replay import Replayed, drawn_in_turns
 from llama_index_genret.training.stream import added_rows, stream, update_options
-from llama_index_genret.training.symbol_rows import fitted_projection, start_rows
-from llama_index_genret.training.teacher import Teacher, teach
+from llama_index_genret.training.symbol_start import start_symbols, teachers
 from llama_index_genret.training.tower_cache import cached_tower
 
 try:
@@ -49,9 +47,6 @@ except ImportError as error:
 
 CONNECTORS = ("connector", "multi_modal_projector")
 """Names of the module between vision tower and language model, in the models that have one of their own."""
-
-FITTED_QUERIES = 8192
-"""Of the teacher's, at which the base model is read to start the symbols' rows."""
 
 WORK = "training"
 """Folder of a run's checkpoints, inside the index; removed when the run is complete."""
@@ -84,7 +79,9 @@ def train(
     """
     options = options or (update_options(index) if update else TrainOptions())
     if options.symbol_start is None:
-        options = dataclasses.replace(options, symbol_start="teacher" if options.teacher else "images")
+        options = dataclasses.replace(
+            options, symbol_start="teacher" if options.teacher or options.redrawn else "images"
+        )
     new = added_rows(index) if update else None
     if options.symbol_start not in ("images", "teacher", "noise"):
         raise TrainingError(f"symbol_start={options.symbol_start!r} must be 'images', 'teacher' or 'noise'.")
@@ -123,22 +120,24 @@ def _train(
             f"accumulate={options.accumulate}: choose a multiple of {processes.num_processes * options.accumulate}."
         )
     mllm = load_trained(index, device=device, update=False) if update else load_base(index, device=device)
-    teacher = _teacher(index, options, str(mllm.model.device), show_progress=show_progress)
-    examples = stream(index, options, teacher, new)
-    steps = len(examples) // options.batch_size
-    drawn = drawn_in_turns(len(index.records), new) if new and isinstance(examples, Replayed) else None
-    tensors = ExampleTensors(index, mllm, examples, teacher, seed=options.seed, drawn=drawn)
-
     if mllm.model.device.type == "cpu":  # short rows: PyTorch's fused attention is the slower one there
         mllm.model.set_attn_implementation("eager")
     work = index.folder / WORK / _run_key(index, options, update=update)
     with contextlib.ExitStack() as stack:
         frozen = _frozen_layers(mllm.model, options)
         stack.enter_context(cached_layers(mllm.model.get_decoder(), frozen))
-        if not update:
-            _start_symbols(index, mllm, teacher, options, show_progress=show_progress)
-        model = _adapted(index, mllm, options)
         stack.enter_context(cached_tower(mllm.model))
+        autocast = _multiplies_bfloat16(mllm.model.device)
+        asked = teachers(index, mllm, options, autocast=autocast, show_progress=show_progress)
+        examples = stream(index, options, asked.of_text, new)
+        steps = len(examples) // options.batch_size
+        drawn = drawn_in_turns(len(index.records), new) if new and isinstance(examples, Replayed) else None
+        tensors = ExampleTensors(
+            index, mllm, examples, asked.of_text, looks=asked.of_pictures, seed=options.seed, drawn=drawn
+        )
+        if not update:
+            start_symbols(index, mllm, _vocabularies(mllm.model), asked, options)
+        model = _adapted(index, mllm, options)
         stack.enter_context(_fast_symbol_rows(model, as_inputs=not frozen))
         trainer = _LabelTrainer(
             torch.from_numpy(tensors.paths.token_ids),
@@ -162,7 +161,7 @@ def _train(
                 report_to=[],
                 remove_unused_columns=False,
                 use_cpu=mllm.model.device.type == "cpu",
-                bf16=_multiplies_bfloat16(mllm.model.device),
+                bf16=autocast,
                 disable_tqdm=True,
                 seed=options.seed,
                 dataloader_pin_memory=False,
@@ -203,21 +202,6 @@ def _train(
     return load_index(index.folder)
 
 
-def _teacher(index: Index, options: TrainOptions, device: str, *, show_progress: bool) -> Teacher | None:
-    if options.teacher is None:
-        return None
-    return teach(
-        options.teacher,
-        [record.captions for record in index.records],
-        words=index.tokenizer.common_words,
-        queries=options.imitated,
-        temperature=options.teacher_temperature,
-        seed=options.seed,
-        device=device,
-        progress=partial(tqdm, desc="Asking the teacher", unit="batch", disable=not show_progress),
-    )
-
-
 def _run_key(index: Index, options: TrainOptions, *, update: bool = False) -> str:
     """Names a run by all that decides its course, so that only the same run resumes."""
     files = index.manifest.files
@@ -231,37 +215,6 @@ def _run_key(index: Index, options: TrainOptions, *, update: bool = False) -> st
         below = [name for name in files if name.startswith((ADAPTER, NEW_ROWS))]
         identity["on_top_of"] = {name: files[name].sha256 for name in below}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _start_symbols(
-    index: Index, mllm: Mllm, teacher: Teacher | None, options: TrainOptions, *, show_progress: bool = False
-) -> None:
-    """Give the rows of new symbols their start values, in place."""
-    new_symbols = index.new_token_ids()
-    vectors, projection = None, None
-    if new_symbols and options.symbol_start == "teacher":
-        if teacher is None:
-            raise TrainingError("symbol_start='teacher' starts at what a teacher says of the captions: name one.")
-        vectors, projection = teacher.images, _projection(index, mllm, teacher, options, show_progress=show_progress)
-    elif new_symbols and options.symbol_start == "images":
-        bar = partial(tqdm, desc="Looking", unit="batch", disable=not show_progress)
-        vectors = vision_features(mllm, [record.path for record in index.records], bar)
-    identifiers = [index.token_ids(row) for row in range(len(index.records))]
-    start = partial(start_rows, identifiers=identifiers, vectors=vectors, projection=projection)
-    for vocabulary in _vocabularies(mllm.model):
-        start(vocabulary.weight, new_symbols, seed=options.seed)
-
-
-def _projection(
-    index: Index, mllm: Mllm, teacher: Teacher, options: TrainOptions, *, show_progress: bool
-) -> NDArray[np.float32]:
-    """See `fitted_projection`: from the base model's hidden states at a sample of the teacher's queries."""
-    draw = np.random.default_rng(options.seed)
-    chosen = draw.choice(len(teacher.texts), min(FITTED_QUERIES, len(teacher.texts)), replace=False)
-    prompts = [index.prompts.query_tokens(index.tokenizer, teacher.texts[place]) for place in chosen]
-    bar = partial(tqdm, desc="Reading", unit="batch", disable=not show_progress)
-    hidden = last_hidden_states(mllm, prompts, autocast=_multiplies_bfloat16(mllm.model.device), progress=bar)
-    return fitted_projection(hidden, teacher.queries[chosen], scale=1 / options.teacher_temperature)
 
 
 def _vocabularies(model: Any) -> list[Any]:

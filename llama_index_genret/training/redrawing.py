@@ -35,9 +35,7 @@ def redrawn(picture: Image.Image, *, seed: tuple[int, ...]) -> Image.Image:
     picture = _moved(_shrunk(picture.convert("RGB")), draw)
     flat = picture
     if draw.random() < 0.8:
-        n_colours = int(draw.integers(FEWEST_COLOURS, MOST_COLOURS, endpoint=True))
-        smooth = picture.filter(ImageFilter.MedianFilter(2 * int(draw.integers(1, 3, endpoint=True)) + 1))
-        flat = smooth.quantize(n_colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).convert("RGB")
+        flat = _flat(picture, int(draw.integers(FEWEST_COLOURS, MOST_COLOURS, endpoint=True)))
     outlines = _outlines(flat, width=int(draw.integers(1, 3, endpoint=True))) if draw.random() < 0.7 else None
     painted = _recoloured(flat, draw)
     return ImageChops.multiply(painted, outlines) if outlines else painted
@@ -64,6 +62,13 @@ def _moved(picture: Image.Image, draw: np.random.Generator) -> Image.Image:
     )
 
 
+def _flat(picture: Image.Image, n_colours: int) -> Image.Image:
+    """Computed at half the size, which takes a fifth of the time."""
+    half = picture.reduce(2).filter(ImageFilter.MedianFilter(3))
+    few = half.quantize(n_colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).convert("RGB")
+    return few.resize(picture.size, Image.Resampling.BICUBIC)
+
+
 def _outlines(picture: Image.Image, *, width: int) -> Image.Image:
     """White, and dark where neighbouring colours differ much."""
     edges = picture.filter(ImageFilter.FIND_EDGES)
@@ -72,7 +77,7 @@ def _outlines(picture: Image.Image, *, width: int) -> Image.Image:
     strongest.paste(0, (0, strongest.height - 1, strongest.width, strongest.height))
     strongest.paste(0, (0, 0, 1, strongest.height))
     strongest.paste(0, (strongest.width - 1, 0, strongest.width, strongest.height))
-    lines = strongest.point([255 if level > 70 else 0 for level in range(256)])
+    lines = strongest.point([255 if level > 40 else 0 for level in range(256)])
     thick = lines.filter(ImageFilter.MaxFilter(2 * width - 1)) if width > 1 else lines
     return ImageChops.invert(thick.filter(ImageFilter.GaussianBlur(0.6))).convert("RGB")
 

@@ -1,0 +1,158 @@
+"""The teachers of a run, and the rows of new symbols as they say.
+
+Knows the index, the untrained model and the options; nothing of LoRA, optimisers or batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from llama_index_genret.errors import TrainingError
+from llama_index_genret.images import load_image
+from llama_index_genret.modeling import Mllm, last_hidden_states, last_hidden_states_of_pictures, vision_features
+from llama_index_genret.store import Index
+from llama_index_genret.training.looks import Looks
+from llama_index_genret.training.options import TrainOptions
+from llama_index_genret.training.redrawing import redrawn
+from llama_index_genret.training.symbol_rows import fitted_projection, start_rows
+from llama_index_genret.training.teacher import Teacher, teach
+
+Float32 = NDArray[np.float32]
+
+FITTED_QUERIES = 8192
+"""Of the text teacher's, at which the base model is read to start the symbols' rows."""
+
+FITTED_PICTURES = 2048
+"""Redrawn ones, for the same."""
+
+LOOKS_TEMPERATURE = 0.07
+"""Of the distribution over images by their looks: about half of it on others than the picture itself."""
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """What is imitated: a text encoder of queries, the vision tower of redrawn pictures; and how it is asked."""
+
+    of_text: Teacher | None
+    of_pictures: Looks | None
+    autocast: bool
+    show_progress: bool
+
+    def bar(self, what: str) -> Any:
+        """Of a loop over batches."""
+        return partial(tqdm, desc=what, unit="batch", disable=not self.show_progress)
+
+
+def teachers(index: Index, mllm: Mllm, options: TrainOptions, *, autocast: bool, show_progress: bool) -> Teachers:
+    """Ask them all that they will be asked.
+
+    Raises:
+        TrainingError: see `teach`. MissingExtra: sentence-transformers is missing.
+    """
+    bar = Teachers(None, None, autocast, show_progress).bar
+    of_text = of_pictures = None
+    if options.teacher is not None:
+        of_text = teach(
+            options.teacher,
+            [record.captions for record in index.records],
+            words=index.tokenizer.common_words,
+            queries=options.imitated,
+            temperature=options.teacher_temperature,
+            seed=options.seed,
+            device=str(mllm.model.device),
+            progress=bar("Asking the teacher"),
+        )
+    if options.redrawn:
+        versions = _versions(index, options)
+        with _computing(mllm, autocast=autocast):
+            features = vision_features(mllm, versions, bar("Looking"), load=partial(_drawn, index, options.seed))
+        of_pictures = Looks.learnt(
+            features.reshape(len(index.records), 1 + options.redrawn, -1), temperature=LOOKS_TEMPERATURE
+        )
+    return Teachers(of_text, of_pictures, autocast, show_progress)
+
+
+def start_symbols(
+    index: Index, mllm: Mllm, vocabularies: Sequence[Any], asked: Teachers, options: TrainOptions
+) -> None:
+    """Give the rows of new symbols their start values, in place.
+
+    Args:
+        vocabularies: the modules with a row for each token.
+    """
+    new_symbols = index.new_token_ids()
+    if not new_symbols:
+        return
+    vectors, projection = None, None
+    if options.symbol_start == "teacher":
+        vectors, projection = _fitted(index, mllm, asked, options)
+    elif options.symbol_start == "images":
+        vectors = vision_features(mllm, [record.path for record in index.records], asked.bar("Looking"))
+    identifiers = [index.token_ids(row) for row in range(len(index.records))]
+    start = partial(start_rows, identifiers=identifiers, vectors=vectors, projection=projection)
+    for vocabulary in vocabularies:
+        start(vocabulary.weight, new_symbols, seed=options.seed)
+
+
+def _fitted(index: Index, mllm: Mllm, asked: Teachers, options: TrainOptions) -> tuple[Float32, Float32]:
+    """Vectors (n, v) of the images by all teachers side by side, and what reads hidden states as such (v, d).
+
+    From the base model's hidden states at a sample of the teachers' queries: see `fitted_projection`. To a query of one
+    teacher the others say nothing.
+    """
+    draw = np.random.default_rng(options.seed)
+    read: list[tuple[Float32, Float32, Float32, float]] = []
+    with _computing(mllm, autocast=asked.autocast):
+        if text := asked.of_text:
+            chosen = draw.choice(len(text.texts), min(FITTED_QUERIES, len(text.texts)), replace=False)
+            prompts = [index.prompts.query_tokens(index.tokenizer, text.texts[place]) for place in chosen]
+            hidden = last_hidden_states(mllm, prompts, autocast=asked.autocast, progress=asked.bar("Reading"))
+            read.append((text.images, hidden, text.queries[chosen], text.temperature))
+        if looks := asked.of_pictures:
+            versions = _versions(index, options)
+            order = draw.permutation(len(versions))[:FITTED_PICTURES]
+            chosen_versions = [versions[place] for place in order]
+            drawn = partial(_drawn, index, options.seed)
+            hidden = last_hidden_states_of_pictures(mllm, chosen_versions, asked.bar("Seeing"), load=drawn)
+            shown = np.stack([looks.versions[row, version] for row, version in chosen_versions])
+            read.append((looks.images, hidden, shown, looks.temperature))
+    if not read:
+        raise TrainingError(
+            "symbol_start='teacher' starts at what a teacher says of the images: name one of captions (--teacher), or "
+            "have pictures redrawn (--redrawn)."
+        )
+    images = np.concatenate([vectors for vectors, *_ in read], axis=1)
+    targets = np.zeros((sum(len(hidden) for _, hidden, *_ in read), images.shape[1]), np.float32)
+    down = across = 0
+    for _, _, said, temperature in read:
+        targets[down : down + len(said), across : across + said.shape[1]] = said / temperature
+        down, across = down + len(said), across + said.shape[1]
+    scale = float(np.sqrt(len(read)))  # as long as the parts of `images` are, before `start_rows` makes it of length 1
+    return images, fitted_projection(np.concatenate([hidden for _, hidden, *_ in read]), targets, scale=scale)
+
+
+def _versions(index: Index, options: TrainOptions) -> list[tuple[int, int]]:
+    """All pictures that are memorised: the image's row, and which version."""
+    return [(row, version) for row in range(len(index.records)) for version in range(1 + options.redrawn)]
+
+
+def _drawn(index: Index, seed: int, picture: tuple[int, int]) -> Any:
+    row, version = picture
+    image = load_image(index.records[row].path)
+    return redrawn(image, seed=(seed, row, version)) if version else image
+
+
+@contextmanager
+def _computing(mllm: Mllm, *, autocast: bool) -> Iterator[None]:
+    """As the training computes, so that a cached tower sees a picture once for all."""
+    with torch.autocast(mllm.model.device.type, torch.bfloat16, enabled=autocast):
+        yield
