@@ -1,4 +1,4 @@
-"""Pictures redrawn in other styles, and that `memorise` sees them."""
+"""Pictures redrawn in other styles: how they are drawn, what they teach a vision tower, and that it is imitated."""
 
 from collections import Counter
 
@@ -7,10 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
+from llama_index_genret.corpus import read_corpus
 from llama_index_genret.images import load_image
+from llama_index_genret.indexing import build_index
 from llama_index_genret.training import batches, tower_cache
-from llama_index_genret.training.batches import ExampleTensors
+from llama_index_genret.training.batches import IGNORED, ExampleTensors
 from llama_index_genret.training.examples import examples_of
+from llama_index_genret.training.looks import SHRINKAGE, Looks
+from llama_index_genret.training.recipe import TrainOptions, train
 from llama_index_genret.training.redrawing import LARGEST_SIDE, redrawn
 from llama_index_genret.training.tower_cache import cached_tower
 
@@ -84,3 +88,68 @@ def test_a_tower_is_asked_once_for_each_picture_as_long_as_memory_lasts(untraine
     assert len(asked) == (3 if limit > 1 else 6)
     assert torch.equal(*features)
     assert features[0].dtype == torch.bfloat16
+
+
+def styled(n_images, n_versions, *, seed=0):
+    """Features of things (n, v, 20), 16 of them the thing's, the others the style's and ten times as large."""
+    draw = np.random.default_rng(seed)
+    things = draw.standard_normal((n_images, 1, 16)).repeat(n_versions, 1)
+    styles = 10 * draw.standard_normal((n_images, n_versions, 4))
+    return np.concatenate([things, styles], -1).astype(np.float32)
+
+
+def test_looks_go_by_what_redrawing_leaves_as_it_is():
+    drawn = styled(200, 6)
+    features, again = drawn[:, :5], drawn[:, 5]
+    looks = Looks.learnt(features, temperature=0.1)
+    found = (looks.placed(again) @ looks.images.T).argmax(1)
+    plain = features.mean(1) - features.mean((0, 1))
+    nearest = (again @ (plain / np.linalg.norm(plain, axis=1, keepdims=True)).T).argmax(1)
+    assert (found == np.arange(200)).mean() > 0.9
+    assert (nearest == np.arange(200)).mean() < 0.1
+
+
+def test_looks_are_whitened_by_the_covariance_within_images():
+    """By loops, as it is defined."""
+    features = styled(30, 4).astype(np.float64)
+    within = np.zeros((20, 20))
+    for image in features:
+        for version in image:
+            apart = version - image.mean(0)
+            within += np.outer(apart, apart) / (30 * 4)
+    within += (SHRINKAGE * np.trace(within) / 20 + 1e-12) * np.eye(20)
+    looks = Looks.learnt(features.astype(np.float32), temperature=0.1)
+    a, b = features[3, 1], features[7].mean(0)
+    centre = features.mean((0, 1))
+    inner = [(x - centre) @ np.linalg.inv(within) @ (y - centre) for x, y in ((a, b), (a, a), (b, b))]
+    assert looks.versions[3, 1] @ looks.images[7] == pytest.approx(inner[0] / np.sqrt(inner[1] * inner[2]), abs=1e-3)
+    likely = looks.probabilities(3, 1)
+    cosines = looks.images @ looks.versions[3, 1]
+    assert likely == pytest.approx(np.exp(cosines / 0.1) / np.exp(cosines / 0.1).sum(), rel=1e-4)
+
+
+def test_memorising_a_version_imitates_its_looks(untrained_index, tiny_mllm):
+    """The soft targets along a drawn identifier multiply to the probability of its image."""
+    n = len(untrained_index.records)
+    looks = Looks.learnt(styled(n, 3), temperature=0.2)
+    examples = examples_of(untrained_index, redrawn=2)["memorise"]
+    tensors = ExampleTensors(untrained_index, tiny_mllm, examples, looks=looks)
+    for i, example in enumerate(examples):
+        item, likely = tensors[i], looks.probabilities(example.row, example.version)
+        row = int(np.random.default_rng((0, i)).choice(n, p=likely))
+        columns = np.searchsorted(tensors.paths.token_ids, untrained_index.token_ids(row))
+        targets = tensors.paths.targets(row, likely)
+        at = [float(soft[columns[target.depth]]) for soft, target in zip(item["soft"], targets, strict=True)]
+        assert np.prod(at) == pytest.approx(likely[row], rel=1e-4)
+        assert (item["labels"] == IGNORED).all()
+        assert "pixel_values" in item
+
+
+def test_training_on_redrawn_pictures_starts_and_runs(pictures, tiny_mllm, tmp_path, encoder):
+    """For an index of text and pictures both teachers are asked; what was trained is known."""
+    index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm)
+    mix = {"retrieve": 2, "memorise": 10, "imitate": 8}
+    options = TrainOptions(max_steps=2, redrawn=1, teacher=encoder, mix=mix, lora_rank=2)
+    trained = train(index, options, device="cpu", show_progress=False)
+    assert (trained.manifest.training["redrawn"], trained.manifest.training["symbol_start"]) == (1, "teacher")
+    assert all(np.isfinite(trained.manifest.training["losses"]))

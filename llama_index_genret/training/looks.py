@@ -28,9 +28,12 @@ SHRINKAGE = 0.1
 class Looks:
     """versions (n, v, d) unit vectors of each image's versions; images: (n, d) unit vectors of the images.
 
+    mean (d,), whitening (d, d): what makes such vectors of features.
     temperature: of the distribution over images: low means only the nearest.
     """
 
+    mean: Float32
+    whitening: Float32
     versions: Float32
     images: Float32
     temperature: float
@@ -40,7 +43,7 @@ class Looks:
         """From the tower's features (n, v, d) of the versions of n images, two at least of each.
 
         within = mean over images and versions of (x - mean of the image)(x - mean of the image)^T
-        whitened = (x - mean of all) @ cholesky(inverse of (within + shrinkage))
+        whitening = cholesky(inverse of (within + shrinkage))
         """
         n_features = features.shape[-1]
         means, mean = features.mean(1), features.mean((0, 1))
@@ -48,7 +51,12 @@ class Looks:
         within = apart.T @ apart / len(apart)
         within[np.diag_indices_from(within)] += SHRINKAGE * within.trace() / n_features + 1e-12
         whitening = np.linalg.cholesky(np.linalg.inv(within)).astype(np.float32)
-        return cls(_unit((features - mean) @ whitening), _unit((means - mean) @ whitening), temperature)
+        versions, images = (_placed(rows, mean, whitening) for rows in (features, means))
+        return cls(mean, whitening, versions, images, temperature)
+
+    def placed(self, features: Float32) -> Float32:
+        """(..., d) unit vectors: where pictures of these features lie among the images."""
+        return _placed(features, self.mean, self.whitening)
 
     def probabilities(self, row: int, version: int) -> NDArray[np.float64]:
         """(n,) how likely each image is meant by a version of one: softmax of cosines."""
@@ -57,5 +65,6 @@ class Looks:
         return np.asarray(raised / raised.sum(), np.float64)
 
 
-def _unit(rows: Float32) -> Float32:
+def _placed(features: Float32, mean: Float32, whitening: Float32) -> Float32:
+    rows = (features - mean) @ whitening
     return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12), np.float32)

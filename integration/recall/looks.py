@@ -1,0 +1,67 @@
+"""What redrawn pictures teach a vision tower: image queries, by its features as they are and as `Looks` places them.
+
+    python -m integration.recall.looks [--part validation] [--redrawn 4] [--limit N]
+
+No language model is asked: this is what `genret train --redrawn` imitates. The query shows the same emoji by another
+artist, whose pictures neither has seen.
+"""
+
+import argparse
+from functools import partial
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from integration.base_model import Recipe, make_base_model
+from integration.base_model import default_folder as default_model_folder
+from integration.recall.corpora import default_folder, make_corpora
+from integration.recall.peers import efficientnet_features, neighbour_scores
+from integration.recall.query_sets import RECALLS, bare_records
+from llama_index_genret.evaluation import evaluation_by_score, read_queries
+from llama_index_genret.images import load_image
+from llama_index_genret.modeling import load_mllm, vision_features
+from llama_index_genret.training.looks import Looks
+from llama_index_genret.training.redrawing import redrawn
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", default="validation", choices=("validation", "test"), help="of the queries")
+    parser.add_argument("--redrawn", type=int, default=4, help="versions of each picture beside itself")
+    parser.add_argument("--limit", type=int, help="take only so many images, spread over all")
+    given = parser.parse_args()
+    corpora, base = make_corpora(default_folder()), default_model_folder(Recipe())
+    make_base_model(Recipe(), base)
+    mllm = load_mllm(str(base), device="cpu")
+    every = bare_records(corpora, "emoji")
+    records = every[:: max(1, len(every) // (given.limit or len(every)))]
+    known = {record.image_id for record in records}
+    asked = read_queries(corpora / "queries" / f"emoji-images-{given.part}.jsonl", every)
+    queries = [query for query in asked if query.image_ids <= known]
+
+    def drawn(place: tuple[int, int]) -> Image.Image:
+        image = load_image(records[place[0]].path)
+        return redrawn(image, seed=(0, *place)) if place[1] else image
+
+    features = partial(vision_features, mllm, progress=tqdm)
+    versions = [(row, version) for row in range(len(records)) for version in range(1 + given.redrawn)]
+    ours = features(versions, load=drawn).reshape(len(records), 1 + given.redrawn, -1)
+    theirs = features([query.image for query in queries])
+    looks = Looks.learnt(ours, temperature=1.0)
+    plain = dict(zip([record.path for record in records], ours[:, 0], strict=True))
+    plain |= dict(zip([query.image for query in queries], theirs, strict=True))
+    rows = {
+        "vision tower": neighbour_scores(lambda paths: np.stack([plain[path] for path in paths]), records, queries),
+        "EfficientNet-Lite2": neighbour_scores(efficientnet_features, records, queries),
+        f"vision tower, {given.redrawn} redrawn": looks.placed(theirs) @ looks.images.T,
+    }
+    print(f"{len(records)} images, {len(queries)} {given.part} queries")
+    for name, scores in rows.items():
+        figures = evaluation_by_score(scores, records, queries).figures()
+        print(f"{name:26} " + " ".join(f"{column} {figures[column]:.3f}" for column in RECALLS), flush=True)
+
+
+if __name__ == "__main__":
+    main()
