@@ -186,7 +186,7 @@ def _contents(path: Path) -> dict[str, str]:
 
 
 def fingerprint(place: Path) -> str:
-    """Sha256 of all names and contents there, but for what is drawn anew in each run, which stands in the manifest too."""
+    """Sha256 of all names and contents there, but for what each run draws anew, which stands in the manifest too."""
     digest = hashlib.sha256()
     for path in sorted(place.rglob("*"), key=lambda path: _undrawn(path.relative_to(place))):
         content = path.read_bytes() if path.is_file() else b"a folder"
