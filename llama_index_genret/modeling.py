@@ -51,9 +51,10 @@ class Mllm:
         return IndexTokenizer(Tokenizer.from_str(self.processor.tokenizer.backend_tokenizer.to_str()))
 
     def entry(self) -> ModelEntry:
-        """What an index records of its base model."""
+        """What an index records of its base model; a folder by its whole path, so that it is found from any other."""
+        folder = Path(self.name_or_path)
         return ModelEntry(
-            name_or_path=self.name_or_path,
+            name_or_path=str(folder.resolve()) if folder.is_dir() else self.name_or_path,
             fingerprint=fingerprint(self.model),
             base_tokenizer=self.tokenizer.fingerprint,
         )

@@ -1,8 +1,13 @@
 """What is given on the command line, what the commands show of hostile texts, and where they show it."""
 
+import dataclasses
 import io
 import json
+import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -11,7 +16,7 @@ from llama_index_genret import cli
 from llama_index_genret.cli import recall as recall_commands
 from llama_index_genret.cli.options import parse_filters
 from llama_index_genret.corpus import read_corpus
-from llama_index_genret.errors import FilterError, ModelError, NotWritten, TrainingError
+from llama_index_genret.errors import CorpusError, FilterError, ModelError, NotWritten, StoreError, TrainingError
 from llama_index_genret.export import export_checkpoint
 from llama_index_genret.identifiers.tree_picture import draw_tree
 from llama_index_genret.indexing import build_index
@@ -19,6 +24,7 @@ from llama_index_genret.modeling import load_mllm
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
+from llama_index_genret.store import check_free, load_index
 from llama_index_genret.training.options import TrainOptions
 
 HOSTILE = "[/x] [red]sign[/red] :smile: \x1b[31mred\x1b[0m \u202egnp.exe é"
@@ -172,3 +178,34 @@ def test_figures_are_told_before_a_report_that_cannot_be_written(hostile_index, 
     assert code == 1
     assert json.loads(shown)["n"] == 1
     assert f"{tmp_path} could not be written" in said
+
+
+def test_folders_whose_names_are_not_utf_8_are_refused_by_name(hostile_index, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(hostile_index.folder, folder)
+    for use, error in ((load_index, StoreError), (read_corpus, CorpusError)):
+        with pytest.raises(error, match=r"'.*caf\\udce9' has a name that is not UTF-8: rename it"):
+            use(folder)
+    with pytest.raises(StoreError, match="not UTF-8"):
+        check_free(tmp_path / os.fsdecode(b"new\xe9"))
+
+
+def test_a_model_named_from_one_folder_is_found_from_another(tiny_mllm, monkeypatch):
+    model = Path(tiny_mllm.name_or_path)
+    monkeypatch.chdir(model.parent)
+    assert dataclasses.replace(tiny_mllm, name_or_path=model.name).entry() == tiny_mllm.entry()
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_result_that_finds_the_disk_full_is_an_error_and_one_that_nobody_reads_is_none(hostile_index, form):
+    command = [sys.executable, "-m", "llama_index_genret.cli", "inspect", str(hostile_index.folder), *form]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=600)
+    assert done.returncode == 1
+    assert "error: the result could not be told" in done.stderr
+    assert done.stderr.count("\n") == 1
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=600)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 
+from llama_index_genret.errors import NotWritten
 from llama_index_genret.store import Index
 
 _STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -57,12 +58,22 @@ def counting_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def emit(as_json: bool, value: dict[str, Any], table: Table) -> None:
-    """Print a result: one JSON object on a line, or a table for people."""
-    if as_json:
-        is_utf_8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
-        print(json.dumps(value, ensure_ascii=not is_utf_8), flush=True)
-    else:
-        console().print(table)
+    """Print a result: one JSON object on a line, or a table for people.
+
+    Raises:
+        NotWritten: stdout is a file on a full disk.
+    """
+    try:
+        if as_json:
+            is_utf_8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
+            print(json.dumps(value, ensure_ascii=not is_utf_8), flush=True)
+        else:
+            console().print(table)
+    except BrokenPipeError:  # whoever read it has seen enough
+        raise
+    except OSError as error:
+        sys.stdout = None  # what is left in its buffer would be written, and fail, once more
+        raise NotWritten(f"the result could not be told: {error}. What the command does is done.") from error
 
 
 class _Table(Table):
