@@ -31,6 +31,7 @@ def workshop(tmp_path_factory):
         ("remove", "race", True),
         ("index", "power", False),
         ("export", "power", False),
+        ("export", "full", True),
         ("write-queries", "kill", True),
         ("batch", "kill", True),
         ("train", "power", True),

@@ -185,7 +185,12 @@ def _existing_folder(folder: Path) -> Path:
         raise CorpusError(f"the image folder {folder} does not exist: check the path.")
     if not folder.is_dir():
         raise CorpusError(f"{folder} is not a folder: give the folder that holds the images ({folder.parent}).")
-    return folder.resolve()
+    root = folder.resolve()
+    try:
+        str(root).encode()
+    except UnicodeEncodeError as error:  # an index could not store it
+        raise CorpusError(f"the image folder {str(root)!r} has a name that is not UTF-8: rename it.") from error
+    return root
 
 
 def _list_rows(root: Path) -> Iterable[_Row]:

@@ -27,15 +27,23 @@ def writing(folder: Path) -> Iterator[None]:
     """Tell what a full, broken or read-only disk says as an error that names the folder and the way out.
 
     Raises:
-        NotWritten: for an OSError inside, which must come of writing to `folder` only.
+        NotWritten: for an OSError inside, or what Rust makes of one, which must come of writing to `folder` only.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not _comes_of_files(error):
+            raise
         raise NotWritten(
             f"{folder} could not be written: {error}. What was there is as it was. Free space there, or make it "
             "writable, and run the command again."
         ) from error
+
+
+def _comes_of_files(error: Exception) -> bool:
+    """Tokenizers raises a bare Exception, in which only the words tell."""
+    bare = type(error) is Exception and "(os error " in str(error)
+    return bare or isinstance(error, (OSError, SafetensorError))
 
 
 def sync(path: Path) -> None:

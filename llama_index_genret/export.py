@@ -11,6 +11,8 @@ from llama_index_genret.errors import ModelError
 from llama_index_genret.modeling import Mllm, load_trained
 from llama_index_genret.store import Index
 
+DTYPES = ("float32", "bfloat16")
+
 
 def export_checkpoint(
     index: Index, out: Path, *, dtype: str = "float32", device: str = "cpu", mllm: Mllm | None = None
@@ -21,11 +23,14 @@ def export_checkpoint(
         dtype: of the stored weights, "float32" or "bfloat16".
         mllm: the trained model, if it is loaded already.
     Raises:
-        ModelError: `out` exists and is not empty. NotTrained: the index has no trained weights.
+        ModelError: `out` exists and is not empty, or there is no such dtype.
+        NotTrained: the index has no trained weights.
         NotWritten: the disk is full, or read only; nothing is left there.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out} exists and is not empty: name a new folder, nothing is overwritten.")
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype={dtype!r}: a checkpoint is written in one of {', '.join(DTYPES)}.")
     mllm = mllm or load_trained(index, device=device)
     with new_folder(out) as into:
         mllm.model.to(getattr(torch, dtype)).save_pretrained(into)

@@ -50,9 +50,10 @@ class Mllm:
         return IndexTokenizer(Tokenizer.from_str(self.processor.tokenizer.backend_tokenizer.to_str()))
 
     def entry(self) -> ModelEntry:
-        """What an index records of its base model."""
+        """What an index records of its base model; a folder by its whole path, so that it is found from any other."""
+        folder = Path(self.name_or_path)
         return ModelEntry(
-            name_or_path=self.name_or_path,
+            name_or_path=str(folder.resolve()) if folder.is_dir() else self.name_or_path,
             fingerprint=fingerprint(self.model),
             base_tokenizer=self.tokenizer.fingerprint,
         )
@@ -94,10 +95,11 @@ def load_mllm(name_or_path: str, *, device: str = "auto", dtype: str = "auto") -
         device: "cpu", "cuda", ... or "auto": the GPU where there is one.
         dtype: "float32", "bfloat16" or "auto": float32 on a CPU, bfloat16 elsewhere.
     Raises:
-        ModelError: it is missing, or is no image-text-to-text model; names the folder.
+        ModelError: it is missing, or is no image-text-to-text model; names the folder. Or there is no such device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_device(device)
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     try:
@@ -111,6 +113,17 @@ def load_mllm(name_or_path: str, *, device: str = "auto", dtype: str = "auto") -
             "Give a folder with config.json, weights and processor files, or a hub id."
         ) from error
     return Mllm(name_or_path, model.to(device).eval(), processor)
+
+
+def _check_device(device: str) -> None:
+    """Refuse one that cannot compute, before weights are read."""
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"the device {device!r} cannot be used: {str(error).partition(chr(10))[0]}. Give cpu, auto, or a GPU that "
+            "this machine has, such as cuda:0."
+        ) from error
 
 
 def load_trained(

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 import llama_index_genret
 from llama_index_genret import store
 from llama_index_genret.batch import open_batch
-from llama_index_genret.durable import new_folder, only_writer, remove_unheld
+from llama_index_genret.durable import new_folder, only_writer, remove_unheld, writing
 from llama_index_genret.errors import BatchError, IndexBusy, IndexChanged, IndexDamaged, IndexExists, NotWritten
 from llama_index_genret.export import export_checkpoint
 from llama_index_genret.prompts import Prompt
@@ -173,6 +174,15 @@ def test_an_export_on_a_full_disk_leaves_nothing(untrained_index, tiny_mllm, tmp
     with files_of_at_most(10_000), pytest.raises(NotWritten, match="Free space"):
         export_checkpoint(untrained_index, tmp_path / "out", mllm=tiny_mllm)
     assert names(tmp_path) == []
+
+
+def test_a_full_disk_that_tokenizers_found_is_told_as_any_other_and_nothing_else_is(untrained_index, tmp_path):
+    tokenizer = Tokenizer.from_str(untrained_index.tokenizer.to_json())
+    with pytest.raises(NotWritten, match=f"{tmp_path} could not be written: No space left"), writing(tmp_path):
+        tokenizer.save("/dev/full")
+    with pytest.raises(Exception, match="no such thing") as raised, writing(tmp_path):
+        raise Exception("no such thing")
+    assert not isinstance(raised.value, NotWritten)
 
 
 def test_a_batch_that_found_the_disk_full_goes_on(untrained_index, tmp_path):

@@ -315,7 +315,14 @@ def test_missing_or_broken_facts_are_errors_that_say_so():
         ("structured", {"levels": 3, "sizes": [4, 4]}, "each of 3 levels"),
         ("structured", {"method": "magic"}, "'kmeans' or 'rq'"),
         ("structured", {"colour": "red"}, "colour"),
+        ("structured", {"levels": 2.5}, "levels=2.5"),
+        ("structured", {"levels": 10**6}, "levels=1000000"),
+        ("structured", {"sizes": 10**9}, "sizes=1000000000"),
+        ("numeric", {"digits": 1.5}, "digits=1.5"),
+        ("numeric", {"digits": -1}, "digits=-1"),
+        ("numeric", {"digits": 10**5}, "digits=100000"),
         ("semantic", {"words": 0}, "words=0"),
+        ("semantic", {"words": 2.5}, "words=2.5"),
     ],
 )
 def test_a_wrong_option_is_an_error_that_names_it(scheme, options, words):

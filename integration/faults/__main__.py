@@ -27,9 +27,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         workshop = Workshop(Path(folder).resolve())
         for name in arguments.command or workshop.commands:
+            trials = Trials(workshop, workshop.commands[name], few=arguments.few)
             for kind in arguments.kind or KINDS:
                 start = time.monotonic()
-                trials = Trials(workshop, workshop.commands[name], few=arguments.few)
                 found = KINDS[kind](trials)
                 row = {"command": name, "kind": kind, **found.figures, "seconds": round(time.monotonic() - start, 1)}
                 print(json.dumps(row), flush=True)

@@ -24,6 +24,7 @@ from llama_index_genret.pseudo_queries import Answer, WriteOptions, open_writing
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
 from llama_index_genret.store import load_index
+from llama_index_genret.store.folder import MANIFEST
 from llama_index_genret.training import checkpoints  # noqa: F401  # loads the Trainer before a process is forked
 from llama_index_genret.training.recipe import TrainOptions, train
 from tests.conftest import draw_pictures
@@ -35,11 +36,15 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class Command:
-    """before: name of the folder that it starts from, None of none. run: takes the folder that holds `index`, `out`."""
+    """before: name of the folder that it starts from, None of none. run: takes the folder that holds `index`, `out`.
+
+    anew: it makes the index from its pictures, whatever others did to the old one until then.
+    """
 
     name: str
     before: str | None
     run: Callable[[Path], None]
+    anew: bool = False
 
 
 class Workshop:
@@ -67,7 +72,7 @@ class Workshop:
         new = ("index", str(self.pictures), "--model", str(self.model), "--device", "cpu", "--out")
         found = [
             Command("index", None, lambda at: genret(*new, at / "index")),
-            Command("index --overwrite", "tuned", lambda at: genret(*new, at / "index", "--overwrite")),
+            Command("index --overwrite", "tuned", lambda at: genret(*new, at / "index", "--overwrite"), anew=True),
             Command("train", "untrained", _train),
             Command("train --update", "grown", lambda at: _train(at, update=True)),
             Command("train --drop-update", "updated", lambda at: genret("train", at / "index", "--drop-update")),
@@ -153,7 +158,7 @@ def _answered(at: Path, queries: Path) -> None:
 def state_of(place: Path) -> State:
     """What lies there, all of it read and held against its checksums; raises where it is not whole."""
     state: State = {"out": _contents(place / "out"), "hits": _contents(place / "hits.jsonl")}
-    if not (place / "index" / "manifest.json").exists():
+    if not (place / "index" / MANIFEST).exists():
         return state
     index = load_index(place / "index")
     for name in index.manifest.files:
@@ -180,7 +185,21 @@ def _contents(path: Path) -> dict[str, str]:
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
+def fingerprint(place: Path) -> str:
+    """Sha256 of all names and contents there, but for what each run draws anew, which stands in the manifest too."""
+    digest = hashlib.sha256()
+    for path in sorted(place.rglob("*"), key=lambda path: _undrawn(path.relative_to(place))):
+        content = path.read_bytes() if path.is_file() else b"a folder"
+        if path.name.startswith(MANIFEST):
+            content = re.sub(rb"[0-9a-f]{12,}", b"*", content)
+        digest.update(f"{_undrawn(path.relative_to(place))}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _undrawn(path: Path) -> str:
+    return re.sub(r"[0-9a-f]{8,}", "*", str(path))
+
+
 def names_in(place: Path) -> list[str]:
     """What lies there, by name; what is drawn of a name is not looked at."""
-    found = [str(path.relative_to(place)) for path in place.rglob("*")]
-    return sorted(re.sub(r"[0-9a-f]{8,}", "*", name) for name in found)
+    return sorted(_undrawn(path.relative_to(place)) for path in place.rglob("*"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import gc
 import os
 import platform
 import select
@@ -119,6 +120,7 @@ def supervised(work: Callable[[], None], under: Path, decide: Decide = lambda ev
 def _child(work: Callable[[], None], said: int, theirs: socket.socket | None = None) -> NoReturn:
     """Do the work of a forked process, and end it."""
     torch.set_num_threads(1)  # the threads of a forked process are gone, and would be waited for
+    gc.freeze()  # a collection would write to, and so copy, every page that is shared with the parent: a second each
     status = 1
     try:
         os.dup2(said, 2)

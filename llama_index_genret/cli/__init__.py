@@ -12,7 +12,7 @@ from typing import NoReturn
 import typer
 
 from llama_index_genret.cli import browse, deploy, edit, learn, look, recall
-from llama_index_genret.cli.output import log
+from llama_index_genret.cli.output import log, take_any_character, visible
 from llama_index_genret.errors import GenretError
 
 app = typer.Typer(
@@ -38,9 +38,10 @@ app.command()(look.demo)
 
 def main() -> NoReturn:
     """Entry point: turns errors of ours into one line on stderr and exit code 1."""
+    take_any_character()
     try:
         app(standalone_mode=True)
     except GenretError as error:
-        log.print(f"error: {error}", style="red", markup=False, highlight=False)
+        log.print(visible(f"error: {error}"), style="red", soft_wrap=True)
         sys.exit(1)
     sys.exit(0)

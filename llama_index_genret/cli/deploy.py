@@ -40,7 +40,7 @@ def serve(
         ),
     ] = False,
     host: str = "127.0.0.1",
-    port: int = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     dtype: Annotated[str, typer.Option(help="Of the merged weights: float32 or bfloat16.")] = "float32",
     as_json: Json = False,
 ) -> None:
@@ -53,5 +53,5 @@ def serve(
     shown = shown_command(command)
     if as_json:
         print(json.dumps({"api_base": f"http://{host}:{port}/v1", "command": shown}), flush=True)
-    log.print(" ".join(shown), style="dim", markup=False)
+    log.print(" ".join(shown), style="dim")
     os.execv(command[0], command)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, cast, get_args
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from llama_index_genret.cli.options import (
@@ -19,7 +18,7 @@ from llama_index_genret.cli.options import (
     SchemeOptions,
     parse_options,
 )
-from llama_index_genret.cli.output import bar, emit, facts_of, facts_table, log, new_table
+from llama_index_genret.cli.output import bar, console, emit, facts_of, facts_table, log, new_table, visible
 from llama_index_genret.identifiers import Alphabet, get_scheme
 from llama_index_genret.identifiers.diagnostics import Diagnosis, diagnose
 from llama_index_genret.store import check_free, load_index, remove_images
@@ -53,7 +52,7 @@ def index(
     get_scheme(scheme, **options)
     corpus = read_corpus(images, skip_broken=skip_broken, progress=bar("Reading"))
     for skipped in corpus.skipped:
-        log.print(f"left out: {skipped}", style="yellow", markup=False)
+        log.print(visible(f"left out: {skipped}"), style="yellow")
     mllm = load_mllm(model, device=device)
     built = build_index(
         corpus,
@@ -96,7 +95,6 @@ def add(
             f"the new images have rows of their own: the weights are {grown.weights_id} now. Restart `genret serve`; "
             "a running server goes on without the new images.",
             style="yellow",
-            markup=False,
         )
     counts = {"added": len(new), "known": len(corpus) - len(new), "other_weights": other_weights}
     emit(as_json, {**facts_of(grown), **counts}, facts_table(grown))
@@ -128,10 +126,10 @@ def inspect(
         read = {s: loaded.tokenizer.read([s]) for identifier in loaded.identifiers for s in identifier}
         named = [tuple(read[symbol] for symbol in identifier) for identifier in loaded.identifiers]
         draw_tree(named, [record.path for record in loaded.records], tree, title=loaded.folder.resolve().name)
-        log.print(f"tree: {tree}", markup=False)
+        log.print(f"tree: {tree}")
     emit(as_json, {**facts_of(loaded), **diagnosis.to_json()}, facts_table(loaded))
     if not as_json:
-        Console().print(_levels_table(diagnosis))
+        console().print(_levels_table(diagnosis))
 
 
 def _levels_table(diagnosis: Diagnosis) -> Table:

@@ -164,6 +164,7 @@ def train(
 
 
 def _trained(loaded: Index, given: dict[str, Any], *, update: bool, device: str) -> Index:
+    from llama_index_genret.json_lines import read_lines
     from llama_index_genret.training.examples import read_mix
     from llama_index_genret.training.options import TrainOptions
     from llama_index_genret.training.recipe import train
@@ -172,7 +173,7 @@ def _trained(loaded: Index, given: dict[str, Any], *, update: bool, device: str)
     if "mix" in given:
         given["mix"] = read_mix(given["mix"])
     if "imitated" in given:
-        given["imitated"] = tuple(given["imitated"].read_text(encoding="utf-8").splitlines())
+        given["imitated"] = tuple(line.strip() for line in read_lines(given["imitated"]) if line.strip())
     if "epochs" in given:
         given["max_steps"] = None  # an update would take over those of the training
     options = dataclasses.replace(update_options(loaded) if update else TrainOptions(), **given)

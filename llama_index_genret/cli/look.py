@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from llama_index_genret.cli.models import open_scorer
 from llama_index_genret.cli.options import (
@@ -26,7 +26,8 @@ from llama_index_genret.cli.options import (
     Server,
     scoring_choice,
 )
-from llama_index_genret.cli.output import bar, emit, log, n_pseudo_queries, new_table
+from llama_index_genret.cli.output import bar, console, emit, log, n_pseudo_queries, new_table, visible
+from llama_index_genret.durable import writing
 from llama_index_genret.store import load_index
 
 
@@ -75,10 +76,11 @@ def evaluate(
         bounds = {column: " [{:.3f}, {:.3f}]".format(*interval) for column, interval in row["interval"].items()}
         columns = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
         table.add_row(name, *(f"{row[column]:.3f}{bounds.get(column, '')}" for column in columns))
-    if report:
-        write_evaluation_report(report, loaded, evaluation, baselines=peers)
-        log.print(f"report: {report}", markup=False)
     emit(as_json, {**figures, **written, "baselines": {name: peer.figures() for name, peer in peers.items()}}, table)
+    if report:
+        with writing(report):
+            write_evaluation_report(report, loaded, evaluation, baselines=peers)
+        log.print(f"report: {report}")
 
 
 def demo(
@@ -90,7 +92,7 @@ def demo(
     """The whole path on the images in the package: index, train, recall, grounded answer, report."""
     from llama_index_genret.demo import figure_rows, run_demo
 
-    result = run_demo(model, out, vllm=vllm, progress=bar("Encoding"), say=lambda text: log.print(text, markup=False))
+    result = run_demo(model, out, vllm=vllm, progress=bar("Encoding"), say=log.print)
     evaluation = result.evaluation
     shown = new_table("kind", "query", "recalled images, best first", "")
     for kind in ("caption", "phrasing", "tag"):
@@ -102,7 +104,8 @@ def demo(
         figures.add_row(*row)
     answer = dataclasses.asdict(result.answer)
     if not as_json:
-        Console().print(shown)
-        Console().print(f"[bold]{result.answer.question}[/bold]  {result.answer.answer}  ← {answer['sources']}")
+        console().print(shown)
+        said = visible(f"  {result.answer.answer}  ← {answer['sources']}")
+        console().print(Text.assemble((result.answer.question, "bold"), said))
     emit(as_json, {**dataclasses.asdict(result.figures), "answer": answer, "report": str(result.report)}, figures)
-    log.print(f"report: {result.report}", markup=False)
+    log.print(f"report: {result.report}")

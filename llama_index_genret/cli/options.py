@@ -59,13 +59,16 @@ def scoring_choice(
 
 
 def parse_filters(filters: list[str]) -> dict[str, str]:
-    """`key=value` each; FilterError names one that is not."""
-    wanted = {}
+    """`key=value` each; FilterError names one that is not, and two that contradict each other."""
+    wanted: dict[str, str] = {}
     for text in filters:
         key, equals, value = text.partition("=")
         if not key or not equals:
             raise FilterError(f"the filter {text!r} must read key=value.")
-        wanted[key] = value
+        if wanted.setdefault(key, value) != value:
+            raise FilterError(
+                f"no image has both {key}={wanted[key]} and {key}={value}, and all filters must hold: give one of them."
+            )
     return wanted
 
 
@@ -80,4 +83,6 @@ def parse_options(flag: str, options: list[str]) -> dict[str, Any]:
             parsed[key] = json.loads(value)
         except json.JSONDecodeError:
             parsed[key] = value
+        except (ValueError, RecursionError) as error:  # an integer of thousands of digits, nesting without end
+            raise typer.BadParameter(f"the value of {flag} {key}=... is too much: {error}") from error
     return parsed

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +14,29 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 
+from llama_index_genret.errors import NotWritten
 from llama_index_genret.store import Index
 
-log = Console(stderr=True)
+_STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Shows what it is given as it is: what stands in brackets or between colons may be a caption or a file name."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+log = console(stderr=True)
+
+
+def visible(text: str) -> str:
+    """With escapes in place of what would steer a terminal, or turn the direction of its text."""
+    return _STEERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def take_any_character() -> None:
+    """Let stdout say what it has no character for as an escape; a folder may be named by bytes that are no text."""
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(errors="backslashreplace")
 
 
 def bar(label: str) -> Any:
@@ -35,16 +58,32 @@ def counting_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def emit(as_json: bool, value: dict[str, Any], table: Table) -> None:
-    """Print a result: one JSON object on a line, or a table for people."""
-    if as_json:
-        print(json.dumps(value, ensure_ascii=False), flush=True)
-    else:
-        Console().print(table)
+    """Print a result: one JSON object on a line, or a table for people.
+
+    Raises:
+        NotWritten: stdout is a file on a full disk.
+    """
+    try:
+        if as_json:
+            is_utf_8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
+            print(json.dumps(value, ensure_ascii=not is_utf_8), flush=True)
+        else:
+            console().print(table)
+    except BrokenPipeError:  # whoever read it has seen enough
+        raise
+    except OSError as error:
+        sys.stdout = None  # what is left in its buffer would be written, and fail, once more
+        raise NotWritten(f"the result could not be told: {error}. What the command does is done.") from error
+
+
+class _Table(Table):
+    def add_row(self, *cells: Any, **others: Any) -> None:
+        super().add_row(*(visible(cell) if isinstance(cell, str) else cell for cell in cells), **others)
 
 
 def new_table(*columns: str, title: str | None = None) -> Table:
     """A table that folds what is too wide."""
-    table = Table(title=title, title_justify="left")
+    table = _Table(title=None if title is None else visible(title), title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
     return table

@@ -13,7 +13,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_index_genret.errors import IdentifierError
 from llama_index_genret.identifiers.base import FirstFree, Identifier, ImageFacts, Need, register_scheme
+
+MOST_DIGITS = 18
+"""Of a number of 64 bits."""
 
 
 class CountingScheme(ABC):
@@ -77,6 +81,8 @@ class NumericScheme(CountingScheme):
 
     def __init__(self, digits: int | None = None) -> None:
         super().__init__()
+        if digits is not None and not (isinstance(digits, int) and 1 <= digits <= MOST_DIGITS):
+            raise IdentifierError(f"digits={digits} must be an integer from 1 to {MOST_DIGITS}.")
         self.digits = digits
 
     def fit(self, images: ImageFacts, *, seed: int) -> list[Identifier]:

@@ -43,8 +43,8 @@ class SemanticScheme:
     new_images: ClassVar[str] = "words of its caption; spelled like the words that the model knows already"
 
     def __init__(self, words: int = 5) -> None:
-        if words < 1:
-            raise IdentifierError(f"words={words} must be at least 1.")
+        if not isinstance(words, int) or words < 1:
+            raise IdentifierError(f"words={words} must be an integer of at least 1.")
         self.words = words
 
     def fit(self, images: ImageFacts, *, seed: int) -> list[Identifier]:

@@ -30,6 +30,9 @@ from llama_index_genret.identifiers.codebooks import Codebooks, ResidualCodebook
 SUFFIX_SYMBOLS = 32
 """Alphabet of the symbol that parts images with equal codes; more of them take more such symbols."""
 
+MOST_LEVELS, MOST_CODES = 32, 2**16
+"""Levels, and codes of one: two codes at each of 32 levels are four billion names; each code is a row of the model."""
+
 SUFFIXES = tuple(f"<s_{number}>" for number in range(SUFFIX_SYMBOLS))
 
 
@@ -54,8 +57,10 @@ class StructuredScheme:
         if method not in ("kmeans", "rq"):
             raise IdentifierError(f"method={method!r} must be 'kmeans' or 'rq'.")
         given = [sizes] if isinstance(sizes, int) else list(sizes or [])
-        if not all(isinstance(size, int) and size >= 2 for size in given) or (levels is not None and levels < 1):
-            raise IdentifierError(f"levels={levels} must be at least 1, sizes={sizes} integers of at least 2.")
+        if not all(isinstance(size, int) and 2 <= size <= MOST_CODES for size in given):
+            raise IdentifierError(f"sizes={sizes} must be integers from 2 to {MOST_CODES}, or one.")
+        if levels is not None and not (isinstance(levels, int) and 1 <= levels <= MOST_LEVELS):
+            raise IdentifierError(f"levels={levels} must be an integer from 1 to {MOST_LEVELS}.")
         if sizes is not None and not isinstance(sizes, int):
             levels = len(given) if levels is None else levels
             if len(given) != levels:

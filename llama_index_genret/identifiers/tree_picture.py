@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from llama_index_genret.durable import make_folder, write_file, writing
 from llama_index_genret.errors import ImageError
 from llama_index_genret.identifiers.base import Identifier
 from llama_index_genret.images import load_image
@@ -79,6 +81,8 @@ def draw_tree(identifiers: Sequence[Identifier], images: Sequence[Path], out: Pa
 
     Args:
         identifiers: with symbols as people read them. images: the file of each; a broken one is a grey square.
+    Raises:
+        NotWritten: `out` is a folder, or the disk is full or read only.
     """
     bands = layout(identifiers)
     shown = bands[:MOST_BANDS]
@@ -97,8 +101,11 @@ def draw_tree(identifiers: Sequence[Identifier], images: Sequence[Path], out: Pa
     if rest:
         left = sum(band.n_images for band in bands[MOST_BANDS:])
         draw.text((MARGIN, y), f"+ {rest:,} more first symbols with {left:,} images", FAINT, _font(15))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(out, "PNG")
+    content = BytesIO()
+    canvas.save(content, "PNG")
+    with writing(out):
+        make_folder(out.parent)
+        write_file(out, content.getvalue())
 
 
 def layout(identifiers: Sequence[Identifier]) -> list[Band]:

@@ -66,8 +66,10 @@ def search(
     width, discount = _width(k, width, budget), _discount(prior, eta)
     live = trie if isinstance(trie, LiveTrie) else LiveTrie(trie)
     allowed = None if allowed is None else live.restrict(allowed)
-    if (live.n_live if allowed is None else allowed.n_allowed) == 0:
+    most = live.n_live if allowed is None else allowed.n_allowed
+    if most == 0:
         return [Ranking((), exact=True, nodes_expanded=0)] * n_queries
+    k, width = min(k, most), min(width, most)  # there are no more to find, and no more prefixes of them
     pool, finished = roots(live, n_queries, discount), Finished(roots(live, 0, discount), n_queries, k)
     expanded, dropped = np.zeros(n_queries, np.int64), Dropped(n_queries)
     while len(pool.query):

@@ -104,13 +104,22 @@ class Manifest(BaseModel):
 
 
 def check_free(folder: Path, *, overwrite: bool = False) -> None:
-    """Raise IndexExists unless an index may be written to `folder`."""
+    """Raise IndexExists unless an index may be written to `folder`, StoreError where none could be read from it."""
+    _check_name(folder)
     if not folder.exists() or (folder.is_dir() and all(map(_is_left_over, folder.iterdir()))):
         return
     if not (folder / MANIFEST).is_file():
         raise IndexExists(f"{folder} exists and holds something that is no index: name a new folder.")
     if not overwrite:
         raise IndexExists(f"{folder} holds an index already: name a new folder, or pass --overwrite to replace it.")
+
+
+def _check_name(folder: Path) -> None:
+    """Refuse a name that tokenizers and safetensors, which take text for a path, could not open."""
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise StoreError(f"the folder {str(folder)!r} has a name that is not UTF-8: rename it.") from error
 
 
 def _is_left_over(path: Path) -> bool:
@@ -125,7 +134,9 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         IndexNotFound, IndexDamaged, IndexVersionError: there is none, it cannot be read, or not by this release.
+        StoreError: the folder's name is not UTF-8.
     """
+    _check_name(folder)
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

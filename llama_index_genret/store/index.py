@@ -31,7 +31,7 @@ from llama_index_genret.identifiers import Alphabet, Identifier, Scheme, get_sch
 from llama_index_genret.prompts import Prompt, PromptSet
 from llama_index_genret.search import Hit
 from llama_index_genret.store.arrays import read_npy, read_safetensors
-from llama_index_genret.store.filters import Columns, MetadataFilters
+from llama_index_genret.store.filters import Columns, MetadataFilters, Value
 from llama_index_genret.store.folder import (
     FORMAT_VERSION,
     MANIFEST,
@@ -235,13 +235,13 @@ class Index:
         return LeafFilter.from_mask(mask)
 
     def text_filter(self, wanted: Mapping[str, str]) -> MetadataFilters:
-        """Records whose metadata equal all of `wanted`, compared as text: "2024" is also the number.
+        """Records whose metadata equal all of `wanted`, compared as text: "2024" is also the number, "true" also true.
 
         Raises:
             FilterError: no record has one of the keys.
         """
         return MetadataFilters.equal(
-            {key: [v for v in self.columns.distinct(key) if str(v) == text] for key, text in wanted.items()}
+            {key: [v for v in self.columns.distinct(key) if _reads_as(v, text)] for key, text in wanted.items()}
         )
 
     def scheme(self) -> Scheme:
@@ -295,6 +295,11 @@ class Index:
                 f"made with ({self.manifest.model.name_or_path}, sha256 {self.manifest.model.base_tokenizer[:12]}). "
                 "Load the index with its own model, or make it anew with `genret index`."
             )
+
+
+def _reads_as(value: Value, text: str) -> bool:
+    """Whether a value is written so, in Python or, of true and false, in JSON."""
+    return str(value) == text or (isinstance(value, bool) and str(value).lower() == text)
 
 
 def create_index(

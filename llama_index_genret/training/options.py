@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
+from llama_index_genret.errors import TrainingError
 from llama_index_genret.training.examples import MIX, Task
 
 
@@ -51,3 +53,13 @@ class TrainOptions:
     teacher: str | None = None
     teacher_temperature: float = 0.05
     imitated: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise TrainingError for what no run can be made of."""
+        if not 0 < self.epochs < inf:
+            raise TrainingError(f"epochs={self.epochs} must be more than 0, and finite.")
+        for name in ("learning_rate", "symbol_learning_rate"):
+            if not 0 <= getattr(self, name) < inf:
+                raise TrainingError(f"{name}={getattr(self, name)} must be at least 0, and finite.")
+        if not 0 <= self.seed < 2**32:
+            raise TrainingError(f"seed={self.seed} must be from 0 to {2**32 - 1}.")
