@@ -2,10 +2,10 @@
 
     python -m integration.recall.table --index NAME=FOLDER ... [--json FILE] [--picture FILE.png]
 
-Every index was made of one whole corpus of `integration.recall.corpora` and trained; the table finds out which. Each of
-its test queries counts, one that is refused as a miss; ties count against a peer. A row has recall@1/5/10 and MRR with
-95 % bootstrap intervals over the images asked for, and what the index is ahead of each peer, query by query. What the
-hybrid mixes how is chosen on the validation queries.
+Every index was made of one whole corpus of `integration.recall.corpora` and trained; the table finds out which, and
+asks by text or by pictures as it was trained. Each of its test queries counts, one that is refused as a miss; ties
+count against a peer. A row has recall@1/5/10 and MRR with 95 % bootstrap intervals over the images asked for, and what
+the index is ahead of each peer, query by query. What the hybrid mixes how is chosen on the validation queries.
 """
 
 import argparse
@@ -105,6 +105,12 @@ def measure(
     return Section(asked, name, rows, tuple(survival), note)
 
 
+def _was_taught(index: Index, asked: QuerySet) -> bool:
+    """Whether the training had examples of what the queries ask with: pictures, or text beyond the captions."""
+    mix = (index.manifest.training or {}).get("mix", {})
+    return bool(mix.get("memorise" if asked.shows_images else "imitate"))
+
+
 def _is_tree(index: Index) -> bool:
     return max(map(len, index.identifiers)) > 1
 
@@ -200,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if base not in peers:
             peers[base] = Peers(load_mllm(base, device=options.device))
         for asked in QUERY_SETS:
-            if asked.corpus == corpus and asked.name in names:
+            if asked.corpus == corpus and asked.name in names and _was_taught(index, asked):
                 rows = measure(name, index, scorer, peers[base], asked, corpora / "queries", hybrid=options.hybrid)
                 sections.append(rows)
                 record(report, sections[-1])
