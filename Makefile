@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-# Two at a time, each by whole files: the tests of a file share what is slow to make. One thread each, and so their
-# servers and commands: a second would wait, spinning, for a core, and two training files then take 2.6 times the processor
-# time (90 s for 34 s).
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two at a time, each by whole files: the tests of a file share what is slow to make. In the order of their names, since
+# xdist would leave the files of few and slow tests for the end. One thread each, and so their servers and commands: a
+# second would wait, spinning, for a core, and two training files then take 2.6 times the processor time (90 s for 34 s).
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# How much it asks in half a minute is what it tests.
+ALONE := integration/test_load.py
 
 .PHONY: demo test test-unit test-integration check base-model bench fuzz recall supply notebooks clean
 
@@ -22,10 +24,11 @@ base-model: $(VENV)/.installed
 test: test-unit test-integration
 
 test-unit: $(VENV)/.installed
-	$(PYTEST) tests
+	$(PARALLEL) tests
 
 test-integration: $(VENV)/.serving $(VENV)/.benches $(VENV)/.browser $(VENV)/.qwen $(VENV)/.deploy $(VENV)/.docstore $(VENV)/.notebooks
-	$(PYTEST) integration
+	$(BIN)/python -m pytest $(ALONE)
+	$(PARALLEL) integration --ignore=$(ALONE)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
