@@ -127,7 +127,9 @@ def record(report: Report, section: Section) -> None:
     print(f"  {'':20}" + "".join(f"{column:^26}" for column in COLUMNS))
     for name, row in section.rows.items():
         figures, intervals = row.figures(), row.intervals()
-        cells = (f"{figures[column]:.3f} [{low:.3f}, {high:.3f}]" for column, (low, high) in intervals.items())
+        cells = (
+            f"{figures[column]:.3f} [{intervals[column].low:.3f}, {intervals[column].high:.3f}]" for column in COLUMNS
+        )
         print(f"  {name:20}" + "".join(f"{cell:^26}" for cell in cells), flush=True)
         report.results[f"{section.title}, {name}"] = figures
     for ours in (BEAM, HYBRID):
