@@ -52,7 +52,7 @@ def write_evaluation_report(
         charts: whether they are drawn; without, matplotlib is not needed.
         seed: of the lot.
     Raises:
-        MissingExtra: matplotlib is not installed. OSError: the page cannot be written.
+        MissingExtra: matplotlib is not installed. NotWritten: the page cannot be written.
     """
     systems = {OURS: evaluation, **(baselines or {})}
     kinds = dict.fromkeys(query.kind for query in evaluation.queries)

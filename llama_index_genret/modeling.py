@@ -243,10 +243,7 @@ def vision_features(
     Raises:
         ModelError: the model has no `get_image_features`.
     """
-    core = getattr(mllm.model, "model", mllm.model)
-    if not hasattr(core, "get_image_features"):
-        raise ModelError(f"{mllm.name_or_path} gives no image features: choose the scheme `numeric`.")
-    text = render_prompts(mllm).memorise
+    text, core = render_prompts(mllm).memorise, _seeing(mllm)
     rows: list[NDArray[np.float32]] = []
     with torch.no_grad():
         for start in progress(range(0, len(pictures), IMAGE_BATCH)):
@@ -255,18 +252,12 @@ def vision_features(
     return np.concatenate(rows)
 
 
-def last_hidden_states(
-    mllm: Mllm, prompts: Sequence[Sequence[int]], *, autocast: bool = False, progress: Progress = iter
-) -> NDArray[np.float32]:
-    """(n, d) float32: what the LM head reads at the end of each prompt of token ids, of text alone.
-
-    Args:
-        autocast: compute in bfloat16.
-    """
+def last_hidden_states(mllm: Mllm, prompts: Sequence[Sequence[int]], progress: Progress = iter) -> NDArray[np.float32]:
+    """(n, d) float32: what the LM head reads at the end of each prompt of token ids, of text alone."""
     decoder, device = mllm.model.get_decoder(), mllm.model.device
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     parts: list[NDArray[np.float32]] = []
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+    with torch.inference_mode():
         for start in progress(range(0, len(order), TEXT_BATCH)):
             rows = [torch.tensor(prompts[place]) for place in order[start : start + TEXT_BATCH]]
             token_ids = pad_sequence(rows, batch_first=True, padding_side="left").to(device)
@@ -279,9 +270,14 @@ def last_hidden_states(
 def last_hidden_states_of_pictures(
     mllm: Mllm, pictures: Sequence[Any], progress: Progress = iter, *, load: Callable[[Any], Any] = load_image
 ) -> NDArray[np.float32]:
-    """(n, d) float32: `last_hidden_states` of the prompt that asks for the name of a picture."""
-    text = render_prompts(mllm).memorise
-    core = mllm.model.model
+    """(n, d) float32: what the LM head reads at the end of the prompt that asks for the name of each picture.
+
+    Args:
+        pictures: files, or what else `load` makes an RGB image of.
+    Raises:
+        ModelError: the model has no `get_image_features`.
+    """
+    text, core = render_prompts(mllm).memorise, _seeing(mllm)
     rows: list[NDArray[np.float32]] = []
     with torch.no_grad():
         for start in progress(range(0, len(pictures), IMAGE_BATCH)):
@@ -289,6 +285,14 @@ def last_hidden_states_of_pictures(
             output = core(**mllm.processed([text] * len(images), images), use_cache=False)
             rows.append(output.last_hidden_state[:, -1].float().cpu().numpy())
     return np.concatenate(rows)
+
+
+def _seeing(mllm: Mllm) -> Any:
+    """The model below the LM head: vision tower, connector and decoder."""
+    core = getattr(mllm.model, "model", mllm.model)
+    if not hasattr(core, "get_image_features"):
+        raise ModelError(f"{mllm.name_or_path} gives no image features: choose the scheme `numeric`.")
+    return core
 
 
 def _mean_patches(core: Any, mllm: Mllm, text: str, images: Sequence[Any]) -> Any:

@@ -3,7 +3,6 @@
 Knows pictures, words and HTML; nothing of indexes, models or metrics: figures arrive as text, charts as SVG.
 """
 
-import os
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Literal, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image, ImageOps
+
+from llama_index_genret.durable import make_folder, write_file, writing
 
 SIDE_PX = 112
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a bad file
@@ -117,7 +118,7 @@ def write_report(
         path: an existing report is replaced, a missing folder is made.
         images: image id -> path, for expected images that no query recalled. Without it they are shown by id.
     Raises:
-        OSError: the page cannot be written. An image that cannot be read is no error: the page names it.
+        NotWritten: the page cannot be written. An image that cannot be read is no error: the page names it.
     """
     queries = [query for group in groups for query in group.queries]
     hits = [hit for query in queries for hit in query.hits] + [hit for answer in answers for hit in answer.sources]
@@ -138,7 +139,10 @@ def write_report(
         css_classes=css_classes,
         class_of_path={image: css_classes[url] for image, url in urls.items()},
     )
-    _write_whole(path, page)
+    with writing(path):
+        make_folder(path.parent)
+        # A caption read from JSON may hold half a surrogate pair, which UTF-8 cannot: it is shown as its escape.
+        write_file(path, page.encode(errors="backslashreplace"))
 
 
 def data_urls(paths: Iterable[Path]) -> dict[Path, str]:
@@ -192,14 +196,3 @@ def _template() -> Template:
     )
     environment.filters |= {"score": score_text, "count": count_text}
     return environment.get_template("report.html.jinja")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # A caption read from JSON may hold half a surrogate pair, which UTF-8 cannot: it is shown as its escape.
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -129,6 +129,13 @@ def test_a_device_that_is_not_there_is_named_before_weights_are_read(device, tmp
         load_mllm(str(tmp_path), device=device)
 
 
+@pytest.mark.parametrize("port", ["-1", "0", "65536", "http"])
+def test_a_port_that_is_none_is_refused_before_a_server_starts(hostile_index, genret, port):
+    code, _, said = genret("serve", hostile_index.folder, "--port", port)
+    assert code == 2
+    assert "'--port'" in said
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -139,6 +146,11 @@ def test_a_device_that_is_not_there_is_named_before_weights_are_read(device, tmp
         ({"learning_rate": -1.0}, "learning_rate=-1.0"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**32}, "seed=4294967296"),
+        ({"lora_rank": 0}, "lora_rank=0"),
+        ({"lora_rank": 10**9}, "lora_rank=1000000000"),
+        ({"mix": {"retrieve": 5 * 10**9}}, "5000000000"),
+        ({"redrawn": -1}, "redrawn=-1"),
+        ({"redrawn": 4, "mix": {"retrieve": 1}}, "redrawn=4 draws pictures for the task `memorise`"),
     ],
 )
 def test_options_of_no_training_are_an_error_that_names_them(options, words):

@@ -1,5 +1,6 @@
 """Promises of the HTML report that can be read off its text; `integration/` opens it in a browser."""
 
+import os
 import re
 from base64 import b64decode
 from html.parser import HTMLParser
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from llama_index_genret.errors import NotWritten
 from llama_index_genret.report import (
     SIDE_PX,
     Cell,
@@ -218,12 +220,12 @@ def test_the_report_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
 def test_a_write_that_fails_leaves_the_old_report(tmp_path, monkeypatch):
     page_of(tmp_path, title="old")
 
-    def disk_full(temporary: Path, text: str, **_: str) -> None:
-        temporary.write_bytes(text[: len(text) // 2].encode())
+    def disk_full(descriptor: int) -> None:
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", disk_full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(NotWritten, match=r"report\.html could not be written: .*No space left"):
         page_of(tmp_path, title="new")
     assert "<title>old</title>" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]

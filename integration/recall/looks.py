@@ -19,10 +19,9 @@ from integration.recall.corpora import default_folder, make_corpora
 from integration.recall.peers import efficientnet_features, neighbour_scores
 from integration.recall.query_sets import RECALLS, bare_records
 from llama_index_genret.evaluation import evaluation_by_score, read_queries
-from llama_index_genret.images import load_image
 from llama_index_genret.modeling import load_mllm, vision_features
 from llama_index_genret.training.looks import Looks
-from llama_index_genret.training.redrawing import redrawn
+from llama_index_genret.training.redrawing import load_version
 
 
 def main() -> None:
@@ -42,8 +41,8 @@ def main() -> None:
     queries = [query for query in asked if query.image_ids <= known]
 
     def drawn(place: tuple[int, int]) -> Image.Image:
-        image = load_image(records[place[0]].path)
-        return redrawn(image, seed=(0, *place)) if place[1] else image
+        row, version = place
+        return load_version(records[row].path, row, version, seed=0)
 
     features = partial(vision_features, mllm, progress=tqdm)
     versions = [(row, version) for row in range(len(records)) for version in range(1 + given.redrawn)]

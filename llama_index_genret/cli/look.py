@@ -27,7 +27,6 @@ from llama_index_genret.cli.options import (
     scoring_choice,
 )
 from llama_index_genret.cli.output import bar, console, emit, log, n_pseudo_queries, new_table, visible
-from llama_index_genret.durable import writing
 from llama_index_genret.store import load_index
 
 
@@ -78,8 +77,7 @@ def evaluate(
         table.add_row(name, *(f"{row[column]:.3f}{bounds.get(column, '')}" for column in columns))
     emit(as_json, {**figures, **written, "baselines": {name: peer.figures() for name, peer in peers.items()}}, table)
     if report:
-        with writing(report):
-            write_evaluation_report(report, loaded, evaluation, baselines=peers)
+        write_evaluation_report(report, loaded, evaluation, baselines=peers)
         log.print(f"report: {report}")
 
 

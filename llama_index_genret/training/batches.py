@@ -15,12 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from llama_index_genret.errors import TrainingError
-from llama_index_genret.images import load_image
 from llama_index_genret.modeling import Mllm
 from llama_index_genret.store import Index
 from llama_index_genret.training.examples import Example
 from llama_index_genret.training.looks import Looks
-from llama_index_genret.training.redrawing import redrawn
+from llama_index_genret.training.redrawing import load_version
 from llama_index_genret.training.soft_targets import Paths
 from llama_index_genret.training.teacher import Teacher
 
@@ -149,8 +148,7 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
     def _image(self, row: int, version: int) -> Any:
         key = (row, version)
         if key not in self._images:
-            image = load_image(self._index.records[row].path)
-            self._images[key] = redrawn(image, seed=(self._seed, row, version)) if version else image
+            self._images[key] = load_version(self._index.records[row].path, row, version, seed=self._seed)
             self._bytes += _bytes(self._images[key])
             while self._bytes > CACHED_BYTES and len(self._images) > 1:
                 self._bytes -= _bytes(self._images.popitem(last=False)[1])

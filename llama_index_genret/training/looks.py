@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_index_genret.training.soft_targets import softmax_of_cosines
+
 Float32 = NDArray[np.float32]
 
 SHRINKAGE = 0.1
@@ -59,10 +61,8 @@ class Looks:
         return _placed(features, self.mean, self.whitening)
 
     def probabilities(self, row: int, version: int) -> NDArray[np.float64]:
-        """(n,) how likely each image is meant by a version of one: softmax of cosines."""
-        similarity = (self.images @ self.versions[row, version]).astype(np.float64) / self.temperature
-        raised = np.exp(similarity - similarity.max())
-        return np.asarray(raised / raised.sum(), np.float64)
+        """(n,) how likely each image is meant by a version of one."""
+        return softmax_of_cosines(self.images, self.versions[row, version], self.temperature)
 
 
 def _placed(features: Float32, mean: Float32, whitening: Float32) -> Float32:

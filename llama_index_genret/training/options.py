@@ -13,6 +13,11 @@ from typing import Literal
 from llama_index_genret.errors import TrainingError
 from llama_index_genret.training.examples import MIX, Task
 
+LARGEST_RANK = 4096
+"""Of LoRA matrices: as many as a large model's hidden features."""
+LONGEST_BLOCK = 100_000
+"""Examples that are shuffled at a time."""
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -27,7 +32,7 @@ class TrainOptions:
         `atomic` the others then cost a forward pass only.
     symbol_start: where rows of new symbols start: at centroids of the images' features by the model's own vision
         tower (without a teacher the default); where the untrained model comes nearest to what the teacher says of
-        their captions (with one the default); or as noise.
+        their captions, or the tower of redrawn pictures (with `teacher` or `redrawn` the default); or as noise.
     mix: examples of each task in a block, see `examples.MIX`.
     redrawn: more versions of each picture to memorise, in other styles, see `redrawing`: for image queries that show
         the same thing, but not the same picture.
@@ -61,5 +66,18 @@ class TrainOptions:
         for name in ("learning_rate", "symbol_learning_rate"):
             if not 0 <= getattr(self, name) < inf:
                 raise TrainingError(f"{name}={getattr(self, name)} must be at least 0, and finite.")
+        if not 1 <= self.lora_rank <= LARGEST_RANK:
+            raise TrainingError(f"lora_rank={self.lora_rank} must be from 1 to {LARGEST_RANK}.")
+        if sum(self.mix.values()) > LONGEST_BLOCK:
+            raise TrainingError(
+                f"the mix {dict(self.mix)} has more than {LONGEST_BLOCK} examples: make them fewer, only shares count."
+            )
+        if self.redrawn < 0:
+            raise TrainingError(f"redrawn={self.redrawn} must be at least 0.")
+        if self.redrawn and not self.mix.get("memorise"):
+            raise TrainingError(
+                f"redrawn={self.redrawn} draws pictures for the task `memorise`, of which the mix has none: "
+                "add it (--mix memorise=...), or leave --redrawn out."
+            )
         if not 0 <= self.seed < 2**32:
             raise TrainingError(f"seed={self.seed} must be from 0 to {2**32 - 1}.")

@@ -136,7 +136,8 @@ def _train(
             index, mllm, examples, asked.of_text, looks=asked.of_pictures, seed=options.seed, drawn=drawn
         )
         if not update:
-            start_symbols(index, mllm, _vocabularies(mllm.model), asked, options)
+            vocabularies = _vocabularies(mllm.model)
+            start_symbols(index, mllm, vocabularies, asked, options, autocast=autocast, show_progress=show_progress)
         model = _adapted(index, mllm, options)
         stack.enter_context(_fast_symbol_rows(model, as_inputs=not frozen))
         trainer = _LabelTrainer(

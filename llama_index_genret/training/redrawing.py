@@ -8,8 +8,12 @@ which need no second network.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
-from PIL import Image, ImageChops, ImageEnhance, ImageFilter
+from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
+
+from llama_index_genret.images import load_image
 
 SMALLEST, LARGEST = 0.7, 1.1
 """Size of the redrawn thing, as a multiple of the old one."""
@@ -20,6 +24,18 @@ MOST_HUE = 24
 """Of 256 around the circle of hues, either way."""
 LARGEST_SIDE = 512
 """Of a redrawn picture, in pixels: lines of one to three are to be seen."""
+EDGE = 40
+"""Of 255: colours that differ by more have a line between them."""
+
+
+def load_version(path: Path, row: int, version: int, *, seed: int) -> Image.Image:
+    """Version 0 of the picture of image `row` is the picture; any other is `redrawn`, the same for the same seed.
+
+    Raises:
+        what `load_image` does.
+    """
+    picture = load_image(path)
+    return redrawn(picture, seed=(seed, row, version)) if version else picture
 
 
 def redrawn(picture: Image.Image, *, seed: tuple[int, ...]) -> Image.Image:
@@ -73,11 +89,8 @@ def _outlines(picture: Image.Image, *, width: int) -> Image.Image:
     """White, and dark where neighbouring colours differ much."""
     edges = picture.filter(ImageFilter.FIND_EDGES)
     strongest = ImageChops.lighter(ImageChops.lighter(*edges.split()[:2]), edges.split()[2])
-    strongest.paste(0, (0, 0, strongest.width, 1))  # the filter leaves the border as it was
-    strongest.paste(0, (0, strongest.height - 1, strongest.width, strongest.height))
-    strongest.paste(0, (0, 0, 1, strongest.height))
-    strongest.paste(0, (strongest.width - 1, 0, strongest.width, strongest.height))
-    lines = strongest.point([255 if level > 40 else 0 for level in range(256)])
+    strongest = ImageOps.expand(ImageOps.crop(strongest, 1), 1)  # the filter leaves the border as it was
+    lines = strongest.point([255 if level > EDGE else 0 for level in range(256)])
     thick = lines.filter(ImageFilter.MaxFilter(2 * width - 1)) if width > 1 else lines
     return ImageChops.invert(thick.filter(ImageFilter.GaussianBlur(0.6))).convert("RGB")
 

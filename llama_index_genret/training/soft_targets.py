@@ -12,6 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def softmax_of_cosines(
+    images: NDArray[np.float32], query: NDArray[np.float32], temperature: float
+) -> NDArray[np.float64]:
+    """(n,) how likely each of n images is meant by a query: softmax of cosine / temperature.
+
+    Args:
+        images: (n, d), query: (d,), unit vectors.
+        temperature: low means only the nearest.
+    """
+    similarity = (images @ query).astype(np.float64) / temperature
+    raised = np.exp(similarity - similarity.max())
+    return np.asarray(raised / raised.sum(), np.float64)
+
+
 @dataclass(frozen=True)
 class SoftTarget:
     """After `depth` symbols of an identifier: which may follow, and with which probability.

@@ -5,8 +5,7 @@ Knows the index, the untrained model and the options; nothing of LoRA, optimiser
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,12 +16,11 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from llama_index_genret.errors import TrainingError
-from llama_index_genret.images import load_image
 from llama_index_genret.modeling import Mllm, last_hidden_states, last_hidden_states_of_pictures, vision_features
 from llama_index_genret.store import Index
 from llama_index_genret.training.looks import Looks
 from llama_index_genret.training.options import TrainOptions
-from llama_index_genret.training.redrawing import redrawn
+from llama_index_genret.training.redrawing import load_version
 from llama_index_genret.training.symbol_rows import fitted_projection, start_rows
 from llama_index_genret.training.teacher import Teacher, teach
 
@@ -40,25 +38,21 @@ LOOKS_TEMPERATURE = 0.07
 
 @dataclass(frozen=True)
 class Teachers:
-    """What is imitated: a text encoder of queries, the vision tower of redrawn pictures; and how it is asked."""
+    """What is imitated: a text encoder of queries, the vision tower of redrawn pictures."""
 
-    of_text: Teacher | None
-    of_pictures: Looks | None
-    autocast: bool
-    show_progress: bool
-
-    def bar(self, what: str) -> Any:
-        """Of a loop over batches."""
-        return partial(tqdm, desc=what, unit="batch", disable=not self.show_progress)
+    of_text: Teacher | None = None
+    of_pictures: Looks | None = None
 
 
 def teachers(index: Index, mllm: Mllm, options: TrainOptions, *, autocast: bool, show_progress: bool) -> Teachers:
     """Ask them all that they will be asked.
 
+    Args:
+        autocast: the tower computes in bfloat16, as it will while training, so that a cached one sees a picture once.
     Raises:
         TrainingError: see `teach`. MissingExtra: sentence-transformers is missing.
     """
-    bar = Teachers(None, None, autocast, show_progress).bar
+    bar = partial(_bar, show=show_progress)
     of_text = of_pictures = None
     if options.teacher is not None:
         of_text = teach(
@@ -73,37 +67,51 @@ def teachers(index: Index, mllm: Mllm, options: TrainOptions, *, autocast: bool,
         )
     if options.redrawn:
         versions = _versions(index, options)
-        with _computing(mllm, autocast=autocast):
+        with _bfloat16(mllm, autocast):
             features = vision_features(mllm, versions, bar("Looking"), load=partial(_drawn, index, options.seed))
         of_pictures = Looks.learnt(
             features.reshape(len(index.records), 1 + options.redrawn, -1), temperature=LOOKS_TEMPERATURE
         )
-    return Teachers(of_text, of_pictures, autocast, show_progress)
+    return Teachers(of_text, of_pictures)
 
 
 def start_symbols(
-    index: Index, mllm: Mllm, vocabularies: Sequence[Any], asked: Teachers, options: TrainOptions
+    index: Index,
+    mllm: Mllm,
+    vocabularies: Sequence[Any],
+    asked: Teachers,
+    options: TrainOptions,
+    *,
+    autocast: bool,
+    show_progress: bool,
 ) -> None:
     """Give the rows of new symbols their start values, in place.
 
     Args:
         vocabularies: the modules with a row for each token.
+        autocast: see `teachers`.
+    Raises:
+        TrainingError: they are to start at what a teacher says, and none was asked.
     """
     new_symbols = index.new_token_ids()
     if not new_symbols:
         return
     vectors, projection = None, None
-    if options.symbol_start == "teacher":
-        vectors, projection = _fitted(index, mllm, asked, options)
-    elif options.symbol_start == "images":
-        vectors = vision_features(mllm, [record.path for record in index.records], asked.bar("Looking"))
+    with _bfloat16(mllm, autocast):
+        if options.symbol_start == "teacher":
+            vectors, projection = _fitted(index, mllm, asked, options, show_progress=show_progress)
+        elif options.symbol_start == "images":
+            paths = [record.path for record in index.records]
+            vectors = vision_features(mllm, paths, _bar("Looking", show=show_progress))
     identifiers = [index.token_ids(row) for row in range(len(index.records))]
     start = partial(start_rows, identifiers=identifiers, vectors=vectors, projection=projection)
     for vocabulary in vocabularies:
         start(vocabulary.weight, new_symbols, seed=options.seed)
 
 
-def _fitted(index: Index, mllm: Mllm, asked: Teachers, options: TrainOptions) -> tuple[Float32, Float32]:
+def _fitted(
+    index: Index, mllm: Mllm, asked: Teachers, options: TrainOptions, *, show_progress: bool
+) -> tuple[Float32, Float32]:
     """Vectors (n, v) of the images by all teachers side by side, and what reads hidden states as such (v, d).
 
     From the base model's hidden states at a sample of the teachers' queries: see `fitted_projection`. To a query of one
@@ -111,20 +119,20 @@ def _fitted(index: Index, mllm: Mllm, asked: Teachers, options: TrainOptions) ->
     """
     draw = np.random.default_rng(options.seed)
     read: list[tuple[Float32, Float32, Float32, float]] = []
-    with _computing(mllm, autocast=asked.autocast):
-        if text := asked.of_text:
-            chosen = draw.choice(len(text.texts), min(FITTED_QUERIES, len(text.texts)), replace=False)
-            prompts = [index.prompts.query_tokens(index.tokenizer, text.texts[place]) for place in chosen]
-            hidden = last_hidden_states(mllm, prompts, autocast=asked.autocast, progress=asked.bar("Reading"))
-            read.append((text.images, hidden, text.queries[chosen], text.temperature))
-        if looks := asked.of_pictures:
-            versions = _versions(index, options)
-            order = draw.permutation(len(versions))[:FITTED_PICTURES]
-            chosen_versions = [versions[place] for place in order]
-            drawn = partial(_drawn, index, options.seed)
-            hidden = last_hidden_states_of_pictures(mllm, chosen_versions, asked.bar("Seeing"), load=drawn)
-            shown = np.stack([looks.versions[row, version] for row, version in chosen_versions])
-            read.append((looks.images, hidden, shown, looks.temperature))
+    bar = partial(_bar, show=show_progress)
+    if text := asked.of_text:
+        chosen = draw.choice(len(text.texts), min(FITTED_QUERIES, len(text.texts)), replace=False)
+        prompts = [index.prompts.query_tokens(index.tokenizer, text.texts[place]) for place in chosen]
+        hidden = last_hidden_states(mllm, prompts, bar("Reading"))
+        read.append((text.images, hidden, text.queries[chosen], text.temperature))
+    if looks := asked.of_pictures:
+        versions = _versions(index, options)
+        order = draw.permutation(len(versions))[:FITTED_PICTURES]
+        chosen_versions = [versions[place] for place in order]
+        drawn = partial(_drawn, index, options.seed)
+        hidden = last_hidden_states_of_pictures(mllm, chosen_versions, bar("Seeing"), load=drawn)
+        shown = np.stack([looks.versions[row, version] for row, version in chosen_versions])
+        read.append((looks.images, hidden, shown, looks.temperature))
     if not read:
         raise TrainingError(
             "symbol_start='teacher' starts at what a teacher says of the images: name one of captions (--teacher), or "
@@ -147,12 +155,13 @@ def _versions(index: Index, options: TrainOptions) -> list[tuple[int, int]]:
 
 def _drawn(index: Index, seed: int, picture: tuple[int, int]) -> Any:
     row, version = picture
-    image = load_image(index.records[row].path)
-    return redrawn(image, seed=(seed, row, version)) if version else image
+    return load_version(index.records[row].path, row, version, seed=seed)
 
 
-@contextmanager
-def _computing(mllm: Mllm, *, autocast: bool) -> Iterator[None]:
-    """As the training computes, so that a cached tower sees a picture once for all."""
-    with torch.autocast(mllm.model.device.type, torch.bfloat16, enabled=autocast):
-        yield
+def _bfloat16(mllm: Mllm, enabled: bool) -> torch.autocast:
+    return torch.autocast(mllm.model.device.type, torch.bfloat16, enabled=enabled)
+
+
+def _bar(what: str, *, show: bool) -> Any:
+    """Of a loop over batches."""
+    return partial(tqdm, desc=what, unit="batch", disable=not show)

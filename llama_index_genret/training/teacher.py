@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from llama_index_genret.errors import TrainingError
 from llama_index_genret.text_encoder import Float32, Progress, TextEncoder, placed_by_captions
+from llama_index_genret.training.soft_targets import softmax_of_cosines
 
 COMPARED_TOGETHER = 256
 KEYWORD_LISTS = 16
@@ -40,10 +41,8 @@ class Teacher:
     temperature: float
 
     def probabilities(self, query: int) -> NDArray[np.float64]:
-        """(n,) how likely each image is meant by a query: softmax of cosines."""
-        similarity = (self.images @ self.queries[query]).astype(np.float64) / self.temperature
-        raised = np.exp(similarity - similarity.max())
-        return np.asarray(raised / raised.sum(), np.float64)
+        """(n,) how likely each image is meant by a query."""
+        return softmax_of_cosines(self.images, self.queries[query], self.temperature)
 
     def meant(self) -> list[int]:
         """(q) the image that each query means most."""
