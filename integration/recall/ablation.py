@@ -1,62 +1,70 @@
 """What each part of the recipe gives: the emoji, the same steps, one part changed at a time; validation queries only.
 
-python -m integration.recall.ablation [--steps 400] [--only NAME ...] [--json FILE]
+python -m integration.recall.ablation [--steps 60] [--only NAME ...] [--json FILE]
 """
 
 import argparse
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from integration.bench.timing import Report
 from integration.recall.corpora import default_folder
 from integration.recall.generative import recall_queries
-from integration.recall.train import recipe, trained_index
+from integration.recall.train import LAYERS, recipe, trained_index
 from llama_index_genret.evaluation import read_queries
 from llama_index_genret.modeling import load_trained
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.training.recipe import TrainOptions
 
-QUERIES = ("emoji-keywords", "emoji-openmoji-tags")
+TEXTS, PICTURES = ("emoji-keywords", "emoji-openmoji-tags"), ("emoji-images",)
+FEW_LAYERS = 12
 
 
-def variants(steps: int) -> Mapping[str, tuple[str, int, TrainOptions]]:
-    """Scheme, layers of the language model, and options of each, by name."""
+@dataclass(frozen=True)
+class Variant:
+    """A recipe, the layers of its language model, and the query sets that it is asked."""
+
+    options: TrainOptions
+    layers: int = FEW_LAYERS
+    asked: tuple[str, ...] = TEXTS
+
+
+def variants(steps: int) -> Mapping[str, Variant]:
+    """By name: those of text queries, then those of queries that are pictures."""
     base = recipe(steps, layers=None)
-    deep = recipe(steps)
+    pictures = replace(base, teacher=None, mix={"retrieve": 4, "memorise": 36})
     return {
-        "as it is, 12 layers": ("atomic", 12, base),
-        "30 layers, of which 8 are trained": ("atomic", 30, deep),
-        "rows start at image features": ("atomic", 12, replace(base, symbol_start="images")),
-        "rows start as noise": ("atomic", 12, replace(base, symbol_start="noise")),
-        "no teacher": ("atomic", 12, replace(base, teacher=None, mix={"retrieve": 1})),
-        "teacher's temperature 0.02": ("atomic", 12, replace(base, teacher_temperature=0.02)),
-        "teacher's temperature 0.1": ("atomic", 12, replace(base, teacher_temperature=0.1)),
-        "LoRA of rank 8": ("atomic", 12, replace(base, lora_rank=8)),
-        "structured": ("structured", 12, base),
-        "semantic": ("semantic", 12, base),
-        "numeric": ("numeric", 12, base),
-        "string": ("string", 12, base),
+        "as it is, 12 layers": Variant(base),
+        "30 layers, of which 8 are trained": Variant(recipe(steps), layers=LAYERS),
+        "rows start at image features": Variant(replace(base, symbol_start="images")),
+        "rows start as noise": Variant(replace(base, symbol_start="noise")),
+        "no teacher": Variant(replace(base, teacher=None, mix={"retrieve": 1})),
+        "teacher's temperature 0.02": Variant(replace(base, teacher_temperature=0.02)),
+        "teacher's temperature 0.1": Variant(replace(base, teacher_temperature=0.1)),
+        "LoRA of rank 8": Variant(replace(base, lora_rank=8)),
+        "pictures as they are": Variant(pictures, asked=PICTURES),
+        "pictures, and 4 redrawn of each": Variant(replace(pictures, redrawn=4), asked=PICTURES),
     }
 
 
 def main() -> None:
     """Train and measure each in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--only", nargs="*", help="names of variants")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file to add the results to")
     args = parser.parse_args()
     report, queries = Report("ablation", 0), default_folder() / "queries"
-    for name, (scheme, layers, options) in variants(args.steps).items():
+    for name, variant in variants(args.steps).items():
         if args.only and name not in args.only:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            index = trained_index("emoji", scheme, options, Path(folder) / "index", layers=layers)
+            index = trained_index("emoji", "atomic", variant.options, Path(folder) / "index", layers=variant.layers)
             report.section(f"{name}, {args.steps} steps")
             scorer = TransformersScorer(load_trained(index, device="cpu"))
-            for asked in QUERIES:
+            for asked in variant.asked:
                 wanted = read_queries(queries / f"{asked}-validation.jsonl", index.records)
                 figures = recall_queries(index, scorer, wanted).evaluation().figures()
                 for figure in ("recall@1", "recall@5", "recall@10", "mrr"):
