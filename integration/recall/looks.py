@@ -22,6 +22,7 @@ from llama_index_genret.evaluation import evaluation_by_score, read_queries
 from llama_index_genret.modeling import load_mllm, vision_features
 from llama_index_genret.training.looks import Looks
 from llama_index_genret.training.redrawing import load_version
+from llama_index_genret.training.symbol_start import LOOKS_TEMPERATURE
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     versions = [(row, version) for row in range(len(records)) for version in range(1 + given.redrawn)]
     ours = features(versions, load=drawn).reshape(len(records), 1 + given.redrawn, -1)
     theirs = features([query.image for query in queries])
-    looks = Looks.learnt(ours, temperature=1.0)
+    looks = Looks.learnt(ours, temperature=LOOKS_TEMPERATURE)
     plain = dict(zip([record.path for record in records], ours[:, 0], strict=True))
     plain |= dict(zip([query.image for query in queries], theirs, strict=True))
     rows = {
@@ -60,6 +61,8 @@ def main() -> None:
     for name, scores in rows.items():
         figures = evaluation_by_score(scores, records, queries).figures()
         print(f"{name:26} " + " ".join(f"{column} {figures[column]:.3f}" for column in RECALLS), flush=True)
+    own = np.mean([looks.probabilities(*place)[place[0]] for place in versions])
+    print(f"of the distribution that is imitated, {own:.2f} is on the image itself")
 
 
 if __name__ == "__main__":

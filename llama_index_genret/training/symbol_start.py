@@ -33,7 +33,8 @@ FITTED_PICTURES = 2048
 """Redrawn ones, for the same."""
 
 LOOKS_TEMPERATURE = 0.07
-"""Of the distribution over images by their looks: about half of it on others than the picture itself."""
+"""Of the distribution over images by their looks. Among 463 emoji .87 of it is on the one that is shown, as
+integration.recall.looks prints."""
 
 
 @dataclass(frozen=True)
