@@ -32,6 +32,15 @@ ALIKE = 32
 _SOFT = ("offsets", "soft")
 _DRAWN = ("drawn_offsets", "drawn")
 
+IMITATED_PART = 0.5
+"""Of the logarithm by which images are drawn more often, how much is left out where a teacher is imitated.
+
+A teacher says the same of a query however often it is asked: a model that tells all queries apart needs none of it. One
+that does not learns how often they come, too, and needs all. Chosen on validation queries by integration.recall.grow:
+with all of it an update hides the new images, with none it puts them before the old ones.
+Source of such a part: the logit adjustment of Menon et al. (arXiv:2007.07314).
+"""
+
 CACHED_BYTES = 2**30
 """Pixels of images kept in memory. The oldest make room."""
 
@@ -49,7 +58,7 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         looks: imitated where a picture is to be memorised.
         drawn: (n,) how often each image is what an example is about, of any sum. Then what is to answer with an
             identifier also has `drawn_offsets` (m,) and `drawn` (m, u), to be added to the logits: the logarithm of how
-            much more often a token comes there than by the number of images below it.
+            much more often a token comes there than by the number of images below it, or IMITATED_PART of it.
     """
 
     def __init__(
@@ -108,19 +117,18 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         item |= {n: torch.cat([item[n], symbols if n == "input_ids" else text]) for n in _per_token(item)}
         item["labels"] = torch.full_like(item["input_ids"], IGNORED)
         item["offsets"] = torch.tensor([n_symbols - target.depth for target in targets], dtype=torch.long)
-        return item | {"soft": soft} | self._more_often(row, n_symbols)
+        return item | {"soft": soft} | self._more_often(row, n_symbols, IMITATED_PART)
 
-    def _more_often(self, row: int, n_targets: int) -> dict[str, torch.Tensor]:
-        """`drawn_offsets` and `drawn` of an example that ends with the identifier of image `row`."""
+    def _more_often(self, row: int, n_targets: int, part: float = 1.0) -> dict[str, torch.Tensor]:
+        """`drawn_offsets` and `drawn`, or a `part` of it, of an example that is to answer with image `row`."""
         if self._drawn is None:
             return {}
         drawn = self.paths.targets(row, self._drawn)
         evenly = self.paths.targets(row, np.ones_like(self._drawn))
         more = torch.zeros(len(drawn), len(self.paths.token_ids))
         for place, (ours, theirs) in enumerate(zip(drawn, evenly, strict=True)):
-            more[place, torch.from_numpy(ours.columns)] = torch.from_numpy(
-                np.log(ours.probabilities / theirs.probabilities)
-            )
+            times = np.log(ours.probabilities / theirs.probabilities)
+            more[place, torch.from_numpy(ours.columns)] = torch.from_numpy(part * times)
         return {"drawn_offsets": torch.tensor([n_targets - target.depth for target in drawn]).long(), "drawn": more}
 
     def _target(self, example: Example) -> list[int]:
