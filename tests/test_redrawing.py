@@ -49,6 +49,12 @@ def test_a_photograph_is_redrawn_small_and_in_rgb():
     assert photo.size == (3000, 1000)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 300), (3, 1), (500, 2)])
+def test_pictures_of_a_pixel_or_a_line_are_redrawn_too(size):
+    for version in range(20):
+        assert redrawn(Image.new("RGB", size, "red"), seed=(0, version)).size == size
+
+
 def test_every_version_is_memorised_and_only_others_than_the_first_are_redrawn(untrained_index, tiny_mllm):
     index = untrained_index
     examples = examples_of(index, redrawn=2)["memorise"]

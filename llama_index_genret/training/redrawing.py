@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter
 
 from llama_index_genret.images import load_image
 
@@ -89,7 +89,8 @@ def _outlines(picture: Image.Image, *, width: int) -> Image.Image:
     """White, and dark where neighbouring colours differ much."""
     edges = picture.filter(ImageFilter.FIND_EDGES)
     strongest = ImageChops.lighter(ImageChops.lighter(*edges.split()[:2]), edges.split()[2])
-    strongest = ImageOps.expand(ImageOps.crop(strongest, 1), 1)  # the filter leaves the border as it was
+    right, bottom = strongest.width - 1, strongest.height - 1
+    ImageDraw.Draw(strongest).rectangle((0, 0, right, bottom), outline=0)  # the filter leaves the border as it was
     lines = strongest.point([255 if level > EDGE else 0 for level in range(256)])
     thick = lines.filter(ImageFilter.MaxFilter(2 * width - 1)) if width > 1 else lines
     return ImageChops.invert(thick.filter(ImageFilter.GaussianBlur(0.6))).convert("RGB")

@@ -41,8 +41,8 @@ integration.recall.looks prints."""
 class Teachers:
     """What is imitated: a text encoder of queries, the vision tower of redrawn pictures."""
 
-    of_text: Teacher | None = None
-    of_pictures: Looks | None = None
+    of_text: Teacher | None
+    of_pictures: Looks | None
 
 
 def teachers(index: Index, mllm: Mllm, options: TrainOptions, *, autocast: bool, show_progress: bool) -> Teachers:
