@@ -95,6 +95,10 @@ def test_of_equal_ones_no_prior_and_no_reranking_is_chosen(index, scorer):
     tuned, trials = tune(index, scorer, queries, rerank=5)
     assert tuned.scoring() == Scoring(rerank_weight=0.0)
     assert len(trials) > 50
+    assert (str(tuned.scoring()), str(Scoring(0.5, 5, 0.1))) == (
+        "eta 0, none ranked anew",
+        "eta 0.5, the best 5 anew by identifier, weight 0.1",
+    )
 
 
 def test_the_weight_of_the_reranking_is_tried_as_recall_would_rank(index, scorer):

@@ -39,6 +39,10 @@ class Scoring:
         if self.rerank_by not in get_args(RerankBy):
             raise SearchError(f"rerank_by={self.rerank_by!r} is one of {', '.join(get_args(RerankBy))}.")
 
+    def __str__(self) -> str:
+        anew = f"the best {self.rerank} anew by {self.rerank_by}, weight {self.rerank_weight:g}"
+        return f"eta {self.eta:g}, {anew if self.rerank else 'none ranked anew'}"
+
 
 @dataclass(frozen=True)
 class ScoringChoice:
