@@ -1,7 +1,7 @@
 """Identifiers: no two equal for any input, the same for the same input, and none changes when images join."""
 
 import time
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from llama_index_genret.errors import IdentifierError
 from llama_index_genret.identifiers import ImageFacts, get_scheme, register_scheme
 from llama_index_genret.identifiers.base import FirstFree, suffix_collisions
+from llama_index_genret.identifiers.clustering import _shared_codes, kmeans
 from llama_index_genret.identifiers.semantic import FUNCTION_WORDS, LONGEST_WORD, content_words
 from llama_index_genret.identifiers.structured import SUFFIX_SYMBOLS, StructuredScheme
 
@@ -158,10 +159,53 @@ def test_codes_are_the_nearest_centroids_by_definition(method):
             if method == "kmeans":
                 first, end = arrays[f"offsets{level}"][node : node + 2]
                 centroids = centroids[first:end]
-            code = int(np.argmin([np.sum((rest - c) ** 2) for c in centroids]))
-            rest = rest - centroids[code] if method == "rq" else rest
-            node, expected = int(first) + code, [*expected, code]
+            nearest = int(np.argmin([np.sum((rest - c) ** 2) for c in centroids]))
+            rest = rest - centroids[nearest] if method == "rq" else rest
+            node = int(first) + nearest
+            expected.append(arrays[f"codes{level}"][node] if method == "kmeans" else nearest)
         assert found == expected
+
+
+def test_a_code_of_the_tree_leads_the_same_way_under_every_parent():
+    """Clusters in a few far places, each with children in the same four directions, some of which lack."""
+    draw = np.random.default_rng(0)
+    places, ways = np.eye(12, dtype=np.float32)[:6], 0.3 * np.eye(12, dtype=np.float32)[6:10]
+    chosen = [(place, way) for place in range(6) for way in draw.permutation(4)[: 4 if place < 3 else 3]]
+    features = np.stack([places[place] + ways[way] for place, way in chosen for _ in range(5)])
+    scheme = StructuredScheme(levels=2, sizes=[6, 4])
+    scheme.fit(facts(len(features), features), seed=0)
+    codes = scheme.encode(features)[:, 1].reshape(len(chosen), 5)
+    of_way = [
+        {int(code) for (_, own), row in zip(chosen, codes, strict=True) if own == way for code in row}
+        for way in range(4)
+    ]
+    assert sorted(map(sorted, of_way)) == [[0], [1], [2], [3]]
+
+
+def test_codes_of_all_parents_are_the_assignment_of_the_least_sum():
+    draw = np.random.default_rng(1)
+    for children in (1, 3, 5):
+        away = draw.normal(size=(2 * children, 4)).astype(np.float32)
+        shared = kmeans(away, 5, seed=0)
+        distances = np.pad(((away[:, None] - shared) ** 2).sum(-1), ((0, 0), (0, 5 - len(shared))), constant_values=32)
+        codes = _shared_codes(away, np.array([0, children, 2 * children]), 5, seed=0)
+        for own, found in zip(np.split(distances, 2), np.split(codes, 2), strict=True):
+            sums = [own[range(children), list(numbers)].sum() for numbers in permutations(range(5), children)]
+            assert own[range(children), found].sum() == pytest.approx(min(sums))
+
+
+def test_a_tree_that_was_stored_without_codes_counts_the_children_of_each_node():
+    features = random_features(60)
+    scheme = StructuredScheme(levels=2, sizes=5)
+    scheme.fit(facts(60, features), seed=0)
+    stored = scheme.arrays()
+    older = StructuredScheme(levels=2, sizes=5)
+    older.restore({name: array for name, array in stored.items() if not name.startswith("codes")})
+    codes, known = older.encode(features), scheme.encode(features)
+    for parent in range(5):
+        below = codes[codes[:, 0] == parent, 1]
+        assert set(below) == set(range(len(set(below))))
+    assert len(np.unique(np.hstack([codes, known]), axis=0)) == len(np.unique(codes, axis=0))  # other numbers, one tree
 
 
 def test_only_occupied_nodes_of_the_tree_are_stored():

@@ -250,6 +250,24 @@ def test_rows_of_a_fitted_projection_are_what_it_makes_of_centred_centroids():
     assert not torch.allclose(weight[203], before[:200].mean(0))  # which no image bears
 
 
+def test_a_symbol_starts_at_what_parts_its_images_from_those_it_was_chosen_among():
+    """200 and 201, then 210 and 211 under both, 211 the only child of 202: it says there what 202 says."""
+    weight = torch.zeros(300, 5)
+    vectors = np.eye(5, dtype=np.float32)
+    names = [(200, 210), (200, 211), (201, 210), (201, 211), (202, 211)]
+    start_rows(
+        weight, range(200, 212), seed=0, identifiers=names, vectors=vectors, projection=np.eye(5, dtype=np.float32)
+    )
+    everything, first, second = vectors.mean(0), vectors[:2].mean(0), vectors[2:4].mean(0)
+    for symbol, wanted in (
+        (200, first - everything),
+        (202, vectors[4] - everything),
+        (210, (vectors[0] - first + vectors[2] - second) / 2),
+        (211, (vectors[1] - first + vectors[3] - second + vectors[4] - everything) / 3),
+    ):
+        torch.testing.assert_close(weight[symbol], torch.from_numpy(wanted))
+
+
 def test_only_the_last_layers_are_trained_if_so_many_are_named(pictures, tiny_mllm, tmp_path):
     fresh_index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm)
     quick = {"max_steps": 1, "batch_size": 4, "mix": {"retrieve": 1}}

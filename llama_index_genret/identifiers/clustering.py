@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from llama_index_genret.errors import MissingExtra
 from llama_index_genret.identifiers.codebooks import (
     Float32,
+    Int64,
     ResidualCodebooks,
     TreeCodebooks,
     TreeLevel,
@@ -18,6 +20,7 @@ from llama_index_genret.identifiers.codebooks import (
 )
 
 try:
+    from scipy.optimize import linear_sum_assignment
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
 except ImportError as error:
@@ -30,21 +33,49 @@ MINI_BATCH_FROM = 4096
 def kmeans_tree(features: Float32, sizes: Sequence[int], *, seed: int) -> TreeCodebooks:
     """A k-means tree over (n, d) features by cosine: each cluster of a level is clustered again on the next.
 
+    A code says much the same under every parent, since the model has one row for it: see `_shared_codes`.
+
     Args:
         sizes: most children of a node, level by level. Every node of the tree holds a feature.
     """
     unit = unit_rows(features)
     node = np.zeros(len(unit), np.int64)
-    levels = []
+    parents = np.zeros((1, unit.shape[1]), np.float32)
+    levels: list[TreeLevel] = []
     for size in sizes:
         order = np.argsort(node, kind="stable")
         _, starts = np.unique(node[order], return_index=True)
         parts = [kmeans(unit[rows], size, seed=seed) for rows in np.split(order, starts[1:])]
         offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
-        level = TreeLevel(np.concatenate(parts), offsets)
-        node = level.nearest(unit, node)
+        centroids = np.concatenate(parts)
+        away = centroids - np.repeat(parents, np.diff(offsets), axis=0)
+        level = TreeLevel(centroids, offsets, _shared_codes(away, offsets, size, seed=seed))
+        node, parents = level.nearest(unit, node), centroids
         levels.append(level)
     return TreeCodebooks(tuple(levels))
+
+
+def _shared_codes(away: Float32, offsets: Int64, size: int, *, seed: int) -> Int64:
+    """(m,) codes below `size` for the children of all parents of a level, no two of one parent equal.
+
+    The ways from parent to child are clustered over all parents; the children of each get the numbers of the clusters
+    by the assignment whose squared distances have the least sum (Kuhn 1955). A child beyond the clusters gets any
+    number that is left.
+
+    Args:
+        away: (m, d) child less parent. offsets: (parents + 1,), see `TreeLevel`.
+    """
+    if len(offsets) == 2:
+        return np.arange(len(away))
+    shared = kmeans(away, size, seed=seed)
+    codes = np.empty(len(away), np.int64)
+    for first, end in pairwise(offsets.tolist()):
+        own = away[first:end]
+        cost = np.full((len(own), size), np.float32(32))  # more than any: centroids lie in the unit ball
+        cost[:, : len(shared)] = ((own[:, None] - shared) ** 2).sum(-1)
+        children, numbers = linear_sum_assignment(cost)
+        codes[first + children] = numbers
+    return codes
 
 
 def residual_quantiser(features: Float32, sizes: Sequence[int], *, seed: int) -> ResidualCodebooks:

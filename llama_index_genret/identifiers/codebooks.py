@@ -35,10 +35,12 @@ class TreeLevel:
 
     centroids: (m, d) float32. offsets: (parents + 1,) int64: those of parent p are offsets[p] .. offsets[p + 1] - 1,
     at least one. The m centroids are the parents of the next level.
+    codes: (m,) int64, no two of one parent equal.
     """
 
     centroids: Float32
     offsets: Int64
+    codes: Int64
 
     def nearest(self, unit: Float32, parent: Int64) -> Int64:
         """(n,) the nearest centroid of each row's parent; of equals the first.
@@ -56,7 +58,7 @@ class TreeLevel:
 
 @dataclass(frozen=True, eq=False)
 class TreeCodebooks:
-    """Hierarchical k-means: a code is the place among the children of the node that the codes before it lead to."""
+    """Hierarchical k-means: each code is that of a child of the node that the codes before it lead to."""
 
     levels: tuple[TreeLevel, ...]
 
@@ -67,20 +69,23 @@ class TreeCodebooks:
         codes = []
         for level in self.levels:
             child = level.nearest(unit, node)
-            codes.append(child - level.offsets[node])
+            codes.append(level.codes[child])
             node = child
         return np.stack(codes, axis=1)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """`centroids{l}` and `offsets{l}` of each `TreeLevel`."""
-        return {f"centroids{i}": level.centroids for i, level in enumerate(self.levels)} | {
-            f"offsets{i}": level.offsets for i, level in enumerate(self.levels)
-        }
+        """`centroids{l}`, `offsets{l}` and `codes{l}` of each `TreeLevel`."""
+        return {f"{name}{i}": array for i, level in enumerate(self.levels) for name, array in vars(level).items()}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], levels: int) -> TreeCodebooks:
-        """Take back what `arrays` gave."""
-        return cls(tuple(TreeLevel(arrays[f"centroids{i}"], arrays[f"offsets{i}"]) for i in range(levels)))
+        """Take back what `arrays` gave; trees that were stored without codes count the children of a node."""
+        found = []
+        for i in range(levels):
+            offsets = arrays[f"offsets{i}"]
+            counted = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
+            found.append(TreeLevel(arrays[f"centroids{i}"], offsets, arrays.get(f"codes{i}", counted)))
+        return cls(tuple(found))
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,11 +51,13 @@ def start_rows(
 ) -> None:
     """Give new symbols rows that are spread like the trained ones, in place: equal rows learn nothing apart.
 
-        centroid = mean of the unit vectors of the images that bear the symbol, less that of all images
-        row = mean of the trained rows + (unit(random projection of the centroid) + a little noise) * their deviation
+        offset = mean over the images that bear the symbol: unit vector - mean of those that it was chosen among
+        row = mean of the trained rows + (unit(random projection of the offset) + a little noise) * their deviation
 
-    A random projection keeps the angles between centroids; the noise parts those of equal images. With a fitted
-    one, row = centroid @ projection. Symbols that no image bears start as noise, as all do without vectors.
+    The images that a symbol is chosen among share the symbols before it; where it is the only one that may follow,
+    those of the last choice. A random projection keeps the angles between offsets; the noise parts those of equal
+    images. With a fitted one, row = offset @ projection. Symbols that no image bears start as noise, as all do without
+    vectors.
 
     Args:
         weight: (vocabulary, d) embeddings or LM head; rows: token ids of the new symbols, after all trained ones.
@@ -68,28 +70,39 @@ def start_rows(
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.randn((len(rows), weight.shape[1]), generator=generator) * trained.std(0).cpu()
     if vectors is not None:
-        centroids, borne = _centroids(rows, identifiers, vectors)
+        said, borne = _offsets(rows, identifiers, vectors)
         if projection is not None:
-            offsets[borne] = torch.from_numpy(centroids @ projection)[borne]
+            offsets[borne] = torch.from_numpy(said @ projection)[borne]
         else:
             chance = torch.randn((vectors.shape[1], weight.shape[1]), generator=generator)
-            projected = torch.from_numpy(centroids) @ chance
+            projected = torch.from_numpy(said) @ chance
             projected *= weight.shape[1] ** 0.5 / projected.norm(dim=-1, keepdim=True)
             offsets[borne] = ((1 - NOISE**2) ** 0.5 * projected * trained.std(0).cpu() + NOISE * offsets)[borne]
     weight[rows] = (trained.mean(0) + offsets.to(weight.device)).to(weight.dtype)
 
 
-def _centroids(
+def _offsets(
     rows: Sequence[int], identifiers: Sequence[Sequence[int]], vectors: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """(rows, v) centred means of the images of each symbol, and (rows,) whether it is more than nothing."""
+    """(rows, v) what each symbol says of its images, see `start_rows`, and (rows,) whether it is more than nothing.
+
+    for image, depth: sums[symbol at depth] += unit vector - mean of those from which a symbol last chose
+    """
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    unit = unit - unit.mean(0)
     place = {token_id: number for number, token_id in enumerate(rows)}
     sums, bearers = np.zeros((len(rows), vectors.shape[1]), np.float32), np.zeros(len(rows), np.float32)
-    for identifier, vector in zip(identifiers, unit, strict=True):
-        for token_id in set(identifier) & place.keys():
-            sums[place[token_id]] += vector
-            bearers[place[token_id]] += 1
+    nodes = [(list(range(len(identifiers))), 0, unit.mean(0))]
+    while nodes:
+        images, depth, last = nodes.pop()
+        children: dict[int, list[int]] = {}
+        for row in images:
+            if depth < len(identifiers[row]):
+                children.setdefault(identifiers[row][depth], []).append(row)
+        among = unit[images].mean(0) if len(children) > 1 else last
+        for symbol, own in children.items():
+            nodes.append((own, depth + 1, among))
+            if symbol in place:
+                sums[place[symbol]] += (unit[own] - among).sum(0)
+                bearers[place[symbol]] += len(own)
     means = np.asarray(sums / np.maximum(bearers, 1)[:, None], np.float32)
     return means, np.linalg.norm(sums, axis=1) > 1e-6
