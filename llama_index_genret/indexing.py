@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llama_index_genret.corpus import Corpus, Record
 from llama_index_genret.errors import IdentifierError, MissingExtra, TrainingError
 from llama_index_genret.identifiers import Alphabet, Identifier, ImageFacts, Scheme, Spelling, get_scheme, spelling_of
@@ -15,7 +18,7 @@ from llama_index_genret.modeling import Mllm, Progress, render_prompts, vision_f
 from llama_index_genret.new_rows import guess_rows
 from llama_index_genret.prompts import PromptSet
 from llama_index_genret.store import Index, NewRows, add_images, check_free, create_index
-from llama_index_genret.text_encoder import TextEncoder
+from llama_index_genret.text_encoder import TextEncoder, placed_by_captions
 from llama_index_genret.tokenization import IndexTokenizer
 
 log = logging.getLogger(__name__)
@@ -36,12 +39,14 @@ def build_index(
     """Name the images of `corpus` and write an index for `mllm`.
 
     Args:
-        scheme: a registered scheme; one that needs features gets those of the model's own vision tower.
+        scheme: a registered scheme; one that needs features gets those of the model's own vision tower, one that needs
+            those of captions those of the text encoder that its option `encoder` names.
         alphabet: "new" adds the scheme's symbols to the tokenizer and the model; "existing" takes words that they have,
             so that the adapter of the trained index fits the base model as it is.
         overwrite: whether an index at `out` may be replaced.
     Raises:
-        IndexExists: `out` is not free. IdentifierError: no such scheme, or the tokenizer cannot spell its identifiers.
+        IndexExists: `out` is not free. IdentifierError: no such scheme, the tokenizer cannot spell its identifiers, or
+            an image lacks the caption by which it is to be named. TrainingError: the encoder does not load.
     """
     check_free(out, overwrite=overwrite)
     naming = get_scheme(scheme, **(scheme_options or {}))
@@ -98,8 +103,10 @@ def add_to_index(
             of the training; where there was none or it is not at hand, which is logged, the pictures tell.
     Raises:
         DuplicateImage: an image id is in the index already.
-        IdentifierError: the tokenizer cannot spell a name, or there is nothing to guess a symbol's row from.
-        TrainingError: `teacher` does not load. MissingExtra: sentence-transformers is missing.
+        IdentifierError: the tokenizer cannot spell a name, there is nothing to guess a symbol's row from, or an image
+            lacks the caption by which it is to be named.
+        TrainingError: `teacher` does not load, or the encoder of the scheme. MissingExtra: sentence-transformers is
+            missing.
     """
     names = name_new_images(index, records, mllm, progress=progress)
     new_rows = None
@@ -155,7 +162,7 @@ def name_new_images(
     """Name images that join `index`, by its frozen scheme. No name of the index changes.
 
     Raises:
-        IdentifierError: the tokenizer cannot spell an identifier.
+        IdentifierError: the tokenizer cannot spell an identifier, or see `add_to_index`.
     """
     scheme = index.scheme()
     in_use = spelling_of(scheme, index.tokenizer, index.manifest.alphabet).unspell(index.identifiers)
@@ -167,8 +174,25 @@ def name_new_images(
 
 def _facts(scheme: Scheme, records: Sequence[Record], mllm: Mllm | None, progress: Progress) -> ImageFacts:
     paths = [record.path for record in records]
-    features = vision_features(mllm, paths, progress) if mllm and "features" in scheme.needs and paths else None
+    features = None
+    if "features" in scheme.needs:
+        features = vision_features(mllm, paths, progress) if mllm and paths else None
+    elif "caption features" in scheme.needs and records:
+        features = _caption_features(scheme.options()["encoder"], records, mllm, progress)
     return ImageFacts(len(records), features, tuple(tuple(record.captions) for record in records))
+
+
+def _caption_features(
+    encoder: str, records: Sequence[Record], mllm: Mllm | None, progress: Progress
+) -> NDArray[np.float32]:
+    bare = [record.image_id for record in records if not record.captions]
+    if bare:
+        raise IdentifierError(
+            f"{len(bare)} of {len(records)} images have no caption, {bare[0]!r} the first, and the scheme names images "
+            "by what its encoder says of their captions. Write captions, or make an index without encoder=."
+        )
+    reader = TextEncoder(encoder, device=str(mllm.model.device) if mllm else "cpu", progress=progress)
+    return placed_by_captions(reader, [record.captions for record in records])[0]
 
 
 def _spelled(

@@ -1,4 +1,4 @@
-"""A text encoder as a teacher: where captions, queries and images lie in its space.
+"""A text encoder: where captions, queries and images lie in its space.
 
 Knows text and vectors; nothing of images but their captions.
 """
@@ -32,13 +32,13 @@ class TextEncoder:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
-            needed = "a teacher needs sentence-transformers: pip install 'llama-index-genret[train]'."
+            needed = "a text encoder needs sentence-transformers: pip install 'llama-index-genret[train]'."
             raise MissingExtra(needed) from error
         try:
             self._model = SentenceTransformer(name, device=device)
         except (OSError, ValueError, KeyError) as error:
             raise TrainingError(
-                f"the teacher {name!r} does not load as a text encoder: {error}. Name another as teacher."
+                f"{name!r} does not load as a text encoder: {error}. Name a folder or hub id of another."
             ) from error
         self.name, self._progress = name, progress
 

@@ -13,12 +13,15 @@ from PIL import Image
 
 from llama_index_genret.cli import app
 from llama_index_genret.corpus import read_corpus
-from llama_index_genret.errors import DuplicateImage, UnknownImage
-from llama_index_genret.indexing import add_to_index, build_index
+from llama_index_genret.errors import DuplicateImage, IdentifierError, TrainingError, UnknownImage
+from llama_index_genret.identifiers import ImageFacts
+from llama_index_genret.identifiers.structured import StructuredScheme
+from llama_index_genret.indexing import add_to_index, build_index, needs_features
 from llama_index_genret.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
 from llama_index_genret.store import MetadataFilters, load_index, remove_images
+from llama_index_genret.text_encoder import TextEncoder, placed_by_captions
 from tests.conftest import draw_pictures
 
 
@@ -127,6 +130,29 @@ def test_schemes_without_features_grow_without_a_model(pictures, more_pictures, 
     assert len(set(grown.identifiers)) == 28
     assert recalled(grown).keys() == grown.rows_by_id.keys()
     assert {image_id: identifiers_of(grown)[image_id] for image_id in before} == before
+
+
+def test_codes_of_captions_are_frozen_and_need_an_encoder_but_no_model(pictures, tiny_mllm, encoder, tmp_path):
+    """An image whose captions mean what those of another do gets its codes, however it looks."""
+    corpus = read_corpus(pictures)
+    index = build_index(corpus, tmp_path / "index", tiny_mllm, scheme_options={"encoder": encoder, "sizes": [5, 4]})
+    placed, _ = placed_by_captions(TextEncoder(encoder, device="cpu"), [record.captions for record in corpus.records])
+    codes = StructuredScheme(sizes=[5, 4], encoder=encoder).fit(ImageFacts(len(placed), placed), seed=0)
+    assert [name[:2] for name in index.identifiers] == [name[:2] for name in codes]
+    assert not needs_features(index)
+    by_id = {record.image_id: record for record in corpus.records}
+    red, blue = by_id["red-circle"], by_id["blue-bar"]
+    added = dataclasses.replace(red, image_id="new", captions=blue.captions)
+    grown = add_to_index(load_index(index.folder), [added])
+    names = identifiers_of(grown)
+    assert names["new"][:2] == names["blue-bar"][:2] != names["red-circle"][:2]
+    assert names["new"] != names["blue-bar"]
+    assert recalled(grown).keys() == {*identifiers_of(index), "new"}
+    bare = dataclasses.replace(red, image_id="bare", captions=())
+    with pytest.raises(IdentifierError, match="1 of 2 images have no caption, 'bare' the first"):
+        add_to_index(grown, [dataclasses.replace(added, image_id="newer"), bare])
+    with pytest.raises(TrainingError, match="'nowhere' does not load as a text encoder"):
+        build_index(corpus, tmp_path / "other", tiny_mllm, scheme_options={"encoder": "nowhere"})
 
 
 def test_one_symbol_per_image_grows_the_vocabulary(pictures, more_pictures, tiny_mllm, tmp_path):

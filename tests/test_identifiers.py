@@ -172,7 +172,7 @@ def test_a_code_of_the_tree_leads_the_same_way_under_every_parent():
     places, ways = np.eye(12, dtype=np.float32)[:6], 0.3 * np.eye(12, dtype=np.float32)[6:10]
     chosen = [(place, way) for place in range(6) for way in draw.permutation(4)[: 4 if place < 3 else 3]]
     features = np.stack([places[place] + ways[way] for place, way in chosen for _ in range(5)])
-    scheme = StructuredScheme(levels=2, sizes=[6, 4])
+    scheme = StructuredScheme(levels=2, sizes=[6, 4], encoder="any")
     scheme.fit(facts(len(features), features), seed=0)
     codes = scheme.encode(features)[:, 1].reshape(len(chosen), 5)
     of_way = [
@@ -196,7 +196,7 @@ def test_codes_of_all_parents_are_the_assignment_of_the_least_sum():
 
 def test_a_tree_that_was_stored_without_codes_counts_the_children_of_each_node():
     features = random_features(60)
-    scheme = StructuredScheme(levels=2, sizes=5)
+    scheme = StructuredScheme(levels=2, sizes=5, encoder="any")
     scheme.fit(facts(60, features), seed=0)
     stored = scheme.arrays()
     older = StructuredScheme(levels=2, sizes=5)
@@ -359,6 +359,8 @@ def test_missing_or_broken_facts_are_errors_that_say_so():
         ("structured", {"levels": 3, "sizes": [4, 4]}, "each of 3 levels"),
         ("structured", {"method": "magic"}, "'kmeans' or 'rq'"),
         ("structured", {"colour": "red"}, "colour"),
+        ("structured", {"encoder": 3}, "encoder=3"),
+        ("structured", {"encoder": ""}, "encoder=''"),
         ("structured", {"levels": 2.5}, "levels=2.5"),
         ("structured", {"levels": 10**6}, "levels=1000000"),
         ("structured", {"sizes": 10**9}, "sizes=1000000000"),

@@ -4,6 +4,7 @@ python -m integration.recall.ablation [--steps 60] [--only NAME ...] [--json FIL
 """
 
 import argparse
+import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -54,9 +55,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--only", nargs="*", help="names of variants")
-    parser.add_argument("--json", type=Path, help="file to add the results to")
+    parser.add_argument("--json", type=Path, help="file to add the results to, beside those after as many steps")
     args = parser.parse_args()
+    known = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    earlier = known.get("ablation", {}).get("results", {})
     report, queries = Report("ablation", 0), default_folder() / "queries"
+    report.results |= earlier if earlier.get("steps") == args.steps else {}
+    report.value("steps", args.steps)
     for name, variant in variants(args.steps).items():
         if args.only and name not in args.only:
             continue

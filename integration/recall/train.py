@@ -39,13 +39,16 @@ def recipe(steps: int, *, seed: int = 0, layers: int | None = TRAINED_LAYERS) ->
     )
 
 
-def trained_index(corpus: str, scheme: str, options: TrainOptions, out: Path, *, layers: int = LAYERS) -> Index:
+def trained_index(
+    corpus: str, scheme: str, options: TrainOptions, out: Path, *, layers: int = LAYERS, by_captions: bool = False
+) -> Index:
     """The trained index in `out`; it is made where it is not there, and left alone where it is trained."""
     if not (out / "manifest.json").is_file():
         base = default_model_folder(Recipe(layers=layers))
         make_base_model(Recipe(layers=layers), base)
         images = read_corpus(make_corpora(default_folder()) / corpus)
-        build_index(images, out, load_mllm(str(base), device="cpu"), scheme=scheme)
+        naming = {"encoder": str(minilm_folder()), "levels": 2} if by_captions else {}
+        build_index(images, out, load_mllm(str(base), device="cpu"), scheme=scheme, scheme_options=naming)
     index = load_index(out)
     return index if index.is_trained else train(index, options, device="cpu")
 
@@ -55,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", default="emoji", help="emoji, emoji-labels or openclipart")
     parser.add_argument("--scheme", default="atomic")
+    parser.add_argument("--by-captions", action="store_true", help="two levels of codes, of the captions by MiniLM")
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the language model, 6 to 30")
     parser.add_argument("--trained-layers", type=int, default=TRAINED_LAYERS, help="of them, the last")
     parser.add_argument("--steps", type=int, default=700)
@@ -68,7 +72,7 @@ def main() -> None:
         imitate = 36 - args.memorise
         mix = {"retrieve": 4, "imitate": imitate, "memorise": args.memorise}
         options = replace(options, mix=mix, redrawn=args.redrawn, teacher=options.teacher if imitate else None)
-    index = trained_index(args.corpus, args.scheme, options, args.out, layers=args.layers)
+    index = trained_index(args.corpus, args.scheme, options, args.out, layers=args.layers, by_captions=args.by_captions)
     print(index.folder.resolve())
 
 

@@ -17,14 +17,16 @@ from llama_index_genret.errors import IdentifierError
 Identifier = tuple[str, ...]
 """The symbols of one image's name, in the order in which the model generates them."""
 
-Need = Literal["features", "captions"]
+Need = Literal["features", "captions", "caption features"]
+"""The last: vectors of the captions, by the text encoder that the scheme's option `encoder` names."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFacts:
     """What is known of some images, in their order, when they are named.
 
-    features: (n_images, d) float32, one row an image; None where nobody computed them.
+    features: (n_images, d) float32, one row an image, of its looks or of its captions as the scheme needs; None where
+        nobody computed them.
     captions: the captions of every image, possibly none; an empty tuple where nobody has any.
     Raises:
         IdentifierError: features or captions are not one an image, or a feature is not finite.
@@ -63,9 +65,12 @@ class Scheme(Protocol):
     """
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[Need]]
     writes: ClassVar[Literal["symbols", "text"]]
     new_images: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """See above."""
 
     def fit(self, images: ImageFacts, *, seed: int) -> list[Identifier]:
         """Name the images of a new index. The same images and seed give the same identifiers."""

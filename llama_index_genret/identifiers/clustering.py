@@ -15,6 +15,7 @@ from llama_index_genret.identifiers.codebooks import (
     ResidualCodebooks,
     TreeCodebooks,
     TreeLevel,
+    counted,
     nearest_rows,
     unit_rows,
 )
@@ -30,13 +31,13 @@ MINI_BATCH_FROM = 4096
 """Rows from which the mini-batch variant is used (Sculley 2010)."""
 
 
-def kmeans_tree(features: Float32, sizes: Sequence[int], *, seed: int) -> TreeCodebooks:
+def kmeans_tree(features: Float32, sizes: Sequence[int], *, seed: int, shared: bool = False) -> TreeCodebooks:
     """A k-means tree over (n, d) features by cosine: each cluster of a level is clustered again on the next.
-
-    A code says much the same under every parent, since the model has one row for it: see `_shared_codes`.
 
     Args:
         sizes: most children of a node, level by level. Every node of the tree holds a feature.
+        shared: whether a code leads much the same way from every parent, as the model has one row for it, see
+            `_shared_codes`; else children are counted.
     """
     unit = unit_rows(features)
     node = np.zeros(len(unit), np.int64)
@@ -48,8 +49,10 @@ def kmeans_tree(features: Float32, sizes: Sequence[int], *, seed: int) -> TreeCo
         parts = [kmeans(unit[rows], size, seed=seed) for rows in np.split(order, starts[1:])]
         offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
         centroids = np.concatenate(parts)
-        away = centroids - np.repeat(parents, np.diff(offsets), axis=0)
-        level = TreeLevel(centroids, offsets, _shared_codes(away, offsets, size, seed=seed))
+        codes = counted(offsets)
+        if shared and len(parts) > 1:
+            codes = _shared_codes(centroids - np.repeat(parents, np.diff(offsets), axis=0), offsets, size, seed=seed)
+        level = TreeLevel(centroids, offsets, codes)
         node, parents = level.nearest(unit, node), centroids
         levels.append(level)
     return TreeCodebooks(tuple(levels))
@@ -65,8 +68,6 @@ def _shared_codes(away: Float32, offsets: Int64, size: int, *, seed: int) -> Int
     Args:
         away: (m, d) child less parent. offsets: (parents + 1,), see `TreeLevel`.
     """
-    if len(offsets) == 2:
-        return np.arange(len(away))
     shared = kmeans(away, size, seed=seed)
     codes = np.empty(len(away), np.int64)
     for first, end in pairwise(offsets.tolist()):

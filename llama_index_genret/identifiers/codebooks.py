@@ -83,8 +83,7 @@ class TreeCodebooks:
         found = []
         for i in range(levels):
             offsets = arrays[f"offsets{i}"]
-            counted = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
-            found.append(TreeLevel(arrays[f"centroids{i}"], offsets, arrays.get(f"codes{i}", counted)))
+            found.append(TreeLevel(arrays[f"centroids{i}"], offsets, arrays.get(f"codes{i}", counted(offsets))))
         return cls(tuple(found))
 
 
@@ -118,6 +117,11 @@ class ResidualCodebooks:
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], levels: int) -> ResidualCodebooks:
         """Take back what `arrays` gave."""
         return cls(tuple(arrays[f"centroids{i}"] for i in range(levels)))
+
+
+def counted(offsets: Int64) -> Int64:
+    """(m,) the place of each child among those of its parent; for `offsets` see `TreeLevel`."""
+    return np.asarray(np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets)))
 
 
 def nearest_rows(points: Float32, centroids: Float32) -> Int64:

@@ -1,7 +1,7 @@
 """`structured`: codes of an image embedding, one symbol alphabet a level. The default.
 
-Knows image features; nothing of captions or models. The codebooks are frozen and image-only, so that a new image
-gets its codes without training.
+Knows features; nothing of captions or models. The codebooks are frozen, so that a new image gets its codes without
+training.
 
 Source: structured identifiers of GRACE (arXiv:2402.10805, recursive k-means), after DSI (arXiv:2202.06991);
 residual quantisation after TIGER (arXiv:2305.05065).
@@ -44,15 +44,20 @@ class StructuredScheme:
         far smaller, but images of one dense cluster share their codes more often. `genret inspect` counts them.
     levels: codes per identifier; derived from the number of images if not given (2 up to 1,024, 3 up to 32,768).
     sizes: codes of each level, one number for all or one a level; derived so that a leaf holds about one image.
+    encoder: a text encoder that `sentence-transformers` loads. The codes are then those of the captions in its space,
+        which a text query tells, where the features of the model's own tower tell looks. Every image needs a caption.
     """
 
     name: ClassVar[str] = "structured"
-    needs: ClassVar[frozenset[Need]] = frozenset({"features"})
     writes: ClassVar[Literal["symbols", "text"]] = "symbols"
     new_images: ClassVar[str] = "codes from the frozen codebooks, without training; a suffix where they are taken"
 
     def __init__(
-        self, method: str = "kmeans", levels: int | None = None, sizes: int | Sequence[int] | None = None
+        self,
+        method: str = "kmeans",
+        levels: int | None = None,
+        sizes: int | Sequence[int] | None = None,
+        encoder: str | None = None,
     ) -> None:
         if method not in ("kmeans", "rq"):
             raise IdentifierError(f"method={method!r} must be 'kmeans' or 'rq'.")
@@ -65,10 +70,18 @@ class StructuredScheme:
             levels = len(given) if levels is None else levels
             if len(given) != levels:
                 raise IdentifierError(f"sizes={given} must be one number, or one for each of {levels} levels.")
+        if encoder is not None and not (isinstance(encoder, str) and encoder):
+            raise IdentifierError(f"encoder={encoder!r} must be a folder or hub id of a text encoder.")
         self.method = method
         self.levels = levels
         self.sizes = sizes
+        self.encoder = encoder
         self._codebooks: Codebooks | None = None
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Features of the pictures, or of the captions."""
+        return frozenset({"captions", "caption features"} if self.encoder else {"features"})
 
     def fit(self, images: ImageFacts, *, seed: int) -> list[Identifier]:
         """Cluster the features, freeze the codebooks, and name the images.
@@ -86,8 +99,11 @@ class StructuredScheme:
         self.sizes = self.sizes or max(2, int(np.ceil(1.25 * n ** (1 / self.levels))))
         from llama_index_genret.identifiers.clustering import kmeans_tree, residual_quantiser
 
-        make = kmeans_tree if self.method == "kmeans" else residual_quantiser
-        self._codebooks = make(features, self.codes_per_level(), seed=seed)
+        sizes = self.codes_per_level()
+        if self.method == "kmeans":
+            self._codebooks = kmeans_tree(features, sizes, seed=seed, shared=self.encoder is not None)
+        else:
+            self._codebooks = residual_quantiser(features, sizes, seed=seed)
         return suffix_collisions(self._codes(features), _suffix)
 
     def extend(self, images: ImageFacts, taken: Collection[Identifier]) -> list[Identifier]:
@@ -121,9 +137,10 @@ class StructuredScheme:
         return (self.sizes,) * self.levels if isinstance(self.sizes, int) else tuple(self.sizes)
 
     def options(self) -> dict[str, Any]:
-        """Method, levels and sizes, as chosen or derived."""
+        """Method, levels and sizes, as chosen or derived, and the encoder where there is one."""
         sizes = self.sizes if self.sizes is None or isinstance(self.sizes, int) else list(self.sizes)
-        return {"method": self.method, "levels": self.levels, "sizes": sizes}
+        options = {"method": self.method, "levels": self.levels, "sizes": sizes}
+        return options | {"encoder": self.encoder} if self.encoder else options
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """See `TreeCodebooks.arrays` and `ResidualCodebooks.arrays`."""

@@ -51,13 +51,16 @@ def start_rows(
 ) -> None:
     """Give new symbols rows that are spread like the trained ones, in place: equal rows learn nothing apart.
 
-        offset = mean over the images that bear the symbol: unit vector - mean of those that it was chosen among
+        offset = mean over the images that bear the symbol: unit vector - mean of all images
         row = mean of the trained rows + (unit(random projection of the offset) + a little noise) * their deviation
 
-    The images that a symbol is chosen among share the symbols before it; where it is the only one that may follow,
-    those of the last choice. A random projection keeps the angles between offsets; the noise parts those of equal
-    images. With a fitted one, row = offset @ projection. Symbols that no image bears start as noise, as all do without
-    vectors.
+    A random projection keeps the angles between offsets; the noise parts those of equal images. With a fitted one,
+
+        offset = mean over the images that bear the symbol: unit vector - mean of those that it is chosen among
+        row = mean of the trained rows + offset @ projection
+
+    where the images that a symbol is chosen among share those before it, or if it is the only one that may follow, are
+    those of the last choice. Symbols that no image bears start as noise, as all do without vectors.
 
     Args:
         weight: (vocabulary, d) embeddings or LM head; rows: token ids of the new symbols, after all trained ones.
@@ -70,7 +73,7 @@ def start_rows(
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.randn((len(rows), weight.shape[1]), generator=generator) * trained.std(0).cpu()
     if vectors is not None:
-        said, borne = _offsets(rows, identifiers, vectors)
+        said, borne = _offsets(rows, identifiers, vectors, by_choice=projection is not None)
         if projection is not None:
             offsets[borne] = torch.from_numpy(said @ projection)[borne]
         else:
@@ -82,11 +85,12 @@ def start_rows(
 
 
 def _offsets(
-    rows: Sequence[int], identifiers: Sequence[Sequence[int]], vectors: NDArray[np.float32]
+    rows: Sequence[int], identifiers: Sequence[Sequence[int]], vectors: NDArray[np.float32], *, by_choice: bool
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """(rows, v) what each symbol says of its images, see `start_rows`, and (rows,) whether it is more than nothing.
 
-    for image, depth: sums[symbol at depth] += unit vector - mean of those from which a symbol last chose
+    Args:
+        by_choice: less the mean of those that it is chosen among, not of all images.
     """
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     place = {token_id: number for number, token_id in enumerate(rows)}
@@ -98,7 +102,7 @@ def _offsets(
         for row in images:
             if depth < len(identifiers[row]):
                 children.setdefault(identifiers[row][depth], []).append(row)
-        among = unit[images].mean(0) if len(children) > 1 else last
+        among = unit[images].mean(0) if by_choice and len(children) > 1 else last
         for symbol, own in children.items():
             nodes.append((own, depth + 1, among))
             if symbol in place:
