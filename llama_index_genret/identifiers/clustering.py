@@ -72,8 +72,8 @@ def _shared_codes(away: Float32, offsets: Int64, size: int, *, seed: int) -> Int
     codes = np.empty(len(away), np.int64)
     for first, end in pairwise(offsets.tolist()):
         own = away[first:end]
-        cost = np.full((len(own), size), np.float32(32))  # more than any: centroids lie in the unit ball
-        cost[:, : len(shared)] = ((own[:, None] - shared) ** 2).sum(-1)
+        cost = np.full((len(own), max(len(own), len(shared))), np.float32(32))  # more than any in the unit ball
+        cost[:, : len(shared)] = (own**2).sum(1)[:, None] + (shared**2).sum(1) - 2 * own @ shared.T
         children, numbers = linear_sum_assignment(cost)
         codes[first + children] = numbers
     return codes
