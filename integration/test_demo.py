@@ -2,8 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from integration.conftest import genret_json
 from integration.test_report_in_browser import BACKGROUND_SIZES, TOO_WIDE
+
+pytestmark = pytest.mark.timeout(3600)
+"""The first waits for the whole demo: half an hour on a core that multiplies no bfloat16."""
 
 
 def test_the_model_recalls_what_it_was_taught_and_what_it_was_not(demo):
