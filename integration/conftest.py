@@ -79,5 +79,5 @@ def demo(tmp_path_factory):
     """`genret demo --vllm` on the assembled base model: its JSON, and its index."""
     base = subprocess.run([sys.executable, "-m", "integration.base_model"], capture_output=True, text=True, check=True)
     out = tmp_path_factory.mktemp("demo")
-    result = genret_json("demo", "--vllm", "--model", base.stdout.splitlines()[-1], "--out", out, timeout_s=1800)
+    result = genret_json("demo", "--vllm", "--model", base.stdout.splitlines()[-1], "--out", out, timeout_s=3500)
     return result, load_index(Path(out) / "index")
