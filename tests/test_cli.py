@@ -70,6 +70,14 @@ def test_scheme_options_reach_the_scheme_and_inspect_shows_its_levels_and_its_tr
     assert tree.read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_encoder_reaches_the_scheme(pictures, tiny_model_dir, encoder, tmp_path):
+    made = genret_json(
+        *("index", pictures, "--out", tmp_path / "index", "--model", tiny_model_dir, "--device", "cpu"),
+        *("--encoder", encoder),
+    )
+    assert made["scheme_options"]["encoder"] == encoder
+
+
 @pytest.mark.parametrize(
     ("arguments", "words", "code"),
     [
@@ -77,6 +85,8 @@ def test_scheme_options_reach_the_scheme_and_inspect_shows_its_levels_and_its_tr
         (["--scheme", "roman"], "there is no scheme 'roman'", 1),
         (["--scheme-option", "levels"], "key=value", 2),
         (["--alphabet", "greek"], "existing", 2),
+        (["--scheme", "atomic", "--encoder", "minilm"], "does not take the options", 1),
+        (["--scheme-option", "encoder=e5", "--encoder", "minilm"], "--encoder and", 2),
     ],
 )
 def test_a_wrong_choice_of_scheme_is_told_before_anything_is_read(arguments, words, code):

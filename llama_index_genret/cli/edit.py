@@ -31,6 +31,9 @@ def index(
         "structured"
     ),
     scheme_option: SchemeOptions = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Text encoder, by which structured names images by captions, not by looks.")
+    ] = None,
     alphabet: Annotated[
         str, typer.Option(help="new: symbols are added to the model. existing: words of its vocabulary stand for them.")
     ] = "new",
@@ -40,13 +43,17 @@ def index(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Name every image of a folder, with the model's own vision tower."""
+    """Name every image of a folder: by its looks to the model's own vision tower, or as the scheme does."""
     from llama_index_genret.corpus import read_corpus
     from llama_index_genret.indexing import build_index
     from llama_index_genret.modeling import load_mllm
 
     check_free(out, overwrite=overwrite)
     options = parse_options("--scheme-option", scheme_option or [])
+    if encoder is not None:
+        if "encoder" in options:
+            raise typer.BadParameter("--encoder and --scheme-option encoder=... say the same: give one of them")
+        options["encoder"] = encoder
     if alphabet not in get_args(Alphabet):
         raise typer.BadParameter(f"--alphabet is one of {', '.join(get_args(Alphabet))}, not {alphabet!r}")
     get_scheme(scheme, **options)
