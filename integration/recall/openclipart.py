@@ -3,9 +3,7 @@
 Knows the layout of two Debian packages and the RDF in their drawings; nothing of models.
 """
 
-import hashlib
 import re
-import subprocess
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
+from integration.recall.debian import unpacked
 from integration.recall.pixels import on_white, rendered
-from llama_index_genret.errors import CorpusError
 
 VERSION = "1:0.18+dfsg-19"
 PACKAGES = {
@@ -67,17 +65,9 @@ def download(downloads: Path) -> Path:
     """The folder that holds `svg` and `png`.
 
     Raises:
-        CorpusError: the registry serves another file than this module was written for.
-        subprocess.CalledProcessError: apt cannot find or fetch it (it may need `apt-get update`).
+        CorpusError, subprocess.CalledProcessError: see `debian.unpacked`.
     """
-    for package, expected in PACKAGES.items():
-        subprocess.run(["apt-get", "download", "-q", f"{package}={VERSION}"], cwd=downloads, check=True, stdout=2)
-        (path,) = downloads.glob(f"{package}_*.deb")
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        if sha256 != expected:
-            raise CorpusError(f"{package} {VERSION} has sha256 {sha256}, expected {expected}.")
-        subprocess.run(["dpkg-deb", "-x", str(path), str(downloads)], check=True)
-    return downloads / "usr/share/openclipart"
+    return unpacked(PACKAGES, VERSION, downloads) / "usr/share/openclipart"
 
 
 def read_clipart(folder: Path) -> list[Clipart]:

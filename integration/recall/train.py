@@ -12,6 +12,7 @@ from pathlib import Path
 from integration.base_model import Recipe, make_base_model
 from integration.base_model import default_folder as default_model_folder
 from integration.recall.corpora import default_folder, make_corpora
+from integration.recall.definitions import definitions
 from integration.recall.peers import minilm_folder
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.indexing import build_index
@@ -64,10 +65,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--memorise", type=int, default=0, help="examples of image -> identifier in every 40, up to 36")
     parser.add_argument("--redrawn", type=int, default=0, help="more versions of each image to memorise")
+    parser.add_argument("--definitions", type=int, default=0, help="of words, on which MiniLM is imitated, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     options = recipe(args.steps, seed=args.seed, layers=args.trained_layers)
+    if args.definitions:
+        options = replace(options, imitated=definitions(args.definitions, seed=args.seed))
     if args.memorise:
         imitate = 36 - args.memorise
         mix = {"retrieve": 4, "imitate": imitate, "memorise": args.memorise}
