@@ -33,6 +33,9 @@ FITTED_QUERIES = 8192
 FITTED_PICTURES = 2048
 """Redrawn ones, for the same."""
 
+FEWEST_QUERIES = 0.1
+"""Share of them that reach a place which is read by itself, not as the one before: few images need a last symbol."""
+
 LOOKS_TEMPERATURE = 0.07
 """Of the distribution over images by their looks. Among 463 emoji .87 of it is on the one that is shown, as
 integration.recall.looks prints."""
@@ -107,8 +110,10 @@ def start_symbols(
             images = np.concatenate([sample.images for sample in samples], axis=1)
             projections: list[Float32] = []
             for place in range(1 + int(first_places(new_symbols, identifiers).max())):
-                hidden = [sample.read([identifiers[row][:place] for row in sample.meant]) for sample in samples]
-                projections.append(_fitted(samples, hidden))
+                lengths = np.array([len(identifiers[row]) for sample in samples for row in sample.meant])
+                if (lengths > place).mean() < FEWEST_QUERIES:
+                    break
+                projections.append(_fitted(samples, identifiers, place))
                 for vocabulary in vocabularies:  # what follows them is read after they have their rows
                     start(vocabulary.weight, vectors=images, projections=projections)
             return
@@ -126,13 +131,13 @@ class _Sample:
 
     images: (n, v) where it sees the images; said: (q, v) where it sees the queries, over its temperature.
     meant: of each query, the row of the image that it means most.
-    read: tokens that follow each prompt -> (q, d) the base model's hidden states after them.
+    read: some queries, and tokens that follow the prompt of each -> (of them, d) the base model's hidden states there.
     """
 
     images: Float32
     said: Float32
     meant: Sequence[int]
-    read: Callable[[Sequence[Sequence[int]]], Float32]
+    read: Callable[[Sequence[int], Sequence[Sequence[int]]], Float32]
 
 
 def _samples(index: Index, mllm: Mllm, asked: Teachers, options: TrainOptions, *, show_progress: bool) -> list[_Sample]:
@@ -142,8 +147,8 @@ def _samples(index: Index, mllm: Mllm, asked: Teachers, options: TrainOptions, *
         chosen = draw.choice(len(text.texts), min(FITTED_QUERIES, len(text.texts)), replace=False)
         prompts = [index.prompts.query_tokens(index.tokenizer, text.texts[place]) for place in chosen]
 
-        def read(rests: Sequence[Sequence[int]]) -> Float32:
-            followed = [[*prompt, *rest] for prompt, rest in zip(prompts, rests, strict=True)]
+        def read(queries: Sequence[int], rests: Sequence[Sequence[int]]) -> Float32:
+            followed = [[*prompts[query], *rest] for query, rest in zip(queries, rests, strict=True)]
             return last_hidden_states(mllm, followed, bar("Reading"))
 
         meant = text.meant()
@@ -154,8 +159,9 @@ def _samples(index: Index, mllm: Mllm, asked: Teachers, options: TrainOptions, *
         pictures = [versions[place] for place in draw.permutation(len(versions))[:FITTED_PICTURES]]
         drawn = partial(_drawn, index, options.seed)
 
-        def see(rests: Sequence[Sequence[int]]) -> Float32:
-            return last_hidden_states_of_pictures(mllm, pictures, bar("Seeing"), load=drawn, rests=rests)
+        def see(queries: Sequence[int], rests: Sequence[Sequence[int]]) -> Float32:
+            asked_with = [pictures[query] for query in queries]
+            return last_hidden_states_of_pictures(mllm, asked_with, bar("Seeing"), load=drawn, rests=rests)
 
         shown = np.stack([looks.versions[row, version] for row, version in pictures])
         said = np.asarray(shown / looks.temperature, np.float32)
@@ -168,19 +174,22 @@ def _samples(index: Index, mllm: Mllm, asked: Teachers, options: TrainOptions, *
     return found
 
 
-def _fitted(samples: Sequence[_Sample], hidden: Sequence[Float32]) -> Float32:
-    """(v, d) what reads the base model's hidden states (q, d) of all samples as all teachers see them, side by side.
+def _fitted(samples: Sequence[_Sample], identifiers: Sequence[Sequence[int]], place: int) -> Float32:
+    """(v, d) what reads hidden states after `place` symbols as all teachers see them, side by side.
 
-    See `fitted_projection`. To a query of one teacher the others say nothing.
+    See `fitted_projection`. Of the queries that mean an image with a longer name, each after the first symbols of that;
+    to a query of one teacher the others say nothing.
     """
-    targets = np.zeros((sum(map(len, hidden)), sum(sample.said.shape[1] for sample in samples)), np.float32)
-    down = across = 0
+    hidden, targets, across = [], [], 0
     for sample in samples:
-        below, beside = down + len(sample.said), across + sample.said.shape[1]
-        targets[down:below, across:beside] = sample.said
-        down, across = below, beside
+        queries = [query for query, row in enumerate(sample.meant) if len(identifiers[row]) > place]
+        width, all_widths = sample.said.shape[1], sum(other.said.shape[1] for other in samples)
+        if queries:
+            hidden.append(sample.read(queries, [identifiers[sample.meant[query]][:place] for query in queries]))
+            targets.append(np.pad(sample.said[queries], ((0, 0), (across, all_widths - across - width))))
+        across += width
     scale = float(np.sqrt(len(samples)))  # the length of the images side by side, which `start_rows` makes 1
-    return fitted_projection(np.concatenate(hidden), targets, scale=scale)
+    return fitted_projection(np.concatenate(hidden), np.concatenate(targets), scale=scale)
 
 
 def _versions(index: Index, options: TrainOptions) -> list[tuple[int, int]]:
