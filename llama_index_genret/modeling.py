@@ -268,18 +268,12 @@ def last_hidden_states(mllm: Mllm, prompts: Sequence[Sequence[int]], progress: P
 
 
 def last_hidden_states_of_pictures(
-    mllm: Mllm,
-    pictures: Sequence[Any],
-    progress: Progress = iter,
-    *,
-    load: Callable[[Any], Any] = load_image,
-    rests: Sequence[Sequence[int]] | None = None,
+    mllm: Mllm, pictures: Sequence[Any], progress: Progress = iter, *, load: Callable[[Any], Any] = load_image
 ) -> NDArray[np.float32]:
     """(n, d) float32: what the LM head reads at the end of the prompt that asks for the name of each picture.
 
     Args:
         pictures: files, or what else `load` makes an RGB image of.
-        rests: for each picture, token ids after its prompt.
     Raises:
         ModelError: the model has no `get_image_features`.
     """
@@ -288,8 +282,7 @@ def last_hidden_states_of_pictures(
     with torch.no_grad():
         for start in progress(range(0, len(pictures), IMAGE_BATCH)):
             images = [load(picture) for picture in pictures[start : start + IMAGE_BATCH]]
-            after = rests[start : start + IMAGE_BATCH] if rests else [()] * len(images)
-            output = core(**mllm.processed([text] * len(images), images, after), use_cache=False)
+            output = core(**mllm.processed([text] * len(images), images), use_cache=False)
             rows.append(output.last_hidden_state[:, -1].float().cpu().numpy())
     return np.concatenate(rows)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,14 +17,13 @@ from llama_index_genret.indexing import build_index
 from llama_index_genret.modeling import load_base, load_trained
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
-from llama_index_genret.training import symbol_start
 from llama_index_genret.training.batches import ExampleTensors, collate
 from llama_index_genret.training.examples import Example, Interleaved, examples_of
 from llama_index_genret.training.layer_cache import cached_layers
 from llama_index_genret.training.recipe import TrainOptions, _adapted, _fast_symbol_rows, _summed_loss, train
 from llama_index_genret.training.soft_targets import Paths
 from llama_index_genret.training.symbol_rows import fitted_projection, start_rows
-from llama_index_genret.training.symbol_start import start_symbols, teachers
+from llama_index_genret.training.symbol_start import teachers
 from llama_index_genret.training.teacher import Teacher, teach
 
 
@@ -246,7 +246,7 @@ def test_rows_of_a_fitted_projection_are_what_it_makes_of_centred_centroids():
     before, vectors = weight.clone(), np.eye(4, dtype=np.float32)[[0, 0, 1, 2]]
     projection = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
     names = [(200,), (200,), (201,), (202,)]
-    start_rows(weight, range(200, 204), seed=0, identifiers=names, vectors=vectors, projections=[projection])
+    start_rows(weight, range(200, 204), seed=0, identifiers=names, vectors=vectors, projection=projection)
     wanted = (np.eye(4, dtype=np.float32)[:3] - vectors.mean(0)) @ projection
     torch.testing.assert_close(weight[200:203] - before[:200].mean(0), torch.from_numpy(wanted))
     assert not torch.allclose(weight[203], before[:200].mean(0))  # which no image bears
@@ -258,7 +258,7 @@ def test_a_symbol_starts_at_what_parts_its_images_from_those_it_was_chosen_among
     vectors = np.eye(5, dtype=np.float32)
     names = [(200, 210), (200, 211), (201, 210), (201, 211), (202, 211)]
     start_rows(
-        weight, range(200, 212), seed=0, identifiers=names, vectors=vectors, projections=[np.eye(5, dtype=np.float32)]
+        weight, range(200, 212), seed=0, identifiers=names, vectors=vectors, projection=np.eye(5, dtype=np.float32)
     )
     everything, first, second = vectors.mean(0), vectors[:2].mean(0), vectors[2:4].mean(0)
     for symbol, wanted in (
@@ -270,47 +270,13 @@ def test_a_symbol_starts_at_what_parts_its_images_from_those_it_was_chosen_among
         torch.testing.assert_close(weight[symbol], torch.from_numpy(wanted))
 
 
-def test_a_symbol_starts_by_the_projection_of_the_place_where_it_first_stands():
-    weight, vectors = torch.zeros(300, 3), np.eye(3, dtype=np.float32)
-    names = [(200, 210, 220), (200, 211, 210), (201,)]
-    projections = [place * np.eye(3, dtype=np.float32) for place in (1, 10)]
-    start_rows(weight, range(200, 221), seed=0, identifiers=names, vectors=vectors, projections=projections)
-    first = vectors[:2].mean(0)
-    for symbol, wanted in (
-        (201, vectors[2] - vectors.mean(0)),
-        (210, 10 * (vectors[0] - first + vectors[1] - first) / 2),  # it stands in the second place and in the third
-        (211, 10 * (vectors[1] - first)),
-        (220, 10 * (vectors[0] - first)),  # after the last projection; the only one that may follow
-    ):
-        torch.testing.assert_close(weight[symbol], torch.from_numpy(wanted))
-
-
-def test_a_second_symbol_starts_at_what_is_read_after_the_first(pictures, tiny_mllm, tmp_path, encoder, monkeypatch):
-    naming = {"encoder": encoder, "levels": 2}
-    index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm, scheme_options=naming)
-    options = TrainOptions(teacher=encoder, symbol_start="teacher")
-    quiet = {"autocast": False, "show_progress": False}
-
-    def log_prob_of_second_symbols():
-        """The mean, by the untrained model, over the teacher's queries, each after its right first symbol."""
-        mllm = load_base(index, device="cpu")
-        asked = teachers(index, mllm, options, **quiet)
-        vocabularies = {mllm.model.get_input_embeddings(), mllm.model.get_output_embeddings()}
-        start_symbols(index, mllm, list(vocabularies), asked, options, **quiet)
-        identifiers, found = [index.token_ids(row) for row in range(len(index.records))], []
-        for text, row in zip(asked.of_text.texts, asked.of_text.meant(), strict=True):
-            first, second = identifiers[row][:2]
-            siblings = sorted({other[1] for other in identifiers if other[0] == first})
-            prompt = [*index.prompts.query_tokens(index.tokenizer, text), first]
-            with torch.no_grad():
-                logits = mllm.model(input_ids=torch.tensor([prompt])).logits[0, -1]
-            found.append(float(logits[siblings].log_softmax(-1)[siblings.index(second)]))
-        return np.mean(found)
-
-    by_place = log_prob_of_second_symbols()
-    monkeypatch.setattr(symbol_start, "first_places", lambda symbols, identifiers: np.zeros(len(symbols), np.int64))
-    by_first = log_prob_of_second_symbols()
-    assert by_place > by_first + 0.5
+def test_a_teacher_is_asked_each_word_of_the_captions_too(pictures, tiny_mllm, tmp_path, encoder):
+    corpus = read_corpus(pictures)
+    odd = replace(corpus.records[3], captions=("Xylograph of a zwieback_02",))
+    corpus = replace(corpus, records=(odd, *corpus.records[4:]))
+    index = build_index(corpus, tmp_path / "index", tiny_mllm, scheme="atomic")
+    asked = teachers(index, tiny_mllm, TrainOptions(teacher=encoder), autocast=False, show_progress=False)
+    assert {"xylograph", "zwieback", "02"} <= set(asked.of_text.texts)
 
 
 def test_only_the_last_layers_are_trained_if_so_many_are_named(pictures, tiny_mllm, tmp_path):

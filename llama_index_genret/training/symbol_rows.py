@@ -47,25 +47,25 @@ def start_rows(
     seed: int,
     identifiers: Sequence[Sequence[int]] = (),
     vectors: Float32 | None = None,
-    projections: Sequence[Float32] = (),
+    projection: Float32 | None = None,
 ) -> None:
     """Give new symbols rows that are spread like the trained ones, in place: equal rows learn nothing apart.
 
         offset = mean over the images that bear the symbol: unit vector - mean of all images
         row = mean of the trained rows + (unit(random projection of the offset) + a little noise) * their deviation
 
-    A random projection keeps the angles between offsets; the noise parts those of equal images. With fitted ones,
+    A random projection keeps the angles between offsets; the noise parts those of equal images. With a fitted one,
 
         offset = mean over the images that bear the symbol: unit vector - mean of those that it is chosen among
-        row = mean of the trained rows + offset @ projection of the place where the symbol first stands
+        row = mean of the trained rows + offset @ projection
 
     where the images that a symbol is chosen among share those before it, or if it is the only one that may follow, are
     those of the last choice. Symbols that no image bears start as noise, as all do without vectors.
 
     Args:
         weight: (vocabulary, d) embeddings or LM head; rows: token ids of the new symbols, after all trained ones.
-        identifiers: of every image, token ids. vectors: (images, v) of any scale. projections: (v, d) of each place,
-            see `fitted_projection`; the last is that of all places after it, too.
+        identifiers: of every image, token ids. vectors: (images, v) of any scale. projection: (v, d), see
+            `fitted_projection`.
     """
     if not rows:
         return
@@ -73,27 +73,15 @@ def start_rows(
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.randn((len(rows), weight.shape[1]), generator=generator) * trained.std(0).cpu()
     if vectors is not None:
-        said, borne = _offsets(rows, identifiers, vectors, by_choice=bool(projections))
-        if projections:
-            places = first_places(rows, identifiers)
-            for place, projection in enumerate(projections):
-                here = borne & (np.minimum(places, len(projections) - 1) == place)
-                offsets[here] = torch.from_numpy(said[here] @ projection)
+        said, borne = _offsets(rows, identifiers, vectors, by_choice=projection is not None)
+        if projection is not None:
+            offsets[borne] = torch.from_numpy(said @ projection)[borne]
         else:
             chance = torch.randn((vectors.shape[1], weight.shape[1]), generator=generator)
             projected = torch.from_numpy(said) @ chance
             projected *= weight.shape[1] ** 0.5 / projected.norm(dim=-1, keepdim=True)
             offsets[borne] = ((1 - NOISE**2) ** 0.5 * projected * trained.std(0).cpu() + NOISE * offsets)[borne]
     weight[rows] = (trained.mean(0) + offsets.to(weight.device)).to(weight.dtype)
-
-
-def first_places(symbols: Sequence[int], identifiers: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-    """(symbols,) where each first stands in an identifier, from 0; of those in none, too."""
-    places: dict[int, int] = {}
-    for identifier in identifiers:
-        for place, symbol in enumerate(identifier):
-            places[symbol] = min(place, places.get(symbol, place))
-    return np.array([places.get(symbol, 0) for symbol in symbols], np.int64)
 
 
 def _offsets(

@@ -6,7 +6,7 @@ Knows the index, the untrained model and the options; nothing of LoRA, optimiser
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,19 +22,16 @@ from llama_index_genret.store import Index
 from llama_index_genret.training.looks import Looks
 from llama_index_genret.training.options import TrainOptions
 from llama_index_genret.training.redrawing import load_version
-from llama_index_genret.training.symbol_rows import first_places, fitted_projection, start_rows
+from llama_index_genret.training.symbol_rows import fitted_projection, start_rows
 from llama_index_genret.training.teacher import Teacher, teach
 
 Float32 = NDArray[np.float32]
 
 FITTED_QUERIES = 8192
-"""Of the text teacher's, at which the base model is read to start the symbols' rows, once for each of their places."""
+"""Of the text teacher's, at which the base model is read to start the symbols' rows."""
 
 FITTED_PICTURES = 2048
 """Redrawn ones, for the same."""
-
-FEWEST_QUERIES = 0.1
-"""Share of them that reach a place which is read by itself, not as the one before: few images need a last symbol."""
 
 LOOKS_TEMPERATURE = 0.07
 """Of the distribution over images by their looks. Among 463 emoji .87 of it is on the one that is shown, as
@@ -102,94 +99,56 @@ def start_symbols(
     new_symbols = index.new_token_ids()
     if not new_symbols:
         return
-    identifiers = [index.token_ids(row) for row in range(len(index.records))]
-    start = partial(start_rows, rows=new_symbols, identifiers=identifiers, seed=options.seed)
+    vectors, projection = None, None
     with _bfloat16(mllm, autocast):
         if options.symbol_start == "teacher":
-            samples = _samples(index, mllm, asked, options, show_progress=show_progress)
-            images = np.concatenate([sample.images for sample in samples], axis=1)
-            projections: list[Float32] = []
-            for place in range(1 + int(first_places(new_symbols, identifiers).max())):
-                lengths = np.array([len(identifiers[row]) for sample in samples for row in sample.meant])
-                if (lengths > place).mean() < FEWEST_QUERIES:
-                    break
-                projections.append(_fitted(samples, identifiers, place))
-                for vocabulary in vocabularies:  # what follows them is read after they have their rows
-                    start(vocabulary.weight, vectors=images, projections=projections)
-            return
-        vectors = None
-        if options.symbol_start == "images":
+            vectors, projection = _fitted(index, mllm, asked, options, show_progress=show_progress)
+        elif options.symbol_start == "images":
             paths = [record.path for record in index.records]
             vectors = vision_features(mllm, paths, _bar("Looking", show=show_progress))
+    identifiers = [index.token_ids(row) for row in range(len(index.records))]
+    start = partial(start_rows, identifiers=identifiers, vectors=vectors, projection=projection)
     for vocabulary in vocabularies:
-        start(vocabulary.weight, vectors=vectors)
+        start(vocabulary.weight, new_symbols, seed=options.seed)
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """Of one teacher's queries, what it says of them and how the base model reads them.
+def _fitted(
+    index: Index, mllm: Mllm, asked: Teachers, options: TrainOptions, *, show_progress: bool
+) -> tuple[Float32, Float32]:
+    """Vectors (n, v) of the images by all teachers side by side, and what reads hidden states as such (v, d).
 
-    images: (n, v) where it sees the images; said: (q, v) where it sees the queries, over its temperature.
-    meant: of each query, the row of the image that it means most.
-    read: some queries, and tokens that follow the prompt of each -> (of them, d) the base model's hidden states there.
+    From the base model's hidden states at a sample of the teachers' queries: see `fitted_projection`. To a query of one
+    teacher the others say nothing.
     """
-
-    images: Float32
-    said: Float32
-    meant: Sequence[int]
-    read: Callable[[Sequence[int], Sequence[Sequence[int]]], Float32]
-
-
-def _samples(index: Index, mllm: Mllm, asked: Teachers, options: TrainOptions, *, show_progress: bool) -> list[_Sample]:
-    draw, found = np.random.default_rng(options.seed), []
+    draw = np.random.default_rng(options.seed)
+    read: list[tuple[Float32, Float32, Float32, float]] = []
     bar = partial(_bar, show=show_progress)
     if text := asked.of_text:
         chosen = draw.choice(len(text.texts), min(FITTED_QUERIES, len(text.texts)), replace=False)
         prompts = [index.prompts.query_tokens(index.tokenizer, text.texts[place]) for place in chosen]
-
-        def read(queries: Sequence[int], rests: Sequence[Sequence[int]]) -> Float32:
-            followed = [[*prompts[query], *rest] for query, rest in zip(queries, rests, strict=True)]
-            return last_hidden_states(mllm, followed, bar("Reading"))
-
-        meant = text.meant()
-        said = np.asarray(text.queries[chosen] / text.temperature, np.float32)
-        found.append(_Sample(text.images, said, [meant[place] for place in chosen], read))
+        hidden = last_hidden_states(mllm, prompts, bar("Reading"))
+        read.append((text.images, hidden, text.queries[chosen], text.temperature))
     if looks := asked.of_pictures:
         versions = _versions(index, options)
-        pictures = [versions[place] for place in draw.permutation(len(versions))[:FITTED_PICTURES]]
+        order = draw.permutation(len(versions))[:FITTED_PICTURES]
+        chosen_versions = [versions[place] for place in order]
         drawn = partial(_drawn, index, options.seed)
-
-        def see(queries: Sequence[int], rests: Sequence[Sequence[int]]) -> Float32:
-            asked_with = [pictures[query] for query in queries]
-            return last_hidden_states_of_pictures(mllm, asked_with, bar("Seeing"), load=drawn, rests=rests)
-
-        shown = np.stack([looks.versions[row, version] for row, version in pictures])
-        said = np.asarray(shown / looks.temperature, np.float32)
-        found.append(_Sample(looks.images, said, [row for row, _ in pictures], see))
-    if not found:
+        hidden = last_hidden_states_of_pictures(mllm, chosen_versions, bar("Seeing"), load=drawn)
+        shown = np.stack([looks.versions[row, version] for row, version in chosen_versions])
+        read.append((looks.images, hidden, shown, looks.temperature))
+    if not read:
         raise TrainingError(
             "symbol_start='teacher' starts at what a teacher says of the images: name one of captions (--teacher), or "
             "have pictures redrawn (--redrawn)."
         )
-    return found
-
-
-def _fitted(samples: Sequence[_Sample], identifiers: Sequence[Sequence[int]], place: int) -> Float32:
-    """(v, d) what reads hidden states after `place` symbols as all teachers see them, side by side.
-
-    See `fitted_projection`. Of the queries that mean an image with a longer name, each after the first symbols of that;
-    to a query of one teacher the others say nothing.
-    """
-    hidden, targets, across = [], [], 0
-    for sample in samples:
-        queries = [query for query, row in enumerate(sample.meant) if len(identifiers[row]) > place]
-        width, all_widths = sample.said.shape[1], sum(other.said.shape[1] for other in samples)
-        if queries:
-            hidden.append(sample.read(queries, [identifiers[sample.meant[query]][:place] for query in queries]))
-            targets.append(np.pad(sample.said[queries], ((0, 0), (across, all_widths - across - width))))
-        across += width
-    scale = float(np.sqrt(len(samples)))  # the length of the images side by side, which `start_rows` makes 1
-    return fitted_projection(np.concatenate(hidden), np.concatenate(targets), scale=scale)
+    images = np.concatenate([vectors for vectors, *_ in read], axis=1)
+    targets = np.zeros((sum(len(hidden) for _, hidden, *_ in read), images.shape[1]), np.float32)
+    down = across = 0
+    for _, _, said, temperature in read:
+        targets[down : down + len(said), across : across + said.shape[1]] = said / temperature
+        down, across = down + len(said), across + said.shape[1]
+    scale = float(np.sqrt(len(read)))  # as long as the parts of `images` are, before `start_rows` makes it of length 1
+    return images, fitted_projection(np.concatenate([hidden for _, hidden, *_ in read]), targets, scale=scale)
 
 
 def _versions(index: Index, options: TrainOptions) -> list[tuple[int, int]]:
