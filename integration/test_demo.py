@@ -38,7 +38,7 @@ def test_the_index_that_it_leaves_recalls_from_the_command_line(demo, tmp_path):
     (tmp_path / "phrasings.jsonl").write_text("".join(line for line in lines if '"phrasing"' in line), encoding="utf-8")
     evaluation = genret_json("eval", index.folder, tmp_path / "phrasings.jsonl", "--device", "cpu")
     assert evaluation["n"] == 100
-    assert evaluation["recall@1"] == pytest.approx(figures["phrasings_recall_1"], abs=0.01)  # one tie may differ
+    assert evaluation["recall@1"] == pytest.approx(figures["phrasings_recall_1"], abs=0.0101)  # one in a hundred: a tie
     only_drinks = genret_json(
         "query", index.folder, "pizza", "-k", "3", "--filter", "subgroup=drink", "--device", "cpu"
     )

@@ -5,7 +5,6 @@ Knows the layout of one Debian package, WordNet 3.0 (its own free licence); noth
 
 import re
 import tempfile
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ THINGS = ("05", "06", "08", "13", "15", "17", "18", "19", "20")
 """Its files of nouns to draw: animals, artefacts, the body, food, places, objects, people, phenomena, plants."""
 
 
-@cache
 def definitions(n: int, *, seed: int = 0) -> tuple[str, ...]:
     """`n` definitions of things, drawn by lot, without their examples.
 
