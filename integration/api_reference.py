@@ -39,7 +39,8 @@ FILE = re.compile(r"\.(jsonl?|txt|md|csv|npy|html|png)$")
 def all_modules() -> dict[str, ModuleType]:
     """Every module of the package by its full name; what cannot be read is there with its docstring only."""
     sys.modules.update(dict.fromkeys(NOT_READ))  # as if they were not installed
-    modules = {}
+    modules: dict[str, ModuleType] = {}
+    unread = set(NOT_READ)
     for name in (PREFIX[:-1], *(found.name for found in pkgutil.walk_packages(package.__path__, PREFIX))):
         if name.endswith(".__main__"):  # a command, which would run
             continue
@@ -47,8 +48,9 @@ def all_modules() -> dict[str, ModuleType]:
             modules[name] = import_module(name)
         except ImportError as error:
             missing = getattr(error.__cause__ or error, "name", None) or ""
-            if missing.partition(".")[0] not in NOT_READ:
+            if not {missing, missing.partition(".")[0]} & unread:
                 raise
+            unread.add(name)
             modules[name] = sys.modules[name] = ModuleType(name, docstring_in_source(name))
     return modules
 

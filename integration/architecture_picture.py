@@ -74,7 +74,7 @@ class Arrow:
 
 def picture(name: str, x: int, y: int) -> str:
     """An emoji of the demo, as its file is."""
-    content = (files("llama_index_genret") / "demo_data" / "images" / f"{name}.webp").read_bytes()
+    content = (files("llama_index_genret") / "cli" / "demo" / "data" / "images" / f"{name}.webp").read_bytes()
     data = b64encode(content).decode()
     return f'<image x="{x}" y="{y}" width="36" height="36" href="data:image/webp;base64,{data}"/>'
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from integration.bench.timing import Report
-from llama_index_genret.demo import same_answer
-from llama_index_genret.memory import ImageMemory
-from llama_index_genret.metrics import bootstrap_interval
+from llama_index_genret.cli.demo.run import same_answer
+from llama_index_genret.evaluation.metrics import bootstrap_interval
+from llama_index_genret.scorers.closed_book import ImageMemory
 from llama_index_genret.store import Index
 
 WAYS = ("from memory", "seeing", "most frequent answer")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
-from llama_index_genret.scorers.vllm import VllmScorer
-from llama_index_genret.serving import CPU_FLAGS, free_port, running_server
+from llama_index_genret.scorers.vllm_http import VllmScorer
+from llama_index_genret.serving.launch import CPU_FLAGS, free_port, running_server
 from llama_index_genret.store import load_index
 from tests.conftest import (
     _no_loop_is_left_open,

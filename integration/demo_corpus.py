@@ -1,4 +1,4 @@
-"""Rebuilds `llama_index_genret/demo_data`: 100 emoji pictures with captions, questions and held-out queries.
+"""Rebuilds `llama_index_genret/cli/demo/data`: 100 emoji pictures with captions, questions and held-out queries.
 
     python -m integration.demo_corpus [FOLDER]
 
@@ -26,7 +26,7 @@ from PIL import Image
 
 from llama_index_genret.errors import CorpusError
 
-DEMO_DATA = Path(__file__).resolve().parents[1] / "llama_index_genret" / "demo_data"
+DEMO_DATA = Path(__file__).resolve().parents[1] / "llama_index_genret" / "cli" / "demo" / "data"
 SIDE = 160
 TRAINED_TAGS = 2
 FITS_AT_MOST = 4  # a word that fits more pictures than this is no query for any of them
@@ -394,10 +394,10 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=DEMO_DATA, help="replaced as a whole")
     folder = parser.parse_args().folder
     with tempfile.TemporaryDirectory() as scratch:
-        build(Path(scratch) / "demo_data", Path(scratch))
+        build(Path(scratch) / "data", Path(scratch))
         if folder.exists():
             shutil.rmtree(folder)
-        shutil.move(Path(scratch) / "demo_data", folder)
+        shutil.move(Path(scratch) / "data", folder)
 
 
 if __name__ == "__main__":

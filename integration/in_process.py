@@ -13,9 +13,9 @@ from pathlib import Path
 from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle
 
 from llama_index_genret import GenerativeImageRetriever, InProcessLLM, image_query_engine
-from llama_index_genret.modeling import load_trained
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import load_index
+from llama_index_genret.store.model_loading import load_trained
 
 TOP_K, ANSWER_TOKENS = 5, 4
 

@@ -13,16 +13,17 @@ from integration.conftest import GENRET, genret, genret_json
 from llama_index_genret import GenerativeImageRetriever
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import QueryError
-from llama_index_genret.indexing import build_index
-from llama_index_genret.modeling import load_base, load_mllm, load_trained
-from llama_index_genret.pseudo_queries import Request, Sampling
-from llama_index_genret.pseudo_queries.in_process import InProcessWriter
-from llama_index_genret.pseudo_queries.server import ServerWriter
+from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
-from llama_index_genret.scorers.vllm import served_name
-from llama_index_genret.serving import CPU_FLAGS, free_port, running_server
+from llama_index_genret.scorers.vllm_http import served_name
+from llama_index_genret.serving.launch import CPU_FLAGS, free_port, running_server
 from llama_index_genret.store import load_index, remove_images
+from llama_index_genret.store.build import build_index
+from llama_index_genret.store.model_loading import load_base, load_trained
+from llama_index_genret.training.pseudo_queries import Request, Sampling
+from llama_index_genret.training.pseudo_queries.transformers_writer import InProcessWriter
+from llama_index_genret.training.pseudo_queries.vllm_http_writer import ServerWriter
 from llama_index_genret.training.recipe import TrainOptions, train
 from tests.tiny_model import make_wordy_model
 

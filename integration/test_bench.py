@@ -20,7 +20,7 @@ from integration.bench.agreement import disagreement
 from integration.bench.corpus import FIRST_TOKEN, LEVELS, SYMBOLS, Corpus
 from integration.bench.peers import PEERS
 from integration.bench.served import SHAPES, Site, index_name
-from llama_index_genret.modeling import load_mllm
+from llama_index_genret.models.mllm import load_mllm
 
 
 @pytest.fixture

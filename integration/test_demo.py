@@ -6,7 +6,7 @@ import pytest
 
 from integration.conftest import genret_json
 from integration.test_report_in_browser import BACKGROUND_SIZES, TOO_WIDE
-from llama_index_genret.demo import DATA
+from llama_index_genret.cli.demo.run import DATA
 
 pytestmark = pytest.mark.timeout(3600)
 """The first waits for the whole demo: half an hour on a core that multiplies no bfloat16."""

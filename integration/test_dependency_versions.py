@@ -22,12 +22,26 @@ TESTING = [
     *("hypothesis>=6.100", "llama-index-retrievers-bm25", "psutil"),
     *("pytest>=8.3", "pytest-asyncio>=0.25", "pytest-timeout>=2.3"),
 ]
-TESTS = ["test_engines.py", "test_hybrid.py", "test_answer_faults.py", "test_image_node.py"]
+TESTS = [
+    "llamaindex/test_engines.py",
+    "llamaindex/test_hybrid.py",
+    "guarantees/test_answer_faults.py",
+    "llamaindex/test_nodes.py",
+]
 """What LlamaIndex has a part in."""
 
 MORE_TESTS = [
-    *("test_corpus.py", "test_edits.py", "test_filters.py", "test_http.py", "test_recall_client.py", "test_report.py"),
-    *("test_search.py", "test_serving.py", "test_store.py", "test_trie.py", "test_vllm_scorer.py"),
+    "corpus/test_imagefolder.py",
+    "trie/test_edits.py",
+    "store/test_filters.py",
+    "scorers/test_http_client.py",
+    "serving/test_client.py",
+    "evaluation/test_html_page.py",
+    "search/test_beam_search.py",
+    "serving/test_launch.py",
+    "store/test_index.py",
+    "trie/test_flat.py",
+    "scorers/test_vllm_http.py",
 ]
 """What the other packages have a part in: numpy, pillow, pydantic, httpx, tenacity, jinja2, tokenizers, safetensors."""
 

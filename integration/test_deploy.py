@@ -17,7 +17,7 @@ import yaml
 from typer.testing import CliRunner
 
 from llama_index_genret.cli import app
-from llama_index_genret.endpoint.wire import INDEXES_VARIABLE
+from llama_index_genret.serving.endpoint.schema import INDEXES_VARIABLE
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "integration" / "deploy"

@@ -12,7 +12,7 @@ from llama_index.core import StorageContext
 from llama_index.core.schema import ImageNode
 
 from llama_index_genret import FakeScorer, GenerativeImageIndex, load_images
-from llama_index_genret.serving import free_port
+from llama_index_genret.serving.launch import free_port
 from tests.conftest import draw_pictures
 
 redis = pytest.importorskip("redis")

@@ -16,15 +16,15 @@ from llama_index.core.vector_stores import FilterCondition, FilterOperator, Meta
 
 from integration.conftest import GENRET, genret_json
 from llama_index_genret import GenerativeImageRetriever
+from llama_index_genret.corpus.images import to_data_url
 from llama_index_genret.errors import ServerError
-from llama_index_genret.images import to_data_url
+from llama_index_genret.evaluation.tuning import tune
 from llama_index_genret.scorers.base import recall
-from llama_index_genret.scorers.ranked import ranking_options
+from llama_index_genret.scorers.rerank import ranking_options
 from llama_index_genret.scorers.transformers import TransformersScorer
-from llama_index_genret.serving import CPU_FLAGS, free_port, running_server
+from llama_index_genret.serving.launch import CPU_FLAGS, free_port, running_server
 from llama_index_genret.store import Scoring, Tuned, load_index, remove_images, store_tuned
-from llama_index_genret.tuning import tune
-from tests.test_filters import by_llama_index
+from tests.store.test_filters import by_llama_index
 
 TEXTS = ["red circle", "the blue bar", "show me the green frame", "black"]
 KEY = "secret-of-the-test"

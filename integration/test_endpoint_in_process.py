@@ -22,10 +22,10 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from vllm.multimodal.media.connector import MediaConnector
 
 from llama_index_genret import FakeScorer
-from llama_index_genret.endpoint import RecallMiddleware
-from llama_index_genret.endpoint.wire import INDEXES_VARIABLE
-from llama_index_genret.prompts import Prompt
-from llama_index_genret.serving import NOTHING_FETCHED
+from llama_index_genret.models.prompts import Prompt
+from llama_index_genret.serving.endpoint import RecallMiddleware
+from llama_index_genret.serving.endpoint.schema import INDEXES_VARIABLE
+from llama_index_genret.serving.launch import NOTHING_FETCHED
 
 KEY = "sk-of-the-test"
 BODY = {"query": "red circle", "k": 20}

@@ -13,9 +13,9 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from llama_index_genret.endpoint.bodies import MIB, Bodies
-from llama_index_genret.endpoint.connections import guard
-from llama_index_genret.endpoint.limits import Limits
+from llama_index_genret.serving.endpoint.connection_timeouts import guard
+from llama_index_genret.serving.endpoint.limits import Limits
+from llama_index_genret.serving.endpoint.request_bodies import MIB, Bodies
 
 LIMITS = Limits(head_s=1, body_s=2, stalled_s=2, body_mib=1, bodies_mib=2, stop_s=1)
 POST = b"POST /asked HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
@@ -192,8 +192,8 @@ def test_a_server_stops_whoever_is_connected():
 
 
 def test_a_recall_ends_with_its_client_its_time_or_its_server():
-    from llama_index_genret.endpoint.engine_scorer import EngineStopped
-    from llama_index_genret.endpoint.middleware import TooSlow, _unless_gone
+    from llama_index_genret.serving.endpoint.app import TooSlow, _unless_gone
+    from llama_index_genret.serving.endpoint.engine_scorer import EngineStopped
 
     class Raw:
         """A request whose client leaves after so long."""

@@ -17,9 +17,9 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from integration.fuzz.recall_request import PIXEL
 from integration.fuzz.small_index import small_index
-from llama_index_genret.endpoint.wire import INDEXES_VARIABLE, MAX_WEIGHT, MIDDLEWARE
-from llama_index_genret.prompts import Prompt
+from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.fake import FakeScorer
+from llama_index_genret.serving.endpoint.schema import INDEXES_VARIABLE, MAX_WEIGHT, MIDDLEWARE
 from llama_index_genret.store import Scoring, Tuned, load_index, store_tuned
 
 # The test client of Starlette, through which schemathesis asks, leaves its streams to the garbage collector.

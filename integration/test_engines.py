@@ -1,6 +1,6 @@
 """Engines of LlamaIndex against a real vLLM server on the CPU: recall by it, answers by it, the pictures seen by it.
 
-What reaches a server is counted in `tests/test_engines.py`; here vLLM counts, in tokens of its own prompts.
+What reaches a server is counted in `tests/llamaindex/test_engines.py`; here vLLM counts, in tokens of its own prompts.
 """
 
 import asyncio

@@ -5,11 +5,10 @@ All commands, all points: `python -m integration.faults`, `python -m integration
 
 import pytest
 
-from integration.faults.commands import Workshop
+from integration.faults.commands import LOADING, Workshop
 from integration.faults.flips import flips, full_index
 from integration.faults.syscalls import supported
 from integration.faults.trials import KINDS, Trials
-from llama_index_genret import modeling
 
 pytestmark = pytest.mark.skipif(not supported(), reason="needs Linux 5.5 on x86-64 with seccomp")
 
@@ -17,7 +16,8 @@ pytestmark = pytest.mark.skipif(not supported(), reason="needs Linux 5.5 on x86-
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(modeling, "load_mllm", modeling.load_mllm)  # the workshop lends its model to all
+        for module in LOADING:  # the workshop replaces it by its own model
+            patched.setattr(module, "load_mllm", module.load_mllm)
         yield Workshop(tmp_path_factory.mktemp("faults").resolve())
 
 

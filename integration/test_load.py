@@ -19,7 +19,7 @@ from integration.bench.load_traffic import SHARES
 from integration.bench.load_watch import ALLOWED_GROWTH, Watch
 from integration.bench.recall_bench import with_symbols
 from integration.bench.served import Site, queries
-from llama_index_genret.modeling import load_mllm
+from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.store import load_index
 
 

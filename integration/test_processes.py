@@ -11,10 +11,10 @@ import pytest
 from safetensors.torch import load_file
 
 from llama_index_genret.corpus import read_corpus
-from llama_index_genret.indexing import build_index
-from llama_index_genret.modeling import load_mllm
-from llama_index_genret.serving import free_port
+from llama_index_genret.models.mllm import load_mllm
+from llama_index_genret.serving.launch import free_port
 from llama_index_genret.store import load_index
+from llama_index_genret.store.build import build_index
 from tests.conftest import draw_pictures
 from tests.tiny_model import make_tiny_model
 

@@ -19,8 +19,8 @@ from integration.conftest import GENRET, genret_json
 from integration.in_process import ANSWER_TOKENS, TOP_K, answers, ranked
 from integration.test_vllm import said
 from llama_index_genret import GenerativeImageRetriever, genret_llm
-from llama_index_genret.scorers.vllm import VllmScorer
-from llama_index_genret.serving import CPU_FLAGS, free_port, running_server
+from llama_index_genret.scorers.vllm_http import VllmScorer
+from llama_index_genret.serving.launch import CPU_FLAGS, free_port, running_server
 from llama_index_genret.store import load_index
 from tests.conftest import draw_pictures
 from tests.tiny_qwen import FAMILIES, resize_pictures, save_tiny_qwen

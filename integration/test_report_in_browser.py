@@ -14,12 +14,26 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page
 
-from llama_index_genret.calibration import expected_calibration_error, reliability
-from llama_index_genret.charts import Measured, calibration_chart, comparison_chart, latency_chart, survival_chart
-from llama_index_genret.metrics import Interval
-from llama_index_genret.report import Cell, Chart, QueryGroup, ReportAnswer, ReportHit, ReportQuery, Table, write_report
+from llama_index_genret.evaluation.charts import (
+    Measured,
+    calibration_chart,
+    comparison_chart,
+    latency_chart,
+    survival_chart,
+)
+from llama_index_genret.evaluation.html_page import (
+    Cell,
+    Chart,
+    QueryGroup,
+    ReportAnswer,
+    ReportHit,
+    ReportQuery,
+    Table,
+    write_report,
+)
+from llama_index_genret.evaluation.metrics import Interval, expected_calibration_error, reliability
 
-DEMO_IMAGES = Path(__file__).resolve().parents[1] / "llama_index_genret" / "demo_data" / "images"
+DEMO_IMAGES = Path(__file__).resolve().parents[1] / "llama_index_genret" / "cli" / "demo" / "data" / "images"
 LONG_WORD = "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft"
 HITS = 10
 

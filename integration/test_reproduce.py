@@ -28,8 +28,8 @@ from integration.reproduce.runs import Ranked
 from integration.reproduce.table import markdown, measured
 from llama_index_genret.corpus import Corpus
 from llama_index_genret.errors import CorpusError, TrainingError
-from llama_index_genret.indexing import build_index
 from llama_index_genret.store import load_index
+from llama_index_genret.store.build import build_index
 from tests.tiny_model import TEXT, byte_pairs
 
 CONFIGS = Path(__file__).parent / "reproduce"

@@ -16,7 +16,7 @@ import pytest
 from integration.conftest import GENRET
 from integration.test_endpoint import assert_same, expected
 from llama_index_genret.scorers.transformers import TransformersScorer
-from llama_index_genret.serving import CPU_FLAGS, free_port, running_server
+from llama_index_genret.serving.launch import CPU_FLAGS, free_port, running_server
 from llama_index_genret.store import Index, load_index, remove_images
 
 TEXTS = ["red circle", "the blue bar", "show me the green frame", "black"]

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from transformers import LlamaTokenizer
 
 from llama_index_genret.identifiers import ImageFacts, get_scheme, spelling_of
-from llama_index_genret.tokenization import IndexTokenizer
-from tests.test_identifiers import HOSTILE, random_features
+from llama_index_genret.models.tokenizer import IndexTokenizer
+from tests.identifiers.test_schemes import HOSTILE, random_features
 
 PROMPT = "user\nFind: a dog?\nassistant\n"
 SCHEMES = [(scheme, "new") for scheme in ("numeric", "string", "semantic", "structured", "atomic")]

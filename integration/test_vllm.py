@@ -10,14 +10,14 @@ from llama_index.core.schema import QueryBundle
 
 from integration.conftest import genret, genret_json
 from llama_index_genret import GenerativeImageRetriever, InProcessLLM, genret_llm, image_query_engine
-from llama_index_genret.demo import agreement_of
+from llama_index_genret.cli.demo.run import agreement_of
 from llama_index_genret.errors import QueryError, ServerError, ServerUnreachable
-from llama_index_genret.evaluation import recall_in_batches
-from llama_index_genret.prompts import MAX_QUERY_TOKENS
+from llama_index_genret.evaluation.evaluate import recall_in_batches
+from llama_index_genret.models.prompts import MAX_QUERY_TOKENS
 from llama_index_genret.scorers.transformers import TransformersScorer
-from llama_index_genret.scorers.vllm import VllmScorer
+from llama_index_genret.scorers.vllm_http import VllmScorer
 from llama_index_genret.search import Normalise
-from llama_index_genret.serving import free_port
+from llama_index_genret.serving.launch import free_port
 
 CARRIERS = ("{}", "show me the {}", "where is a {}?", "{} {}")
 

@@ -91,7 +91,7 @@ def test_the_wheel_has_every_file_of_the_package_and_no_other(dist):
     (wheel,) = dist.glob("*.whl")
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert files == tracked("llama_index_genret")
-    assert {"llama_index_genret/py.typed", "llama_index_genret/demo_data/LICENSE-fluent-emoji.txt"} < files
+    assert {"llama_index_genret/py.typed", "llama_index_genret/cli/demo/data/LICENSE-fluent-emoji.txt"} < files
 
 
 def test_the_wheel_tells_licence_readme_and_one_version(dist):
@@ -99,7 +99,7 @@ def test_the_wheel_tells_licence_readme_and_one_version(dist):
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     info = f"llama_index_genret-{version}.dist-info"
     content = zipfile.ZipFile(wheel)
-    for licence in ("LICENSE", "llama_index_genret/demo_data/LICENSE-fluent-emoji.txt"):
+    for licence in ("LICENSE", "llama_index_genret/cli/demo/data/LICENSE-fluent-emoji.txt"):
         assert content.read(f"{info}/licenses/{licence}") == (ROOT / licence).read_bytes()
     head, _, body = content.read(f"{info}/METADATA").decode().partition("\n\n")
     assert f"\nVersion: {version}\n" in head

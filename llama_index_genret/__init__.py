@@ -7,41 +7,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_index_genret.abstention import Abstention
     from llama_index_genret.corpus import Corpus, Record, read_corpus
     from llama_index_genret.errors import GenretError
-    from llama_index_genret.image_documents import ImageDocumentParser, load_images
-    from llama_index_genret.image_index import GenerativeImageIndex
-    from llama_index_genret.image_node import GenretImageNode, ReadablePictures
-    from llama_index_genret.llms import InProcessLLM, genret_llm
-    from llama_index_genret.memory import ImageMemory, MemoryAnswer
-    from llama_index_genret.query_engine import image_query_engine
-    from llama_index_genret.retriever import GenerativeImageRetriever
+    from llama_index_genret.llamaindex.documents import ImageDocumentParser, load_images
+    from llama_index_genret.llamaindex.index import GenerativeImageIndex
+    from llama_index_genret.llamaindex.llms import InProcessLLM, genret_llm
+    from llama_index_genret.llamaindex.nodes import GenretImageNode, ReadablePictures
+    from llama_index_genret.llamaindex.query_engine import image_query_engine
+    from llama_index_genret.llamaindex.retriever import GenerativeImageRetriever
+    from llama_index_genret.llamaindex.verifier import RecallVerifier
+    from llama_index_genret.scorers.abstention import Abstention
+    from llama_index_genret.scorers.closed_book import ImageMemory, MemoryAnswer
     from llama_index_genret.scorers.fake import FakeScorer
     from llama_index_genret.search import Normalise
     from llama_index_genret.store import Index, load_index
-    from llama_index_genret.verifier import RecallVerifier
 
 _HOME = {
-    "Abstention": "abstention",
+    "Abstention": "scorers.abstention",
     "Corpus": "corpus",
     "FakeScorer": "scorers.fake",
-    "GenerativeImageIndex": "image_index",
-    "GenerativeImageRetriever": "retriever",
+    "GenerativeImageIndex": "llamaindex.index",
+    "GenerativeImageRetriever": "llamaindex.retriever",
     "GenretError": "errors",
-    "GenretImageNode": "image_node",
-    "ImageDocumentParser": "image_documents",
-    "ImageMemory": "memory",
-    "InProcessLLM": "llms",
+    "GenretImageNode": "llamaindex.nodes",
+    "ImageDocumentParser": "llamaindex.documents",
+    "ImageMemory": "scorers.closed_book",
+    "InProcessLLM": "llamaindex.llms",
     "Index": "store",
-    "MemoryAnswer": "memory",
+    "MemoryAnswer": "scorers.closed_book",
     "Normalise": "search",
-    "ReadablePictures": "image_node",
-    "RecallVerifier": "verifier",
+    "ReadablePictures": "llamaindex.nodes",
+    "RecallVerifier": "llamaindex.verifier",
     "Record": "corpus",
-    "genret_llm": "llms",
-    "image_query_engine": "query_engine",
-    "load_images": "image_documents",
+    "genret_llm": "llamaindex.llms",
+    "image_query_engine": "llamaindex.query_engine",
+    "load_images": "llamaindex.documents",
     "load_index": "store",
     "read_corpus": "corpus",
 }

@@ -15,7 +15,7 @@ from llama_index_genret.training.options import TrainOptions
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a clone's `integration` and `tests`
 
-SOURCE = Path(llama_index_genret.__file__).parent / "demo_data" / "images"
+SOURCE = Path(llama_index_genret.__file__).parent / "cli" / "demo" / "data" / "images"
 PHOTOS, INDEX, STORAGE = Path("work/photos"), Path("work/emoji-index"), Path("work/storage")
 STEPS = 90
 

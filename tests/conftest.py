@@ -55,7 +55,7 @@ def tiny_model_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_mllm(tiny_model_dir):
-    from llama_index_genret.modeling import load_mllm
+    from llama_index_genret.models.mllm import load_mllm
 
     return load_mllm(str(tiny_model_dir), device="cpu")
 
@@ -75,7 +75,7 @@ def untrained_index(request, tmp_path_factory):
 
         return load_index(Path(folder))
     from llama_index_genret.corpus import read_corpus
-    from llama_index_genret.indexing import build_index
+    from llama_index_genret.store.build import build_index
 
     pictures, tiny_mllm = request.getfixturevalue("pictures"), request.getfixturevalue("tiny_mllm")
     return build_index(read_corpus(pictures), tmp_path_factory.mktemp("untrained") / "index", tiny_mllm)
@@ -85,7 +85,7 @@ def untrained_index(request, tmp_path_factory):
 def trained_index(pictures, tiny_mllm, tmp_path_factory):
     """Trained for a moment: what it recalls is arbitrary, but it is a whole index."""
     from llama_index_genret.corpus import read_corpus
-    from llama_index_genret.indexing import build_index
+    from llama_index_genret.store.build import build_index
     from llama_index_genret.training.recipe import TrainOptions, train
 
     index = build_index(read_corpus(pictures), tmp_path_factory.mktemp("trained") / "index", tiny_mllm)
@@ -94,6 +94,6 @@ def trained_index(pictures, tiny_mllm, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained_mllm(trained_index):
-    from llama_index_genret.modeling import load_trained
+    from llama_index_genret.store.model_loading import load_trained
 
     return load_trained(trained_index, device="cpu")

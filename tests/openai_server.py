@@ -15,7 +15,7 @@ from threading import Thread
 import numpy as np
 from PIL import Image
 
-from llama_index_genret.prompts import Prompt
+from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.fake import FakeScorer
 
 ANSWER = "It is a red circle."

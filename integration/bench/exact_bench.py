@@ -12,11 +12,11 @@ import numpy as np
 
 from integration.bench.corpus import Corpus
 from integration.bench.timing import Report, options
-from llama_index_genret._reference import rank_all
-from llama_index_genret.prompts import Prompt
+from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
 from llama_index_genret.search import Ranking
+from llama_index_genret.search._reference import rank_all
 from llama_index_genret.trie import Trie, build_trie
 
 TRIES, K = 1_000, 10

@@ -18,7 +18,7 @@ import httpx
 import psutil
 
 from integration.bench.load_watch import Watch
-from llama_index_genret.serving import ServedModel
+from llama_index_genret.serving.launch import ServedModel
 
 KILLS = ("engine", "server", "stop")
 ENDED_S = {"engine": 30.0, "server": 1.0, "stop": 30.0}

@@ -19,8 +19,8 @@ import numpy as np
 from integration.bench.agreement import TOLERANCE, Ranked, disagreement
 from integration.bench.served import Site
 from llama_index_genret.corpus import Record
-from llama_index_genret.endpoint.wire import Scalar
 from llama_index_genret.scorers.base import recall
+from llama_index_genret.serving.endpoint.schema import Scalar
 from llama_index_genret.store import Index, add_images, load_index, remove_images
 from llama_index_genret.trie import LeafFilter, Trie, build_trie
 

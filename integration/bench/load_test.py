@@ -54,9 +54,9 @@ from integration.bench.load_watch import SAMPLE_EVERY_S
 from integration.bench.recall_bench import with_symbols
 from integration.bench.served import Site, queries
 from integration.bench.timing import Report
-from llama_index_genret.endpoint.limits import LIMITS_VARIABLE, Limits
-from llama_index_genret.modeling import load_mllm
-from llama_index_genret.serving import free_port
+from llama_index_genret.models.mllm import load_mllm
+from llama_index_genret.serving.endpoint.limits import LIMITS_VARIABLE, Limits
+from llama_index_genret.serving.launch import free_port
 from tests.tiny_model import make_tiny_model
 
 NAME, IMAGES, TEXTS = "pictures", 120, 12

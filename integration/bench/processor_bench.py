@@ -16,7 +16,7 @@ from integration.bench import ours
 from integration.bench.corpus import BEAMS, LEVELS, VOCAB, Corpus
 from integration.bench.peers import DictTrie
 from integration.bench.timing import Report, interleaved_wall, mean_time, options
-from llama_index_genret.huggingface import TrieLogitsProcessor
+from llama_index_genret.search.logits_processor import TrieLogitsProcessor
 
 PROMPT_LENGTH, END = 32, 2
 ROWS = (BEAMS, 64 * BEAMS)

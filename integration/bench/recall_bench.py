@@ -18,12 +18,12 @@ from integration.base_model import Recipe, default_folder, make_base_model
 from integration.bench.corpus import FIRST_TOKEN, LEVELS, SYMBOLS, Corpus
 from integration.bench.peers import DictTrie
 from integration.bench.timing import Report, interleaved_wall, options
-from llama_index_genret.huggingface import TrieLogitsProcessor
-from llama_index_genret.modeling import Mllm, load_mllm, render_prompts
-from llama_index_genret.prompts import Prompt
+from llama_index_genret.models.mllm import Mllm, load_mllm, render_prompts
+from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.search import Hit, Normalise
+from llama_index_genret.search.logits_processor import TrieLogitsProcessor
 from llama_index_genret.trie import build_trie
 
 QUERY, WIDTH, THREADS, TOLERANCE = "a dog that runs on the beach", 10, 2, 1e-3

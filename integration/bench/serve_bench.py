@@ -20,8 +20,8 @@ from integration.bench.corpus import LEVELS
 from integration.bench.recall_bench import OURS, QUERY, WIDTH, model_with_symbols
 from integration.bench.served import SHAPES, Site, body, index_name, queries, ranked
 from integration.bench.timing import Report, interleaved_wall, options
-from llama_index_genret.scorers.vllm import VllmScorer
-from llama_index_genret.serving import ServedModel
+from llama_index_genret.scorers.vllm_http import VllmScorer
+from llama_index_genret.serving.launch import ServedModel
 
 CHECKED = 3
 """Queries of every index whose answers are compared before anything is timed."""

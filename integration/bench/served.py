@@ -19,14 +19,14 @@ from integration.bench.agreement import Ranked, assert_same_ranking
 from integration.bench.corpus import Corpus
 from integration.bench.recall_bench import WIDTH
 from llama_index_genret.corpus import Record, Scalar
-from llama_index_genret.endpoint.wire import MIDDLEWARE
 from llama_index_genret.identifiers import get_scheme
-from llama_index_genret.modeling import Mllm, render_prompts
-from llama_index_genret.prompts import Prompt
+from llama_index_genret.models.mllm import Mllm, render_prompts
+from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.search import Hit, Normalise
-from llama_index_genret.serving import (
+from llama_index_genret.serving.endpoint.schema import MIDDLEWARE
+from llama_index_genret.serving.launch import (
     CPU_FLAGS,
     ServedModel,
     free_port,

@@ -17,14 +17,15 @@ import torch
 
 from integration.base_model import Recipe, default_folder, make_base_model
 from integration.bench.timing import Report, interleaved_wall, options
+from llama_index_genret.cli.demo.run import DATA
 from llama_index_genret.corpus import read_corpus
-from llama_index_genret.demo import DATA
-from llama_index_genret.indexing import build_index
-from llama_index_genret.modeling import load_base, load_mllm
-from llama_index_genret.training.batches import ExampleTensors, collate
-from llama_index_genret.training.examples import Interleaved, examples_of
+from llama_index_genret.models.mllm import load_mllm
+from llama_index_genret.store.build import build_index
+from llama_index_genret.store.model_loading import load_base
+from llama_index_genret.training.collator import ExampleTensors, collate
+from llama_index_genret.training.feature_cache import cached_tower
 from llama_index_genret.training.recipe import TrainOptions, _adapted, _fast_symbol_rows, _summed_loss
-from llama_index_genret.training.tower_cache import cached_tower
+from llama_index_genret.training.tasks import Interleaved, examples_of
 
 BATCHES, BATCH = 4, 20
 OURS, FULL, NO_CACHE = "targets only", "every position", "every position, no cached tower, PEFT's symbol rows"

@@ -16,22 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from integration.faults.syscalls import wait_for_child
-from llama_index_genret import cli, modeling
-from llama_index_genret.batch import open_batch
+from llama_index_genret import cli
 from llama_index_genret.errors import GenretError
-from llama_index_genret.prompts import Prompt
-from llama_index_genret.pseudo_queries import Answer, WriteOptions, open_writing
+from llama_index_genret.models import mllm
+from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
-from llama_index_genret.store import load_index
-from llama_index_genret.store.folder import MANIFEST
+from llama_index_genret.serving.batch import open_batch
+from llama_index_genret.store import load_index, model_loading
+from llama_index_genret.store.manifest import MANIFEST
 from llama_index_genret.training import checkpoints  # noqa: F401  # loads the Trainer before a process is forked
+from llama_index_genret.training.pseudo_queries import Answer, WriteOptions, open_writing
 from llama_index_genret.training.recipe import TrainOptions, train
 from tests.conftest import draw_pictures
 from tests.tiny_model import make_tiny_model
 
 OPTIONS = TrainOptions(max_steps=4, batch_size=2, lora_rank=2, checkpoint_every=2)
 State = dict[str, Any]
+
+LOADING = (mllm, model_loading)
+"""Modules through which commands load a model."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,9 @@ class Workshop:
         self.queries = root / "queries.jsonl"
         self.queries.write_text("".join(f'{{"query": "picture {n}"}}\n' for n in range(9)))
         self.model = make_tiny_model(root / "model")
-        mllm = modeling.load_mllm(str(self.model), device="cpu")
-        modeling.load_mllm = lambda *_, **__: mllm  # each process has its own copy
+        loaded = mllm.load_mllm(str(self.model), device="cpu")
+        for module in LOADING:
+            module.load_mllm = lambda *_, **__: loaded  # each process has its own copy
         self._bases = {None: root / "nothing"}
         (root / "nothing").mkdir()
 

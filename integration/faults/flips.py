@@ -22,8 +22,8 @@ import numpy as np
 from integration.faults.commands import OPTIONS, Workshop, Writer, genret, state_of
 from integration.faults.syscalls import wait_for_child
 from llama_index_genret.errors import StoreError
-from llama_index_genret.pseudo_queries import WriteOptions, open_writing
 from llama_index_genret.store import load_index
+from llama_index_genret.training.pseudo_queries import WriteOptions, open_writing
 from llama_index_genret.training.recipe import train
 
 KINDS = ("bit", "byte", "block of zeros", "cut")

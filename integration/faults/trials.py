@@ -21,7 +21,7 @@ from typing import Any
 from integration.faults.commands import Command, State, Workshop, fingerprint, genret, names_in, state_of
 from integration.faults.power import Disk
 from integration.faults.syscalls import GO, GROWS, KILL, KILL_HALF, Event, Outcome, supervised, wait_for_child
-from llama_index_genret.store import folder
+from llama_index_genret.store import manifest
 
 UNFINISHED = ("index/training", "index/pseudo_queries.jsonl.part", "hits.jsonl.part")
 """What a run that is to go on may leave."""
@@ -230,7 +230,7 @@ KINDS: dict[str, Callable[[Trials], Found]] = {
 
 
 def _remove_one(trials: Trials) -> None:
-    folder.LOCK_WAIT_S = 0.0
+    manifest.LOCK_WAIT_S = 0.0
     genret("remove", trials.place / "index", REMOVED)
 
 

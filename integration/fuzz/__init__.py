@@ -2,7 +2,7 @@
 
     python -m integration.fuzz TARGET --seconds 600 --corpus DIR
 
-`tests/test_fuzz_findings.py` replays what was found, without atheris.
+`tests/guarantees/test_fuzz_findings.py` replays what was found, without atheris.
 """
 
 from importlib import import_module

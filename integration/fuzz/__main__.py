@@ -1,7 +1,8 @@
 """Coverage-guided fuzzing with atheris (libFuzzer) of one target, for a bounded time.
 
 DIR keeps what reaches new code, and `crash-*` what fails: minimise it, mend the code, then move it to
-`tests/fuzz_findings/TARGET/`. Exits with another status than 0 where something failed, or took longer than TIMEOUT_S.
+`tests/guarantees/fuzz_findings/TARGET/`. Exits with a non-zero status where something failed, or took longer than
+TIMEOUT_S.
 """
 
 import argparse

@@ -6,10 +6,10 @@ What is read must be read again from the queries written as JSON.
 import json
 
 from integration.fuzz.small_index import scratch, small_corpus
-from llama_index_genret.batch import read_rows
 from llama_index_genret.errors import CorpusError
-from llama_index_genret.evaluation import read_queries
-from llama_index_genret.pseudo_queries import read_samples
+from llama_index_genret.evaluation.queries import read_queries
+from llama_index_genret.serving.batch import read_rows
+from llama_index_genret.training.pseudo_queries import read_samples
 
 SEEDS = (
     b'{"query": "red", "file_name": "a.png"}\n\n{"query": "g", "image_id": ["third", "d"], "kind": "tag"}\n',

@@ -10,10 +10,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from integration.fuzz.small_index import small_index
-from llama_index_genret.endpoint.registry import LoadedIndex
-from llama_index_genret.endpoint.wire import RecallRequest
+from llama_index_genret.corpus.images import from_data_url, load_image
 from llama_index_genret.errors import GenretError
-from llama_index_genret.images import from_data_url, load_image
+from llama_index_genret.serving.endpoint.loaded_indexes import LoadedIndex
+from llama_index_genret.serving.endpoint.schema import RecallRequest
 
 PIXEL = b"data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 SEEDS = (

@@ -13,12 +13,12 @@ import httpx
 import numpy as np
 
 from integration.fuzz.small_index import small_index
-from llama_index_genret.endpoint.client import Query, RecallClient
 from llama_index_genret.errors import QueryError, ServerError
-from llama_index_genret.scorers.http import Server
+from llama_index_genret.scorers.http_client import Server
 from llama_index_genret.scorers.rerank import Continuation
-from llama_index_genret.scorers.vllm import VllmScorer
+from llama_index_genret.scorers.vllm_http import VllmScorer
 from llama_index_genret.search import Normalise, Row, Rows
+from llama_index_genret.serving.endpoint.client import Query, RecallClient
 from llama_index_genret.store import Scoring
 
 MODELS, COMPLETIONS, LIKELIHOODS, RECALL = b"m", b"c", b"l", b"r"

@@ -13,9 +13,10 @@ from tokenizers.models import BPE
 
 from llama_index_genret.corpus import Corpus, read_corpus
 from llama_index_genret.identifiers import ImageFacts, get_scheme
-from llama_index_genret.prompts import Blank, PromptSet
-from llama_index_genret.store import Index, ModelEntry, create_index
-from llama_index_genret.tokenization import IndexTokenizer
+from llama_index_genret.models.identity import ModelEntry
+from llama_index_genret.models.prompts import Blank, PromptSet
+from llama_index_genret.models.tokenizer import IndexTokenizer
+from llama_index_genret.store import Index, create_index
 
 ROWS = (
     {"file_name": "a.png", "text": ["red", "a red one"], "year": 1999, "public": True, "shape": "bar"},

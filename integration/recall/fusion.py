@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.corpus import Record
-from llama_index_genret.evaluation import Evaluation, Query, evaluation_by_score
+from llama_index_genret.evaluation.baselines import evaluation_by_score
+from llama_index_genret.evaluation.evaluate import Evaluation
+from llama_index_genret.evaluation.queries import Query
 
 Scores = NDArray[np.floating]
 RRF_CONSTANT = 60

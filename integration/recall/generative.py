@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.errors import QueryError
-from llama_index_genret.evaluation import Evaluation, Query, evaluation_of, levels_kept, recall_in_batches
-from llama_index_genret.prompts import Prompt
+from llama_index_genret.evaluation.evaluate import Evaluation, evaluation_of, levels_kept, recall_in_batches
+from llama_index_genret.evaluation.queries import Query
+from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer
-from llama_index_genret.scorers.watching import WatchingScorer
+from llama_index_genret.scorers.recording import WatchingScorer
 from llama_index_genret.search import Hit
 from llama_index_genret.store import Index
 

@@ -29,14 +29,18 @@ from integration.recall.peers import MiniLm, neighbour_scores
 from integration.recall.query_sets import QUERY_SETS, RECALLS, QuerySet
 from integration.recall.train import LAYERS, TRAINED_LAYERS, recipe
 from llama_index_genret.corpus import Corpus, Record, read_corpus
-from llama_index_genret.evaluation import Evaluation, Query, evaluation_by_score, read_queries
-from llama_index_genret.indexing import add_to_index, build_index
-from llama_index_genret.modeling import Mllm, load_mllm, load_trained, vision_features
+from llama_index_genret.evaluation.baselines import evaluation_by_score
+from llama_index_genret.evaluation.evaluate import Evaluation
+from llama_index_genret.evaluation.queries import Query, read_queries
+from llama_index_genret.models.features import vision_features
+from llama_index_genret.models.mllm import Mllm, load_mllm
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import Index, load_index
+from llama_index_genret.store.build import add_to_index, build_index
+from llama_index_genret.store.model_loading import load_trained
 from llama_index_genret.training.options import TrainOptions
 from llama_index_genret.training.recipe import train
-from llama_index_genret.training.stream import update_options
+from llama_index_genret.training.schedule import update_options
 
 MOST_LOST = 0.01
 """Goal: recall@5 that old images may lose by the update, from `trained` to `updated`."""

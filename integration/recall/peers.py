@@ -22,9 +22,12 @@ from integration.recall.corpora import default_folder as default_corpora
 from integration.recall.corpora import make_corpora
 from integration.recall.query_sets import QUERY_SETS, QuerySet, bare_records
 from llama_index_genret.corpus import Record
-from llama_index_genret.evaluation import Evaluation, Query, baseline, evaluation_by_score, read_queries
-from llama_index_genret.images import load_image
-from llama_index_genret.modeling import Mllm, load_mllm, vision_features
+from llama_index_genret.corpus.images import load_image
+from llama_index_genret.evaluation.baselines import baseline, evaluation_by_score
+from llama_index_genret.evaluation.evaluate import Evaluation
+from llama_index_genret.evaluation.queries import Query, read_queries
+from llama_index_genret.models.features import vision_features
+from llama_index_genret.models.mllm import Mllm, load_mllm
 
 Scores = NDArray[np.float32]
 Features = Callable[[Sequence[Path]], Scores]

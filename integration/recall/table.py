@@ -23,12 +23,15 @@ from integration.recall.fusion import choose_fusion
 from integration.recall.generative import prefix_survival, recall_queries
 from integration.recall.peers import Peers
 from integration.recall.query_sets import QUERY_SETS, RECALLS, QuerySet, corpus_of
-from llama_index_genret.evaluation import Evaluation, evaluation_by_score, read_queries
-from llama_index_genret.metrics import Interval, bootstrap_interval
-from llama_index_genret.modeling import load_mllm, load_trained
+from llama_index_genret.evaluation.baselines import evaluation_by_score
+from llama_index_genret.evaluation.evaluate import Evaluation
+from llama_index_genret.evaluation.metrics import Interval, bootstrap_interval
+from llama_index_genret.evaluation.queries import read_queries
+from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.scorers.base import Scorer
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import Index, load_index
+from llama_index_genret.store.model_loading import load_trained
 
 BEAM, EXACT, HYBRID = "beam 10", "exact", "hybrid"
 COLUMNS = (*RECALLS, "mrr")

@@ -15,9 +15,9 @@ from integration.recall.corpora import default_folder, make_corpora
 from integration.recall.definitions import definitions
 from integration.recall.peers import minilm_folder
 from llama_index_genret.corpus import read_corpus
-from llama_index_genret.indexing import build_index
-from llama_index_genret.modeling import load_mllm
+from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.store import Index, load_index
+from llama_index_genret.store.build import build_index
 from llama_index_genret.training.recipe import TrainOptions, train
 
 LAYERS = 30

@@ -16,9 +16,9 @@ from integration.reproduce.karpathy import Karpathy
 from integration.reproduce.runs import bar, write_whole
 from llama_index_genret.corpus import Corpus, Record
 from llama_index_genret.errors import TrainingError
-from llama_index_genret.indexing import build_index
-from llama_index_genret.modeling import load_mllm
+from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.store import load_index
+from llama_index_genret.store.build import build_index
 
 STYLE_SAMPLES = 200
 """Captions of train images that the model is shown in turns."""

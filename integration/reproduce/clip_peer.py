@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from integration.reproduce.karpathy import Karpathy
 from integration.reproduce.runs import DEPTH, POOLS, Pool, Ranked, bar, write_whole
-from llama_index_genret.images import load_image
+from llama_index_genret.corpus.images import load_image
 
 BATCH = 64
 Vectors = NDArray[np.float32]

@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llama_index_genret.corpus import Record
+from llama_index_genret.corpus.images import decode_image, image_sha256
 from llama_index_genret.errors import CorpusError
-from llama_index_genret.images import decode_image, image_sha256
 
 TRAIN = ("train", "restval")
 """Splits whose captions are trained on. The captions of all others are queries, and nothing else."""

@@ -21,7 +21,7 @@ from llama_index_genret.corpus import Record
 from llama_index_genret.errors import TrainingError
 from llama_index_genret.identifiers import get_scheme
 from llama_index_genret.store import Index
-from llama_index_genret.training.examples import examples_of
+from llama_index_genret.training.tasks import examples_of
 
 Protocol = Literal["transductive", "inductive"]
 PROTOCOLS: tuple[Protocol, ...] = ("transductive", "inductive")

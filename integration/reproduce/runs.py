@@ -23,14 +23,15 @@ from tqdm import tqdm
 
 from integration.reproduce.karpathy import Karpathy
 from integration.reproduce.protocols import Plan, check_no_leak
-from llama_index_genret.batch import open_batch
 from llama_index_genret.corpus import Corpus
 from llama_index_genret.errors import TrainingError
 from llama_index_genret.identifiers.diagnostics import diagnose
-from llama_index_genret.indexing import add_to_index, build_index, needs_features
-from llama_index_genret.modeling import load_base, load_mllm, load_trained
+from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.serving.batch import open_batch
 from llama_index_genret.store import Index, load_index
+from llama_index_genret.store.build import add_to_index, build_index, needs_features
+from llama_index_genret.store.model_loading import load_base, load_trained
 from llama_index_genret.store.weights import ADAPTER, MODEL
 from llama_index_genret.training.recipe import TrainOptions, train
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from integration.reproduce.published import Published, published
 from integration.reproduce.runs import DEPTH, Ranked
-from llama_index_genret.metrics import bootstrap_interval
+from llama_index_genret.evaluation.metrics import bootstrap_interval
 
 REAL_POOLS = {"flickr30k": (1_000, 31_014), "coco": (5_000, 123_287)}
 """Images of the test split and of the whole dataset, as published work has them."""

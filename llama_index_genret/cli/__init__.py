@@ -11,7 +11,9 @@ from typing import NoReturn
 
 import typer
 
-from llama_index_genret.cli import browse, deploy, edit, learn, look, recall
+from llama_index_genret.cli import evaluate, index, recall, serve, train
+from llama_index_genret.cli.browse.command import browse
+from llama_index_genret.cli.demo.command import demo
 from llama_index_genret.cli.output import log, take_any_character, visible
 from llama_index_genret.errors import GenretError
 
@@ -19,21 +21,21 @@ app = typer.Typer(
     help="A multimodal LLM that has memorised your images.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 
-app.command()(edit.index)
-app.command()(learn.write_queries)
-app.command()(learn.train)
-app.command()(edit.add)
-app.command()(edit.remove)
+app.command()(index.index)
+app.command()(train.write_queries)
+app.command()(train.train)
+app.command()(index.add)
+app.command()(index.remove)
 app.command()(recall.query)
 app.command()(recall.ask)
-app.command(name="eval")(look.evaluate)
-app.command()(learn.tune)
+app.command(name="eval")(evaluate.evaluate)
+app.command()(train.tune)
 app.command()(recall.batch)
-app.command()(browse.browse)
-app.command()(deploy.export)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(deploy.serve)
-app.command()(edit.inspect)
-app.command()(look.demo)
+app.command()(browse)
+app.command()(serve.export)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.serve)
+app.command()(index.inspect)
+app.command()(demo)
 
 
 def main() -> NoReturn:

@@ -17,18 +17,18 @@ VLLM_ENVIRONMENT = {
 def open_scorer(loaded: Index, server: str | None, api_key: str, model: str | None, device: str) -> Any:
     """A `VllmScorer` where a server is named, else a `TransformersScorer`."""
     if server:
-        from llama_index_genret.scorers.vllm import VllmScorer
+        from llama_index_genret.scorers.vllm_http import VllmScorer
 
         return VllmScorer(server, api_key=api_key, weights_id=loaded.weights_id)
-    from llama_index_genret.modeling import load_trained
     from llama_index_genret.scorers.transformers import TransformersScorer
+    from llama_index_genret.store.model_loading import load_trained
 
     return TransformersScorer(load_trained(loaded, device=device, base=model))
 
 
 def open_llm(scorer: Any, server: str | None, api_key: str) -> Any:
     """The LLM that answers with the model of `open_scorer`."""
-    from llama_index_genret.llms import InProcessLLM, genret_llm
+    from llama_index_genret.llamaindex.llms import InProcessLLM, genret_llm
 
     if server:
         return genret_llm(server, model=scorer.served_model(), api_key=api_key)
@@ -39,7 +39,7 @@ def open_offline_scorer(loaded: Index, options: dict[str, Any]) -> Any:
     """vLLM in this process, with the index's trained weights."""
     prepare_vllm()
     from llama_index_genret.scorers.vllm_offline import VllmOfflineScorer
-    from llama_index_genret.serving import served_checkpoint
+    from llama_index_genret.serving.launch import served_checkpoint
 
     return VllmOfflineScorer.load(served_checkpoint(loaded), **options)
 
@@ -52,6 +52,6 @@ def prepare_vllm() -> None:
 
 def open_endpoint(loaded: Index, scorer: Any) -> Any:
     """One request instead of one a step, where the server has the endpoint."""
-    from llama_index_genret.endpoint.client import RecallClient
+    from llama_index_genret.serving.endpoint.client import RecallClient
 
     return RecallClient(loaded, scorer.server)

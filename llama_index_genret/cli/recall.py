@@ -51,9 +51,9 @@ def query(
     as_json: Json = False,
 ) -> None:
     """Recall images for a text, for a picture, or for both."""
-    from llama_index_genret.endpoint.client import Query
     from llama_index_genret.scorers.base import recall
-    from llama_index_genret.scorers.ranked import ranking_options
+    from llama_index_genret.scorers.rerank import ranking_options
+    from llama_index_genret.serving.endpoint.client import Query
 
     loaded = load_index(index_dir)
     conditions = loaded.text_filter(parse_filters(filters)) if filters else None
@@ -89,8 +89,8 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Recall images, let the same model look at them, and answer; the sources are named."""
-    from llama_index_genret.query_engine import image_query_engine
-    from llama_index_genret.retriever import GenerativeImageRetriever
+    from llama_index_genret.llamaindex.query_engine import image_query_engine
+    from llama_index_genret.llamaindex.retriever import GenerativeImageRetriever
 
     loaded = load_index(index_dir)
     scorer = open_scorer(loaded, server, api_key, model, device)
@@ -136,7 +136,7 @@ def batch(
     as_json: Json = False,
 ) -> None:
     """Recall images for a whole file of queries. Killed, the same command goes on where it stopped."""
-    from llama_index_genret.batch import open_batch
+    from llama_index_genret.serving.batch import open_batch
 
     if offline and (server or model or device != "auto"):
         raise typer.BadParameter("--offline takes no --server, --model or --device: vLLM runs where it was built for")

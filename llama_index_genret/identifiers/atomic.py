@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from llama_index_genret.identifiers.base import Identifier, register_scheme
-from llama_index_genret.identifiers.numbers import CountingScheme
+from llama_index_genret.identifiers.numeric import CountingScheme
 
 
 @register_scheme("atomic")

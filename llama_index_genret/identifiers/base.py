@@ -123,7 +123,7 @@ def get_scheme(name: str, **options: Any) -> Scheme:
     Raises:
         IdentifierError: nobody registered the name, or the scheme does not take the options.
     """
-    from llama_index_genret.identifiers import atomic, numbers, semantic, structured  # noqa: F401  they register
+    from llama_index_genret.identifiers import atomic, numeric, semantic, structured  # noqa: F401  they register
 
     if name not in _SCHEMES:
         raise IdentifierError(f"there is no scheme {name!r}: choose one of {sorted(_SCHEMES)}.")

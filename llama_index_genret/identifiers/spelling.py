@@ -11,7 +11,7 @@ from typing import Literal
 
 from llama_index_genret.errors import IdentifierCollision, IdentifierError
 from llama_index_genret.identifiers.base import Identifier, Scheme
-from llama_index_genret.tokenization import IndexTokenizer
+from llama_index_genret.models.tokenizer import IndexTokenizer
 
 Alphabet = Literal["new", "existing"]
 """Where a scheme's new symbols come from: tokens added to the tokenizer, or words that its vocabulary has."""

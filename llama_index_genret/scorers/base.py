@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_index_genret.prompts import Prompt
+from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.rerank import Continuation, Float64, Rerank
 from llama_index_genret.search import Normalise, Ranking, Rows, search
 from llama_index_genret.trie import LeafFilter, LiveTrie, Trie, TriePrior

@@ -19,9 +19,9 @@ from itertools import chain
 
 import numpy as np
 
-from llama_index_genret.abstention import Signals, log_odds
 from llama_index_genret.errors import QueryError
-from llama_index_genret.prompts import Prompt
+from llama_index_genret.models.prompts import Prompt
+from llama_index_genret.scorers.abstention import Signals, log_odds
 from llama_index_genret.scorers.base import AsyncScorer, Scorer, Scores
 from llama_index_genret.scorers.rerank import Continuation, Float64, checked_likelihoods
 from llama_index_genret.search import Hit, Normalise, Row, Rows, checked

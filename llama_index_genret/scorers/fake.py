@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llama_index_genret.prompts import Prompt
+from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session
 from llama_index_genret.scorers.rerank import Continuation, Float64
 from llama_index_genret.search import Normalise, Rows

@@ -1,8 +1,9 @@
-"""Ranking the best hits of a search anew, by how probable the query is given each: log p(query | image).
+"""Rerank the best hits of a search by log p(query | image), the probability of the query given each image.
 
-The model says the query's own words after the prompt that names the image by its identifier, or that shows it. Pure
-functions: `scorers.base` asks the session in between.
+The model scores the words of the query after a prompt that either names the image by its identifier or shows it.
+`ranking_options` turns the `Scoring` of an index into the arguments of `recall`.
 
+Depends on the index; independent of models: `scorers.base` queries the session in between.
 Source: reverse re-ranking of TIGeR (arXiv:2406.05814), with the model's own describe and answer prompts.
 """
 
@@ -10,13 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.errors import NotANumber, QueryError
-from llama_index_genret.prompts import Prompt
+from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.search import Hit, Ranking
+from llama_index_genret.store import Index, Scoring
+from llama_index_genret.trie import TriePrior
 
 Float64 = NDArray[np.float64]
 
@@ -102,3 +107,21 @@ def rescored(hits: Sequence[Hit], log_likelihoods: Float64, weight: float) -> tu
     ranked_by = before + weight * (log_likelihoods - (mean if np.isfinite(mean) else 0.0))
     order = np.argsort(-ranked_by, kind="stable")
     return tuple(hits[row]._replace(ranked_by=float(ranked_by[row])) for row in order)
+
+
+class RankingOptions(TypedDict):
+    """Arguments of `recall` and `arecall`."""
+
+    prior: TriePrior | None
+    eta: float
+    rerank: Rerank | None
+
+
+def ranking_options(index: Index, scoring: Scoring) -> RankingOptions:
+    """The arguments with which `recall` ranks so; without a prior where `eta` is 0."""
+    told = partial(index.describing_prompt, by=scoring.rerank_by)
+    return {
+        "prior": index.prior if scoring.eta else None,
+        "eta": scoring.eta,
+        "rerank": Rerank(scoring.rerank, scoring.rerank_weight, told) if scoring.rerank else None,
+    }

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from llama_index_genret.corpus.images import load_image
 from llama_index_genret.errors import ModelError
-from llama_index_genret.images import load_image
-from llama_index_genret.modeling import Mllm
-from llama_index_genret.prompts import Prompt
+from llama_index_genret.models.mllm import Mllm
+from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session, ThreadSession
-from llama_index_genret.scorers.packed_weights import PackedLinear, PackedModel, packed_linear
+from llama_index_genret.scorers.onednn_linear import PackedLinear, PackedModel, packed_linear
 from llama_index_genret.scorers.rerank import Continuation, Float64
 from llama_index_genret.search import Normalise, Row, Rows
 

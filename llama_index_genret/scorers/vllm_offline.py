@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from llama_index_genret.corpus.images import load_image
 from llama_index_genret.errors import MissingExtra, ModelError, QueryError
-from llama_index_genret.images import load_image
-from llama_index_genret.prompts import PREFIX_BLOCK, Prompt
+from llama_index_genret.models.prompts import PREFIX_BLOCK, Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session, ThreadSession
 from llama_index_genret.scorers.rerank import Continuation, Float64
-from llama_index_genret.scorers.vllm import ROOM_FOR_IDENTIFIER, parts_of
+from llama_index_genret.scorers.vllm_http import ROOM_FOR_IDENTIFIER, parts_of
 from llama_index_genret.scorers.vllm_request import likelihood, log_likelihood, scores, scoring
 from llama_index_genret.search import Normalise, Rows
 

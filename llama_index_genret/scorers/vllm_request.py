@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_index_genret.errors import MissingExtra, ServerError
-from llama_index_genret.scorers.vllm import Part
+from llama_index_genret.scorers.vllm_http import Part
 
 try:
     from vllm import SamplingParams

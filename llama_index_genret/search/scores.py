@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.errors import NotANumber, SearchError
-from llama_index_genret.search.interface import Float64, Int64, Normalise
+from llama_index_genret.search.protocol import Float64, Int64, Normalise
 
 
 def checked(scores: NDArray[np.floating], offsets: Int64) -> NDArray[np.floating]:

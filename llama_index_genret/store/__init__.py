@@ -7,14 +7,20 @@ INDEX/data-<12 hex>/     what one write added: records.jsonl, trie.bin, edits.sa
                          prior.npy; files of earlier writes stay where they are while the manifest names them
 """
 
-from llama_index_genret.store.edit import add_images, remove_images, store_pseudo_queries
+from llama_index_genret.store.edits import add_images, remove_images, store_pseudo_queries
 from llama_index_genret.store.filters import MetadataFilter, MetadataFilters
-from llama_index_genret.store.folder import PICTURES, FileEntry, Manifest, ModelEntry, check_free, read_manifest
 from llama_index_genret.store.index import Index, create_index, load_index
-from llama_index_genret.store.learnt import drop_update, store_adapter, store_tuned, store_update
+from llama_index_genret.store.manifest import PICTURES, FileEntry, Manifest, check_free, read_manifest
+from llama_index_genret.store.pseudo_queries import (
+    PSEUDO_QUERIES,
+    Provenance,
+    PseudoQuery,
+    WrittenQueries,
+    text_key,
+)
+from llama_index_genret.store.save_weights import drop_update, store_adapter, store_tuned, store_update
 from llama_index_genret.store.scoring import Scoring, ScoringChoice, Tuned
 from llama_index_genret.store.weights import NewRows
-from llama_index_genret.store.written import PSEUDO_QUERIES, Provenance, PseudoQuery, WrittenQueries, text_key
 
 __all__ = [
     "PICTURES",
@@ -24,7 +30,6 @@ __all__ = [
     "Manifest",
     "MetadataFilter",
     "MetadataFilters",
-    "ModelEntry",
     "NewRows",
     "Provenance",
     "PseudoQuery",

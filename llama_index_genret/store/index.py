@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from llama_index_genret.corpus import Record
-from llama_index_genret.durable import make_folder, writing
 from llama_index_genret.errors import (
     IdentifierError,
     IndexChanged,
@@ -27,22 +26,25 @@ from llama_index_genret.errors import (
     ModelMismatch,
     NotWritten,
 )
+from llama_index_genret.files import make_folder, writing
 from llama_index_genret.identifiers import Alphabet, Identifier, Scheme, get_scheme
-from llama_index_genret.prompts import Prompt, PromptSet
+from llama_index_genret.models.identity import ModelEntry
+from llama_index_genret.models.prompts import Prompt, PromptSet
+from llama_index_genret.models.tokenizer import IndexTokenizer
 from llama_index_genret.search import Hit
-from llama_index_genret.store.arrays import read_npy, read_safetensors
+from llama_index_genret.store.array_files import read_npy, read_safetensors
 from llama_index_genret.store.filters import Columns, MetadataFilters, Value
-from llama_index_genret.store.folder import (
+from llama_index_genret.store.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     Manifest,
-    ModelEntry,
     check_free,
     commit,
     only_writer_of,
     read_manifest,
     verify,
 )
+from llama_index_genret.store.pseudo_queries import PSEUDO_QUERIES, PseudoQuery, WrittenQueries, read_written
 from llama_index_genret.store.records import RECORDS, read_records, write_records
 from llama_index_genret.store.scoring import RerankBy, Scoring, ScoringChoice
 from llama_index_genret.store.weights import (
@@ -55,8 +57,6 @@ from llama_index_genret.store.weights import (
     read_images,
     weights_id,
 )
-from llama_index_genret.store.written import PSEUDO_QUERIES, PseudoQuery, WrittenQueries, read_written
-from llama_index_genret.tokenization import IndexTokenizer
 from llama_index_genret.trie import (
     LeafFilter,
     LiveTrie,

@@ -24,8 +24,8 @@ from safetensors.numpy import save_file
 
 from llama_index_genret.corpus import Record
 from llama_index_genret.identifiers import Identifier
-from llama_index_genret.store.arrays import read_safetensors
-from llama_index_genret.store.folder import FileEntry
+from llama_index_genret.store.array_files import read_safetensors
+from llama_index_genret.store.manifest import FileEntry
 
 ADAPTER, UPDATE = "adapter/", "update/"
 """Prefixes of the logical names of an adapter's files."""

@@ -16,8 +16,8 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import Trainer
 
-from llama_index_genret.durable import make_folder, sync, sync_tree
 from llama_index_genret.errors import NotWritten
+from llama_index_genret.files import make_folder, sync, sync_tree
 
 _TORCH_SAVE = ("inline_container", "iostream", "PytorchStreamWriter")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

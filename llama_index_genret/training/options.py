@@ -11,7 +11,7 @@ from math import inf
 from typing import Literal
 
 from llama_index_genret.errors import TrainingError
-from llama_index_genret.training.examples import MIX, Task
+from llama_index_genret.training.tasks import MIX, Task
 
 LARGEST_RANK = 4096
 """Of LoRA matrices: as many as a large model's hidden features."""

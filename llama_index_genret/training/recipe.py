@@ -21,18 +21,17 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from llama_index_genret.durable import only_writer, writing
 from llama_index_genret.errors import MissingExtra, TrainingError
-from llama_index_genret.modeling import Mllm, load_base, load_trained
+from llama_index_genret.files import only_writer, writing
+from llama_index_genret.models.mllm import Mllm
 from llama_index_genret.store import PSEUDO_QUERIES, Index, load_index, store_adapter, store_update
+from llama_index_genret.store.model_loading import load_base, load_trained
 from llama_index_genret.store.weights import ADAPTER, NEW_ROWS
-from llama_index_genret.training.batches import IGNORED, ExampleTensors, collate
-from llama_index_genret.training.layer_cache import cached_layers
+from llama_index_genret.training.collator import IGNORED, ExampleTensors, collate
+from llama_index_genret.training.feature_cache import cached_layers, cached_tower
 from llama_index_genret.training.options import TrainOptions
-from llama_index_genret.training.replay import Replayed, drawn_in_turns
-from llama_index_genret.training.stream import added_rows, stream, update_options
-from llama_index_genret.training.symbol_start import start_symbols, teachers
-from llama_index_genret.training.tower_cache import cached_tower
+from llama_index_genret.training.schedule import Replayed, added_rows, drawn_in_turns, stream, update_options
+from llama_index_genret.training.symbol_init import start_symbols, teachers
 
 try:
     from accelerate import PartialState

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_index_genret.durable import write_file
 from llama_index_genret.errors import IndexDamaged, IndexVersionError
+from llama_index_genret.files import write_file
 from llama_index_genret.trie.flat import DTYPES, Trie
 
 _MAGIC, _VERSION, _ALIGNMENT = b"genrTRIE", 2, 64

@@ -1,0 +1,114 @@
+"""How a search spelled an identifier: at each level the children that it considered, with their probabilities.
+
+Knows indexes and what a `WatchingScorer` noted; nothing of models or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_index_genret.scorers.recording import Prefix, Step
+from llama_index_genret.search import Hit
+from llama_index_genret.store import Index
+from llama_index_genret.trie import LeafFilter, LiveTrie, Nodes
+
+SHOWN = 6
+"""Most probable children of a level that are told one by one."""
+
+EXAMPLES = 3
+"""Images shown of those below a child."""
+
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One child of a prefix.
+
+    symbol: as people read it; "" closes the identifier. probability: given the prefix, over all its children.
+    images: how many lie below it, of which `allowed` pass the filters; `examples` are ids of some that pass.
+    """
+
+    symbol: str
+    probability: float
+    chosen: bool
+    images: int
+    allowed: int
+    examples: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Level:
+    """The step from one prefix of an identifier to the next.
+
+    choices: the most probable `SHOWN` of `children`, and the chosen one; `rest` is the probability of the others.
+    asked: whether the model was; of an only child it is not, whose probability is 1.
+    """
+
+    choices: tuple[Choice, ...]
+    children: int
+    rest: float
+    asked: bool
+
+
+def probabilities(steps: Sequence[Step]) -> dict[Prefix, NDArray[np.float64]]:
+    """Of every prefix that a search of one query expanded: the probabilities of its children, by ascending token id."""
+    found = {}
+    for step in steps:
+        for row, score in zip(step.rows, step.rows.split(np.asarray(step.scores, np.float64)), strict=True):
+            weights = np.exp(score - score.max())
+            found[row.prefix] = weights / weights.sum()
+    return found
+
+
+def spelled(
+    index: Index, hit: Hit, expanded: dict[Prefix, NDArray[np.float64]], allowed: LeafFilter | None
+) -> tuple[Level, ...]:
+    """The levels of a hit's identifier, first symbol first.
+
+    Args:
+        expanded: of `probabilities`, of the search that found the hit.
+        allowed: the leaves that pass the query's filters; None for all.
+    """
+    trie, nodes, levels = index.trie, index.trie.roots(1), []
+    for depth, token in enumerate(hit.token_ids):
+        children = trie.expand(nodes)
+        place = int(np.searchsorted(children.token_ids, token))
+        given = expanded.get(hit.token_ids[:depth])
+        probability = np.ones(1) if given is None else given
+        shown = np.argsort(-probability, kind="stable")[:SHOWN].tolist()
+        shown += [] if place in shown else [place]
+        choices = []
+        for entry in shown:
+            below = leaves_below(trie, children.take(np.array([entry])))
+            passing = below if allowed is None else below[allowed.contains(below)]
+            examples = tuple(index.records[row].image_id for row in trie.key(passing[:EXAMPLES]).tolist())
+            symbol = _read(index, int(children.token_ids[entry]))
+            counts = len(below), len(passing)
+            choices.append(Choice(symbol, float(probability[entry]), entry == place, *counts, examples))
+        rest = max(0.0, 1.0 - sum(choice.probability for choice in choices))
+        levels.append(Level(tuple(choices), len(children.token_ids), rest, given is not None))
+        nodes = children.take(np.array([place]))
+    return tuple(levels)
+
+
+def leaves_below(trie: LiveTrie, nodes: Nodes) -> Int64:
+    """The live leaves below one node, ascending."""
+    parts = [(trie.base, nodes.base, 0)]
+    if trie.added is not None and nodes.added is not None:
+        parts.append((trie.added, nodes.added, trie.base.n_leaves))
+    found = []
+    for part, node, start in parts:
+        if node[0] >= 0:
+            (low,), (high,) = part.leaf_range(node)
+            found.append(np.arange(low, high) + start)
+    leaves = np.concatenate(found)
+    return leaves if trie.live is None else np.asarray(leaves[trie.live.contains(leaves)], np.int64)
+
+
+def _read(index: Index, token_id: int) -> str:
+    return "" if token_id == index.end_token else index.tokenizer.read(index.tokenizer.pieces([token_id]))

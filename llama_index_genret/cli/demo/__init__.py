@@ -1,0 +1,1 @@
+"""`genret demo`: images in the package, indexed, trained and asked."""

@@ -1,0 +1,75 @@
+"""Commands to look at what a model recalls: measured, or on the images in the package."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llama_index_genret.cli.models import open_scorer
+from llama_index_genret.cli.options import (
+    ApiKey,
+    BaseModel,
+    Device,
+    Eta,
+    IndexDir,
+    Json,
+    Reranked,
+    RerankedBy,
+    RerankWeight,
+    Server,
+    scoring_choice,
+)
+from llama_index_genret.cli.output import bar, emit, log, n_pseudo_queries, new_table
+from llama_index_genret.store import load_index
+
+
+def evaluate(
+    index_dir: IndexDir,
+    queries: Annotated[Path, typer.Argument(metavar="QUERIES.jsonl")],
+    server: Server = None,
+    baselines: Annotated[str, typer.Option(help="Comma-separated, of: bm25, tfidf.")] = "",
+    report: Annotated[
+        Path | None, typer.Option(help="Write one HTML page: figures, charts, pictures. Needs [eval].")
+    ] = None,
+    eta: Eta = None,
+    rerank: Reranked = None,
+    rerank_weight: RerankWeight = None,
+    rerank_by: RerankedBy = None,
+    api_key: ApiKey = "EMPTY",
+    model: BaseModel = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure recall on held-out queries."""
+    from llama_index_genret.evaluation.baselines import baseline
+    from llama_index_genret.evaluation.evaluate import evaluate, n_written_by_a_model
+    from llama_index_genret.evaluation.queries import read_queries
+    from llama_index_genret.evaluation.report import write_evaluation_report
+
+    if report:
+        import_module("llama_index_genret.evaluation.charts")  # refuses now, not after an hour of recalling
+
+    loaded = load_index(index_dir)
+    wanted = read_queries(queries, loaded.records)
+    peers = {name: baseline(name, loaded.records, wanted) for name in filter(None, baselines.split(","))}
+    seen = n_written_by_a_model(loaded, wanted)
+    if seen:
+        log.print(f"{seen} of the queries are pseudo-queries of the index, and not held out", style="yellow")
+    written = {"pseudo_queries": n_pseudo_queries(loaded), "queries_among_them": seen}
+    scoring = loaded.scoring(scoring_choice(eta, rerank, rerank_weight, rerank_by))
+    scorer = open_scorer(loaded, server, api_key, model, device)
+    evaluation = evaluate(loaded, scorer, wanted, progress=bar("Recalling"), scoring=scoring)
+    figures = {**evaluation.figures(), "scoring": dataclasses.asdict(scoring)}
+    table = new_table("", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", title=f"{figures['n']} queries")
+    for name, row in {"generative": figures, **{n: p.figures() for n, p in peers.items()}}.items():
+        bounds = {column: " [{:.3f}, {:.3f}]".format(*interval) for column, interval in row["interval"].items()}
+        columns = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
+        table.add_row(name, *(f"{row[column]:.3f}{bounds.get(column, '')}" for column in columns))
+    emit(as_json, {**figures, **written, "baselines": {name: peer.figures() for name, peer in peers.items()}}, table)
+    if report:
+        write_evaluation_report(report, loaded, evaluation, baselines=peers)
+        log.print(f"report: {report}")

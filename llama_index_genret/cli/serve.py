@@ -1,0 +1,57 @@
+"""Commands that bring an index to a server."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llama_index_genret.cli.options import IndexDir, Json
+from llama_index_genret.cli.output import emit, log, new_table
+from llama_index_genret.store import load_index
+
+
+def export(
+    index_dir: IndexDir,
+    out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Write the trained model, merged, as a checkpoint that plain vLLM serves."""
+    from llama_index_genret.serving.export import export_checkpoint
+
+    written = export_checkpoint(load_index(index_dir), out, dtype=dtype)
+    table = new_table("checkpoint", "serve with")
+    table.add_row(str(written), f"vllm serve {written} --max-logprobs -1")
+    emit(as_json, {"checkpoint": str(written)}, table)
+
+
+def serve(
+    context: typer.Context,
+    index_dir: IndexDir,
+    also: Annotated[list[Path] | None, typer.Option(help="Another index, on the same model; may be repeated.")] = None,
+    adapters: Annotated[
+        bool,
+        typer.Option(
+            "--adapters", help="Recall by LoRA adapters, answer by the base model; for `--alphabet existing`."
+        ),
+    ] = False,
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    dtype: Annotated[str, typer.Option(help="Of the merged weights: float32 or bfloat16.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Serve indexes and their model with vLLM. What stands after `--` goes to vLLM as it is."""
+    from llama_index_genret.serving.launch import serve_command, serve_environment, shown_command
+
+    indexes = [load_index(folder) for folder in (index_dir, *(also or ()))]
+    os.environ.update(serve_environment(indexes))
+    command = serve_command(indexes, host=host, port=port, dtype=dtype, adapters=adapters, vllm_flags=context.args)
+    shown = shown_command(command)
+    if as_json:
+        print(json.dumps({"api_base": f"http://{host}:{port}/v1", "command": shown}), flush=True)
+    log.print(" ".join(shown), style="dim")
+    os.execv(command[0], command)

@@ -1,0 +1,222 @@
+"""Commands that change what the model knows: queries to train on, training, tuning."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llama_index_genret.cli.models import open_scorer, prepare_vllm
+from llama_index_genret.cli.options import (
+    ApiKey,
+    BaseModel,
+    Device,
+    IndexDir,
+    Json,
+    Offline,
+    RerankedBy,
+    Server,
+    VllmOption,
+    parse_options,
+    scoring_choice,
+)
+from llama_index_genret.cli.output import (
+    bar,
+    counting_bar,
+    emit,
+    facts_of,
+    facts_table,
+    log,
+    n_pseudo_queries,
+    new_table,
+)
+from llama_index_genret.store import Index, drop_update, load_index
+
+TUNED_FIGURES = ("recall@1", "recall@5", "recall@10", "mrr")
+
+
+def write_queries(
+    index_dir: IndexDir,
+    per_image: Annotated[int, typer.Option(min=1, help="Queries that an image should have, its captions counted.")] = 8,
+    style: Annotated[
+        Path | None, typer.Option(help="Queries of users, whose style is taken: one a line, or QUERIES.jsonl.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.05, max=2.0)] = 0.8,
+    seed: int = 0,
+    server: Annotated[
+        str | None, typer.Option(help="Address of a vLLM server of the base model: http://HOST:PORT/v1")
+    ] = None,
+    offline: Offline = False,
+    vllm_option: VllmOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that the model looks at together.")] = 8,
+    overwrite: Annotated[bool, typer.Option(help="Write for all images anew.")] = False,
+    api_key: ApiKey = "EMPTY",
+    model: Annotated[
+        str | None, typer.Option("--model", help="The base model, if it has moved; with --server, its served name.")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Let the base model write queries of images with few captions, to train on. Killed, the same command goes on.
+
+    Images that have theirs are left alone. What is written is no caption: `genret eval` compares without it.
+    """
+    from llama_index_genret.training.pseudo_queries import WriteOptions, open_writing, read_samples
+
+    if offline and (server or device != "auto"):
+        raise typer.BadParameter("--offline takes no --server or --device: vLLM runs where it was built for")
+    if vllm_option and not offline:
+        raise typer.BadParameter("--vllm-option is for --offline; a server has its own flags")
+    vllm_options = parse_options("--vllm-option", vllm_option or [])
+    loaded, samples = load_index(index_dir), read_samples(style) if style else ()
+
+    def writer() -> Any:
+        if server:
+            from llama_index_genret.training.pseudo_queries.vllm_http_writer import ServerWriter
+
+            return ServerWriter(server, model=model, api_key=api_key)
+        if offline:
+            prepare_vllm()
+            from llama_index_genret.training.pseudo_queries.vllm_offline_writer import OfflineWriter
+
+            return OfflineWriter.load(loaded, base=model, **vllm_options)
+        from llama_index_genret.store.model_loading import load_base
+        from llama_index_genret.training.pseudo_queries.transformers_writer import InProcessWriter
+
+        return InProcessWriter(loaded, load_base(loaded, device=device, base=model))
+
+    kind = "vllm.LLM" if offline else "server" if server else f"transformers on {device}"
+    options = WriteOptions(
+        per_image=per_image, temperature=temperature, seed=seed, batch_size=batch_size, overwrite=overwrite
+    )
+    with (
+        open_writing(loaded, options, samples=samples, written_by=kind) as run,
+        counting_bar("Writing", len(run.records)) as progress,
+    ):
+        summary = run.finish(writer, progress=progress)
+    if summary.short:
+        log.print(_shortfall(summary), style="yellow")
+    figures = {**dataclasses.asdict(summary), "pseudo_queries": n_pseudo_queries(load_index(index_dir))}
+    table = new_table(*figures)
+    table.add_row(*map(str, figures.values()))
+    emit(as_json, figures, table)
+
+
+def train(
+    index_dir: IndexDir,
+    update: Annotated[
+        bool,
+        typer.Option("--update", help="Learn the images added since, in an adapter on top; old ones are replayed."),
+    ] = False,
+    drop: Annotated[
+        bool, typer.Option("--drop-update", help="Go back to the weights before the update; trains nothing.")
+    ] = False,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the captions, in an update over those of the new images.")
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step, over all processes.")] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Parts in which a step is computed.")] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Less memory: compute activations again.")] = False,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of the LoRA matrices; 0.002 suits 0.1 B parameters, less suits larger models.")
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=1)] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Train only so many of the last layers.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Text encoder to imitate on any query: a folder or hub id of sentence-transformers."),
+    ] = None,
+    imitate: Annotated[
+        Path | None, typer.Option(help="More queries to imitate it on, one a line.", exists=True, dir_okay=False)
+    ] = None,
+    symbol_start: Annotated[str | None, typer.Option(help="Where new symbols start: images, teacher or noise.")] = None,
+    redrawn: Annotated[
+        int | None, typer.Option(min=0, help="Memorise so many more versions of each picture, in other styles.")
+    ] = None,
+    mix: Annotated[str | None, typer.Option(help="Examples of each task, as retrieve=8,memorise=3,answer=8.")] = None,
+    seed: int = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Teach the model the index's identifiers. Killed, the same command goes on from its last checkpoint.
+
+    Several processes, as many GPUs: accelerate launch --num_processes 4 -m llama_index_genret.cli train INDEX
+    """
+    if epochs is not None and max_steps is not None:
+        raise typer.BadParameter("give --epochs or --max-steps, not both")
+    given: dict[str, Any] = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
+    given |= {"accumulate": accumulate, "recompute": recompute or None}
+    given |= {"learning_rate": learning_rate, "lora_rank": lora_rank, "layers": layers}
+    given |= {"teacher": teacher, "symbol_start": symbol_start, "redrawn": redrawn, "mix": mix, "imitated": imitate}
+    given = {name: value for name, value in given.items() if value is not None}
+    if drop and (update or given):
+        raise typer.BadParameter("--drop-update trains nothing: give it alone")
+    if drop:
+        trained = drop_update(load_index(index_dir))
+    else:
+        trained = _trained(load_index(index_dir), given | {"seed": seed}, update=update, device=device)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        emit(as_json, facts_of(trained), facts_table(trained))
+
+
+def _trained(loaded: Index, given: dict[str, Any], *, update: bool, device: str) -> Index:
+    from llama_index_genret.corpus.jsonl import read_lines
+    from llama_index_genret.training.options import TrainOptions
+    from llama_index_genret.training.recipe import train
+    from llama_index_genret.training.schedule import update_options
+    from llama_index_genret.training.tasks import read_mix
+
+    if "mix" in given:
+        given["mix"] = read_mix(given["mix"])
+    if "imitated" in given:
+        given["imitated"] = tuple(line.strip() for line in read_lines(given["imitated"]) if line.strip())
+    if "epochs" in given:
+        given["max_steps"] = None  # an update would take over those of the training
+    options = dataclasses.replace(update_options(loaded) if update else TrainOptions(), **given)
+    return train(loaded, options, update=update, device=device)
+
+
+def tune(
+    index_dir: IndexDir,
+    queries: Annotated[Path | None, typer.Argument(metavar="VALIDATION.jsonl", help="As of `genret eval`.")] = None,
+    rerank: Annotated[
+        int, typer.Option(min=0, help="Try to rank so many of the best anew, by log p(query | image).")
+    ] = 0,
+    rerank_by: RerankedBy = None,
+    server: Server = None,
+    api_key: ApiKey = "EMPTY",
+    model: BaseModel = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compute the prior of the images, and choose on held-out queries how much of it is taken off their scores."""
+    from llama_index_genret.evaluation.queries import read_queries
+    from llama_index_genret.evaluation.tuning import tune
+
+    loaded = load_index(index_dir)
+    by = loaded.scoring(scoring_choice(rerank_by=rerank_by)).rerank_by
+    wanted = read_queries(queries, loaded.records) if queries else []
+    scorer = open_scorer(loaded, server, api_key, model, device)
+    tuned, trials = tune(loaded, scorer, wanted, rerank=rerank, rerank_by=by, progress=bar("Tuning"))
+    chosen = tuned.scoring()
+    table = new_table("eta", "rerank weight", *TUNED_FIGURES, title=f"{len(wanted)} queries; chosen: {chosen}")
+    best_last = sorted(trials, key=lambda trial: (trial.figures["mrr"], -trial.scoring.rerank_weight))
+    best = {trial.scoring.eta: trial for trial in best_last}
+    for trial in (best[eta] for eta in sorted(best)):
+        weights = (f"{trial.scoring.eta:g}", f"{trial.scoring.rerank_weight:g}" if rerank else "")
+        table.add_row(*weights, *(f"{trial.figures[name]:.3f}" for name in TUNED_FIGURES))
+    value = {"index": str(tuned.folder), "n": len(wanted), "scoring": dataclasses.asdict(chosen)}
+    emit(as_json, {**value, "trials": [trial.to_json() for trial in trials]}, table)
+
+
+def _shortfall(summary: Any) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in summary.refused.items())
+    return (
+        f"{summary.short} of {summary.images} images got fewer queries than asked for, {summary.none} of them none. "
+        f"Refused of what the model said: {reasons or 'nothing'}. A larger or trained model writes better ones; "
+        "--seed N --overwrite writes others."
+    )

@@ -1,0 +1,1 @@
+"""Measure recall, tune scoring, compare with baselines, and write the report."""

@@ -1,0 +1,173 @@
+"""From an evaluation to the page that people look at: tables, charts, and the queries worth a look.
+
+Knows evaluations and the index; nothing of HTML or models. Charts need the extra `eval`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_index_genret.corpus import Record
+from llama_index_genret.evaluation.evaluate import Evaluation
+from llama_index_genret.evaluation.html_page import (
+    Cell,
+    Chart,
+    QueryGroup,
+    ReportAnswer,
+    ReportHit,
+    ReportQuery,
+    Table,
+    write_report,
+)
+from llama_index_genret.evaluation.metrics import bootstrap_interval, expected_calibration_error, reliability
+from llama_index_genret.store import Index
+
+if TYPE_CHECKING:
+    from llama_index_genret.evaluation.charts import Measured
+
+STRIPS = 30
+"""Queries shown of the worst, and of those drawn by lot."""
+
+OURS = "generative"
+MEASURES = {
+    "recall@1": "recall@1",
+    "recall@5": "recall@5",
+    "recall@10": "recall@10",
+    "mrr": "MRR",
+    "ndcg@10": "nDCG@10",
+}
+
+
+def write_evaluation_report(
+    path: Path,
+    index: Index,
+    evaluation: Evaluation,
+    *,
+    baselines: Mapping[str, Evaluation] | None = None,
+    tables: Sequence[Table] = (),
+    answers: Sequence[ReportAnswer] = (),
+    charts: bool = True,
+    seed: int = 0,
+) -> None:
+    """Write one self-contained HTML page: figures, charts, the `STRIPS` worst queries and as many drawn by lot.
+
+    Args:
+        baselines: evaluations of the same queries by other systems, by name.
+        tables: set before those of the evaluation.
+        charts: whether they are drawn; without, matplotlib is not needed.
+        seed: of the lot.
+    Raises:
+        MissingExtra: matplotlib is not installed. NotWritten: the page cannot be written.
+    """
+    systems = {OURS: evaluation, **(baselines or {})}
+    kinds = dict.fromkeys(query.kind for query in evaluation.queries)
+    write_report(
+        path,
+        title="Images recalled by a model that has memorised them",
+        subtitle=f"{len(evaluation.queries)} queries, {len(index.records)} images, "
+        f"{index.manifest.scheme} identifiers of {index.trie.depth} symbols.",
+        tables=[*tables, _comparison(systems), *([_kinds(evaluation, kinds)] if len(kinds) > 1 else [])],
+        charts=_charts(systems) if charts else (),
+        groups=_groups(index, evaluation, random.Random(seed)),
+        answers=answers,
+        images={record.image_id: record.path for record in index.records},
+    )
+
+
+def shown_hit(record: Record, score: float, right: Collection[str]) -> ReportHit:
+    """A recalled image as the report shows it."""
+    caption = record.captions[0] if record.captions else record.file_name
+    return ReportHit(record.image_id, record.path, caption, score, record.image_id in right)
+
+
+def worst_first(evaluation: Evaluation) -> list[int]:
+    """Positions of the queries: misses first, then by the rank of the right image; of equal ones the surest first.
+
+    A query without hits, which was refused, is a miss of which nothing is sure.
+    """
+    reciprocal = evaluation.of_each_query()["mrr"]
+
+    def badness(row: int) -> tuple[float, float]:
+        hits = evaluation.hits[row]
+        return reciprocal[row], -hits[0].score if hits else 0.0
+
+    return sorted(range(len(evaluation.queries)), key=badness)
+
+
+def _groups(index: Index, evaluation: Evaluation, lot: random.Random) -> list[QueryGroup]:
+    n = len(evaluation.queries)
+    if n <= STRIPS:
+        return [_group(index, evaluation, f"All {n} queries", worst_first(evaluation), "The worst come first.")]
+    worst, drawn = worst_first(evaluation)[:STRIPS], sorted(lot.sample(range(n), STRIPS))
+    by_lot = f"Drawn by lot from all {n}, as a user would meet them."
+    surest = f"Of {n}: misses first, among them those of which the model was surest, then by the right image's rank."
+    return [
+        _group(index, evaluation, f"The {STRIPS} worst", worst, surest),
+        _group(index, evaluation, f"{STRIPS} at random", drawn, by_lot),
+    ]
+
+
+def _group(index: Index, evaluation: Evaluation, title: str, rows: Iterable[int], note: str) -> QueryGroup:
+    queries = []
+    for row in rows:
+        query = evaluation.queries[row]
+        shown = tuple(shown_hit(index.record_of(hit), hit.score, query.image_ids) for hit in evaluation.hits[row])
+        text = query.text if query.image is None else f"{query.image.name} {query.text}".strip()
+        queries.append(ReportQuery(text, query.kind, tuple(sorted(query.image_ids)), shown))
+    return QueryGroup(title, tuple(queries), note)
+
+
+def _comparison(systems: Mapping[str, Evaluation]) -> Table:
+    """Measures down, systems across, with intervals; what only the first has in rows of its own."""
+    figures = {name: evaluation.figures() for name, evaluation in systems.items()}
+    rows = [(Cell(shown), *(_with_interval(of, key) for of in figures.values())) for key, shown in MEASURES.items()]
+    blank = [Cell("")] * (len(systems) - 1)
+    if latency := figures[OURS].get("latency_ms"):
+        rows.append((Cell("latency, ms"), Cell(f"{latency['p50']:,.0f}", f"95 %: {latency['p95']:,.0f}"), *blank))
+    if "calibration_error" in figures[OURS]:
+        rows.append((Cell("calibration error"), Cell(f"{figures[OURS]['calibration_error']:.3f}"), *blank))
+    note = "Below each figure its 95 % bootstrap interval; queries that ask for the same images are drawn together."
+    return Table("Figures", ("", *systems), tuple(rows), note)
+
+
+def _with_interval(figures: Mapping[str, Any], key: str) -> Cell:
+    low, high = figures["interval"][key]
+    return Cell(f"{figures[key]:.3f}", f"{low:.3f}–{high:.3f}")
+
+
+def _kinds(evaluation: Evaluation, kinds: Iterable[str]) -> Table:
+    rows = []
+    for kind in kinds:
+        of = evaluation.of_kind(kind).figures()
+        shares = (Cell(f"{of[key]:.3f}") for key in ("recall@1", "recall@10", "mrr"))
+        rows.append((Cell(kind), Cell(str(of["n"])), *shares))
+    return Table("By kind of query", ("kind", "queries", "recall@1", "@10", "MRR"), tuple(rows))
+
+
+def _charts(systems: Mapping[str, Evaluation]) -> list[Chart]:
+    from llama_index_genret.evaluation import charts
+
+    ours = systems[OURS]
+    drawn = [charts.comparison_chart({name: _measured(evaluation) for name, evaluation in systems.items()})]
+    if ours.kept:
+        asked = [query.image_ids for query in ours.queries]
+        levels = ours.levels().T.tolist()
+        means = zip(ours.prefix_survival(), levels, strict=True)
+        drawn.append(
+            charts.survival_chart([charts.Measured(mean, bootstrap_interval(values, asked)) for mean, values in means])
+        )
+    scores, right = ours.first_hits()
+    if scores:
+        error = expected_calibration_error(scores, right)
+        drawn.append(charts.calibration_chart(reliability(scores, right), error, scored=len(scores)))
+    return [*drawn, charts.latency_chart(ours.latency_ms)] if ours.latency_ms else drawn
+
+
+def _measured(evaluation: Evaluation) -> dict[str, Measured]:
+    from llama_index_genret.evaluation.charts import Measured
+
+    figures, intervals = evaluation.figures(), evaluation.intervals()
+    return {shown: Measured(figures[key], intervals[key]) for key, shown in MEASURES.items()}

@@ -1,0 +1,367 @@
+"""`GenerativeImageRetriever`: a LlamaIndex retriever whose index is a model that has memorised the images.
+
+Knows LlamaIndex's contract and one `Scorer`; nothing of how it scores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import logging
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.constants import DEFAULT_SIMILARITY_TOP_K
+from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
+from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle
+from llama_index.core.storage.docstore import BaseDocumentStore, SimpleDocumentStore
+from llama_index.core.vector_stores.types import MetadataFilters
+from llama_index.llms.openai_like import OpenAILike
+from pydantic import ValidationError
+
+from llama_index_genret import store
+from llama_index_genret.corpus import Record
+from llama_index_genret.errors import FilterError, QueryError, UnknownImage
+from llama_index_genret.llamaindex.model_images import MAX_IMAGE_PIXELS
+from llama_index_genret.llamaindex.nodes import node_of, recalled_node, still_passes
+from llama_index_genret.llamaindex.search_scope import Searched
+from llama_index_genret.scorers.base import Scorer, arecall, recall
+from llama_index_genret.scorers.rerank import ranking_options
+from llama_index_genret.scorers.vllm_http import SERVED_NAME, VllmScorer
+from llama_index_genret.search import Hit, Normalise, Ranking
+from llama_index_genret.serving.endpoint.client import Query, RecallClient
+from llama_index_genret.store import Index, ScoringChoice, load_index
+from llama_index_genret.store.scoring import RerankBy
+
+log = logging.getLogger(__name__)
+
+RETRIEVAL_PROMPT, QUERY_TEMPLATE = "retrieval_prompt", "query_template"
+
+
+class GenerativeImageRetriever(BaseRetriever):
+    """Recalls images by generating their identifiers.
+
+    Every result is a `GenretImageNode` of a real image of the index, made fresh for each call: the mime type is read
+    from its file, `text` is its first caption, its id is the image id, and the metadata are the record's own, flat,
+    with `image_id`, `file_path`, `content_sha256`, `genret_identifier`, `genret_log_prob`, `genret_rank` and
+    `genret_exact`. An engine with `multimodal=True` shows its model the caption and the picture, and of the metadata
+    what `llm_metadata_keys` names; `image_query_engine` the picture only, which is what the model was trained on.
+    Scores lie in (0, 1]: probabilities, or where a prior or a re-ranking ranks them too what `search.Hit.score` says,
+    and `genret_ranked_by` then stands in the metadata.
+
+    `get_prompts` gives the `retrieval_prompt`, which is fixed because the model was trained with it, and the
+    `query_template` that `update_prompts` may replace: what stands in its blank for a text query.
+
+    Args:
+        index: from `load_index`.
+        scorer: a `TransformersScorer`, a `VllmScorer`, or your own.
+        similarity_top_k: results of a query; fewer come back only where fewer images pass the filters.
+        filters: metadata filters, nested ones included, applied inside the search. A copy is kept: set `filters` anew
+            to change them.
+        beam_width: beams kept after each step, 10 if not given.
+        normalise: which of the two scores; see `search.Normalise`.
+        search_budget: 0 for a beam search; None until the best are certain; a number for at most about so many
+            expanded prefixes before it goes on as a beam. `genret_exact` in the metadata says which came out.
+        eta: how much of the prior of the images is taken off their score; needs `genret tune`. 0 for nothing.
+        rerank: how many of the best are ranked anew by log p(query | image), of text queries only. 0 for none.
+        rerank_weight, rerank_by: see `store.Scoring`. What is None of these four is as `genret tune` chose it for text
+            queries; where it did not run, and for pictures, eta and rerank are 0.
+        endpoint: recalls in one request what it can; the scorer does the rest. `from_server` sets it.
+        docstore: nodes of yours, found in it by image id, come back in place of those made from the records; an image
+            that it does not have comes back as its record has it, with a warning in the log. A node whose own metadata
+            do not pass the filters, though the record's do, is left out, with a warning.
+        image_ids: only these images are searched. None for all.
+        max_image_pixels: of a picture that a model is shown; see `GenretImageNode`.
+    Source: GRACE (arXiv:2402.10805).
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        scorer: Scorer,
+        *,
+        similarity_top_k: int = DEFAULT_SIMILARITY_TOP_K,
+        filters: MetadataFilters | None = None,
+        beam_width: int | None = None,
+        normalise: Normalise = Normalise.CHILDREN,
+        search_budget: int | None = 0,
+        eta: float | None = None,
+        rerank: int | None = None,
+        rerank_weight: float | None = None,
+        rerank_by: RerankBy | None = None,
+        endpoint: RecallClient | None = None,
+        docstore: BaseDocumentStore | None = None,
+        image_ids: Collection[str] | None = None,
+        llm_metadata_keys: Collection[str] = (),
+        max_image_pixels: int | None = MAX_IMAGE_PIXELS,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.similarity_top_k = similarity_top_k
+        self.llm_metadata_keys = llm_metadata_keys
+        chosen = None if image_ids is None else frozenset(image_ids)
+        self._docstore, self._max_image_pixels = docstore, max_image_pixels
+        self._width, self._budget, self._normalise = beam_width, search_budget, normalise
+        self._choice = ScoringChoice(eta, rerank, rerank_weight, rerank_by)
+        self._template: BasePromptTemplate = PromptTemplate("{query_str}")
+        self._filters, self._replacing = copy.deepcopy(filters), threading.Lock()
+        conditions = None if filters is None else _conditions(filters)
+        self._source = Searched(index, scorer, self._served(endpoint, chosen), conditions, chosen)
+        self._check(index)
+
+    def use(self, index: Index, scorer: Scorer, *, endpoint: RecallClient | None = None) -> None:
+        """Search another version of the index from now on; a query that runs ends on the one that it began with."""
+        with self._replacing:
+            served = self._served(endpoint, self._source.image_ids)
+            self._source = replace(self._source, index=index, scorer=scorer, endpoint=served)
+
+    def _served(self, endpoint: RecallClient | None, image_ids: frozenset[str] | None) -> RecallClient | None:
+        return endpoint if self._normalise is Normalise.CHILDREN and image_ids is None else None
+
+    @property
+    def filters(self) -> MetadataFilters | None:
+        """A copy of those that every result passes. Set, they hold from the next query on.
+
+        Raises:
+            FilterError: set to what cannot be applied; those before stay.
+        """
+        return copy.deepcopy(self._filters)
+
+    @filters.setter
+    def filters(self, filters: MetadataFilters | None) -> None:
+        with self._replacing:
+            source = replace(self._source, conditions=None if filters is None else _conditions(filters))
+            _ = source.allowed
+            self._source, self._filters = source, copy.deepcopy(filters)
+
+    def _check(self, index: Index) -> None:
+        """Refuse nonsense before the first query."""
+        index.scoring(self._choice)
+        _ = self._source.allowed
+        named = self._source.image_ids or ()
+        unknown = [image_id for image_id in named if image_id not in index.rows_by_id]
+        if unknown:
+            raise UnknownImage(
+                f"{index.folder} has no image {unknown[0]!r} ({len(unknown)} of {len(named)} are "
+                "unknown). The ids of nodes are image ids: add the images to the index, or leave their nodes out."
+            )
+
+    @property
+    def index(self) -> Index:
+        """The index that is searched."""
+        return self._source.index
+
+    @property
+    def _scorer(self) -> Scorer:
+        return self._source.scorer
+
+    @classmethod
+    def from_index_dir(
+        cls, index_dir: str | Path, *, model: str | None = None, device: str = "auto", **kwargs: Any
+    ) -> GenerativeImageRetriever:
+        """With the index's own model, loaded into this process.
+
+        Args:
+            model: another place of the same base model, if it has moved.
+        """
+        from llama_index_genret.scorers.transformers import TransformersScorer
+        from llama_index_genret.store.model_loading import load_trained
+
+        index = load_index(Path(index_dir))
+        return cls(index, TransformersScorer(load_trained(index, device=device, base=model)), **kwargs)
+
+    @classmethod
+    def from_server(
+        cls,
+        index_dir: str | Path,
+        api_base: str,
+        *,
+        model: str | None = None,
+        api_key: str = "EMPTY",
+        timeout_s: float = 60.0,
+        **kwargs: Any,
+    ) -> GenerativeImageRetriever:
+        """With a vLLM server that serves the index's exported model (`genret serve`). Needs no torch here.
+
+        A query is one request where the server has the recall endpoint and this version of the index, else one a step.
+        """
+        index = load_index(Path(index_dir))
+        scorer = VllmScorer(api_base, model=model, weights_id=index.weights_id, api_key=api_key, timeout_s=timeout_s)
+        endpoint = RecallClient(index, scorer.server) if model is None else None  # it recalls with its own model
+        return cls(index, scorer, endpoint=endpoint, **kwargs)
+
+    @classmethod
+    def from_llm(cls, llm: OpenAILike, index_dir: str | Path, **kwargs: Any) -> GenerativeImageRetriever:
+        """With the server that an `OpenAILike` talks to: its address, key, time-out and headers are taken.
+
+        A query is one request where the server has the recall endpoint and this version of the index. Else it is one a
+        step, of the model that has the weights of the index where `genret serve` names it, or of `llm.model`.
+        """
+        index = load_index(Path(index_dir))
+        scorer = scorer_of_llm(llm, index)
+        return cls(index, scorer, endpoint=RecallClient(index, scorer.server), **kwargs)
+
+    @classmethod
+    def from_nodes(
+        cls, nodes: Sequence[ImageNode], index_dir: str | Path, *, api_base: str | None = None, **kwargs: Any
+    ) -> GenerativeImageRetriever:
+        """Recalls these nodes and no others, with their texts, metadata and relationships, from an index of theirs.
+
+        Args:
+            nodes: their ids are image ids of the index.
+            api_base: as of `from_server`; None for the index's model in this process, as of `from_index_dir`.
+        Raises:
+            UnknownImage: the index has no image of the id of a node.
+        """
+        docstore = SimpleDocumentStore()
+        docstore.add_documents(nodes)
+        given = {"docstore": docstore, "image_ids": frozenset(node.node_id for node in nodes), **kwargs}
+        if api_base is not None:
+            return cls.from_server(index_dir, api_base, **given)
+        return cls.from_index_dir(index_dir, **given)
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        source = self._source
+        query = self._query(source, query_bundle)
+        ranking = source.nothing
+        if ranking is None and source.endpoint:
+            ranking = source.told(source.endpoint.recall(query))
+        if ranking is None:
+            (ranking,) = recall(source.scorer, source.index.trie, [query.prompt], **self._options(source, query))
+        return self._nodes(source, ranking)
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        source = self._source
+        query = self._query(source, query_bundle)
+        ranking = source.nothing
+        if ranking is None and source.endpoint:
+            ranking = source.told(await source.endpoint.arecall(query))
+        if ranking is None:
+            options = self._options(source, query)
+            (ranking,) = await arecall(source.scorer, source.index.trie, [query.prompt], **options)
+        return await asyncio.to_thread(self._nodes, source, ranking)  # it reads files, and the docstore
+
+    def _query(self, source: Searched, bundle: QueryBundle) -> Query:
+        index, text = source.index, bundle.query_str
+        if bundle.image_path:
+            prompt = index.prompts.for_image(index.tokenizer, Path(bundle.image_path), text)
+        else:
+            text = self._template.format(query_str=text) if text.strip() else text
+            prompt = index.prompts.for_query(index.tokenizer, text)
+        pictured = prompt.image is not None
+        choice = replace(self._choice, rerank=None) if pictured else self._choice
+        scoring = index.scoring(choice, pictured=pictured)
+        return Query(text, prompt, self.similarity_top_k, self._width, self._budget, source.conditions, scoring)
+
+    def _options(self, source: Searched, query: Query) -> dict[str, Any]:
+        search = {"width": self._width, "budget": self._budget, "normalise": self._normalise, "allowed": source.allowed}
+        return {"k": query.k, **search, **ranking_options(source.index, query.scoring)}
+
+    def searched_nodes(self) -> list[ImageNode]:
+        """Every node that may come back: what a partner in a fusion is to be made from, where there are filters.
+
+            BM25Retriever.from_defaults(nodes=retriever.searched_nodes(), similarity_top_k=3)
+
+        LlamaIndex's BM25 with `filters` of its own fills up its results with hidden nodes of score 0.
+        """
+        source = self._source
+        rows = range(len(source.index.records)) if source.rows is None else np.flatnonzero(source.rows).tolist()
+        records = [source.index.records[row] for row in rows]
+        stored = self._stored([record.image_id for record in records])
+        return [stored.get(r.image_id) or node_of(r) for r in records if self._is_shown(source, r, stored)]
+
+    def _stored(self, ids: list[str]) -> dict[str, ImageNode]:
+        found = self._docstore.get_nodes(ids, raise_error=False) if self._docstore and ids else []
+        return {node.node_id: node for node in found if isinstance(node, ImageNode)}
+
+    def _nodes(self, source: Searched, ranking: Ranking) -> list[NodeWithScore]:
+        index = source.index
+        ids = [index.record_of(hit).image_id for hit in ranking.hits]
+        stored = self._stored(ids)
+        lost = [image_id for image_id in ids if self._docstore and image_id not in stored]
+        if lost:
+            log.warning("the docstore has no image node of %s: made from the records of %s.", lost, index.folder)
+        hits = [hit for hit in ranking.hits if self._is_shown(source, index.record_of(hit), stored)]
+        return [
+            NodeWithScore(node=self._node(index, hit, rank, ranking.exact, stored), score=hit.score)
+            for rank, hit in enumerate(hits, start=1)
+        ]
+
+    @staticmethod
+    def _is_shown(source: Searched, record: Record, stored: dict[str, ImageNode]) -> bool:
+        node = stored.get(record.image_id)
+        if node is None or source.conditions is None:
+            return True
+        shown = still_passes(node, record, source.conditions, source.index.columns.keys)
+        if not shown:
+            log.warning("the docstore's node of %s does not pass the filters, and is left out.", record.image_id)
+        return shown
+
+    def _node(self, index: Index, hit: Hit, rank: int, exact: bool, stored: dict[str, ImageNode]) -> ImageNode:
+        record = index.record_of(hit)
+        told = {
+            "image_id": record.image_id,
+            "genret_identifier": index.identifier_of(hit),
+            "genret_log_prob": hit.log_prob,
+            "genret_rank": rank,
+            "genret_exact": exact,
+            **({} if hit.ranked_by is None else {"genret_ranked_by": hit.ranked_by}),
+        }
+        return recalled_node(
+            stored.get(record.image_id) or node_of(record),
+            told,
+            llm_metadata_keys=self.llm_metadata_keys,
+            max_image_pixels=self._max_image_pixels,
+        )
+
+    def _get_prompts(self) -> dict[str, BasePromptTemplate]:
+        retrieve = self.index.prompts.retrieve
+        whole = PromptTemplate(f"{retrieve.before}{{query_str}}{retrieve.after}")
+        return {RETRIEVAL_PROMPT: whole, QUERY_TEMPLATE: self._template}
+
+    def _update_prompts(self, prompts_dict: dict[str, BasePromptTemplate]) -> None:
+        if RETRIEVAL_PROMPT in prompts_dict:
+            raise QueryError(
+                f"the model was trained with the {RETRIEVAL_PROMPT!r} as it is: with another it would not recall. "
+                f"Update {QUERY_TEMPLATE!r}, which stands in its blank, such as 'a photo of {{query_str}}'."
+            )
+        template = prompts_dict.get(QUERY_TEMPLATE)
+        if template is None:
+            return
+        if template.template_vars != ["query_str"]:
+            raise QueryError(
+                f"{QUERY_TEMPLATE!r} has one blank, {{query_str}}; this one has {template.template_vars}: "
+                f"{template.get_template(llm=None)!r}."
+            )
+        self._template = template
+
+
+def scorer_of_llm(llm: OpenAILike, index: Index) -> VllmScorer:
+    """A scorer that asks the server of an LLM, see `GenerativeImageRetriever.from_llm`."""
+    return VllmScorer(
+        str(llm.api_base),
+        model=None if llm.model.startswith(SERVED_NAME) else llm.model,
+        weights_id=index.weights_id,
+        api_key=llm.api_key or "EMPTY",
+        timeout_s=llm.timeout,
+        headers=llm.default_headers or {},
+    )
+
+
+def _conditions(filters: MetadataFilters) -> store.MetadataFilters:
+    """LlamaIndex's filters as this package's, which read the same JSON.
+
+    Raises:
+        FilterError: they hold something that is none of LlamaIndex's operators or values.
+    """
+    try:
+        # Not by pydantic's JSON, which makes nothing of NaN: it is refused here.
+        return store.MetadataFilters.model_validate(json.loads(json.dumps(filters.model_dump())))
+    except (ValidationError, ValueError, TypeError, AttributeError) as error:
+        raise FilterError(f"the filters {filters!r} cannot be read: {error}") from error

@@ -1,0 +1,167 @@
+"""`RecallVerifier`: the model that recalled images checks them, and says when none of them is meant.
+
+Knows LlamaIndex's postprocessors and our retriever; the evidence is asked for in `scorers.evidence`, and when it is
+too little is decided in `abstention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]  # it re-exports
+from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.schema import NodeWithScore, QueryBundle
+
+from llama_index_genret.errors import QueryError, UnknownImage
+from llama_index_genret.llamaindex.retriever import GenerativeImageRetriever
+from llama_index_genret.scorers.abstention import Abstention, Signals, fit_abstention, log_odds, logistic
+from llama_index_genret.scorers.evidence import Evidence, Inquiry, ainquired, inquired
+from llama_index_genret.store.scoring import RerankBy
+
+dispatcher = get_dispatcher(__name__)
+
+
+class RecallVerifier(BaseNodePostprocessor):
+    """Ranks recalled images anew by log p(query | image), and gives none where the evidence for all is too little.
+
+        verifier = RecallVerifier(retriever).calibrated(known, unknown)
+        engine = image_query_engine(retriever, llm, node_postprocessors=[verifier])
+
+    The model is asked once for all images of a query: how probable the query's words are after each image, less how
+    probable they are after some others; and how probable each identifier is over the whole vocabulary. Scores become
+    logistic(log-odds of the score + weight * (log p(query | image) - log p(query))), in (0, 1). The metadata of the
+    nodes, which are copies, get `genret_information` (that difference) and `genret_confidence`.
+
+    Nodes of other retrievers are verified too, where they are of images of the index: they name them by `image_id` in
+    the metadata, or by their own id.
+
+    Args:
+        retriever: whose index and model verify.
+        weight: of the evidence; 0 leaves the order alone, and 1 takes the model at its word, whose likelihoods are far
+            surer than they are right.
+        by: whether the model is told each image by its "identifier", which is cheap and works with any server, or
+            shown the "image" itself, which takes a model in this process.
+        references: how many images of the index stand for log p(query).
+        top_n: results kept; None for all.
+        abstention: when to give none; None for never. `calibrated` chooses it.
+    Raises:
+        QueryError: on a query that is a picture, or without a query.
+        UnknownImage: on a node that is of no image of the index.
+    """
+
+    weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+    by: RerankBy = "identifier"
+    references: int = Field(default=8, ge=0)
+    top_n: int | None = Field(default=None, ge=1)
+    abstention: Abstention | None = None
+    _retriever: GenerativeImageRetriever = PrivateAttr()
+
+    def __init__(self, retriever: GenerativeImageRetriever, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._retriever = retriever
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name in LlamaIndex's events."""
+        return "genret_recall_verifier"
+
+    def calibrated(
+        self,
+        known: Iterable[str],
+        unknown: Iterable[str] = (),
+        *,
+        lost: float = 0.05,
+        retriever: BaseRetriever | None = None,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    ) -> RecallVerifier:
+        """A copy that abstains so that at most a share `lost` of the known queries get no image.
+
+        Args:
+            known: queries about images of the index, which the model was not trained on.
+            unknown: queries about nothing in it. With them it is also learned what tells both kinds apart.
+            retriever: what recalls, if not that whose model verifies: a fusion of several, say.
+        Raises:
+            QueryError: there are no known queries, or `lost` is not in [0, 1).
+        """
+        source = retriever or self._retriever
+        found = [[self._measured(source, query) for query in progress(list(kind))] for kind in (known, unknown)]
+        given, nothing = ([one for one in signals if one is not None] for signals in found)
+        return self.model_copy(update={"abstention": fit_abstention(given, nothing, lost=lost)})
+
+    def _measured(self, retriever: BaseRetriever, query: str) -> Signals | None:
+        nodes = retriever.retrieve(query)
+        if not nodes:
+            return None
+        inquiry = self._inquiry(nodes, QueryBundle(query))
+        (evidence,) = inquired(self._retriever._scorer, [inquiry])
+        return evidence.signals([node.score for node in nodes])
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        if not nodes:
+            return []
+        inquiry = self._begun(nodes, query_bundle)
+        (evidence,) = inquired(self._retriever._scorer, [inquiry])
+        return self._judged(nodes, evidence)
+
+    async def _apostprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        if not nodes:
+            return []
+        inquiry = self._begun(nodes, query_bundle)
+        (evidence,) = await ainquired(self._retriever._scorer, [inquiry])
+        return self._judged(nodes, evidence)
+
+    def _begun(self, nodes: list[NodeWithScore], query: QueryBundle | None) -> Inquiry:
+        inquiry = self._inquiry(nodes, query)
+        name = self._retriever.index.manifest.model.name_or_path
+        dispatcher.event(ReRankStartEvent(query=query, nodes=nodes, top_n=self.top_n or len(nodes), model_name=name))
+        return inquiry
+
+    def _inquiry(self, nodes: Sequence[NodeWithScore], query: QueryBundle | None) -> Inquiry:
+        index = self._retriever.index
+        if query is None or query.image_path:
+            raise QueryError("verification needs the text of the query: pass query_str, and no image_path.")
+        rows = tuple(_row_of(node, index.rows_by_id) for node in nodes)
+        drawn = np.random.default_rng(0).integers(0, len(index.records), self.references)
+        references = tuple(sorted(set(drawn.tolist())))
+        return Inquiry(index, index.prompts.for_query(index.tokenizer, query.query_str), rows, self.by, references)
+
+    def _judged(self, nodes: Sequence[NodeWithScore], evidence: Evidence) -> list[NodeWithScore]:
+        signals = evidence.signals([node.score for node in nodes])
+        kept: list[NodeWithScore] = []
+        if self.abstention is None or not self.abstention.abstains(signals):
+            confidence = None if self.abstention is None else self.abstention.confidence(signals)
+            pairs = zip(nodes, evidence.information.tolist(), strict=True)
+            kept = [self._verified(node, information, confidence) for node, information in pairs]
+            kept = sorted(kept, key=lambda node: -(node.score or 0.0))[: self.top_n]
+        dispatcher.event(ReRankEndEvent(nodes=kept))
+        return kept
+
+    def _verified(self, found: NodeWithScore, information: float, confidence: float | None) -> NodeWithScore:
+        told = {"genret_information": information, **({} if confidence is None else {"genret_confidence": confidence})}
+        node = found.node
+        changed = {
+            "metadata": {**node.metadata, **told},
+            "excluded_llm_metadata_keys": [*node.excluded_llm_metadata_keys, *told],
+            "excluded_embed_metadata_keys": [*node.excluded_embed_metadata_keys, *told],
+        }
+        score = logistic(log_odds(found.score) + (self.weight * information if self.weight else 0.0))
+        return NodeWithScore(node=node.model_copy(update=changed), score=score)
+
+
+def _row_of(found: NodeWithScore, rows_by_id: dict[str, int]) -> int:
+    image_id = found.node.metadata.get("image_id", found.node.node_id)
+    if image_id not in rows_by_id:
+        raise UnknownImage(
+            f"a node of the image {image_id!r} is to be verified, but the index has none of that id: it was removed, "
+            "or the node comes from another corpus. Verify before nodes of other corpora are mixed in."
+        )
+    return rows_by_id[image_id]

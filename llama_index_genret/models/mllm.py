@@ -1,0 +1,181 @@
+"""A multimodal LLM of Hugging Face, in this process: loading, fingerprints, prompts, image features, adapters.
+
+Works on any `AutoModelForImageTextToText`. Needs torch and transformers; loads on first use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_index_genret.errors import MissingExtra, ModelError
+from llama_index_genret.models.identity import ModelEntry
+from llama_index_genret.models.prompts import (
+    ANSWER,
+    DESCRIBE,
+    MEMORISE,
+    PREFIX_BLOCK,
+    RETRIEVE,
+    Blank,
+    PromptSet,
+)
+from llama_index_genret.models.tokenizer import IndexTokenizer
+
+try:
+    import torch
+    import transformers
+    from tokenizers import Tokenizer
+except ImportError as error:
+    raise MissingExtra(
+        "a model in this process needs torch and transformers: pip install 'llama-index-genret[train]'. "
+        "To use a running server instead, name its address (--server URL)."
+    ) from error
+
+BLANK = "\u2063blank\u2063"
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Mllm:
+    """A loaded model with its processor. `model` is in evaluation mode."""
+
+    name_or_path: str
+    model: Any
+    processor: Any
+
+    @property
+    def tokenizer(self) -> IndexTokenizer:
+        """The processor's tokenizer, as the light parts use it."""
+        return IndexTokenizer(Tokenizer.from_str(self.processor.tokenizer.backend_tokenizer.to_str()))
+
+    def entry(self) -> ModelEntry:
+        """What an index records of its base model; a folder by its whole path, so that it is found from any other."""
+        folder = Path(self.name_or_path)
+        return ModelEntry(
+            name_or_path=str(folder.resolve()) if folder.is_dir() else self.name_or_path,
+            fingerprint=fingerprint(self.model),
+            base_tokenizer=self.tokenizer.fingerprint,
+        )
+
+    def processed(
+        self, texts: Sequence[str], images: Sequence[Any], rests: Sequence[Sequence[int]] = ()
+    ) -> dict[str, Any]:
+        """The processor's tensors for one image a text, left-padded, on the model's device.
+
+        Args:
+            rests: for each text, the tokens that follow it.
+        """
+        inputs = self.processor(
+            text=list(texts), images=[[i] for i in images], return_tensors="pt", padding=True, padding_side="left"
+        )
+        inputs = dict(inputs) if not any(rests) else _followed(dict(inputs), rests)
+        return {key: value.to(self.model.device) for key, value in inputs.items()}
+
+
+def _followed(inputs: dict[str, Any], rests: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Left-padded inputs with more tokens after each row."""
+    longest = max(map(len, rests))
+    shape = inputs["input_ids"].shape
+
+    def longer(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for row, rest in zip(tensor, rests, strict=True):
+            end = {"input_ids": torch.tensor(rest, dtype=row.dtype), "attention_mask": row.new_ones(len(rest))}
+            rows.append(torch.cat([row.new_zeros(longest - len(rest)), row, end.get(name, row.new_zeros(len(rest)))]))
+        return torch.stack(rows)
+
+    return {name: longer(name, value) if value.shape == shape else value for name, value in inputs.items()}
+
+
+def load_mllm(name_or_path: str, *, device: str = "auto", dtype: str = "auto") -> Mllm:
+    """Load a local folder or a hub id.
+
+    Args:
+        device: "cpu", "cuda", ... or "auto": the GPU where there is one.
+        dtype: "float32", "bfloat16" or "auto": float32 on a CPU, bfloat16 elsewhere.
+    Raises:
+        ModelError: it is missing, or is no image-text-to-text model; names the folder. Or there is no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_device(device)
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(name_or_path)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            name_or_path, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{name_or_path!r} does not load as an image-text-to-text model: {error}. "
+            "Give a folder with config.json, weights and processor files, or a hub id."
+        ) from error
+    return Mllm(name_or_path, model.to(device).eval(), processor)
+
+
+def _check_device(device: str) -> None:
+    """Refuse one that cannot compute, before weights are read."""
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"the device {device!r} cannot be used: {str(error).partition(chr(10))[0]}. Give cpu, auto, or a GPU that "
+            "this machine has, such as cuda:0."
+        ) from error
+
+
+def fingerprint(model: Any) -> str:
+    """Sha256 of the names, shapes and a sample of all weights; the same in float32 and bfloat16."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.reshape(-1)
+        step = max(1, flat.numel() // 64)
+        sample = flat[::step].to(torch.bfloat16).to(torch.float32).cpu().numpy()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.tobytes())
+    return digest.hexdigest()
+
+
+def render_prompts(mllm: Mllm) -> PromptSet:
+    """The model's chat template around our four tasks, as text.
+
+    Raises:
+        ModelError: it has no chat template, or the template changes what stands in a message.
+    """
+
+    def render(text: str, *, image: bool = False) -> str:
+        content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
+        message = {"role": "user", "content": content}
+        return str(mllm.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False))
+
+    def blank(template: str, *, image: bool = False) -> Blank:
+        before, mark, after = render(template.format(BLANK), image=image).partition(BLANK)
+        if not mark:
+            raise ModelError(f"the chat template of {mllm.name_or_path} drops or changes the text of a message.")
+        return Blank(before=before, after=after)
+
+    try:
+        turn = mllm.processor.apply_chat_template(
+            [
+                {"role": "user", "content": [{"type": "text", "text": "?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": BLANK}]},
+            ],
+            tokenize=False,
+        )
+    except ValueError as error:
+        raise ModelError(
+            f"{mllm.name_or_path} has no chat template: {error}. Use an instruction-tuned model."
+        ) from error
+    end = str(turn).partition(BLANK)[2].strip()
+    return PromptSet(
+        block=PREFIX_BLOCK,
+        retrieve=blank(RETRIEVE),
+        compose=blank(RETRIEVE, image=True),
+        memorise=render(MEMORISE, image=True),
+        describe=blank(DESCRIBE),
+        answer=blank(ANSWER, image=True),
+        end=end or mllm.processor.tokenizer.eos_token,
+    )

@@ -1,0 +1,322 @@
+"""A running vLLM OpenAI-compatible server, stock, as a scorer: one round trip a step.
+
+Each step posts the live prefixes as token-id prompts to `/v1/completions` with `max_tokens=1` and reads the
+log-probabilities of exactly the trie's children (`logprob_token_ids`), whatever their rank. vLLM's prefix cache
+keeps the prompts. Needs httpx only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+
+from llama_index_genret.errors import QueryError, ServerError
+from llama_index_genret.models.prompts import Prompt
+from llama_index_genret.scorers.base import AsyncSession, Scores, Session
+from llama_index_genret.scorers.http_client import (
+    AsyncConnection,
+    Connection,
+    Server,
+    json_objects,
+    said_by,
+    shown_address,
+)
+from llama_index_genret.scorers.rerank import Continuation, Float64
+from llama_index_genret.search import Normalise, Rows
+
+SERVED_NAME = "genret"
+"""Name under which `genret serve` serves a model that answers."""
+
+MAX_TOKENS_ASKED = 128
+"""vLLM's limit of `logprob_token_ids` in one request."""
+
+ROOM_FOR_IDENTIFIER = 16
+"""Tokens of the served context kept free behind the prompt."""
+
+ROUNDING = 1e-2
+"""A log-probability may lie above 0 by so much: servers compute with 16 bits."""
+
+MAX_PROMPTS = 256
+"""Prompts in one request; a server's queue holds more, its body limit may not."""
+
+
+def served_name(weights_id: str) -> str:
+    """Name under which the model with an index's weights recalls: a client knows by it that they are the index's."""
+    return f"{SERVED_NAME}-{weights_id}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A row, or a slice of a row with more children than one request may ask.
+
+    query: position of its prompt. prefix: what follows it. token_ids: to score, from the row's `start` on.
+    """
+
+    row: int
+    start: int
+    query: int
+    prefix: tuple[int, ...]
+    token_ids: tuple[int, ...]
+
+
+def parts_of(rows: Rows) -> list[Part]:
+    """What to ask vLLM for one step: the rows in order, each in as many parts as `MAX_TOKENS_ASKED` needs."""
+    return [
+        Part(
+            i,
+            start,
+            row.query,
+            row.prefix,
+            tuple(row.token_ids[start : start + MAX_TOKENS_ASKED].tolist()),
+        )
+        for i, row in enumerate(rows)
+        for start in range(0, len(row.token_ids), MAX_TOKENS_ASKED)
+    ]
+
+
+class VllmScorer:
+    """Scores with a model that a stock vLLM server serves.
+
+    Args:
+        api_base: address up to `/v1`, for example `http://127.0.0.1:8000/v1`.
+        model: the served name; the server's only model if not given.
+        timeout_s: of one request, connecting and further tries included.
+        weights_id: `Index.weights_id`; a server started by `genret serve` with other weights is then refused.
+        headers: sent with each request, beside the key.
+    """
+
+    def __init__(
+        self,
+        api_base: str,
+        *,
+        model: str | None = None,
+        api_key: str = "EMPTY",
+        timeout_s: float = 60.0,
+        weights_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.server = Server(api_base.rstrip("/"), api_key, timeout_s, headers or {})
+        self._model = model
+        self._weights_id = weights_id
+        self._served: tuple[str, int | None] | None = None
+
+    def served_model(self) -> str:
+        """The name under which the server serves the model that answers.
+
+        Raises:
+            ServerUnreachable, ServerError: nothing answers, or the model is not served.
+        """
+        with self.session([], Normalise.CHILDREN):
+            name = self._served[0] if self._served else ""
+        return SERVED_NAME if name == served_name(self._weights_id or "") else name
+
+    @contextmanager
+    def session(self, prompts: Sequence[Prompt], normalise: Normalise) -> Iterator[Session]:
+        """See `Scorer.session`.
+
+        Raises:
+            ServerUnreachable, ServerError: nothing answers, or the model is not served.
+            QueryError: an image prompt, or one longer than the served model reads.
+        """
+        with self.server.connection() as connection:
+            if self._served is None:
+                self._served = self._choose_model(connection.request("GET", "/models"))
+            _check_prompts(prompts, *self._served)
+            yield _HttpSession(connection, *self._served, prompts)
+
+    @asynccontextmanager
+    async def async_session(self, prompts: Sequence[Prompt], normalise: Normalise) -> AsyncIterator[AsyncSession]:
+        """See `Scorer.async_session`: a client of its own for each session, so that event loops may come and go."""
+        async with self.server.async_connection() as connection:
+            if self._served is None:
+                self._served = self._choose_model(await connection.request("GET", "/models"))
+            _check_prompts(prompts, *self._served)
+            yield _AsyncHttpSession(connection, *self._served, prompts)
+
+    def _choose_model(self, response: httpx.Response) -> tuple[str, int | None]:
+        """Name and context length of the served model."""
+        models = _models(response)
+        where = shown_address(self.server.api_base)
+        named = [name for name in models if name.startswith(served_name(""))]
+        own = served_name(self._weights_id or "")
+        if self._weights_id and named and own not in named:
+            raise ServerError(
+                f"{where} serves the weights {sorted(n.removeprefix(served_name('')) for n in named)}, "
+                f"the index has {self._weights_id}: it was trained or grew since, or is another one. Restart "
+                "`genret serve` on this index."
+            )
+        others = [name for name in models if name not in named]
+        name = self._model or (own if own in named else others[0] if len(others) == 1 else None)
+        if name is None or name not in models:
+            raise ServerError(f"{where} serves {sorted(others)}, not {name!r}: name one of them as model.")
+        return name, models[name]
+
+
+@dataclass(frozen=True)
+class _HttpSession:
+    connection: Connection
+    model: str
+    max_model_len: int | None
+    prompts: Sequence[Prompt]
+
+    def score(self, rows: Rows) -> Scores:
+        groups = _plan(rows)
+        answers = [
+            self.connection.request("POST", "/completions", _request(self.model, self.prompts, group))
+            for group in groups
+        ]
+        return _merge(rows, groups, answers)
+
+    def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
+        groups = _likelihood_groups(continuations, self.model, self.max_model_len)
+        posts = [_likelihood_request(self.model, group) for group in groups]
+        answers = [self.connection.request("POST", "/completions", post) for post in posts]
+        return _read_likelihoods(groups, answers)
+
+
+@dataclass(frozen=True)
+class _AsyncHttpSession:
+    connection: AsyncConnection
+    model: str
+    max_model_len: int | None
+    prompts: Sequence[Prompt]
+
+    async def score(self, rows: Rows) -> Scores:
+        groups = _plan(rows)
+        posts = [
+            self.connection.request("POST", "/completions", _request(self.model, self.prompts, group))
+            for group in groups
+        ]
+        return _merge(rows, groups, await asyncio.gather(*posts))
+
+    async def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
+        groups = _likelihood_groups(continuations, self.model, self.max_model_len)
+        posts = [_likelihood_request(self.model, group) for group in groups]
+        answers = await asyncio.gather(*(self.connection.request("POST", "/completions", post) for post in posts))
+        return _read_likelihoods(groups, answers)
+
+
+def _models(response: httpx.Response) -> dict[str, int | None]:
+    """Context length of every served model, None where it is not told."""
+    models = json_objects(response, "data")
+    found = {model.get("id"): model.get("max_model_len") for model in models if isinstance(model.get("id"), str)}
+    return {str(name): length if type(length) is int and length > 0 else None for name, length in found.items()}
+
+
+def _check_prompts(prompts: Sequence[Prompt], model: str, max_model_len: int | None) -> None:
+    for prompt in prompts:
+        if prompt.image is not None:
+            raise QueryError(
+                "a stock vLLM server cannot score image queries: recall them through the endpoint of `genret serve`, "
+                "with this very version of the index, or with a model in this process."
+            )
+        if max_model_len and len(prompt.token_ids) > max_model_len - ROOM_FOR_IDENTIFIER:
+            raise QueryError(
+                f"the query's prompt has {len(prompt.token_ids)} tokens, but {model!r} is served with "
+                f"--max-model-len {max_model_len}: shorten the query or raise it."
+            )
+
+
+def _plan(rows: Rows) -> list[list[Part]]:
+    """Requests for one step: parts whose children together fit into one `logprob_token_ids`."""
+    groups: list[tuple[set[int], list[Part]]] = []
+    for part in parts_of(rows):
+        for asked, members in groups:
+            if len(members) < MAX_PROMPTS and len(asked | set(part.token_ids)) <= MAX_TOKENS_ASKED:
+                asked.update(part.token_ids)
+                members.append(part)
+                break
+        else:
+            groups.append((set(part.token_ids), [part]))
+    return [members for _, members in groups]
+
+
+def _request(model: str, prompts: Sequence[Prompt], group: Sequence[Part]) -> dict[str, Any]:
+    return {
+        "model": model,
+        "prompt": [[*prompts[part.query].token_ids, *part.prefix] for part in group],
+        "max_tokens": 1,
+        "temperature": 0,
+        "logprobs": 1,
+        "logprob_token_ids": sorted({token for part in group for token in part.token_ids}),
+        "return_tokens_as_token_ids": True,
+        "add_special_tokens": False,
+    }
+
+
+def _merge(rows: Rows, groups: Sequence[Sequence[Part]], answers: Sequence[httpx.Response]) -> Scores:
+    scores = np.full(len(rows.token_ids), np.nan)
+    for group, answer in zip(groups, answers, strict=True):
+        for part, choice in zip(group, _choices(answer, len(group)), strict=True):
+            start = rows.offsets[part.row] + part.start
+            scores[start : start + len(part.token_ids)] = _read_choice(choice, part, said_by(answer))
+    return scores
+
+
+def _choices(answer: httpx.Response, n_prompts: int) -> list[dict[str, Any]]:
+    choices = json_objects(answer, "choices")
+    if len(choices) == n_prompts == 1:
+        return choices
+    by_index = {choice["index"]: choice for choice in choices if type(choice.get("index")) is int}
+    if by_index.keys() != set(range(n_prompts)) or len(choices) != n_prompts:
+        raise ServerError(f"{said_by(answer)} answered other choices than one for each of {n_prompts} prompts.")
+    return [by_index[place] for place in range(n_prompts)]
+
+
+def _likelihood_groups(
+    continuations: Sequence[Continuation], model: str, max_model_len: int | None
+) -> list[Sequence[Continuation]]:
+    """In requests of at most `MAX_PROMPTS`, once the model is known to read the longest."""
+    _check_prompts([one.whole for one in continuations], model, max_model_len)
+    return [continuations[start : start + MAX_PROMPTS] for start in range(0, len(continuations), MAX_PROMPTS)]
+
+
+def _likelihood_request(model: str, group: Sequence[Continuation]) -> dict[str, Any]:
+    """`prompt_logprobs` 0: of every token of the prompt its own log-probability, and of no other."""
+    prompt = [list(one.whole.token_ids) for one in group]
+    options = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0, "add_special_tokens": False}
+    return {"model": model, "prompt": prompt, **options}
+
+
+def _read_likelihoods(groups: Sequence[Sequence[Continuation]], answers: Sequence[httpx.Response]) -> Float64:
+    found = []
+    for group, answer in zip(groups, answers, strict=True):
+        for one, choice in zip(group, _choices(answer, len(group)), strict=True):
+            try:
+                places = choice["prompt_logprobs"][-len(one.token_ids) :]
+                pairs = zip(places, one.token_ids, strict=True)
+                found.append(sum(_log_prob(place[str(token)]["logprob"]) for place, token in pairs))
+            except _NOT_THERE as error:
+                raise ServerError(
+                    f"{said_by(answer)} did not give the log-probabilities of the prompt that a re-ranking asks for "
+                    f"({error!r}). It must be a vLLM server (0.30 or newer)."
+                ) from error
+    return np.array(found)
+
+
+_NOT_THERE = (KeyError, IndexError, TypeError, ValueError, OverflowError)
+
+
+def _log_prob(value: Any) -> float:
+    """The number, minus infinity included. Raises ValueError if it cannot be a log-probability."""
+    number = float(value)
+    if not number <= ROUNDING:
+        raise ValueError(f"{number} is no log-probability")
+    return number
+
+
+def _read_choice(choice: dict[str, Any], part: Part, url: str) -> list[float]:
+    try:
+        top = choice["logprobs"]["top_logprobs"][0]
+        return [_log_prob(top[f"token_id:{token}"]) for token in part.token_ids]
+    except _NOT_THERE as error:
+        raise ServerError(
+            f"{url} did not give the log-probabilities asked for ({error!r}). It must be a vLLM server (0.30 or newer) "
+            "started with --max-logprobs -1, as `genret serve` does."
+        ) from error

@@ -1,0 +1,272 @@
+"""The recall routes, put into vLLM's own app: its API key guards them, its OpenAPI description has them, and its error
+handlers answer malformed requests.
+
+A plain ASGI middleware, which is what vLLM lets one add: it adds the routes when the app starts, and lets every route's
+bodies and connections keep to the limits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import Counter, Histogram
+
+from llama_index_genret.corpus.images import from_data_url
+from llama_index_genret.errors import (
+    FilterError,
+    GenretError,
+    ImageError,
+    IndexNotFound,
+    NotANumber,
+    QueryError,
+    SearchError,
+)
+from llama_index_genret.models.prompts import Prompt
+from llama_index_genret.scorers.base import arecall
+from llama_index_genret.scorers.rerank import ranking_options
+from llama_index_genret.scorers.vllm_http import served_name
+from llama_index_genret.search import Ranking
+from llama_index_genret.serving.endpoint.connection_timeouts import guard
+from llama_index_genret.serving.endpoint.engine_scorer import EngineScorer, EngineStopped
+from llama_index_genret.serving.endpoint.limits import Admission, Limits, TooBusy, TooSlow
+from llama_index_genret.serving.endpoint.loaded_indexes import LoadedIndex, Registry
+from llama_index_genret.serving.endpoint.request_bodies import App, Bodies, Receive, Scope, Send, refusal
+from llama_index_genret.serving.endpoint.schema import (
+    IMPOSSIBLE,
+    INDEXES_VARIABLE,
+    IndexCard,
+    IndexList,
+    RecallHit,
+    RecallRequest,
+    RecallResponse,
+    RecallResult,
+    Refused,
+    Unread,
+)
+from llama_index_genret.store import Index
+
+CLIENT_CLOSED_REQUEST = 499
+LOOK_EVERY_S = 0.5
+"""Whether the server is being stopped."""
+
+REQUESTS = Counter("genret_recall_requests", "Recall requests by outcome.", ["outcome"])
+SECONDS = Histogram("genret_recall_seconds", "Seconds from a recall request to its answer.")
+STEPS = Counter("genret_recall_steps", "Search steps that the engine has scored.")
+
+
+def _with_key(raw: Request) -> None:
+    """Ask for vLLM's API key again. vLLM guards what begins with /v1, and a `--root-path` that is part of that, as "/"
+    is, hides it. Compared in constant time."""
+    args = getattr(raw.app.state, "args", None)
+    keys = [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
+    scheme, _, given = raw.headers.get("Authorization", "").partition(" ")
+    same = [secrets.compare_digest(_digest(given), _digest(key)) for key in keys]
+    if keys and not (scheme.lower() == "bearer" and any(same)):
+        raise HTTPException(401, "Unauthorized")
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+
+
+router = APIRouter(dependencies=[Depends(_with_key)])
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The request, its query, image or filters cannot be read", "model": Refused | Unread},
+    401: {"description": "The API key is missing or wrong"},
+    404: {"description": "There is no such index, or not in that version", "model": Refused},
+    408: {"description": "The body did not arrive in time", "model": Refused},
+    413: {"description": "The body is too large", "model": Refused},
+    503: {"description": "Too much to do, or the engine has died", "model": Refused},
+    504: {"description": "The recall took too long, and was ended", "model": Refused},
+}
+"""What the description tells beside an answer."""
+
+
+class RecallMiddleware:
+    """Adds the recall routes to the app when it starts, with the indexes and the limits that the environment names."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self.bodies = Bodies(Limits.from_environment())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        app: FastAPI = scope["app"]
+        if not hasattr(app.state, "genret"):
+            app.state.genret = Registry(_configured(os.environ.get(INDEXES_VARIABLE, "")))
+            app.state.genret_admission = Admission(self.bodies.limits)
+            app.include_router(router)
+            if hasattr(app.state, "server"):
+                guard(app.state.server, self.bodies.limits)
+        if scope["type"] == "http":
+            await self.bodies.serve(self.app, scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+def _configured(text: str) -> dict[str, Path]:
+    pairs = (line.partition("=") for line in text.splitlines() if line.strip())
+    return {name: Path(folder) for name, _, folder in pairs}
+
+
+@router.post("/v1/recall", response_model=RecallResponse, responses=REFUSALS)
+async def recall_images(request: RecallRequest, raw: Request) -> Response:
+    """Rank the images that each query means, by generating their identifiers under a constraint."""
+    start = time.perf_counter()
+    admission: Admission = raw.app.state.genret_admission
+    try:
+        with admission.of(len(request.texts())):
+            answer = await _unless_gone(_answer(request, raw.app), raw, admission.limits.recall_s)
+        if answer is None:
+            REQUESTS.labels("cancelled").inc()
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        response: Response = JSONResponse(answer.model_dump())
+        REQUESTS.labels("answered").inc()
+    except Exception as error:
+        response = _error(error)
+        REQUESTS.labels(_outcome(response.status_code)).inc()
+    SECONDS.observe(time.perf_counter() - start)
+    return response
+
+
+async def _unless_gone(
+    answering: Coroutine[Any, Any, RecallResponse], raw: Request, limit_s: float
+) -> RecallResponse | None:
+    """What it returns, or None where the client leaves before. Either way nothing of it goes on.
+
+    Raises:
+        TooSlow: it took longer than the limit.
+        EngineStopped: the server stops meanwhile. What it had asked of its engine may then never be answered.
+    """
+    server = getattr(raw.app.state, "server", None)
+    work, gone = asyncio.create_task(answering), asyncio.create_task(_disconnected(raw))
+    end = time.monotonic() + limit_s
+    try:
+        while not (work.done() or gone.done()):
+            await asyncio.wait({work, gone}, timeout=LOOK_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and time.monotonic() > end:
+                raise TooSlow(f"the recall was not answered within {limit_s} s, and was ended.")
+            if not work.done() and server is not None and server.should_exit:
+                raise EngineStopped("the server is being stopped, or its engine has died: try again, or another one.")
+        return await work if work.done() else None
+    finally:
+        gone.cancel()
+        work.cancel()
+
+
+@router.get("/v1/recall/indexes", response_model=IndexList)
+async def list_indexes(raw: Request) -> IndexList:
+    """The loaded indexes, in the versions that are served now."""
+    registry: Registry = raw.app.state.genret
+    for loaded in registry.loaded:
+        await registry.current(loaded.name)
+    return IndexList(
+        data=[
+            IndexCard(
+                name=loaded.name,
+                version=loaded.version,
+                scheme=loaded.index.manifest.scheme,
+                images=len(loaded.index.records),
+                problem=registry.problems[loaded.name],
+            )
+            for loaded in registry.loaded
+        ]
+    )
+
+
+async def _answer(request: RecallRequest, app: FastAPI) -> RecallResponse:
+    registry: Registry = app.state.genret
+    loaded = await _asked_for(registry, request)
+    index = loaded.index
+    engine, adapters = app.state.engine_client, app.state.openai_serving_models.lora_requests
+    lora = adapters.get(served_name(index.weights_id or ""))
+    scorer = EngineScorer(engine, engine.vllm_config.model_config.max_model_len, lora)
+    scoring = index.scoring(request.choice(), pictured=request.image is not None)
+    try:
+        rankings = await arecall(
+            scorer,
+            index.trie,
+            _prompts(request, index),
+            k=request.k,
+            width=request.beam_width,
+            allowed=loaded.leaf_filter(request.conditions()),
+            budget=request.budget if request.mode == "exact" else 0,
+            **ranking_options(index, scoring),
+        )
+    finally:
+        STEPS.inc(scorer.steps)
+    results = [_result(loaded, text, ranking) for text, ranking in zip(request.texts(), rankings, strict=True)]
+    return RecallResponse(index=loaded.name, version=loaded.version, scoring=scoring, results=results)
+
+
+async def _asked_for(registry: Registry, request: RecallRequest) -> LoadedIndex:
+    """By its version, if that is asked for, else by its name."""
+    if request.version is None:
+        return await registry.current(registry.name_of(request.index))
+    names = [loaded.name for loaded in registry.loaded if request.index in (None, loaded.name)]
+    current = [await registry.current(name) for name in names]
+    found = next((loaded for loaded in current if loaded.version == request.version), None)
+    if found is None:
+        served = {loaded.name: loaded.version for loaded in current}
+        raise IndexNotFound(f"no index of the version {request.version!r} is on this server, which has {served}.")
+    return found
+
+
+def _prompts(request: RecallRequest, index: Index) -> list[Prompt]:
+    if request.image is not None:
+        return [index.prompts.for_image(index.tokenizer, from_data_url(request.image), request.query or "")]
+    return [index.prompts.for_query(index.tokenizer, text) for text in request.texts()]
+
+
+def _result(loaded: LoadedIndex, text: str, ranking: Ranking) -> RecallResult:
+    hits = []
+    for hit in ranking.hits:
+        record = loaded.index.record_of(hit)
+        hits.append(
+            RecallHit(
+                image_id=record.image_id,
+                file_name=record.file_name,
+                caption=record.captions[0] if record.captions else "",
+                identifier=loaded.index.identifier_of(hit),
+                score=hit.score,
+                log_prob=max(hit.log_prob, IMPOSSIBLE),
+                ranked_by=None if hit.ranked_by is None else max(hit.ranked_by, IMPOSSIBLE),
+                metadata=dict(record.metadata),
+            )
+        )
+    return RecallResult(query=text, hits=hits, exact=ranking.exact, nodes_expanded=ranking.nodes_expanded)
+
+
+def _error(error: Exception) -> JSONResponse:
+    """In the shape of the OpenAI API's errors."""
+    if isinstance(error, IndexNotFound):
+        return refusal(404, "NotFoundError", str(error))
+    if isinstance(error, (QueryError, FilterError, SearchError, ImageError)) and not isinstance(error, NotANumber):
+        return refusal(400, "BadRequestError", str(error))
+    if isinstance(error, (TooBusy, EngineStopped)) or type(error).__name__ == "EngineDeadError":
+        return refusal(503, "ServiceUnavailableError", str(error))
+    if isinstance(error, TooSlow):
+        return refusal(504, "GatewayTimeoutError", str(error))
+    if isinstance(error, GenretError):
+        return refusal(500, "InternalServerError", str(error))
+    raise error
+
+
+def _outcome(status: int) -> str:
+    return "refused" if status < 500 else "turned_away" if status == 503 else "failed"
+
+
+async def _disconnected(raw: Request) -> None:
+    """Return when the client has left."""
+    while (await raw.receive())["type"] != "http.disconnect":
+        pass

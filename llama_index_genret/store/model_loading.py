@@ -1,0 +1,68 @@
+"""Load the base model of an index, or the model with its trained weights merged in.
+
+Checks model and tokenizer against the fingerprints of the index. Needs torch and transformers; loads on first use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from llama_index_genret.errors import ModelMismatch, NotTrained
+from llama_index_genret.models.mllm import Mllm, fingerprint, load_mllm  # raises MissingExtra without torch
+from llama_index_genret.store import Index
+
+
+def load_trained(
+    index: Index, *, device: str = "auto", dtype: str = "auto", base: str | None = None, update: bool = True
+) -> Mllm:
+    """The index's model with its trained weights merged in.
+
+    Args:
+        base: another place of the same base model, if it has moved.
+        update: whether that of the index, if it has one, is among the weights.
+    Raises:
+        NotTrained: the index has no trained weights. ModelMismatch: `base` is another model or tokenizer.
+    """
+    if not index.is_trained:
+        raise NotTrained(f"{index.folder} has no trained weights yet: run `genret train {index.folder}`.")
+    from peft import PeftModel
+
+    mllm = load_base(index, device=device, dtype=dtype, base=base)
+    _set_new_rows(mllm.model, index)
+    merged = PeftModel.from_pretrained(mllm.model, index.adapter_folder()).merge_and_unload()
+    if update and index.has_update:
+        merged = PeftModel.from_pretrained(merged, index.update_folder()).merge_and_unload()
+    return Mllm(mllm.name_or_path, merged.eval(), mllm.processor)
+
+
+@torch.no_grad()
+def _set_new_rows(model: Any, index: Index) -> None:
+    """In place. What is merged in later replaces those of symbols that it was trained on."""
+    new = index.new_rows()
+    if new is None:
+        return
+    for name, module in model.named_modules():
+        rows = new.rows.get(name.rpartition(".")[2])
+        if rows is not None:
+            module.weight[torch.from_numpy(new.token_ids)] = torch.from_numpy(rows).to(module.weight)
+
+
+def load_base(index: Index, *, device: str = "auto", dtype: str = "auto", base: str | None = None) -> Mllm:
+    """The index's base model, checked to be the same, with room for the index's symbols."""
+    where = base or index.manifest.model.name_or_path
+    mllm = load_mllm(where, device=device, dtype=dtype)
+    index.check_tokenizer(mllm.tokenizer, where)
+    found = fingerprint(mllm.model)
+    if found != index.manifest.model.fingerprint:
+        raise ModelMismatch(
+            f"the weights of {where} (fingerprint {found[:12]}) are not those that {index.folder} was made with "
+            f"({index.manifest.model.name_or_path}, {index.manifest.model.fingerprint[:12]}). Name the right model."
+        )
+    rows = mllm.model.get_input_embeddings().weight.shape[0]
+    if index.tokenizer.vocab_size > rows:
+        mllm.model.resize_token_embeddings(index.tokenizer.vocab_size, mean_resizing=False)
+    mllm.processor.tokenizer._tokenizer = Tokenizer.from_str(index.tokenizer.to_json())
+    return mllm

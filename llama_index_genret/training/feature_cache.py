@@ -1,0 +1,172 @@
+"""Caches of what frozen parts compute: vision features per image, and lower-layer activations per text.
+
+Vision towers take a batch in one of two shapes: (images, channels, height, width), or the patches of all images in one
+sequence with the grid of each. A decoder is a Hugging Face list of layers.
+
+Independent of training, prompts and tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+CACHED_BYTES = 2**32
+"""Bytes each cache keeps: in bfloat16, 20,000 images of 256 patches x 384, or 100,000 texts of 32 tokens x 576.
+
+The least recently used entries make room.
+"""
+
+
+@contextmanager
+def cached_tower(model: Any) -> Iterator[None]:
+    """While inside, `model`, of Hugging Face, encodes an image once and takes its features from memory afterwards.
+
+    Towers with trainable weights, and batches of other shapes, run as they are. Under autocast features are kept in its
+    type.
+    """
+    tower = model.get_encoder(modality="image")
+    if tower is model or any(parameter.requires_grad for parameter in tower.parameters()):
+        yield
+        return
+    cache: OrderedDict[bytes, Any] = OrderedDict()
+    original, held = tower.forward, 0
+
+    def forward(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal held
+        lengths = _lengths(pixel_values, kwargs.get("grid_thw"))
+        if lengths is None or args:
+            return original(pixel_values, *args, **kwargs)
+        outputs = []
+        for i, pixels in enumerate(torch.split(pixel_values, lengths)):
+            own = {name: _one(value, i, len(lengths)) for name, value in kwargs.items()}
+            key = _digest([pixels, *(value for value in own.values() if isinstance(value, torch.Tensor))])
+            if key not in cache:
+                with torch.no_grad():
+                    cache[key] = _kept(original(pixels, **own))
+                held += _bytes(cache[key])
+            outputs.append(cache[key])
+        joined = type(outputs[0])(**{name: _joined([output[name] for output in outputs]) for name in outputs[0]})
+        while held > CACHED_BYTES:
+            held -= _bytes(cache.popitem(last=False)[1])
+        return joined
+
+    tower.forward = forward
+    try:
+        yield
+    finally:
+        tower.forward = original
+
+
+def _kept(output: Any) -> Any:
+    device = next(value for value in output.values() if isinstance(value, torch.Tensor)).device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return type(output)(**{name: _cast(value, dtype) for name, value in output.items()})
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) else [_cast(entry, dtype) for entry in value]
+
+
+def _lengths(pixel_values: torch.Tensor, grid_thw: torch.Tensor | None) -> list[int] | None:
+    """Rows of `pixel_values` that each image takes; None if that is not known."""
+    if grid_thw is not None:
+        return list(map(int, grid_thw.prod(-1)))
+    return [1] * len(pixel_values) if pixel_values.ndim == 4 else None
+
+
+def _one(value: Any, i: int, n_images: int) -> Any:
+    """What of an argument is that of image i."""
+    return value[i : i + 1] if isinstance(value, torch.Tensor) and len(value) == n_images else value
+
+
+def _digest(tensors: Sequence[torch.Tensor]) -> bytes:
+    """Shapes count: the same patches in another grid are another image."""
+    digest = hashlib.blake2b()
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """One field of several outputs: tensors end to end, and lists of tensors (one a layer) entry by entry."""
+    if isinstance(values[0], torch.Tensor):
+        return torch.cat(list(values))
+    return [_joined(entries) for entries in zip(*values, strict=True)]
+
+
+def _bytes(output: Any) -> int:
+    if isinstance(output, torch.Tensor):
+        return output.nbytes
+    return sum(map(_bytes, output.values() if isinstance(output, dict) else output))
+
+
+@contextmanager
+def cached_layers(decoder: Any, n_layers: int) -> Iterator[None]:
+    """While inside, the first `n_layers` of `decoder`, which must be frozen, see a text once.
+
+    Batches whose embeddings need a gradient run as they are, and so does a decoder whose layers are not all of one
+    kind. Rows are padded on the left, as `batches.collate` does. Under autocast activations are kept in its type.
+    """
+    if not n_layers or len(set(getattr(decoder.config, "layer_types", None) or ())) > 1:
+        yield
+        return
+    cache: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+    original, layers, norm = decoder.forward, decoder.layers, decoder.norm
+    lower, upper = layers[:n_layers], layers[n_layers:]
+
+    def forward(
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if inputs_embeds is None:
+            inputs_embeds = decoder.get_input_embeddings()(input_ids)
+        if inputs_embeds.requires_grad or attention_mask is None or attention_mask.ndim != 2:
+            return original(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+        rows = _unpadded(inputs_embeds, attention_mask)
+        keys = [hashlib.blake2b(row.cpu().contiguous().view(torch.uint8).numpy().tobytes()).digest() for row in rows]
+        missing = [place for place, key in enumerate(keys) if key not in cache]
+        if missing:
+            decoder.layers, decoder.norm = lower, torch.nn.Identity()
+            try:
+                with torch.no_grad():
+                    found = original(
+                        inputs_embeds=inputs_embeds[missing], attention_mask=attention_mask[missing], use_cache=False
+                    ).last_hidden_state
+            finally:
+                decoder.layers, decoder.norm = layers, norm
+            dtype = (
+                torch.get_autocast_dtype(found.device.type) if torch.is_autocast_enabled(found.device.type) else None
+            )
+            for place, row in zip(missing, _unpadded(found.to(dtype), attention_mask[missing]), strict=True):
+                cache[keys[place]] = row.clone()
+        for key in keys:
+            cache.move_to_end(key)
+        hidden = torch.zeros_like(inputs_embeds)
+        for row, key in zip(hidden, keys, strict=True):
+            row[len(row) - len(cache[key]) :] = cache[key]
+        while sum(row.nbytes for row in cache.values()) > CACHED_BYTES:
+            cache.popitem(last=False)
+        decoder.layers = upper
+        try:
+            return original(inputs_embeds=hidden, attention_mask=attention_mask, **kwargs)
+        finally:
+            decoder.layers = layers
+
+    decoder.forward = forward
+    try:
+        yield
+    finally:
+        decoder.forward = original
+
+
+def _unpadded(rows: torch.Tensor, attention_mask: torch.Tensor) -> Sequence[torch.Tensor]:
+    lengths = attention_mask.sum(1).tolist()
+    return [row[len(row) - length :] for row, length in zip(rows, lengths, strict=True)]

@@ -1,0 +1,243 @@
+"""A run that lets a model write queries of an index's images, and stores them; killed, the same run goes on.
+
+Knows the index and what a writer promises; nothing of torch, HTTP or vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from llama_index_genret.corpus import Record
+from llama_index_genret.errors import BatchError
+from llama_index_genret.files import difference, locked, size
+from llama_index_genret.models.tokenizer import IndexTokenizer
+from llama_index_genret.store import (
+    Index,
+    Provenance,
+    WrittenQueries,
+    load_index,
+    store_pseudo_queries,
+    text_key,
+)
+from llama_index_genret.training.pseudo_queries.filtering import candidates_of, choose
+from llama_index_genret.training.pseudo_queries.run_file import (
+    PART,
+    Asked,
+    Batch,
+    WriteOptions,
+    WrittenOfImage,
+    read_asked,
+    read_batches,
+    write_line,
+)
+from llama_index_genret.training.pseudo_queries.writer import KINDS, Request, Sampling, Writer, instruction, seed_of
+
+ASKED_FOR_ONE_KEPT = 1.5
+"""Answers asked of a model for each query that is wanted: some are empty, cut off or said twice."""
+
+
+@dataclass(frozen=True)
+class WriteSummary:
+    """What a run did.
+
+    images: that it wrote for. kept: of them, by a run before it was killed. queries: stored for them. short: images
+    that got fewer than wanted. none: that got none. refused: answers of the model, by reason.
+    """
+
+    images: int
+    kept: int
+    queries: int
+    short: int
+    none: int
+    refused: dict[str, int]
+
+
+@dataclass(frozen=True)
+class WriteRun:
+    """A run that may begin: made by `open_writing`, which has checked all that can be checked without a model.
+
+    records: of the images that are to get queries.
+    """
+
+    index: Index
+    records: tuple[Record, ...]
+    asked: Asked
+    samples: tuple[str, ...]
+    part: BinaryIO
+
+    def finish(
+        self, load: Callable[[], Writer], *, progress: Callable[[int], None] = lambda done: None
+    ) -> WriteSummary:
+        """Write for all images that have none of this run yet, and store the queries of all.
+
+        A run goes on at the beginning of a batch, so that a model sees what it would have seen together without the
+        interruption; the model of a server samples anew all the same. The index is read again before it is written:
+        what was added meanwhile stays.
+
+        Args:
+            load: gives the writer; called where something is left to write.
+            progress: called with the number of images that are done: at once, and after each batch.
+        """
+        batches = read_batches(self.part)
+        written = {_picture(image) for batch in batches for image in batch.images}
+        todo = [record for record in self.records if _picture(record) not in written]
+        kept = len(self.records) - len(todo)
+        progress(kept)
+        if todo:
+            batches += self._write(load(), todo, lambda done: progress(kept + done))
+        summary = self._store(batches, kept)
+        (self.index.folder / PART).unlink()
+        return summary
+
+    def _write(self, writer: Writer, records: Sequence[Record], progress: Callable[[int], None]) -> Iterator[Batch]:
+        if not size(self.part):
+            write_line(self.part, self.asked)
+        for start in range(0, len(records), self.asked.batch_size):
+            batch = self._batch(writer, records[start : start + self.asked.batch_size])
+            write_line(self.part, batch)
+            progress(start + len(batch.images))
+            yield batch
+
+    def _batch(self, writer: Writer, records: Sequence[Record]) -> Batch:
+        """What the model writes of some images: each is asked for every kind, all at once."""
+        tokenizer, asked = self.index.tokenizer, self.asked
+        requests = []
+        for record in records:
+            for kind in KINDS:
+                seed = seed_of(asked.seed, record.sha256, kind)
+                requests.append(Request(record.path, instruction(kind, self.samples, seed), seed))
+        n = math.ceil(asked.per_image * ASKED_FOR_ONE_KEPT / len(KINDS))
+        answers = writer.write(requests, Sampling(n=n, temperature=asked.temperature))
+        copies = frozenset(map(text_key, self.samples))
+        images = []
+        for place, record in enumerate(records):
+            of_image = answers[place * len(KINDS) : (place + 1) * len(KINDS)]
+            found = candidates_of(
+                dict(zip(KINDS, of_image, strict=True)),
+                captions=record.captions,
+                samples=copies,
+                is_plain=lambda text: _is_plain(tokenizer, text),
+            )
+            names = {"image_id": record.image_id, "sha256": record.sha256}
+            images.append(WrittenOfImage(**names, queries=found.queries, refused=dict(found.refused)))
+        return Batch(model=writer.model, fingerprint=writer.fingerprint, images=images)
+
+    def _store(self, batches: Sequence[Batch], kept: int) -> WriteSummary:
+        """Choose among what was written, now that all of it is there, and store it with what was stored of others."""
+        index = load_index(self.index.folder)
+        wanted = {_picture(record): _wanted(record, self.asked) for record in self.records}
+        here = {_picture(record) for record in index.records} & wanted.keys()
+        pairs = [(batch, image) for batch in batches for image in batch.images if _picture(image) in here]
+        new = {image.image_id for _, image in pairs}
+        others = [line for line in index.pseudo_queries.values() if line.image_id not in new]
+        n_images = _images_of_texts(index.records, others, [image for _, image in pairs])
+        refused: Counter[str] = Counter()
+        lines = []
+        for batch, image in pairs:
+            unshared = choose(image.queries, len(image.queries), n_images)
+            refused.update(image.refused)
+            refused["shared by too many images"] += len(image.queries) - len(unshared)
+            line = WrittenQueries(
+                image_id=image.image_id,
+                sha256=image.sha256,
+                wanted=wanted[_picture(image)],
+                queries=unshared[: wanted[_picture(image)]],
+                provenance=self._provenance(batch),
+            )
+            lines.append(line)
+        if lines:
+            store_pseudo_queries(index, [*others, *lines])
+        return WriteSummary(
+            images=len(lines),
+            kept=kept,
+            queries=sum(len(line.queries) for line in lines),
+            short=sum(len(line.queries) < line.wanted for line in lines),
+            none=sum(not line.queries for line in lines),
+            refused=dict((+refused).most_common()),
+        )
+
+    def _provenance(self, batch: Batch) -> Provenance:
+        asked = self.asked
+        return Provenance(
+            model=batch.model,
+            fingerprint=batch.fingerprint,
+            written_by=asked.written_by,
+            seed=asked.seed,
+            temperature=asked.temperature,
+            style=asked.style,
+        )
+
+
+@contextmanager
+def open_writing(
+    index: Index,
+    options: WriteOptions | None = None,
+    *,
+    samples: Sequence[str] = (),
+    written_by: str = "transformers",
+) -> Iterator[WriteRun]:
+    """Say which images need queries, before a model is loaded, and keep other runs from writing the same.
+
+    Args:
+        samples: queries of users, as examples of style. Those with the model's markup in them are not shown.
+        written_by: the kind of writer, for a later run that goes on.
+    Raises:
+        BatchError: an unfinished run asks something else, or is still running.
+    """
+    options = options or WriteOptions()
+    style = hashlib.sha256("\n".join(samples).encode()).hexdigest() if samples else None
+    model = index.manifest.model.fingerprint
+    asked = Asked(**options.model_dump(), model=model, style=style, written_by=written_by)
+    path = index.folder / PART
+    with locked(path, way_out="make it writable") as part:
+        earlier = read_asked(part)
+        if earlier != asked:
+            if read_batches(part) and not options.overwrite:
+                way_out = "remove the file, or pass --overwrite to write for all images anew."
+                raise BatchError(difference(path, earlier, asked, way_out=way_out))
+            part.truncate(0)
+        shown = tuple(sample for sample in samples if _is_plain(index.tokenizer, sample))
+        try:
+            yield WriteRun(index, tuple(_lacking(index, asked)), asked, shown, part)
+        finally:
+            if path.exists() and not size(part):
+                path.unlink()
+
+
+def _lacking(index: Index, asked: Asked) -> Iterator[Record]:
+    """The records that need queries, and have not been written for; or all that need some, to write anew."""
+    for record in index.records:
+        line = index.pseudo_queries.get(record.image_id)
+        wanted = _wanted(record, asked)
+        if wanted > 0 and (asked.overwrite or line is None or line.wanted < wanted):
+            yield record
+
+
+def _wanted(record: Record, asked: Asked) -> int:
+    return asked.per_image - len(record.captions)
+
+
+def _picture(of: Record | WrittenOfImage) -> tuple[str, str]:
+    return of.image_id, of.sha256
+
+
+def _images_of_texts(
+    records: Sequence[Record], others: Sequence[WrittenQueries], images: Sequence[WrittenOfImage]
+) -> Counter[str]:
+    """Of every text, by its key, how many images have it: as a caption, as a stored query, or as a new one."""
+    texts = {record.image_id: set(map(text_key, record.captions)) for record in records}
+    written = [(line.image_id, line.queries) for line in others] + [(image.image_id, image.queries) for image in images]
+    for image_id, queries in written:
+        texts[image_id].update(text_key(query.text) for query in queries)
+    return Counter(key for keys in texts.values() for key in keys)
+
+
+def _is_plain(tokenizer: IndexTokenizer, text: str) -> bool:
+    """Whether no special token and no symbol of an identifier is spelled in the text."""
+    return tokenizer.encode_text(text) == tokenizer.encode_markup(text)

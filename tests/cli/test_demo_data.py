@@ -1,0 +1,91 @@
+"""The demo's pictures are whole, its held-out queries are held out, its swapped questions tell the pictures apart."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+DATA = Path(__file__).resolve().parents[2] / "llama_index_genret" / "cli" / "demo" / "data"
+TRAINED_CARRIERS = ("{}", "a picture of {}", "find {}", "image: {}")
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+
+
+def captions() -> dict[str, list[str]]:
+    return {row["file_name"]: row["text"] for row in rows("images/metadata.jsonl")}
+
+
+def fitting(query: dict[str, Any]) -> list[str]:
+    names = query["file_name"]
+    return names if isinstance(names, list) else [names]
+
+
+def test_every_picture_is_listed_once_and_decodes() -> None:
+    listed = [row["file_name"] for row in rows("images/metadata.jsonl")]
+    assert sorted(listed) == sorted(path.name for path in (DATA / "images").glob("*.webp"))
+    assert len(listed) == 100
+    for name in listed:
+        with Image.open(DATA / "images" / name) as picture:
+            picture.load()
+            assert (picture.size, picture.mode) == ((160, 160), "RGB"), name
+
+
+def test_no_two_pictures_share_a_caption() -> None:
+    texts = [text for picture in captions().values() for text in picture]
+    assert len(set(texts)) == len(texts) == 200
+
+
+def test_no_tag_query_occurs_in_a_training_caption_of_its_pictures() -> None:
+    tags = [query for query in rows("queries.jsonl") if query["kind"] == "tag"]
+    trained = captions()
+    assert 150 <= len(tags) <= 300
+    assert len({query["query"] for query in tags}) == len(tags)
+    for query in tags:
+        for name in fitting(query):
+            assert not any(query["query"] in text.lower() for text in trained[name]), (query, trained[name])
+
+
+def test_no_query_is_a_sentence_that_training_makes() -> None:
+    made = {
+        carrier.format(text).lower() for texts in captions().values() for text in texts for carrier in TRAINED_CARRIERS
+    }
+    asked = {query["query"].lower() for query in rows("queries.jsonl")}
+    assert not asked & made
+
+
+def test_every_picture_is_asked_for_in_one_new_phrasing_that_names_it() -> None:
+    phrasings = [query for query in rows("queries.jsonl") if query["kind"] == "phrasing"]
+    trained = captions()
+    assert sorted(query["file_name"] for query in phrasings) == sorted(trained)
+    assert all(trained[query["file_name"]][0] in query["query"] for query in phrasings)
+
+
+def test_grounding_pairs_repeat_trained_answers_that_differ() -> None:
+    pictures = {row["file_name"]: row for row in rows("images/metadata.jsonl")}
+    answers = {(name, pair["question"]): pair["answer"] for name, row in pictures.items() for pair in row["questions"]}
+    pairs = rows("grounding.jsonl")
+    assert len(pairs) == 40
+    for pair in pairs:
+        assert answers[pair["file_name"], pair["question"]] == pair["answer"]
+        assert answers[pair["other_file_name"], pair["question"]] == pair["other_answer"]
+        assert pair["answer"] != pair["other_answer"]
+        assert pictures[pair["file_name"]]["group"] != pictures[pair["other_file_name"]]["group"]
+
+
+def test_the_pictures_stay_small_enough_to_ship() -> None:
+    assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) < 1_500_000
+
+
+def test_the_licences_of_art_and_words_are_shipped() -> None:
+    text = (DATA / "LICENSE-fluent-emoji.txt").read_text(encoding="utf-8")
+    assert "Permission is hereby granted, free of charge" in text
+    assert re.findall(r"Copyright \(c\) .*?(Microsoft|LobeHub|Miles Johnson|Mu-An Chiou)", text) == [
+        "LobeHub",
+        "Microsoft",
+        "Miles Johnson",
+        "Mu-An Chiou",
+    ]

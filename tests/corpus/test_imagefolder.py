@@ -1,0 +1,711 @@
+"""What `read_corpus` promises: the records it makes, and the error for each thing that can be wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from llama_index_genret.corpus import (
+    Corpus,
+    Question,
+    Record,
+    Skipped,
+    read_corpus,
+)
+from llama_index_genret.corpus.images import image_sha256, load_image, sniff_mime
+from llama_index_genret.errors import CorpusError, DuplicateImage, ImageError, MetadataError, UnsafePath
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+needs_links = pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+
+
+def save(path: Path, size: tuple[int, int] = (8, 6), color: tuple[int, ...] = RED, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGBA" if len(color) == 4 else "RGB", size, color).save(path, **options)
+    return path
+
+
+def write_jsonl(folder: Path, *rows: object) -> Path:
+    """Rows that are text are written as they are, all others as JSON."""
+    path = folder / "metadata.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """a.png and sub/b.jpg."""
+    save(tmp_path / "images" / "a.png")
+    save(tmp_path / "images" / "sub" / "b.jpg")
+    return tmp_path / "images"
+
+
+# What is read
+
+
+def test_a_line_of_json_becomes_a_record(folder):
+    question = {"question": "What colour?", "answer": "Red."}
+    extra = {"year": 1999, "score": 0.5, "public": True, "note": None, "place": "Köln"}
+    write_jsonl(folder, {"file_name": "sub/b.jpg", "text": ["eins", "zwei"], "questions": [question]} | extra)
+    (record,) = read_corpus(folder)
+    assert record == Record(
+        image_id="sub/b",
+        path=(folder / "sub" / "b.jpg").resolve(),
+        file_name="sub/b.jpg",
+        sha256=hashlib.sha256((folder / "sub" / "b.jpg").read_bytes()).hexdigest(),
+        captions=("eins", "zwei"),
+        metadata=extra,
+        questions=(Question("What colour?", "Red."),),
+    )
+    assert {key: type(value) for key, value in record.metadata.items()} == {k: type(v) for k, v in extra.items()}
+
+
+def test_text_may_be_one_caption_or_none(folder):
+    write_jsonl(folder, {"file_name": "a.png", "text": "a caption"}, {"file_name": "sub/b.jpg", "text": None})
+    assert [record.captions for record in read_corpus(folder)] == [("a caption",), ()]
+
+
+def test_an_image_id_of_its_own_replaces_the_file_name(folder):
+    write_jsonl(folder, {"file_name": "a.png", "image_id": "mona-lisa"})
+    assert list(read_corpus(folder).by_id) == ["mona-lisa"]
+
+
+def test_only_the_last_suffix_is_left_out_of_the_default_image_id(folder):
+    save(folder / "v1.2" / "x.y.png")
+    write_jsonl(folder, {"file_name": "./v1.2//x.y.png"})
+    assert [(r.image_id, r.file_name) for r in read_corpus(folder)] == [("v1.2/x.y", "v1.2/x.y.png")]
+
+
+def test_a_csv_gives_the_same_records_as_json(folder):
+    (folder / "metadata.csv").write_text('file_name,text,place\na.png,"red, ""flat""",Köln\nsub/b.jpg,,\n', "utf-8")
+    from_csv = read_corpus(folder).records
+    (folder / "metadata.csv").unlink()
+    write_jsonl(
+        folder,
+        {"file_name": "a.png", "text": 'red, "flat"', "place": "Köln"},
+        {"file_name": "sub/b.jpg", "text": None, "place": None},
+    )
+    assert from_csv == read_corpus(folder).records
+
+
+def test_metadata_of_a_csv_stays_text(folder):
+    (folder / "metadata.csv").write_text("file_name,postcode\na.png,00123\n")
+    assert read_corpus(folder).records[0].metadata == {"postcode": "00123"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("metadata.jsonl", '{"file_name": "a.png"}'), ("metadata.csv", "file_name\na.png")]
+)
+def test_a_byte_order_mark_and_windows_line_ends_do_not_matter(folder, name, content):
+    (folder / name).write_bytes(b"\xef\xbb\xbf" + content.replace("\n", "\r\n").encode() + b"\r\n\r\n")
+    assert list(read_corpus(folder).by_id) == ["a"]
+
+
+def test_a_metadata_folder_gives_exactly_the_listed_files_in_their_order(folder):
+    save(folder / "unlisted.png")
+    write_jsonl(folder, {"file_name": "sub/b.jpg"}, "", {"file_name": "a.png"})
+    assert [record.file_name for record in read_corpus(folder)] == ["sub/b.jpg", "a.png"]
+
+
+def test_a_listed_file_needs_no_known_suffix(folder):
+    (folder / "a.png").rename(folder / "a.bin")
+    write_jsonl(folder, {"file_name": "a.bin"})
+    assert list(read_corpus(folder).by_id) == ["a"]
+
+
+def test_a_bare_folder_gives_every_image_in_sorted_order(folder):
+    for name in ("z.GIF", "sub/deep/c.webp", "10.bmp", "9.tiff"):
+        save(folder / name)
+    save(folder / ".hidden.png")
+    save(folder / ".cache" / "d.png")
+    (folder / "README.md").write_text("no image")
+    corpus = read_corpus(folder)
+    names = ["10.bmp", "9.tiff", "a.png", "sub/b.jpg", "sub/deep/c.webp", "z.GIF"]
+    assert [record.file_name for record in corpus] == names
+    assert [record.image_id for record in corpus] == ["10", "9", "a", "sub/b", "sub/deep/c", "z"]
+    assert {record.captions for record in corpus} == {()}
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ico", "jp2", "ppm"])
+def test_every_raster_format_is_found_and_read(tmp_path, suffix):
+    save(tmp_path / f"x.{suffix}", size=(32, 32))
+    assert len(read_corpus(tmp_path)) == 1
+
+
+def test_a_relative_folder_gives_absolute_paths(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    corpus = read_corpus("images")
+    assert all(record.path.is_absolute() and record.path.exists() for record in corpus)
+
+
+def test_a_corpus_is_sized_iterable_and_keyed_by_image_id(folder):
+    corpus = read_corpus(folder)
+    assert len(corpus) == 2
+    assert corpus.by_id["sub/b"] is list(corpus)[1]
+
+
+def test_a_corpus_made_by_hand_must_have_unique_ids(folder):
+    record = read_corpus(folder).records[0]
+    with pytest.raises(DuplicateImage):
+        Corpus(folder, (record, record))
+
+
+def test_records_are_hashable_and_can_be_pickled(folder):
+    """Between the processes of a data loader; no index is ever stored as a pickle."""
+    write_jsonl(folder, {"file_name": "a.png", "year": 1999})
+    (record,) = read_corpus(folder)
+    assert pickle.loads(pickle.dumps(record)) == record
+    assert len({record, record}) == 1
+
+
+def test_progress_sees_every_row(folder):
+    seen = []
+    write_jsonl(folder, {"file_name": "a.png"}, {"file_name": "sub/b.jpg"})
+    read_corpus(folder, progress=lambda rows: (seen.append(row) or row for row in rows))
+    assert len(seen) == 2
+
+
+def test_metadata_is_read_line_by_line(folder):
+    """A broken first line is reported although the last line is not even text: nobody has read that far."""
+    (folder / "metadata.jsonl").write_bytes(b"{broken\n" + b'{"file_name": "a.png"}\n' * 100_000 + b"\xff\n")
+    with pytest.raises(MetadataError, match="line 1: no valid JSON"):
+        read_corpus(folder)
+
+
+def test_importing_the_module_stays_light():
+    heavy = "{'torch', 'transformers', 'llama_index'} & set(sys.modules)"
+    subprocess.run(
+        [sys.executable, "-c", f"import sys, llama_index_genret.corpus.imagefolder; sys.exit(bool({heavy}))"],
+        check=True,
+    )
+
+
+# Errors of the folder and of the metadata file as a whole
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(CorpusError, match=r"nowhere does not exist"):
+        read_corpus(tmp_path / "nowhere")
+
+
+def test_a_file_in_place_of_the_folder_is_named(folder):
+    with pytest.raises(CorpusError, match=r"a\.png is not a folder"):
+        read_corpus(folder / "a.png")
+
+
+def test_a_folder_without_images_is_an_error(tmp_path):
+    (tmp_path / "README.md").write_text("no image")
+    with pytest.raises(CorpusError, match="no usable image: none is listed"):
+        read_corpus(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "content"), [("metadata.jsonl", "\n"), ("metadata.csv", "file_name,text\n")])
+def test_metadata_that_lists_nothing_is_an_error(folder, name, content):
+    (folder / name).write_text(content)
+    with pytest.raises(CorpusError, match="no usable image: none is listed"):
+        read_corpus(folder)
+
+
+def whole_file_errors() -> dict[str, tuple[dict[str, bytes], str]]:
+    row = b'{"file_name": "a.png"}\n'
+    return {
+        "both": (
+            {"metadata.jsonl": row, "metadata.csv": b"file_name\na.png\n"},
+            r"both metadata\.jsonl and metadata\.csv",
+        ),
+        "jsonl not UTF-8": ({"metadata.jsonl": row + b'{"text": "K\xf6ln"}\n'}, r"metadata\.jsonl, line 2: not UTF-8"),
+        "csv not UTF-8": ({"metadata.csv": b"file_name\na.png\nK\xf6ln\n"}, r"metadata\.csv, line 3: not UTF-8"),
+        "UTF-16": ({"metadata.jsonl": row.decode().encode("utf-16")}, "line 1: not UTF-8"),
+        "no file_name column": ({"metadata.csv": b"file,text\na.png,x\n"}, r"line 1: .*'file_name' is needed"),
+        "empty csv": ({"metadata.csv": b""}, r"line 1: .*'file_name' is needed"),
+        "repeated column": ({"metadata.csv": b"file_name,x,x\na.png,1,2\n"}, "line 1: .*a name of its own"),
+        "unnamed column": ({"metadata.csv": b"file_name,\na.png,1\n"}, "line 1: .*a name of its own"),
+        "questions in csv": ({"metadata.csv": b"file_name,questions\na.png,[]\n"}, r"'questions'.*metadata\.jsonl"),
+        "open quote": ({"metadata.csv": b'file_name,text\na.png,x\nsub/b.jpg,"y\n'}, "line 3: no valid CSV"),
+        "metadata further down": ({"sub/metadata.jsonl": row}, r"sub/metadata\.jsonl would not be read"),
+        "parquet": ({"metadata.parquet": b"PAR1"}, r"metadata\.parquet would not be read"),
+    }
+
+
+@pytest.mark.parametrize("skip_broken", [False, True])
+@pytest.mark.parametrize("case", whole_file_errors())
+def test_an_error_of_the_whole_metadata_file_always_raises(folder, case, skip_broken):
+    files, message = whole_file_errors()[case]
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    with pytest.raises(MetadataError, match=message):
+        read_corpus(folder, skip_broken=skip_broken)
+
+
+# Errors of one line
+
+BROKEN_LINES = {
+    "broken JSON": ('{"file_name": "a.png"', MetadataError, "no valid JSON"),
+    "pretty-printed JSON": ("[", MetadataError, "one JSON object a line"),
+    "not an object": ('["a.png"]', MetadataError, "a list, not an object"),
+    "deep JSON": ("[" * 100_000, MetadataError, "no valid JSON"),
+    "repeated key": ('{"file_name": "a.png", "text": "x", "text": "y"}', MetadataError, "given twice.*'text'"),
+    "NaN": ('{"file_name": "a.png", "x": NaN}', MetadataError, "no valid JSON"),
+    "infinite number": ('{"file_name": "a.png", "x": 1e999}', MetadataError, "no valid JSON"),
+    "half a surrogate pair": (r'{"file_name": "a.png", "text": "\ud800"}', MetadataError, "no valid JSON"),
+    "no file_name": ({"text": "x"}, MetadataError, "file_name must be text"),
+    "empty file_name": ({"file_name": ""}, MetadataError, "file_name must be text"),
+    "file_name null": ({"file_name": None}, MetadataError, "file_name must be text"),
+    "file_name a number": ({"file_name": 7}, MetadataError, "file_name must be text.*7"),
+    "text a number": ({"file_name": "a.png", "text": 7}, MetadataError, "text .*7"),
+    "text an object": ({"file_name": "a.png", "text": {"en": "x"}}, MetadataError, "text .*'en'"),
+    "text a list of numbers": ({"file_name": "a.png", "text": ["x", 7]}, MetadataError, "text .*7"),
+    "empty text": ({"file_name": "a.png", "text": ""}, MetadataError, "text .*not empty"),
+    "blank caption": ({"file_name": "a.png", "text": ["x", " \n"]}, MetadataError, "text .*not empty"),
+    "image_id a number": ({"file_name": "a.png", "image_id": 7}, MetadataError, "image_id must be text.*7"),
+    "empty image_id": ({"file_name": "a.png", "image_id": " "}, MetadataError, "image_id must be text"),
+    "questions an object": ({"file_name": "a.png", "questions": {}}, MetadataError, "questions must be a list"),
+    "questions of text": ({"file_name": "a.png", "questions": ["x?"]}, MetadataError, "questions must be a list"),
+    "question unanswered": ({"file_name": "a.png", "questions": [{"question": "x?"}]}, MetadataError, "'answer'"),
+    "question with more": (
+        {"file_name": "a.png", "questions": [{"question": "x?", "answer": "y", "by": "z"}]},
+        MetadataError,
+        "'by'",
+    ),
+    "empty answer": (
+        {"file_name": "a.png", "questions": [{"question": "x?", "answer": ""}]},
+        MetadataError,
+        "an answer must be text",
+    ),
+    "nested metadata": ({"file_name": "a.png", "exif": {"iso": 100}}, MetadataError, "'exif' is a dict.*Flatten"),
+    "listed metadata": ({"file_name": "a.png", "tags": ["x"]}, MetadataError, "'tags' is a list.*Flatten"),
+    "missing file": ({"file_name": "gone.png"}, ImageError, r"gone\.png is missing"),
+    "a folder": ({"file_name": "sub"}, ImageError, r"sub is missing or no regular file"),
+    "the folder itself": ({"file_name": "."}, ImageError, "no regular file"),
+    "name too long": ({"file_name": "x" * 5000}, ImageError, "cannot be (read|opened)"),
+    "parent folder": ({"file_name": "../images/a.png"}, UnsafePath, "leads out of the image folder"),
+    "there and back": ({"file_name": "sub/../a.png"}, UnsafePath, "leads out of the image folder"),
+    "parent folder, Windows": ({"file_name": r"..\a.png"}, UnsafePath, "leads out of the image folder"),
+    "absolute": ({"file_name": "/etc/passwd"}, UnsafePath, "leads out of the image folder"),
+    "absolute, Windows": ({"file_name": r"C:\a.png"}, UnsafePath, "leads out of the image folder"),
+    "network share": ({"file_name": r"\\host\share\a.png"}, UnsafePath, "leads out of the image folder"),
+    "NUL": ({"file_name": "a.png\0.jpg"}, UnsafePath, "leads out of the image folder"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_LINES)
+def test_a_broken_line_is_an_error_that_names_file_and_line(folder, case):
+    row, error, message = BROKEN_LINES[case]
+    metadata = write_jsonl(folder, {"file_name": "sub/b.jpg"}, "", row)
+    with pytest.raises(CorpusError, match=rf"(?s)^{re.escape(str(metadata))}, line 3: .*{message}") as raised:
+        read_corpus(folder)
+    assert type(raised.value) is error
+
+
+@pytest.mark.parametrize("case", BROKEN_LINES)
+def test_skip_broken_lists_what_was_left_out_and_why(folder, case):
+    row, _, message = BROKEN_LINES[case]
+    write_jsonl(folder, row, {"file_name": "sub/b.jpg"})
+    corpus = read_corpus(folder, skip_broken=True)
+    assert list(corpus.by_id) == ["sub/b"]
+    (skipped,) = corpus.skipped
+    named = isinstance(row, dict) and row.get("file_name")
+    assert (skipped.file_name, skipped.line) == (str(named) if named else "metadata.jsonl", 1)
+    assert re.search(message, skipped.reason, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("a.png", "1 cells for 2 columns"),
+        ("a.png,red, flat", "3 cells for 2 columns"),
+        (",red", "file_name must be text"),
+        ("a.png, ", "text .*not empty"),
+        ("gone.png,x", "is missing"),
+    ],
+)
+def test_a_broken_csv_line_is_named_where_it_begins(folder, row, message):
+    (folder / "metadata.csv").write_text(f'file_name,text\nsub/b.jpg,"two\nlines"\n\n{row}\n')
+    with pytest.raises(CorpusError, match=rf"metadata\.csv, line 5: .*{message}"):
+        read_corpus(folder)
+    (skipped,) = read_corpus(folder, skip_broken=True).skipped
+    assert skipped.line == 5
+
+
+def test_a_column_name_of_two_lines_does_not_shift_the_line_numbers(folder):
+    (folder / "metadata.csv").write_text('file_name,"two\nlines"\ngone.png,x\n')
+    with pytest.raises(ImageError, match=r"metadata\.csv, line 3: .*is missing"):
+        read_corpus(folder)
+
+
+def test_a_duplicate_id_names_both_lines(folder):
+    rows = [{"file_name": "a.png", "image_id": "x"}, "", {"file_name": "sub/b.jpg", "image_id": "x"}]
+    write_jsonl(folder, *rows)
+    with pytest.raises(DuplicateImage, match=r"line 3: 'sub/b\.jpg' has the image_id 'x', which line 1 \('a\.png'\)"):
+        read_corpus(folder)
+
+
+def test_a_duplicate_id_in_a_bare_folder_names_both_files(folder):
+    save(folder / "a.jpg")
+    with pytest.raises(DuplicateImage, match=r"'a\.png' has the image_id 'a', which 'a\.jpg' already has"):
+        read_corpus(folder)
+
+
+def test_skip_broken_keeps_the_first_of_two_that_share_an_id(folder):
+    write_jsonl(folder, *[{"file_name": name, "image_id": "x"} for name in ("gone.png", "a.png", "sub/b.jpg")])
+    corpus = read_corpus(folder, skip_broken=True)
+    assert [record.file_name for record in corpus] == ["a.png"]
+    assert [(s.file_name, s.line) for s in corpus.skipped] == [("gone.png", 1), ("sub/b.jpg", 3)]
+
+
+def test_nothing_is_skipped_in_a_whole_folder(folder):
+    assert read_corpus(folder, skip_broken=True).skipped == ()
+
+
+def test_a_folder_of_which_nothing_is_left_is_an_error(folder):
+    write_jsonl(folder, {"file_name": "gone.png"}, {"file_name": "lost.png"})
+    with pytest.raises(CorpusError, match=r"all 2 are broken, the first: .*gone\.png is missing"):
+        read_corpus(folder, skip_broken=True)
+
+
+def test_a_broken_file_of_a_bare_folder_is_skipped_without_a_line(folder):
+    (folder / "c.png").write_bytes(b"")
+    (skipped,) = read_corpus(folder, skip_broken=True).skipped
+    assert (skipped.file_name, skipped.line) == ("c.png", None)
+    assert str(folder / "c.png") in skipped.reason
+    assert isinstance(skipped, Skipped)
+
+
+# Links
+
+
+@needs_links
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_link_out_of_the_folder_is_unsafe(folder, listed):
+    (folder / "link.png").symlink_to(save(folder.parent / "secret.png"))
+    if listed:
+        write_jsonl(folder, {"file_name": "link.png"})
+    with pytest.raises(UnsafePath, match=r"'link\.png' is a link out of the folder"):
+        read_corpus(folder)
+
+
+@needs_links
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_linked_folder_out_of_the_folder_is_unsafe(folder, listed):
+    save(folder.parent / "images-private" / "secret.png")
+    (folder / "link").symlink_to(folder.parent / "images-private")
+    if listed:
+        write_jsonl(folder, {"file_name": "link/secret.png"})
+    with pytest.raises(UnsafePath, match="is a link out of the folder"):
+        read_corpus(folder)
+
+
+@needs_links
+def test_a_link_within_the_folder_is_an_image(folder):
+    (folder / "link.png").symlink_to("sub/b.jpg")
+    assert list(read_corpus(folder).by_id) == ["a", "link", "sub/b"]
+
+
+@needs_links
+def test_a_linked_folder_within_the_folder_is_read_once(folder):
+    (folder / "sub" / "loop").symlink_to(folder)
+    assert list(read_corpus(folder).by_id) == ["a", "sub/b"]
+
+
+@needs_links
+def test_a_link_to_itself_is_a_broken_image(folder):
+    (folder / "loop.png").symlink_to("loop.png")
+    with pytest.raises(ImageError, match=r"loop\.png"):
+        read_corpus(folder)
+
+
+@needs_links
+def test_the_folder_itself_may_be_a_link(folder):
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    assert list(read_corpus(link).by_id) == ["a", "sub/b"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse the name")
+def test_a_file_name_that_is_not_utf_8_is_named(folder):
+    os.rename(folder / "a.png", os.fsencode(folder) + b"/K\xf6ln.png")  # noqa: PTH104
+    with pytest.raises(ImageError, match=r"K\\udcf6ln\.png"):
+        read_corpus(folder)
+
+
+def test_an_unreadable_subfolder_is_an_error(folder, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if Path(path).name == "sub":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root, who runs many a CI, may read every folder
+    with pytest.raises(CorpusError, match=r"cannot be listed.*Permission denied"):
+        read_corpus(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
+def test_a_pipe_is_no_image_and_does_not_block(folder):
+    os.mkfifo(folder / "pipe.png")
+    with pytest.raises(ImageError, match=r"pipe\.png is missing or no regular file"):
+        read_corpus(folder)
+
+
+# Files that are no image
+
+
+def noise(path: Path, **options: object) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tiff"])
+def test_a_truncated_image_is_an_error_although_its_header_is_whole(tmp_path, suffix):
+    path = noise(tmp_path / f"x.{suffix}")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 3 // 4])
+    with pytest.raises(ImageError, match=rf"x\.{suffix} does not decode as image/"):
+        read_corpus(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "mime"),
+    [
+        (b"", "application/octet-stream"),
+        (b"plain text, whatever the suffix says", "application/octet-stream"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "image/svg+xml"),
+        (b"\xef\xbb\xbf  <svg/>", "image/svg+xml"),
+        (b"%PDF-1.7\n", "application/pdf"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "application/"),
+        (b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic", "image/heic"),
+    ],
+)
+def test_a_file_of_another_type_is_an_error_that_names_the_type(folder, content, mime):
+    (folder / "a.png").write_bytes(content)
+    assert sniff_mime(folder / "a.png").startswith(mime)
+    with pytest.raises(ImageError, match=rf"a\.png is no raster image .*{re.escape(mime)}.* Convert it"):
+        read_corpus(folder)
+
+
+@pytest.mark.parametrize("name", ["logo.svg", "photo.HEIC"])
+def test_a_picture_that_needs_converting_does_not_vanish_from_a_bare_folder(folder, name):
+    (folder / name).write_bytes(b"<svg/>")
+    with pytest.raises(ImageError, match=name):
+        read_corpus(folder)
+
+
+def test_the_content_decides_not_the_suffix(folder):
+    save(folder / "sub" / "x.png", color=(0, 255, 0)).rename(folder / "a.jpg")
+    (folder / "a.png").unlink()
+    assert sniff_mime(folder / "a.jpg") == "image/png"
+    assert load_image(read_corpus(folder).by_id["a"].path).getpixel((0, 0)) == (0, 255, 0)
+
+
+def png_header(width: int, height: int) -> bytes:
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data_follows = struct.pack(">I", 1000) + b"IDAT"
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data_follows
+
+
+@pytest.mark.parametrize("side", [9_500, 60_000])
+@pytest.mark.parametrize("warnings_are", ["ignore", "error"])
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, side, warnings_are):
+    """Pillow itself only warns at 9500 x 9500, and raises at 60000 x 60000."""
+    (tmp_path / "x.png").write_bytes(png_header(side, side))
+    message = rf"x\.png has more than {Image.MAX_IMAGE_PIXELS} pixels"
+    with warnings.catch_warnings():
+        warnings.simplefilter(warnings_are)
+        with pytest.raises(ImageError, match=message):
+            read_corpus(tmp_path)
+
+
+def test_the_size_limit_is_pillows_own(tmp_path, monkeypatch):
+    save(tmp_path / "x.png", size=(11, 10))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert load_image(tmp_path / "x.png").size == (11, 10)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 110)
+    assert load_image(tmp_path / "x.png").size == (11, 10)
+
+
+@given(st.binary(max_size=200), st.sampled_from(["png", "gif", "bmp", "ppm", "webp", "ico", "tiff", "jpg"]))
+def test_damage_is_always_an_image_error(tmp_path_factory, damage, suffix):
+    """Whatever follows a valid beginning, nothing but ImageError comes out."""
+    folder = tmp_path_factory.mktemp("damaged")
+    path = noise(folder / f"x.{suffix}")
+    path.write_bytes(path.read_bytes()[:40] + damage)
+    with contextlib.suppress(ImageError):
+        assert load_image(path).mode == "RGB"
+
+
+# load_image, sniff_mime, image_sha256
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_exif_orientation_is_applied(tmp_path, orientation):
+    """The stored pixels are what a camera held like that saves of one upright picture."""
+    upright = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [9, 9, 9]], [[99, 99, 99], [200, 0, 200]]], np.uint8)
+    undo = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.swapaxes(0, 1),
+        6: lambda a: np.rot90(a),
+        7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+        8: lambda a: np.rot90(a, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(undo(upright))).save(tmp_path / "x.png", exif=exif)
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "x.png")), upright)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_becomes_white(tmp_path, mode):
+    pixels = np.array([[[0, 0, 0, 0], [0, 0, 0, 255]]], np.uint8)
+    image = Image.fromarray(pixels)
+    image = image.quantize(2) if mode == "P" else image.convert(mode)
+    image.save(tmp_path / "x.png")
+    assert np.asarray(load_image(tmp_path / "x.png")).tolist() == [[[255] * 3, [0] * 3]]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_colour_declared_transparent_becomes_white(tmp_path, mode):
+    Image.new(mode, (2, 2), 0).save(tmp_path / "x.png", transparency=0 if mode == "L" else (0, 0, 0))
+    assert load_image(tmp_path / "x.png").getpixel((0, 0)) == WHITE
+
+
+def test_half_transparent_is_mixed_with_white(tmp_path):
+    save(tmp_path / "x.png", color=(255, 0, 0, 51))
+    assert load_image(tmp_path / "x.png").getpixel((0, 0)) == (255, 204, 204)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "RGB"])
+def test_every_opaque_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / {"CMYK": "x.tiff", "YCbCr": "x.jpg"}.get(mode, "x.png")  # Pillow 11 cannot read its YCbCr TIFF
+    Image.new("RGB", (8, 6), WHITE).convert(mode).save(path)
+    image = load_image(path)
+    assert (image.mode, image.size, image.getpixel((3, 3))) == ("RGB", (8, 6), WHITE)
+
+
+def test_a_cmyk_jpeg_keeps_its_colour(tmp_path):
+    Image.new("RGB", (16, 16), RED).convert("CMYK").save(tmp_path / "x.jpg", quality=100)
+    assert np.abs(np.subtract(load_image(tmp_path / "x.jpg").getpixel((8, 8)), RED)).max() < 12
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
+    values = np.array([[0, 1000, 128 * 257]], np.uint16)
+    Image.fromarray(values).save(tmp_path / f"x.{suffix}")
+    assert np.asarray(load_image(tmp_path / f"x.{suffix}"))[0, :, 0].tolist() == [0, 4, 128]
+
+
+@pytest.mark.parametrize(
+    "values", [[-1.0, 0.0, 1.0], [float("nan"), 0.0, 0.0], [0, 500_000, 1_000_000], [5.0, 5.0, 5.0]]
+)
+def test_values_without_a_white_are_stretched(tmp_path, values):
+    array = np.array([values], np.float32 if isinstance(values[0], float) else np.int32)
+    Image.fromarray(array).save(tmp_path / "x.tiff")
+    grey = np.asarray(load_image(tmp_path / "x.tiff"))[0, :, 0].tolist()
+    assert grey == ([0, 0, 0] if len(set(values[1:])) == 1 else [0, 128, 255])
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
+def test_an_animation_gives_its_first_frame(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 8), color) for color in (RED, (0, 0, 255))]
+    frames[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:])
+    assert np.abs(np.subtract(load_image(tmp_path / f"x.{suffix}").getpixel((4, 4)), RED)).max() < 8
+
+
+@pytest.mark.parametrize("read", [load_image, sniff_mime])
+def test_a_missing_image_is_named(tmp_path, read):
+    with pytest.raises(ImageError, match=r"gone\.png is missing"):
+        read(tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mime"),
+    [("png", "png"), ("jpg", "jpeg"), ("gif", "gif"), ("webp", "webp"), ("bmp", "bmp"), ("tiff", "tiff")],
+)
+def test_the_type_is_sniffed(tmp_path, suffix, mime):
+    save(tmp_path / f"x.{suffix}").rename(tmp_path / "x")
+    assert sniff_mime(tmp_path / "x") == f"image/{mime}"
+
+
+def test_the_hash_of_a_file_larger_than_one_piece_is_that_of_its_bytes(tmp_path):
+    content = bytes(range(256)) * 10_000
+    (tmp_path / "x").write_bytes(content)
+    assert image_sha256(tmp_path / "x") == hashlib.sha256(content).hexdigest()
+
+
+# The records of a stored index
+
+texts = st.text(min_size=1).filter(str.strip)
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+names = st.lists(st.from_regex(r"[a-zé ]{0,9}[a-z]", fullmatch=True), min_size=1, max_size=3).map("/".join)
+
+
+@given(
+    st.builds(
+        lambda name, **fields: Record(path=Path("/images").absolute() / name, file_name=name, **fields),
+        names,
+        image_id=texts,
+        sha256=texts,
+        captions=st.lists(texts).map(tuple),
+        metadata=st.dictionaries(st.text(), scalars),
+        questions=st.lists(st.builds(Question, texts, texts)).map(tuple),
+    )
+)
+def test_a_record_survives_json(record):
+    again = Record.from_json(json.loads(json.dumps(record.to_json())), Path("/images").absolute())
+    assert again == record
+    assert [type(v) for v in again.metadata.values()] == [type(v) for v in record.metadata.values()]
+
+
+def test_stored_records_follow_their_folder(folder):
+    stored = json.dumps([record.to_json() for record in read_corpus(folder)])
+    moved = folder.rename(folder.parent / "moved")
+    records = [Record.from_json(obj, moved) for obj in json.loads(stored)]
+    assert records == list(read_corpus(moved))
+    assert [load_image(record.path).size for record in records] == [(8, 6), (8, 6)]
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"file_name": "../x.png"}, UnsafePath),
+        ({"file_name": "/etc/passwd"}, UnsafePath),
+        ({"file_name": 7}, MetadataError),
+        ({"image_id": ""}, MetadataError),
+        ({"sha256": None}, MetadataError),
+        ({"captions": [7]}, MetadataError),
+        ({"metadata": {"x": []}}, MetadataError),
+        ({"metadata": None}, MetadataError),
+        ({"questions": [{}]}, MetadataError),
+        ({"unknown": 1}, MetadataError),
+    ],
+)
+def test_a_damaged_stored_record_is_an_error(folder, change, error):
+    stored = read_corpus(folder).records[0].to_json()
+    with pytest.raises(error):
+        Record.from_json(stored | change, folder)
+
+
+@pytest.mark.parametrize("obj", [None, [], {}, "x"])
+def test_what_is_no_stored_record_is_an_error(folder, obj):
+    with pytest.raises(MetadataError, match="expected an object with the keys"):
+        Record.from_json(obj, folder)

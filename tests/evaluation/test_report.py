@@ -1,0 +1,153 @@
+"""From an evaluation to its page: which queries are shown, what the charts are of, and what it needs."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_index_genret import FakeScorer
+from llama_index_genret.cli.evaluate import evaluate as evaluate_command
+from llama_index_genret.errors import MissingExtra
+from llama_index_genret.evaluation.baselines import baseline
+from llama_index_genret.evaluation.evaluate import evaluate
+from llama_index_genret.evaluation.metrics import expected_calibration_error, reliability
+from llama_index_genret.evaluation.queries import Query
+from llama_index_genret.evaluation.report import STRIPS, worst_first, write_evaluation_report
+
+ANSWERS = st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60)
+
+
+@pytest.fixture(scope="module")
+def evaluation(untrained_index):
+    """Of each image four queries; one query is refused."""
+    queries = [
+        Query(f"{record.captions[0]} {n}", frozenset([record.image_id]), "odd" if n % 2 else "even")
+        for record in untrained_index.records
+        for n in range(4)
+    ]
+    queries[7] = Query(" ", queries[7].image_ids, "odd")
+    return evaluate(untrained_index, FakeScorer(untrained_index.tokenizer.vocab_size, spread=3.0), queries)
+
+
+def calibration_by_loops(answers, bins=10):
+    """The definition, bin by bin."""
+    error = 0.0
+    for number in range(bins):
+        low, high = number / bins, (number + 1) / bins
+        here = [(score, right) for score, right in answers if low < score <= high or (score == 0 == number)]
+        if here:
+            mean = sum(score for score, _ in here) / len(here)
+            error += len(here) / len(answers) * abs(mean - sum(right for _, right in here) / len(here))
+    return error
+
+
+@given(ANSWERS)
+def test_the_calibration_error_is_its_definition(answers):
+    answers = [(round(score, 3), right) for score, right in answers if not (1000 * score) % 100 < 1]  # not on an edge
+    scores, right = [score for score, _ in answers], [is_right for _, is_right in answers]
+    assert expected_calibration_error(scores, right) == pytest.approx(calibration_by_loops(answers) if answers else 0)
+    assert sum(bin.n for bin in reliability(scores, right)) == len(answers)
+
+
+def test_scores_that_are_as_often_right_as_they_say_have_no_calibration_error():
+    assert expected_calibration_error([0.8] * 5, [True] * 4 + [False]) == pytest.approx(0)
+    assert expected_calibration_error([1.0] * 5, [True] * 4 + [False]) == pytest.approx(0.2)
+    (low, high) = reliability([0.0, 1.0], [False, True])
+    assert (low.low, low.high, high.low, high.high) == (0.0, 0.1, 0.9, 1.0)
+    (edge,) = reliability([0.5], [True])
+    assert (edge.low, edge.high) == (0.4, 0.5)
+
+
+def test_prefix_survival_ends_at_recall_and_a_refused_query_keeps_nothing(evaluation):
+    figures = evaluation.figures()
+    survival = figures["prefix_survival"]
+    assert survival[-1] == pytest.approx(figures["recall@10"])
+    assert all(np.diff(survival) <= 0)
+    assert 0 < survival[-1] < survival[0] < 1
+    assert not any(evaluation.kept[7])
+    odd = evaluation.of_kind("odd")
+    assert odd.prefix_survival()[-1] == pytest.approx(odd.figures()["recall@10"])
+
+
+def test_calibration_is_of_the_first_hits_and_leaves_a_refused_query_out(evaluation):
+    scores, right = evaluation.first_hits()
+    assert len(scores) == len(evaluation.queries) - 1
+    assert np.mean([*right, False]) == pytest.approx(evaluation.figures()["recall@1"])
+    assert evaluation.figures()["calibration_error"] == expected_calibration_error(scores, right)
+
+
+def test_the_worst_are_the_misses_of_which_the_model_was_surest(evaluation):
+    order = worst_first(evaluation)
+    assert sorted(order) == list(range(len(evaluation.queries)))
+    ranks = [
+        next(
+            (rank for rank, name in enumerate(evaluation.ranked[row]) if name in evaluation.queries[row].image_ids), 99
+        )
+        for row in order
+    ]
+    assert ranks == sorted(ranks, reverse=True)
+    misses = [row for row, rank in zip(order, ranks, strict=True) if rank == 99]
+    assert misses[-1] == 7  # refused: nothing was said
+    sure = [evaluation.hits[row][0].score for row in misses[:-1]]
+    assert sure == sorted(sure, reverse=True)
+
+
+def test_the_page_has_the_worst_and_as_many_by_lot_beside_the_baselines(untrained_index, evaluation, tmp_path):
+    peer = baseline("tfidf", untrained_index.records, evaluation.queries)
+    pages = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        path = tmp_path / f"{name}.html"
+        write_evaluation_report(path, untrained_index, evaluation, baselines={"tfidf": peer}, seed=seed)
+        pages.append(path.read_text())
+    page = pages[0]
+    assert pages[1] == page != pages[2]
+    worst, lot = (re.findall(r'class="query" dir="auto">(.*?)</p>', part) for part in page.split(" at random<")[:2])
+    assert worst == [evaluation.queries[row].text for row in worst_first(evaluation)[:STRIPS]]
+    assert len(lot) == STRIPS
+    assert lot != worst
+    assert page.count("<svg ") == 4
+    for system in (evaluation, peer):
+        figures = system.figures()
+        for name in ("recall@1", "recall@10", "mrr", "ndcg@10"):
+            low, high = figures["interval"][name]
+            assert f"{figures[name]:.3f}<small>{low:.3f}–{high:.3f}</small>" in page
+    assert f"{evaluation.figures()['calibration_error']:.3f}" in page
+
+
+def test_the_charts_are_part_of_the_page_and_in_its_colors(untrained_index, evaluation, tmp_path):
+    path = tmp_path / "report.html"
+    write_evaluation_report(path, untrained_index, evaluation)
+    charts = re.findall(r"<svg.*?</svg>", path.read_text(), re.DOTALL)
+    assert len(charts) == 4
+    for chart in charts:
+        assert not re.search(r"#[0-9a-f]{6}\b|https?:|<metadata|<style|font-family", chart)
+        assert {"var(--ink)", "var(--quiet)", "var(--line)"} & set(re.findall(r"var\(--[\w-]+\)", chart))
+        ids, used = re.findall(r' id="(\w+)"', chart), re.findall(r'(?:href="#|url\(#)(\w+)', chart)
+        assert set(used) <= set(ids)
+    every = [name for chart in charts for name in re.findall(r' id="(\w+)"', chart)]
+    assert len(every) == len(set(every))
+
+
+def test_without_matplotlib_the_extra_is_named_and_a_page_without_charts_is_written(
+    untrained_index, evaluation, tmp_path
+):
+    path = tmp_path / "report.html"
+    write_evaluation_report(path, untrained_index, evaluation, charts=False)
+    assert "<svg" not in path.read_text()
+    hidden = "import sys; sys.modules['matplotlib'] = None; import llama_index_genret.evaluation.charts"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True)
+    assert "MissingExtra" in done.stderr
+    assert "llama-index-genret[eval]" in done.stderr
+
+
+def test_a_report_that_cannot_be_drawn_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    """Not after an hour of recalling: even the index, which is not there, is looked for later."""
+    for name in ("matplotlib", "llama_index_genret.evaluation.charts"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtra, match=r"llama-index-genret\[eval\]"):
+        evaluate_command(tmp_path / "no-index", tmp_path / "queries.jsonl", report=tmp_path / "report.html")

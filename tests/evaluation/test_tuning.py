@@ -1,0 +1,257 @@
+"""The prior of an index, how it is kept, and what is chosen on validation queries."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from llama_index_genret import FakeScorer, GenerativeImageRetriever
+from llama_index_genret.cli import app
+from llama_index_genret.errors import IndexDamaged, QueryError, SearchError, StoreError
+from llama_index_genret.evaluation.evaluate import evaluate
+from llama_index_genret.evaluation.queries import Query
+from llama_index_genret.evaluation.tuning import image_prior, tune
+from llama_index_genret.scorers.base import recall
+from llama_index_genret.scorers.rerank import ranking_options
+from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.serving.batch import open_batch
+from llama_index_genret.store import (
+    Scoring,
+    ScoringChoice,
+    Tuned,
+    add_images,
+    load_index,
+    remove_images,
+    store_adapter,
+    store_tuned,
+)
+
+
+def genret_json(capsys, *arguments):
+    """What a command prints with --json, run in this process: torch loads once."""
+    app([*map(str, arguments), "--json"], standalone_mode=False)
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def index(untrained_index, tmp_path):
+    """A copy that a test may write to."""
+    return load_index(shutil.copytree(untrained_index.folder, tmp_path / "index"))
+
+
+@pytest.fixture
+def scorer(index):
+    return FakeScorer(index.tokenizer.vocab_size)
+
+
+def log_probs(index, scorer, prompt):
+    """Of all images, by a search that drops none."""
+    n = len(index.records)
+    (ranking,) = recall(scorer, index.trie, [prompt], k=n, width=n)
+    return {hit.key: hit.log_prob for hit in ranking.hits}
+
+
+def test_the_prior_is_what_the_model_gives_every_image_without_a_query(index, trained_index, trained_mllm, monkeypatch):
+    """In batches smaller than a level, too."""
+    monkeypatch.setattr("llama_index_genret.evaluation.tuning.PREFIX_BATCH", 3)
+    for one, by in ((index, FakeScorer(index.tokenizer.vocab_size)), (trained_index, TransformersScorer(trained_mllm))):
+        expected = log_probs(one, by, one.prompts.for_no_query(one.tokenizer))
+        found = image_prior(one, by)
+        np.testing.assert_allclose(found, [expected[row] for row in range(len(one.records))], rtol=1e-4)
+        assert np.exp(found.astype(float)).sum() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_eta_is_chosen_by_mrr_on_the_queries_and_used_from_then_on(index, scorer):
+    """Queries for what the prior makes rare: taking it off must help, and the stored one is the best of the grid."""
+    prior = image_prior(index, scorer)
+    rare = [index.records[row] for row in np.argsort(prior)[:8]]
+    queries = [Query(f"{record.captions[0]} {n}", frozenset({record.image_id})) for record in rare for n in range(3)]
+    table = {}
+    for query in queries:  # the query itself says nothing: all scores are those of the empty query
+        prompt = index.prompts.for_query(index.tokenizer, query.text)
+        empty = index.prompts.for_no_query(index.tokenizer)
+        (row,) = (index.rows_by_id[image_id] for image_id in query.image_ids)
+        path = index.token_ids(row)
+        for depth in range(len(path)):
+            logits = scorer.logits(empty, path[:depth])
+            table[prompt.token_ids, path[:depth]] = {t: v + 0.5 * (t == path[depth]) for t, v in enumerate(logits)}
+    asked = FakeScorer(scorer.vocab_size, table=table)
+    tuned, trials = tune(index, asked, [*queries, Query(" ", frozenset({rare[0].image_id}))])
+    chosen = tuned.scoring()
+    best = max(trial.figures["mrr"] for trial in trials)
+    assert chosen.eta == min(trial.scoring.eta for trial in trials if trial.figures["mrr"] == best) > 0
+    assert best > trials[0].figures["mrr"]
+    assert {trial.figures["n"] for trial in trials} == {25}
+    assert load_index(index.folder).manifest.tuned == Tuned(scoring=chosen, queries=25)
+    by_default = evaluate(tuned, asked, queries).ranked
+    assert by_default == evaluate(tuned, asked, queries, scoring=chosen).ranked
+    assert by_default != evaluate(tuned, asked, queries, scoring=Scoring()).ranked
+    np.testing.assert_array_equal(tuned.log_prior, prior)
+
+
+def test_of_equal_ones_no_prior_and_no_reranking_is_chosen(index, scorer):
+    """Every ranking is right: all images are."""
+    queries = [Query("anything", frozenset(index.rows_by_id))]
+    tuned, trials = tune(index, scorer, queries, rerank=5)
+    assert tuned.scoring() == Scoring(rerank_weight=0.0)
+    assert len(trials) > 50
+    assert (str(tuned.scoring()), str(Scoring(0.5, 5, 0.1))) == (
+        "eta 0, none ranked anew",
+        "eta 0.5, the best 5 anew by identifier, weight 0.1",
+    )
+
+
+def test_the_weight_of_the_reranking_is_tried_as_recall_would_rank(index, scorer):
+    queries = [Query(record.captions[0], frozenset({record.image_id})) for record in index.records[:6]]
+    tuned, trials = tune(index, scorer, queries, etas=(0.0, 1.0), rerank=10, rerank_weights=(0.0, 0.5))
+    for trial in trials:
+        scoring = trial.scoring if trial.scoring.rerank_weight else Scoring(eta=trial.scoring.eta)
+        assert evaluate(tuned, scorer, queries, scoring=scoring).figures()["mrr"] == trial.figures["mrr"]
+    assert len({trial.figures["mrr"] for trial in trials}) == 4
+
+
+def test_without_queries_the_prior_is_stored_and_what_was_tuned_stays(index, scorer):
+    first, trials = tune(index, scorer)
+    assert (first.scoring(), trials) == (Scoring(), [])
+    chosen = Tuned(scoring=Scoring(eta=0.5), queries=9)
+    again, _ = tune(store_tuned(first, first.log_prior, chosen), scorer)
+    assert again.manifest.tuned == chosen
+
+
+def test_added_images_are_found_and_removed_ones_are_left_out_of_the_prior(index, scorer, pictures):
+    """Until the next `genret tune` an added image has no prior of its own; nothing fails."""
+    tuned, _ = tune(index, scorer)
+    gone, kept = tuned.records[3], tuned.log_prior[4:]
+    edited = remove_images(tuned, [gone.image_id])
+    np.testing.assert_array_equal(edited.log_prior, [*tuned.log_prior[:3], *kept])
+    new = (*edited.identifiers[0][:-1], edited.identifiers[5][-1])
+    if new in edited.identifiers:
+        new = tuned.identifiers[3]
+    edited = add_images(edited, [gone], [new], edited.scheme())
+    assert np.isnan(edited.log_prior[-1])
+    assert not np.isnan(edited.log_prior[:-1]).any()
+    prompt = edited.prompts.for_query(edited.tokenizer, "red circle")
+    options = ranking_options(edited, Scoring(eta=1.0))
+    (ranking,) = recall(scorer, edited.trie, [prompt], k=99, **options)
+    assert {edited.record_of(hit).image_id for hit in ranking.hits} == set(edited.rows_by_id)
+    assert not np.isnan(tune(edited, scorer)[0].log_prior).any()
+
+
+def test_other_weights_drop_the_prior_and_what_was_tuned_with_it(index, scorer, tmp_path):
+    tuned, _ = tune(index, scorer)
+    tuned = store_tuned(tuned, tuned.log_prior, Tuned(scoring=Scoring(eta=1.0), queries=1))
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "adapter_model.safetensors").write_bytes(b"other")
+    again = store_adapter(tuned, tmp_path / "weights", {})
+    assert (again.log_prior, again.prior, again.manifest.tuned) == (None, None, None)
+
+
+def test_a_prior_is_not_stored_over_an_index_that_was_changed_meanwhile(index, scorer):
+    prior = image_prior(index, scorer)
+    remove_images(index, [index.records[0].image_id])
+    with pytest.raises(StoreError, match="changed while"):
+        store_tuned(index, prior, Tuned(scoring=Scoring(), queries=0))
+
+
+@pytest.mark.parametrize("bad", [np.zeros(3, np.float32), np.full(20, -np.inf, np.float32)])
+def test_what_is_no_prior_of_the_images_is_not_stored(index, bad):
+    with pytest.raises(StoreError, match="a prior is"):
+        store_tuned(index, bad, Tuned(scoring=Scoring(), queries=0))
+
+
+def test_a_damaged_prior_is_an_error_that_names_it(index, scorer):
+    tuned, _ = tune(index, scorer)
+    path = tuned.folder / tuned.manifest.files["prior.npy"].path
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(IndexDamaged, match=r"prior\.npy"):
+        _ = load_index(index.folder).prior
+
+
+def test_eta_without_a_prior_and_numbers_that_are_no_weights_are_errors(index, scorer):
+    with pytest.raises(SearchError, match="genret tune"):
+        GenerativeImageRetriever(index, scorer, eta=1.0).retrieve("red circle")
+    for nonsense in ({"eta": -1.0}, {"rerank": -1}, {"rerank_weight": float("nan")}, {"rerank_by": "colour"}):
+        with pytest.raises(SearchError, match=next(iter(nonsense))):
+            GenerativeImageRetriever(index, scorer, **nonsense)
+
+
+def test_the_retriever_ranks_as_tuned_unless_it_is_told_otherwise(index, scorer, tmp_path):
+    tuned, _ = tune(index, scorer)
+    tuned = store_tuned(tuned, tuned.log_prior, Tuned(scoring=Scoring(0.7, 8, 0.3), queries=1))
+    prompt = tuned.prompts.for_query(tuned.tokenizer, "red circle")
+    for options, scoring in (
+        ({}, Scoring(0.7, 8, 0.3)),
+        ({"eta": 0.0}, Scoring(0.0, 8, 0.3)),
+        ({"rerank": 0}, Scoring(0.7)),
+        ({"eta": 0.0, "rerank": 0}, Scoring()),
+        ({"rerank_weight": 2.0}, Scoring(0.7, 8, 2.0)),
+    ):
+        nodes = GenerativeImageRetriever(tuned, scorer, similarity_top_k=4, **options).retrieve("red circle")
+        (ranking,) = recall(scorer, tuned.trie, [prompt], k=4, **ranking_options(tuned, scoring))
+        assert [node.node.node_id for node in nodes] == [tuned.record_of(hit).image_id for hit in ranking.hits]
+        assert [node.score for node in nodes] == [hit.score for hit in ranking.hits]
+        assert all(0 < node.score <= 1 for node in nodes)
+        found = [node.node.metadata.get("genret_ranked_by") for node in nodes]
+        assert found == [hit.ranked_by for hit in ranking.hits]
+
+
+def test_what_was_tuned_on_texts_is_not_used_for_pictures(index, scorer):
+    tuned, _ = tune(index, scorer)
+    tuned = store_tuned(tuned, tuned.log_prior, Tuned(scoring=Scoring(0.7, 8), queries=1))
+    assert tuned.scoring(pictured=True) == Scoring()
+    assert tuned.scoring(ScoringChoice(eta=0.2), pictured=True) == Scoring(0.2)
+    from llama_index.core.schema import QueryBundle
+
+    pictured = QueryBundle("", image_path=str(tuned.records[0].path))
+    for options in ({}, {"rerank": 5}):
+        nodes = GenerativeImageRetriever(tuned, scorer, **options).retrieve(pictured)
+        assert all("genret_ranked_by" not in node.node.metadata for node in nodes)
+    prompt = tuned.prompts.for_image(tuned.tokenizer, tuned.records[0].path)
+    with pytest.raises(QueryError, match="text queries"):
+        recall(scorer, tuned.trie, [prompt], k=1, **ranking_options(tuned, Scoring(rerank=3)))
+
+
+def test_the_picture_itself_can_rank_hits_anew(trained_index, trained_mllm):
+    scorer, prompt = (
+        TransformersScorer(trained_mllm),
+        trained_index.prompts.for_query(trained_index.tokenizer, "red bus"),
+    )
+    rankings = {
+        by: recall(scorer, trained_index.trie, [prompt], k=3, **ranking_options(trained_index, Scoring(0, 6, 1.0, by)))
+        for by in ("identifier", "image")
+    }
+    seen, told = ({hit.leaf: hit.ranked_by for hit in rankings[by][0].hits} for by in ("image", "identifier"))
+    assert len(seen) == 3
+    assert seen != told
+
+
+def test_a_batch_ranks_as_asked_and_an_unfinished_one_only_goes_on_so(index, scorer, tmp_path):
+    tuned, _ = tune(index, scorer)
+    (tmp_path / "queries.jsonl").write_text('{"query": "red circle"}\n{"query": " "}\n')
+    for eta in (0.0, 1.0):
+        out = tmp_path / f"{eta}.jsonl"
+        with open_batch(tuned, tmp_path / "queries.jsonl", out, k=3, scoring=Scoring(eta=eta)) as run:
+            assert run.asked.scoring.eta == eta
+            run.finish(scorer)
+        hits = json.loads(out.read_text().splitlines()[0])["hits"]
+        assert [("ranked_by" in hit) for hit in hits] == [eta > 0] * 3
+
+
+def test_from_the_command_line(trained_index, tmp_path, capsys):
+    folder, queries = shutil.copytree(trained_index.folder, tmp_path / "index"), tmp_path / "queries.jsonl"
+    records = trained_index.records
+    queries.write_text(
+        "".join(json.dumps({"query": r.captions[0], "image_id": r.image_id}) + "\n" for r in records[:5])
+    )
+    tuned = genret_json(capsys, "tune", folder, queries, "--rerank", 4, "--device", "cpu")
+    assert (tuned["n"], len(tuned["trials"])) == (5, 11 * 11)
+    assert {"eta", "rerank_weight", "recall@1", "recall@5", "recall@10", "mrr"} <= tuned["trials"][0].keys()
+    assert genret_json(capsys, "inspect", folder)["tuned"]["scoring"] == tuned["scoring"]
+    flags = ("--eta", 0.5, "--rerank", 3, "--rerank-weight", 2, "--device", "cpu")
+    figures = genret_json(capsys, "eval", folder, queries, *flags)
+    assert figures["scoring"] == {"eta": 0.5, "rerank": 3, "rerank_weight": 2.0, "rerank_by": "identifier"}
+    found = genret_json(capsys, "query", folder, "red circle", "-k", 2, *flags)
+    assert all("ranked_by" in hit for hit in found["hits"])
+    off = genret_json(capsys, "query", folder, "red circle", "-k", 2, "--eta", 0, "--rerank", 0, "--device", "cpu")
+    assert not any("ranked_by" in hit for hit in off["hits"])

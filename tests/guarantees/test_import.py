@@ -1,0 +1,70 @@
+"""The package is light to import, and its parts load on first use."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+
+HEAVY = ("torch", "transformers", "peft", "vllm", "sklearn", "accelerate")
+CLIENT = (
+    "llama_index_genret",
+    "llama_index_genret.corpus.imagefolder",
+    "llama_index_genret.identifiers.structured",
+    "llama_index_genret.trie",
+    "llama_index_genret.search",
+    "llama_index_genret.store",
+    "llama_index_genret.evaluation.evaluate",
+    "llama_index_genret.training.pseudo_queries.vllm_http_writer",
+    "llama_index_genret.serving.launch",
+    "llama_index_genret.scorers.fake",
+    "llama_index_genret.scorers.vllm_http",
+    "llama_index_genret.cli",
+)
+
+
+def loaded_by(code):
+    """Names of the heavy packages that a fresh interpreter has after running `code`."""
+    report = f"{code}\nimport sys; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    return subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.parametrize("module", CLIENT)
+def test_a_module_of_the_client_loads_no_heavy_package(module):
+    assert loaded_by(f"import {module}") == []
+
+
+def test_retriever_index_and_query_engine_load_no_heavy_package():
+    names = (
+        "GenerativeImageRetriever, GenerativeImageIndex, GenretImageNode, genret_llm, image_query_engine, load_images"
+    )
+    assert loaded_by(f"from llama_index_genret import {names}") == []
+
+
+def test_the_probe_itself_sees_a_heavy_package():
+    assert loaded_by("import sklearn") == ["sklearn"]
+
+
+def test_every_public_name_exists():
+    import llama_index_genret
+
+    for name in llama_index_genret.__all__:
+        assert getattr(llama_index_genret, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import llama_index_genret
+
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = llama_index_genret.no_such_name
+
+
+def test_what_llamahub_lists_are_public_classes():
+    import llama_index_genret
+
+    hub = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["tool"]["llamahub"]
+    assert hub["import_path"] == "llama_index_genret"
+    listed = [getattr(llama_index_genret, name) for name in hub["class_authors"]]
+    assert listed
+    assert all(isinstance(one, type) for one in listed)

@@ -1,0 +1,94 @@
+"""The Python of the README. Of its page "In LlamaIndex" every block is run, in order, in one namespace.
+
+The prelude: the working folder has a folder `photos`; the base model is a tiny one, trained for a moment; the server is
+one that answers from a table, at the address that it has. Then the first block of all, and the one for `generate`, on
+the index that the page has left. The other blocks: `tests/guarantees/test_readme_commands.py`.
+"""
+
+import asyncio
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_index_genret.errors import PictureNotShown
+from llama_index_genret.store import load_index
+from llama_index_genret.store.model_loading import load_trained
+from llama_index_genret.training.options import TrainOptions
+from tests.conftest import draw_pictures
+from tests.openai_server import ANSWER, OpenAIServer, running
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = re.search(r"^## In LlamaIndex\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCKS = PYTHON.findall(PAGE)
+FIRST, GENERATE = PYTHON.findall(README.replace(PAGE, ""))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, tiny_model_dir):
+    """The namespace after the blocks, the server, and what each block was."""
+    folder = tmp_path_factory.mktemp("readme")
+    rows = [json.loads(line) for line in (draw_pictures(folder / "photos") / "metadata.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**row, "album": str(2023 + number % 2)}) for number, row in enumerate(rows)]
+    (folder / "photos" / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch, running(OpenAIServer(vocabulary=1000)) as server:
+        patch.chdir(folder)
+        asyncio.set_event_loop(None)
+        server.script = {"photos": {"tool": "photos", "arguments": {"input": "Who plays with a ball?"}}}
+        names = {"_options": TrainOptions(max_steps=2, lora_rank=2)}
+        for block in BLOCKS:
+            code = block.replace("HuggingFaceTB/SmolVLM-256M-Instruct", str(tiny_model_dir))
+            code = code.replace("http://127.0.0.1:8000/v1", server.api_base)
+            exec(compile(code.replace("index.train()", "index.train(_options)"), "README.md", "exec"), names)
+            weights = load_index(folder / "photos-index").weights_id
+            server.models = [{"id": "genret", "max_model_len": 2048}, {"id": f"genret-{weights}"}]
+        names["said"] = asyncio.run(names["ask"]("Who plays with a ball?"))
+        yield names, server
+
+
+def test_every_block_runs_and_does_what_is_said_of_it(page, capsys):
+    names, server = page
+    assert len(BLOCKS) == 7
+    assert len(names["retriever"].retrieve("the dog at the sea")) == 3
+    assert {hit.metadata["album"] for hit in names["hits"]} == {"2024"}
+    assert names["said"] == ANSWER
+    assert len(names["sources"]) == 2
+    assert set(names["sources"]) <= names["index"].stored.rows_by_id.keys()
+    # query, two turns of the chat with the condensed question between them, citation, agent: choosing, looking, saying
+    assert [len(pictures) for pictures in server.pictures()] == [3, 1, 0, 1, 2, 0, 3, 0]
+
+
+def test_the_first_block_prints_an_answer_and_the_file_that_it_is_of(page, capsys):
+    names, server = page
+    exec(compile(FIRST.replace("http://127.0.0.1:8000/v1", server.api_base), "README.md", "exec"), {})
+    said, path = capsys.readouterr().out.strip().rsplit(" ", 1)
+    assert said == ANSWER
+    assert Path(path).name in {record.file_name for record in names["index"].stored.records}
+    assert len(server.pictures()[-1]) == 1
+
+
+def test_the_logits_processor_of_the_last_block_leaves_only_identifiers(page):
+    index = load_index(Path("photos-index"))
+    model = load_trained(index, device="cpu").model
+    prompt = torch.tensor([index.prompts.for_query(index.tokenizer, "the dog at the sea").token_ids])
+    names = {"Path": Path, "model": model, "input_ids": prompt}
+    exec(compile(GENERATE.replace("model.generate", "output = model.generate"), "README.md", "exec"), names)
+    *generated, end = names["output"][0, prompt.shape[1] :].tolist()
+    assert end == index.end_token
+    assert tuple(generated) in {index.token_ids(row) for row in range(len(index.records))}
+
+
+def test_each_engine_and_name_that_the_page_has_exists(page):
+    """In the tables, too."""
+    import llama_index.core.chat_engine as chat_engine
+    import llama_index.core.query_engine as query_engine
+    from llama_index.core.chat_engine import multi_modal_condense_plus_context, multi_modal_context
+
+    homes = (chat_engine, query_engine, multi_modal_context, multi_modal_condense_plus_context)
+    engines = set(re.findall(r"`(\w+(?:Query|Chat)Engine)\b", PAGE))
+    assert len(engines) == 8
+    assert [name for name in engines if not any(hasattr(home, name) for home in homes)] == []
+    assert PictureNotShown.__name__ in PAGE

@@ -1,0 +1,43 @@
+"""Every scheme from a folder to recalled images: named, trained for a moment, searched."""
+
+import math
+
+import pytest
+
+from llama_index_genret.corpus import read_corpus
+from llama_index_genret.scorers.base import recall
+from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.store.build import build_index
+from llama_index_genret.store.model_loading import load_trained
+from llama_index_genret.training.recipe import TrainOptions, train
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("numeric", {}),
+        ("string", {}),
+        ("semantic", {}),
+        ("semantic", {"words": 1}),
+        ("structured", {}),
+        ("structured", {"method": "rq", "sizes": [5, 3]}),
+        ("atomic", {}),
+    ],
+)
+def test_every_image_is_recalled_once_and_their_probabilities_sum_to_one(
+    pictures, tiny_mllm, tmp_path, scheme, options
+):
+    corpus = read_corpus(pictures)
+    index = build_index(corpus, tmp_path / "index", tiny_mllm, scheme=scheme, scheme_options=options)
+    index = train(index, TrainOptions(max_steps=2, lora_rank=2), device="cpu", show_progress=False)
+    scorer = TransformersScorer(load_trained(index, device="cpu"))
+    prompt = index.prompts.for_query(index.tokenizer, "red circle")
+    for budget in (0, None):
+        (ranking,) = recall(scorer, index.trie, [prompt], k=20, budget=budget)
+        assert {index.record_of(hit).image_id for hit in ranking.hits} == {r.image_id for r in corpus.records}
+        assert math.fsum(hit.score for hit in ranking.hits) == pytest.approx(1.0, abs=1e-4)
+        assert ranking.exact
+    (few,) = recall(scorer, index.trie, [prompt], k=3, budget=None)
+    assert [hit.key for hit in few.hits] == [hit.key for hit in ranking.hits[:3]]
+    if scheme == "atomic":
+        assert few.nodes_expanded == 1

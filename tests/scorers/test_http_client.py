@@ -1,0 +1,97 @@
+"""What a client does when a server misbehaves: a table of faults, each played by a server over a plain socket."""
+
+import asyncio
+import time
+
+import pytest
+
+from llama_index_genret.errors import ServerError, ServerUnreachable
+from llama_index_genret.scorers.http_client import TRIES, Server, json_object
+from tests.scripted_server import ScriptedServer, drip, response
+
+ACTS = {
+    "drop": [],
+    "cut": [response(length=100)],
+    "slow": [2.0],
+    "drip": drip(response() * 20),
+}
+
+
+@pytest.fixture
+def faulty():
+    opened = []
+
+    def make(*script):
+        opened.append(ScriptedServer(ACTS[act] if act in ACTS else [response(act)] for act in script))
+        return opened[-1]
+
+    yield make
+    for server in opened:
+        server.socket.close()
+
+
+def ask(server, timeout_s, how):
+    client = Server(server.api_base, timeout_s=timeout_s)
+
+    def sync():
+        with client.connection() as connection:
+            return json_object(connection.request("POST", "/recall", {}))
+
+    async def asynchronous():
+        async with client.async_connection() as connection:
+            return json_object(await connection.request("POST", "/recall", {}))
+
+    return sync() if how == "sync" else asyncio.run(asynchronous())
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("script", "requests"),
+    [
+        ((200,), 1),
+        ((503, 200), 2),
+        ((429, 502, 200), 3),
+        (("drop", 200), 2),
+        (("cut", 200), 2),
+        (("drop", 503, 200), 3),
+    ],
+)
+def test_what_may_succeed_later_is_tried_again_and_an_answer_ends_it(faulty, how, script, requests):
+    server = faulty(*script)
+    assert ask(server, 10, how) == {"data": 1}
+    assert server.seen == requests
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("script", "error", "words", "requests"),
+    [
+        ((503,), ServerError, "503.*engine has died", TRIES),
+        (("drop",), ServerUnreachable, "failed", TRIES),
+        (("cut",), ServerUnreachable, "failed", TRIES),
+        ((400,), ServerError, "answered 400", 1),
+        ((401,), ServerError, "answered 401", 1),
+        ((500, 200), ServerError, "answered 500", 1),
+    ],
+)
+def test_what_does_not_get_better_is_an_error_after_a_bounded_number_of_tries(
+    faulty, how, script, error, words, requests
+):
+    server = faulty(*script)
+    with pytest.raises(error, match=words):
+        ask(server, 10, how)
+    assert server.seen == requests
+
+
+def test_a_key_is_not_shown():
+    assert "secret" not in repr(Server("http://127.0.0.1:1/v1", "secret"))
+
+
+@pytest.mark.parametrize(("how", "act"), [("sync", "slow"), ("async", "slow"), ("async", "drip")])
+def test_a_deadline_holds_for_all_tries_together(faulty, how, act):
+    server = faulty(503, act)
+    start = time.monotonic()
+    with pytest.raises(ServerUnreachable, match="in time"):
+        ask(server, 1.0, how)
+    assert time.monotonic() - start < 1.9
+    assert server.seen == 2

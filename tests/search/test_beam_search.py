@@ -1,0 +1,278 @@
+"""Beam search against its definition: sum every path, then sort."""
+
+import asyncio
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_index_genret.errors import FilterError, SearchError
+from llama_index_genret.models.prompts import Prompt
+from llama_index_genret.scorers.base import arecall, recall
+from llama_index_genret.scorers.fake import FakeScorer
+from llama_index_genret.search import Hit, Normalise, search
+from llama_index_genret.search._reference import rank_all
+from llama_index_genret.trie import LeafFilter, build_trie
+
+VOCABULARY = 12
+PROMPT = Prompt((1, 2, 3))
+
+
+@st.composite
+def identifier_sets(draw):
+    """Prefix-free sets: of one length, or of many."""
+    drawn = draw(st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4), min_size=1, max_size=25))
+    kept = []
+    for identifier in sorted(set(map(tuple, drawn)), key=len):
+        if not any(identifier[: len(other)] == other for other in kept):
+            kept.append(identifier)
+    return kept
+
+
+def expected_hits(scorer, identifiers, prompt, normalise):
+    def logits(prefix):
+        return scorer.logits(prompt, prefix).tolist()
+
+    return rank_all(identifiers, logits, over_children=normalise is Normalise.CHILDREN)
+
+
+def hits_of(*arguments, **options):
+    """Of one query."""
+    (ranking,) = recall(*arguments, **options)
+    return ranking.hits
+
+
+def assert_same(hits, expected):
+    assert [hit.token_ids for hit in hits] == [identifier for _, identifier in expected]
+    np.testing.assert_allclose([hit.log_prob for hit in hits], [log_prob for log_prob, _ in expected], atol=1e-9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(identifier_sets(), st.integers(0, 2**32 - 1), st.sampled_from(Normalise))
+def test_a_beam_as_wide_as_the_corpus_ranks_like_brute_force(identifiers, seed, normalise):
+    """Nothing can be pruned, so search must equal the definition."""
+    scorer, n = FakeScorer(VOCABULARY, seed=seed), len(identifiers)
+    hits = hits_of(scorer, build_trie(identifiers)[0], [PROMPT], k=n, width=n, normalise=normalise)
+    assert_same(hits, expected_hits(scorer, identifiers, PROMPT, normalise))
+
+
+@settings(max_examples=60, deadline=None)
+@given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from(Normalise))
+def test_queries_in_one_batch_get_what_each_gets_alone(identifiers, seed, k, normalise):
+    scorer, (trie, _) = FakeScorer(VOCABULARY, seed=seed), build_trie(identifiers)
+    prompts = [Prompt((7,)), Prompt((8, 8)), Prompt((9,))]
+    together = recall(scorer, trie, prompts, k=k, width=3, normalise=normalise)
+    alone = [recall(scorer, trie, [prompt], k=k, width=3, normalise=normalise)[0] for prompt in prompts]
+    assert together == alone
+
+
+@settings(max_examples=100, deadline=None)
+@given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 8), st.data())
+def test_a_filter_that_leaves_m_images_gives_min_k_m_of_them_with_their_own_scores(identifiers, seed, k, data):
+    """The filter is a strict part of the search: no hit is lost to one that it forbids."""
+    trie, order = build_trie(identifiers)
+    mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(order), max_size=len(order))))
+    scorer = FakeScorer(VOCABULARY, seed=seed)
+    hits = hits_of(scorer, trie, [PROMPT], k=k, width=1, allowed=LeafFilter.from_mask(mask))
+    assert len({hit.leaf for hit in hits}) == len(hits) == min(k, int(mask.sum()))
+    assert all(mask[hit.leaf] for hit in hits)
+    scores = {
+        identifier: log_prob for log_prob, identifier in expected_hits(scorer, identifiers, PROMPT, Normalise.CHILDREN)
+    }
+    np.testing.assert_allclose([h.log_prob for h in hits], [scores[h.token_ids] for h in hits], atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(identifier_sets(), st.integers(0, 2**32 - 1), st.sampled_from(Normalise))
+def test_the_async_driver_finds_what_the_sync_one_finds(identifiers, seed, normalise):
+    scorer, (trie, _) = FakeScorer(VOCABULARY, seed=seed), build_trie(identifiers)
+    prompts = [PROMPT, Prompt((4,))]
+    expected = recall(scorer, trie, prompts, k=3, normalise=normalise)
+    assert asyncio.run(arecall(scorer, trie, prompts, k=3, normalise=normalise)) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(identifier_sets(), st.integers(0, 2**32 - 1))
+def test_probabilities_over_the_children_sum_to_one_over_the_images(identifiers, seed):
+    n = len(identifiers)
+    hits = hits_of(FakeScorer(VOCABULARY, seed=seed), build_trie(identifiers)[0], [PROMPT], k=n, width=n)
+    assert sum(hit.score for hit in hits) == pytest.approx(1.0)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 4), st.sampled_from(Normalise))
+def test_exact_search_equals_scoring_every_identifier(identifiers, seed, k, width, normalise):
+    """A thousand random tries and models, sharp ones and flat ones."""
+    scorer, trie = FakeScorer(VOCABULARY, seed=seed, spread=seed % 7), build_trie(identifiers)[0]
+    (ranking,) = recall(scorer, trie, [PROMPT], k=k, width=width, normalise=normalise, budget=None)
+    assert_same(ranking.hits, expected_hits(scorer, identifiers, PROMPT, normalise)[:k])
+    assert ranking.exact
+    assert ranking.nodes_expanded <= len({i[:depth] for i in identifiers for depth in range(len(i))})
+
+
+@settings(max_examples=300, deadline=None)
+@given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 4), st.data())
+def test_a_certificate_is_never_given_to_a_wrong_ranking(identifiers, seed, k, width, data):
+    """Whatever the beam or the budget, with a filter or without."""
+    scorer, (trie, order) = FakeScorer(VOCABULARY, seed=seed, spread=3.0), build_trie(identifiers)
+    mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(order), max_size=len(order))))
+    allowed = data.draw(st.sampled_from([None, LeafFilter.from_mask(mask)]))
+    budget = data.draw(st.sampled_from([0, 1, 3, 100, None]))
+    (ranking,) = recall(scorer, trie, [PROMPT], k=k, width=width, allowed=allowed, budget=budget)
+    kept = {identifiers[row] for row, passes in zip(order, mask, strict=True) if passes or allowed is None}
+    expected = [row for row in expected_hits(scorer, identifiers, PROMPT, Normalise.CHILDREN) if row[1] in kept]
+    assert len(ranking.hits) == min(k, len(kept))
+    if ranking.exact:
+        assert_same(ranking.hits, expected[:k])
+    assert ranking.exact or budget in (0, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("identifiers", "steps", "best", "exact"),
+    [
+        ([(0, 7), (1, 2), (1, 3)], [[-2.0, -1.0], [-1.0, -3.0]], (1, 2), False),  # (0, 7) may tie, and comes first
+        ([(1, 2), (1, 3), (4, 7)], [[-1.0, -2.0], [-1.0, -3.0]], (1, 2), True),  # (4, 7) may tie, but comes later
+        ([(1, 0, 7), (1, 2, 7), (3, 3, 3)], [[-1.0, -2.0], [-1.0, -0.5], [-0.5]], (1, 2, 7), False),
+        ([(1, 2, 7), (1, 4, 7), (3, 3, 3)], [[-1.0, -2.0], [-0.5, -1.0], [-0.5]], (1, 2, 7), True),
+    ],
+)
+def test_a_beam_of_one_is_certain_of_a_tie_only_where_what_it_dropped_comes_later(identifiers, steps, best, exact):
+    searching = search(build_trie(identifiers)[0], n_queries=1, k=1, width=1, normalise=Normalise.VOCABULARY)
+    next(searching)
+    for scores in steps[:-1]:
+        searching.send(np.array(scores))
+    with pytest.raises(StopIteration) as stop:
+        searching.send(np.array(steps[-1]))
+    (ranking,) = stop.value.value
+    assert (ranking.hits[0].token_ids, ranking.exact) == (best, exact)
+
+
+def test_a_beam_that_misses_the_best_image_says_that_it_is_not_certain_and_exact_search_finds_it():
+    """The best image lies behind the worse first token: a beam of one drops it."""
+    table = {((1, 2, 3), ()): {0: 1.0, 1: 0.9}, ((1, 2, 3), (0,)): {2: 0.0, 3: 0.0, 4: 0.0}, ((1, 2, 3), (1,)): {2: 9}}
+    scorer, trie = (
+        FakeScorer(VOCABULARY, spread=0.0, table=table),
+        build_trie([(0, 2), (0, 3), (0, 4), (1, 2), (1, 3)])[0],
+    )
+    (beam,) = recall(scorer, trie, [PROMPT], k=1, width=1)
+    (exact,) = recall(scorer, trie, [PROMPT], k=1, width=1, budget=None)
+    assert (beam.hits[0].token_ids, beam.exact, beam.nodes_expanded) == ((0, 2), False, 2)
+    assert (exact.hits[0].token_ids, exact.exact, exact.nodes_expanded) == ((1, 2), True, 3)
+
+
+def test_a_prefix_that_can_only_tie_and_comes_later_is_not_expanded():
+    flat, trie = FakeScorer(VOCABULARY, spread=0.0), build_trie([(0,), (1, 2), (1, 3)])[0]
+    (ranking,) = recall(flat, trie, [PROMPT], k=1, budget=None)
+    assert (ranking.hits[0].token_ids, ranking.exact, ranking.nodes_expanded) == ((0,), True, 1)
+
+
+def test_one_symbol_per_image_is_ranked_exactly_in_one_step():
+    scorer, trie = FakeScorer(5000), build_trie(np.arange(5000)[:, None])[0]
+    (ranking,) = recall(scorer, trie, [PROMPT], k=7)
+    logits = scorer.logits(PROMPT, ())
+    assert [hit.leaf for hit in ranking.hits] == np.argsort(-logits)[:7].tolist()
+    assert (ranking.exact, ranking.nodes_expanded) == (True, 1)
+
+
+class SinglePrecision(FakeScorer):
+    """The same scores as float32, as a model gives them."""
+
+    @contextmanager
+    def session(self, prompts, normalise):
+        with super().session(prompts, normalise) as session:
+            yield SimpleNamespace(score=lambda rows: session.score(rows).astype(np.float32))
+
+
+@settings(max_examples=100, deadline=None)
+@given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 5), st.sampled_from([0, None]))
+def test_single_precision_scores_rank_like_double_ones(identifiers, seed, k, budget):
+    trie = build_trie(identifiers)[0]
+    double, single = (
+        hits_of(kind(VOCABULARY, seed=seed), trie, [PROMPT], k=k, budget=budget)
+        for kind in (FakeScorer, SinglePrecision)
+    )
+    assert [hit.leaf for hit in single] == [hit.leaf for hit in double]
+    np.testing.assert_allclose([h.log_prob for h in single], [h.log_prob for h in double], atol=1e-5)
+
+
+def test_impossible_children_are_still_ranked_behind_the_possible_ones():
+    """A probability of zero is a score like another: k images come back."""
+    trie, _ = build_trie([(0, 1), (0, 2), (3, 4), (3, 5)])
+    steps = search(trie, n_queries=1, k=4)
+    next(steps)
+    steps.send(np.array([0.0, -np.inf]))
+    with pytest.raises(StopIteration) as stop:
+        steps.send(np.array([0.0, 1.0, -np.inf, -np.inf]))
+    hits = stop.value.value[0].hits
+    assert [hit.token_ids for hit in hits] == [(0, 2), (0, 1), (3, 4), (3, 5)]
+    assert [hit.log_prob for hit in hits[2:]] == [-np.inf] * 2
+
+
+def test_a_filter_under_which_nothing_is_left_finds_nothing_for_certain():
+    trie, _ = build_trie([(0, 1), (0, 2)])
+    (ranking,) = recall(FakeScorer(VOCABULARY), trie, [PROMPT], k=1, allowed=LeafFilter.from_mask(np.zeros(2, bool)))
+    assert (ranking.hits, ranking.exact) == ((), True)
+
+
+def test_ties_come_in_the_order_of_the_token_ids():
+    identifiers = [(2, 1), (0, 5), (2, 0), (1, 1)]
+    flat = FakeScorer(VOCABULARY, spread=0.0)
+    hits = hits_of(flat, build_trie(identifiers)[0], [PROMPT], k=4, normalise=Normalise.VOCABULARY)
+    assert [hit.token_ids for hit in hits] == [(0, 5), (1, 1), (2, 0), (2, 1)]
+
+
+def test_a_step_with_one_choice_is_not_scored_over_the_children():
+    trie, _ = build_trie([(0, 1, 2, 3), (4, 5, 6, 7)])
+    steps = search(trie, n_queries=1, k=2)
+    rows = next(steps)
+    assert [row.prefix for row in rows] == [()]
+    with pytest.raises(StopIteration) as stop:
+        steps.send(np.array([0.0, 0.0]))
+    assert [hit.token_ids for hit in stop.value.value[0].hits] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+
+
+def test_the_search_stops_when_no_unfinished_prefix_can_win():
+    """One short identifier is nearly certain: the long ones are not followed."""
+    trie, _ = build_trie([(0,), (1, 0, 0), (1, 0, 1), (1, 1, 0)])
+    steps = search(trie, n_queries=1, k=1, normalise=Normalise.VOCABULARY)
+    next(steps)
+    with pytest.raises(StopIteration):
+        steps.send(np.log(np.array([0.9, 0.05])))
+
+
+def test_a_probability_too_small_for_a_float_is_still_a_score_above_zero():
+    assert Hit(0, 0, (1,), -1e6).score > 0.0
+    assert Hit(0, 0, (1,), 0.0).score == 1.0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_score_that_is_no_number_is_an_error(bad):
+    trie, _ = build_trie([(0,), (1,)])
+    steps = search(trie, n_queries=1, k=1)
+    next(steps)
+    with pytest.raises(SearchError, match="NaN"):
+        steps.send(np.array([0.0, bad]))
+
+
+def test_a_scorer_that_answers_too_few_scores_is_an_error():
+    trie, _ = build_trie([(0,), (1,)])
+    steps = search(trie, n_queries=1, k=1)
+    next(steps)
+    with pytest.raises(SearchError, match="scores"):
+        steps.send(np.array([0.0]))
+
+
+@pytest.mark.parametrize(("k", "width"), [(0, 1), (1, 0)])
+def test_nonsense_sizes_are_errors(k, width):
+    with pytest.raises(SearchError, match="at least 1"):
+        recall(FakeScorer(VOCABULARY), build_trie([(0,)])[0], [PROMPT], k=k, width=width)
+
+
+def test_a_filter_of_another_trie_is_an_error():
+    with pytest.raises(FilterError, match="3 identifiers, the trie 1"):
+        recall(
+            FakeScorer(VOCABULARY), build_trie([(0,)])[0], [PROMPT], k=1, allowed=LeafFilter.from_mask(np.ones(3, bool))
+        )

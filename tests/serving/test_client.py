@@ -1,0 +1,179 @@
+"""Recall by a server's endpoint, played by a table behind HTTP: how many requests a query is, and what they carry."""
+
+import asyncio
+import json
+import shutil
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import numpy as np
+import pytest
+from llama_index.core.llms import MockLLM
+from llama_index.core.retrievers import QueryFusionRetriever
+from llama_index.llms.openai_like import OpenAILike
+
+from llama_index_genret import FakeScorer, GenerativeImageRetriever
+from llama_index_genret.errors import ServerError
+from llama_index_genret.models.prompts import Prompt
+from llama_index_genret.scorers.base import recall
+from llama_index_genret.serving.endpoint.schema import RecallRequest
+from llama_index_genret.store import load_index, remove_images
+
+
+class Recalling(ThreadingHTTPServer):
+    """Answers `POST /v1/recall` for an index, or the stock protocol only; `requests` records paths and headers."""
+
+    daemon_threads = True
+    request_queue_size = 100
+
+    def __init__(self, index, has_endpoint):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.index, self.has_endpoint, self.requests = index, has_endpoint, []
+        self.table = FakeScorer(index.tokenizer.vocab_size)
+        self.api_base = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def paths(self):
+        return [path for path, _, _ in self.requests]
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, body):
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self):
+        self.server.requests.append((self.path, self.headers, None))
+        self.answer(200, {"data": [{"id": "my-model", "max_model_len": 2000}, {"id": "other", "max_model_len": 2000}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((self.path, self.headers, body))
+        if self.path == "/v1/recall":
+            known = self.server.has_endpoint and body["version"] == self.server.index.version
+            self.answer(*((200, self.recalled(RecallRequest(**body))) if known else (404, {"detail": "Not Found"})))
+        else:
+            choices = [self.choice(i, ids, body["logprob_token_ids"]) for i, ids in enumerate(body["prompt"])]
+            self.answer(200, {"choices": choices})
+
+    def recalled(self, request):
+        index = self.server.index
+        prompt = index.prompts.for_query(index.tokenizer, request.query)
+        (ranking,) = recall(self.server.table, index.trie, [prompt], k=request.k, width=request.beam_width)
+        hits = [
+            {**index.hit_to_json(hit), "caption": "", "metadata": {}, "image_id": index.record_of(hit).image_id}
+            for hit in ranking.hits
+        ]
+        result = {"query": request.query, "hits": hits, "exact": ranking.exact, "nodes_expanded": 1}
+        scoring = {"eta": 0.0, "rerank": 0, "rerank_weight": 1.0, "rerank_by": "identifier"}
+        return {"index": "x", "version": index.version, "scoring": scoring, "results": [result]}
+
+    def choice(self, i, ids, asked):
+        """Log-probabilities of the table after the longest prompt of `QUERIES`."""
+        prompts = [
+            tuple(self.server.index.prompts.for_query(self.server.index.tokenizer, q).token_ids) for q in QUERIES
+        ]
+        prompt = next(p for p in prompts if tuple(ids[: len(p)]) == p)
+        logits = self.server.table.logits(Prompt(prompt), tuple(ids[len(prompt) :]))
+        log_probs = logits - np.logaddexp.reduce(logits)
+        return {"index": i, "logprobs": {"top_logprobs": [{f"token_id:{t}": float(log_probs[t]) for t in asked}]}}
+
+
+QUERIES = ["red circle", "blue bar"]
+
+
+@pytest.fixture
+def serve(untrained_index):
+    servers = []
+
+    def serve(*, has_endpoint=True, index=untrained_index):
+        servers.append(Recalling(index, has_endpoint))
+        Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return servers[-1]
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def llm_of(server, **options):
+    given = {"model": "my-model", "api_base": server.api_base, "api_key": "key", "is_chat_model": True, **options}
+    return OpenAILike(**given)
+
+
+def ids(nodes):
+    return [node.node.node_id for node in nodes]
+
+
+def expected(index, query="red circle"):
+    return ids(
+        GenerativeImageRetriever(index, FakeScorer(index.tokenizer.vocab_size), similarity_top_k=4).retrieve(query)
+    )
+
+
+def test_a_query_is_one_request_from_the_first_on_in_every_event_loop(serve, untrained_index):
+    server = serve()
+    retriever = GenerativeImageRetriever.from_server(untrained_index.folder, server.api_base, similarity_top_k=4)
+    for _ in range(3):
+        assert ids(asyncio.run(retriever.aretrieve("red circle"))) == expected(untrained_index)
+    assert ids(retriever.retrieve("red circle")) == expected(untrained_index)
+    assert server.paths() == ["/v1/recall"] * 4
+
+
+async def test_fifty_queries_at_once_are_fifty_requests(serve, untrained_index):
+    server = serve()
+    retriever = GenerativeImageRetriever.from_server(untrained_index.folder, server.api_base, similarity_top_k=4)
+    found = await asyncio.gather(*(retriever.aretrieve(QUERIES[i % 2]) for i in range(50)))
+    assert server.paths() == ["/v1/recall"] * 50
+    assert [ids(nodes) for nodes in found] == [expected(untrained_index, QUERIES[i % 2]) for i in range(50)]
+
+
+async def test_fusion_inside_a_running_loop_asks_once_a_retriever(serve, untrained_index):
+    server = serve()
+    retrievers = [
+        GenerativeImageRetriever.from_server(untrained_index.folder, server.api_base, similarity_top_k=4)
+        for _ in range(2)
+    ]
+    fusion = QueryFusionRetriever(retrievers, llm=MockLLM(), num_queries=1, similarity_top_k=4)
+    assert set(ids(fusion.retrieve("red circle"))) == set(expected(untrained_index))
+    assert set(ids(await fusion.aretrieve("red circle"))) == set(expected(untrained_index))
+    assert server.paths() == ["/v1/recall"] * 4
+
+
+def test_the_address_key_and_headers_of_an_llm_are_taken(serve, untrained_index):
+    server = serve()
+    llm = llm_of(server, default_headers={"X-Tenant": "zoo"}, timeout=7.0)
+    retriever = GenerativeImageRetriever.from_llm(llm, untrained_index.folder, similarity_top_k=4)
+    assert ids(retriever.retrieve("red circle")) == expected(untrained_index)
+    ((_, headers, _),) = server.requests
+    assert (headers["Authorization"], headers["X-Tenant"]) == ("Bearer key", "zoo")
+    assert retriever._scorer.server.timeout_s == 7.0
+    assert "zoo" not in repr(retriever._scorer.server)
+
+
+def test_from_a_stock_server_the_model_of_the_llm_recalls(serve, untrained_index):
+    server = serve(has_endpoint=False)
+    retriever = GenerativeImageRetriever.from_llm(llm_of(server), untrained_index.folder, similarity_top_k=4)
+    assert ids(retriever.retrieve("red circle")) == expected(untrained_index)
+    assert {body["model"] for path, _, body in server.requests if path == "/v1/completions"} == {"my-model"}
+    retriever.retrieve("red circle")
+    assert server.paths().count("/v1/recall") == 1  # once told, it does not ask for the endpoint again
+    with pytest.raises(ServerError, match="absent"):
+        GenerativeImageRetriever.from_llm(llm_of(server, model="absent"), untrained_index.folder).retrieve("red circle")
+
+
+def test_another_version_of_the_index_on_the_server_is_not_asked(serve, untrained_index, tmp_path):
+    shutil.copytree(untrained_index.folder, tmp_path / "older")
+    older = load_index(tmp_path / "older")
+    newer = remove_images(load_index(tmp_path / "older"), ["red-bar"])
+    assert older.version != newer.version
+    server = serve(index=newer)
+    retriever = GenerativeImageRetriever.from_llm(llm_of(server), untrained_index.folder, similarity_top_k=4)
+    assert ids(retriever.retrieve("red circle")) == expected(untrained_index)
+    assert "/v1/completions" in server.paths()

@@ -1,0 +1,455 @@
+"""Queries that a model writes: what of its words is kept, how a run goes on, and who sees what it wrote."""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from llama_index_genret.cli import app
+from llama_index_genret.corpus import read_corpus
+from llama_index_genret.errors import BatchError, CorpusError
+from llama_index_genret.evaluation.baselines import baseline
+from llama_index_genret.evaluation.evaluate import n_written_by_a_model
+from llama_index_genret.evaluation.queries import Query
+from llama_index_genret.store import PSEUDO_QUERIES, PseudoQuery, load_index, remove_images, text_key
+from llama_index_genret.store.build import add_to_index, build_index
+from llama_index_genret.training.pseudo_queries import (
+    Answer,
+    Request,
+    Sampling,
+    WriteOptions,
+    open_writing,
+    read_samples,
+)
+from llama_index_genret.training.pseudo_queries.filtering import (
+    MAX_IMAGES,
+    candidates_of,
+    choose,
+    clean,
+    nearly_the_same,
+    query_in,
+)
+from llama_index_genret.training.pseudo_queries.transformers_writer import InProcessWriter
+from llama_index_genret.training.pseudo_queries.writer import KINDS, SHOWN_SAMPLES, instruction
+from llama_index_genret.training.recipe import TrainOptions, train
+from llama_index_genret.training.tasks import examples_of
+from tests.conftest import draw_pictures
+
+WORDS = st.lists(st.sampled_from(["a", "red", "bus", "on", "the", "left", "of", "2", "1.", "-", "The image shows"]))
+LINES = WORDS.map(" ".join) | st.text(max_size=40)
+
+
+@pytest.mark.parametrize(
+    ("line", "query"),
+    [
+        ('1. "A red bus."', "A red bus"),
+        ("- **red bus at night**", "red bus at night"),
+        ("The image shows a dog on a beach.", "a dog on a beach"),
+        ("In this picture, there is a dog", "a dog"),
+        ("Search query: dog with a ball", "dog with a ball"),
+        ("2) Query: “The photo depicts two cats”.", "two cats"),
+        ("where is the dog?", "where is the dog?"),
+        ("3 dogs and 1.5 l of milk", "3 dogs and 1.5 l of milk"),
+        ("a photo of a dog", "a photo of a dog"),
+        (". and a dog,", "and a dog"),
+        ("赤いバス。", "赤いバス"),
+    ],
+)
+def test_a_line_is_cleaned_of_all_that_is_no_query(line, query):
+    assert clean(line) == query
+
+
+@given(LINES)
+def test_cleaning_twice_is_cleaning_once(line):
+    assert clean(clean(line)) == clean(line)
+
+
+@pytest.mark.parametrize(
+    ("text", "ended", "query", "reason"),
+    [
+        ("Sure! Here is one:\n\n1. a red bus", True, "a red bus", ""),
+        ("a red bus\nThis query is short.", True, "a red bus", ""),
+        ("a red bus. It stands on the", False, "a red bus", ""),
+        ("a red bus on the stre", False, "", "unfinished"),
+        ("a red bus\nbecause it", False, "a red bus", ""),
+        ("1. a red bus on", False, "", "unfinished"),
+        ("", True, "", "without words"),
+        ("I'm sorry, I cannot see it.", True, "", "without words"),
+        (" 42 . \n", True, "", "without words"),
+        ("red \ufffd bus", True, "", "garbled"),
+        ("red \x00 bus", True, "", "garbled"),
+        ("bus " * 60, True, "", "too long"),
+    ],
+)
+def test_an_answer_gives_one_whole_query_or_the_reason_why_not(text, ended, query, reason):
+    assert query_in(Answer(text, ended)) == (query, reason)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("A red  bus!", "a red bus", True),
+        ("a red bus on the street", "red bus on a street", True),
+        ("a dog left of a cat", "a cat left of a dog", False),
+        ("a red bus on the street", "a blue car on the street", False),
+    ],
+)
+def test_nearly_the_same_is_told_from_different(one, other, same):
+    assert nearly_the_same(text_key(one), text_key(other)) is same
+
+
+@given(LINES, LINES)
+@example("a red on of old front street", "a red front of old on street")
+def test_being_nearly_the_same_has_no_order(one, other):
+    assert nearly_the_same(one, other) == nearly_the_same(other, one)
+
+
+@given(
+    st.lists(LINES, max_size=6), st.lists(LINES, max_size=6), st.lists(LINES, max_size=2), st.sets(LINES, max_size=2)
+)
+def test_the_queries_of_an_image_differ_from_one_another_its_captions_and_the_samples(
+    scenes, objects, captions, samples
+):
+    answers = {"scene": [Answer(t, True) for t in scenes], "object": [Answer(t, True) for t in objects]}
+    found = candidates_of(answers, captions=captions, samples={text_key(s) for s in samples})
+    keys = [text_key(query.text) for query in found.queries]
+    known = [*map(text_key, captions), *keys]
+    assert not any(nearly_the_same(a, b) for i, a in enumerate(known) for b in known[i + 1 :] if b in keys)
+    assert not set(keys) & {text_key(s) for s in samples}
+    assert len(found.queries) + sum(found.refused.values()) == len(scenes) + len(objects)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from(list(KINDS))), max_size=9, unique_by=lambda q: q[0]),
+    st.integers(0, 9),
+    st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 2 * MAX_IMAGES)),
+)
+def test_of_an_image_are_chosen_so_many_as_wanted_of_each_kind_alike_and_none_that_is_shared(queries, wanted, n_images):
+    offered = [PseudoQuery(text=text, kind=kind) for text, kind in queries]
+    chosen = choose(offered, wanted, n_images)
+    own = [query for query in offered if n_images.get(query.text, 0) <= MAX_IMAGES]
+    assert set(chosen) <= set(own)
+    assert len(chosen) == min(wanted, len(own))
+    left, taken = Counter(q.kind for q in own if q not in chosen), Counter(q.kind for q in chosen)
+    assert all(taken[kind] >= max(taken.values(), default=0) - 1 for kind in left)
+
+
+def test_a_prompt_shows_some_of_the_samples_by_its_seed_and_without_samples_none():
+    samples = [f"sample {number}" for number in range(40)]
+    shown = [[s for s in samples if f"- {s}\n" in f"{instruction('scene', samples, seed)}\n"] for seed in range(30)]
+    assert {len(some) for some in shown} == {SHOWN_SAMPLES}
+    assert len({tuple(some) for some in shown}) > 20
+    assert instruction("scene", samples, 3) == instruction("scene", samples, 3)
+    assert len({instruction(kind, (), 0) for kind in KINDS}) == len(KINDS)
+    assert "style" not in instruction("scene", (), 0)
+
+
+def test_samples_are_read_from_lines_or_a_file_of_queries_each_once(tmp_path):
+    lines, rows, broken = tmp_path / "samples.txt", tmp_path / "queries.jsonl", tmp_path / "broken.jsonl"
+    lines.write_text(f"a  dog\n\n{{brackets}}\na dog\n{'x' * 500}\n")
+    assert read_samples(lines) == ("a dog", "{brackets}")
+    rows.write_text('{"query": "a dog", "file_name": "x.png"}\n\n{"query": "a cat"}\n')
+    assert read_samples(rows) == ("a dog", "a cat")
+    broken.write_text('{"query": "a dog"}\n{"text": "a cat"}\n')
+    with pytest.raises(CorpusError, match="line 2"):
+        read_samples(broken)
+    lines.write_text("x" * 500)
+    with pytest.raises(CorpusError, match="no query"):
+        read_samples(lines)
+
+
+class Killed(BaseException):
+    pass
+
+
+class Table:
+    """Says of each picture what stands in a table, or something new each time; dies after so many batches."""
+
+    model, fingerprint = "table", "0" * 64
+
+    def __init__(self, says=None, dies_after=None):
+        self.says, self.dies_after, self.asked = says or {}, dies_after, []
+
+    def __call__(self):
+        return self
+
+    def write(self, requests, sampling):
+        if self.dies_after == len(self.asked):
+            raise Killed
+        self.asked.append(requests)
+        return [self._of(request, sampling.n) for request in requests]
+
+    def _of(self, request, n):
+        kind = next(kind for kind, task in KINDS.items() if task in request.text)
+        name = request.image.stem
+        texts = self.says.get(name) or [
+            hashlib.sha256(f"{kind} {number} {name} {request.seed}".encode()).hexdigest()[:16] for number in range(n)
+        ]
+        return [Answer(text, True) for text in texts]
+
+
+@pytest.fixture(scope="session")
+def bare_index(tmp_path_factory, tiny_mllm):
+    """Without captions."""
+    folder = tmp_path_factory.mktemp("bare")
+    draw_pictures(folder / "images")
+    (folder / "images" / "metadata.jsonl").unlink()
+    return build_index(read_corpus(folder / "images"), folder / "index", tiny_mllm)
+
+
+@pytest.fixture
+def bare(bare_index, tmp_path):
+    shutil.copytree(bare_index.folder, tmp_path / "index")
+    return load_index(tmp_path / "index")
+
+
+@pytest.fixture
+def captioned(untrained_index, tmp_path):
+    """One caption an image."""
+    shutil.copytree(untrained_index.folder, tmp_path / "captioned")
+    return load_index(tmp_path / "captioned")
+
+
+def write(index, writer, samples=(), **options):
+    with open_writing(index, WriteOptions(**options), samples=samples) as run:
+        return run.finish(writer)
+
+
+def texts_of(index):
+    return {
+        image_id: [query.text for query in line.queries]
+        for image_id, line in load_index(index.folder).pseudo_queries.items()
+    }
+
+
+def stored(index):
+    return load_index(index.folder).file(PSEUDO_QUERIES).read_bytes()
+
+
+def test_every_image_gets_as_many_as_it_lacks_of_all_kinds_with_their_provenance(bare, captioned):
+    for index, wanted in ((bare, 8), (captioned, 7)):
+        summary = write(index, Table(), seed=3, temperature=0.5)
+        assert (summary.images, summary.queries, summary.short) == (20, 20 * wanted, 0)
+        for line in load_index(index.folder).pseudo_queries.values():
+            assert len(line.queries) == line.wanted == wanted
+            assert {query.kind for query in line.queries} == set(KINDS)
+            facts = line.provenance
+            assert (facts.model, facts.fingerprint, facts.seed, facts.temperature) == ("table", "0" * 64, 3, 0.5)
+            assert (facts.style, facts.written_by) == (None, "transformers")
+    assert write(captioned, Table(), per_image=1).images == 0
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"model": "tab'])
+@pytest.mark.parametrize("batches", [0, 1, 3])
+def test_a_killed_run_goes_on_to_the_very_file_of_a_run_without_interruption(bare, tmp_path, batches, torn):
+    whole = shutil.copytree(bare.folder, tmp_path / "whole")
+    options = {"batch_size": 6, "per_image": 3}
+    uninterrupted = Table()
+    write(load_index(whole), uninterrupted, **options)
+    with pytest.raises(Killed):
+        write(bare, Table(dies_after=batches), **options)
+    part = bare.folder / f"{PSEUDO_QUERIES}.part"
+    with part.open("ab") as file:
+        file.write(torn)
+    second = Table()
+    assert write(bare, second, **options).kept == 6 * batches
+    assert second.asked == uninterrupted.asked[batches:]
+    assert stored(bare) == stored(load_index(whole))
+    assert not part.exists()
+
+
+def test_an_unfinished_run_of_other_options_is_refused_unless_it_may_be_thrown_away(bare):
+    with pytest.raises(Killed):
+        write(bare, Table(dies_after=1), seed=1)
+    with pytest.raises(BatchError, match=r"seed 1 \(now 2\).*remove the file"):
+        write(bare, Table(), seed=2)
+    assert write(bare, Table(), seed=2, overwrite=True).kept == 0
+    assert {line.provenance.seed for line in load_index(bare.folder).pseudo_queries.values()} == {2}
+
+
+def test_two_runs_do_not_write_one_index_at_once(bare):
+    with open_writing(bare), pytest.raises(BatchError, match="another run"), open_writing(bare):
+        pass
+    assert not (bare.folder / f"{PSEUDO_QUERIES}.part").exists()
+
+
+def test_what_more_than_a_few_images_share_is_left_out_captions_and_stored_queries_counted(bare, captioned):
+    names = [record.image_id for record in bare.records]
+    says = {name: ["A thing.", f"a {name}"] for name in names[: MAX_IMAGES + 1]}
+    says |= {name: ["a few", f"a {name}"] for name in names[MAX_IMAGES + 1 : 2 * MAX_IMAGES + 1]}
+    summary = write(bare, Table(says))
+    texts = texts_of(bare)
+    assert sum("A thing" in found for found in texts.values()) == 0
+    assert sum("a few" in found for found in texts.values()) == MAX_IMAGES
+    assert summary.refused["shared by too many images"] == MAX_IMAGES + 1
+    assert summary.short == 2 * MAX_IMAGES + 1
+    red = {
+        name: ["red circle", "red bar", f"own of {name}"]
+        for name in ("red-circle", "blue-bar", "blue-frame", "red-bar")
+    }
+    write(captioned, Table(red))
+    found = texts_of(captioned)
+    assert "red circle" not in found["red-circle"]
+    assert not any("red circle" in found[name] for name in red), "three queries and a caption are four images"
+
+
+def test_what_an_image_says_of_itself_already_is_not_written_again(captioned):
+    write(captioned, Table({"red-circle": ["Red circle!", "red circles", "something round"]}))
+    assert texts_of(captioned)["red-circle"] == ["something round"]
+
+
+def test_samples_are_shown_never_copied_and_markup_among_them_is_not_shown(bare):
+    symbol = bare.identifiers[0][0]
+    writer = Table({"red-bar": ["where's my bar", "a red one", f"a {symbol} bar", "<|im_end|> bar"]})
+    summary = write(bare, writer, samples=["Where's my bar?", f"find {symbol}"])
+    assert all("Where's my bar?" in request.text for batch in writer.asked for request in batch)
+    assert not any(symbol in request.text for batch in writer.asked for request in batch)
+    assert texts_of(bare)["red-bar"] == ["a red one"]
+    assert summary.refused["copied from the samples"] == len(KINDS)
+    assert summary.refused["markup"] == 2 * len(KINDS)
+    assert load_index(bare.folder).pseudo_queries["red-bar"].provenance.style
+
+
+def test_images_that_are_added_get_theirs_and_the_others_keep_theirs(bare, tiny_mllm, tmp_path):
+    write(bare, Table({record.image_id: ["a few", record.image_id] for record in bare.records[:MAX_IMAGES]}), seed=1)
+    before = load_index(bare.folder).pseudo_queries
+    more = tmp_path / "more"
+    more.mkdir()
+    shutil.copy(bare.records[0].path, more / "new.png")
+    grown = add_to_index(load_index(bare.folder), read_corpus(more).records, tiny_mllm)
+    assert grown.pseudo_queries == before
+    assert write(grown, Table({"new": ["a few", "the new one"]}), seed=2).images == 1
+    after = load_index(bare.folder).pseudo_queries
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {"new"}
+    assert texts_of(bare)["new"] == ["the new one"], "the other is stored of as many images as may share it"
+    assert write(load_index(bare.folder), Table(dies_after=0), seed=2).images == 0
+
+
+def test_an_image_that_got_none_is_not_tried_for_ever(bare):
+    summary = write(bare, Table({record.image_id: ["", "..."] for record in bare.records}))
+    assert (summary.images, summary.queries, summary.short, summary.none) == (20, 0, 20, 20)
+    assert summary.refused == {"without words": 20 * 2 * len(KINDS)}
+    assert write(load_index(bare.folder), Table(dies_after=0)).images == 0
+    assert write(load_index(bare.folder), Table(), seed=1, overwrite=True).short == 0
+
+
+def test_a_removed_image_takes_its_queries_along_and_another_picture_of_its_name_does_not_get_them(
+    bare, tiny_mllm, tmp_path
+):
+    write(bare, Table())
+    left = remove_images(load_index(bare.folder), ["red-bar"])
+    assert b"red-bar" not in left.file(PSEUDO_QUERIES).read_bytes()
+    assert len(left.pseudo_queries) == 19
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(bare.records[0].path, other / "red-bar.png")
+    grown = add_to_index(left, read_corpus(other).records, tiny_mllm)
+    assert "red-bar" not in grown.pseudo_queries
+
+
+def test_what_changes_in_the_index_while_a_run_goes_on_stays_changed(bare):
+    with open_writing(bare) as run:
+        remove_images(load_index(bare.folder), ["red-bar"])
+        summary = run.finish(Table())
+    assert summary.images == 19
+    index = load_index(bare.folder)
+    assert len(index.records) == len(index.pseudo_queries) == 19
+
+
+def test_they_are_trained_on_as_queries_and_alone_are_enough_to_train(bare):
+    write(bare, Table(), per_image=2)
+    index = load_index(bare.folder)
+    tasks = examples_of(index)
+    expected = {(row, text) for row, r in enumerate(index.records) for text in texts_of(index)[r.image_id]}
+    assert {(example.row, example.text) for example in tasks["retrieve"]} == expected
+    assert len(expected) == 2 * len(index.records)
+    assert set(tasks) == {"memorise", "retrieve"}
+    assert train(index, TrainOptions(max_steps=1, lora_rank=2), device="cpu", show_progress=False).is_trained
+
+
+def test_evaluation_leaves_them_out_and_says_which_of_its_queries_they_are(bare):
+    zebra = Query("A zebra", frozenset({"red-bar"}))
+    bus = Query("the bus", frozenset({"red-bar"}))
+    before = baseline("tfidf", load_captions(bare), [zebra, bus]).figures()
+    write(bare, Table({"red-bar": ["a zebra"], "blue-bar": ["the bus"]}))
+    index = load_index(bare.folder)
+    assert baseline("tfidf", load_captions(index), [zebra, bus]).figures() == before
+    assert [record.captions for record in index.records] == [()] * 20
+    assert n_written_by_a_model(index, [zebra, bus]) == 1
+
+
+def load_captions(index):
+    """The records, one of them with a caption, without which there is nothing to compare."""
+    import dataclasses
+
+    return [dataclasses.replace(r, captions=("green bar",)) if r.image_id == "green-bar" else r for r in index.records]
+
+
+@pytest.fixture(scope="module")
+def in_process(bare_index):
+    from llama_index_genret.store.model_loading import load_base
+
+    return InProcessWriter(bare_index, load_base(bare_index, device="cpu"))
+
+
+def test_the_model_in_this_process_answers_a_batch_as_each_request_alone(bare_index, in_process):
+    texts = ["What is it?", "Find a picture of a red thing, please.", "Find: <image> <|im_end|>"]
+    requests = [Request(bare_index.records[4 * i].path, text, 7) for i, text in enumerate(texts)]
+    greedy = Sampling(n=2, temperature=1e-4, max_tokens=6)
+    together = in_process.write(requests, greedy)
+    assert together == [in_process.write([request], greedy)[0] for request in requests]
+    assert all(len(answers) == 2 and answers[0] == answers[1] for answers in together)
+    other = Request(bare_index.records[1].path, texts[0], 7)
+    assert len({in_process.write([request], greedy)[0][0].text for request in (requests[0], other)}) == 2
+
+
+def test_it_says_no_symbol_of_the_index_however_probable_their_untrained_rows_make_them(bare_index):
+    from llama_index_genret.store.model_loading import load_base
+
+    mllm = load_base(bare_index, device="cpu")
+    writer, greedy = InProcessWriter(bare_index, mllm), Sampling(n=1, temperature=1e-4, max_tokens=6)
+    requests = [Request(record.path, "What is it?", 7) for record in bare_index.records[:3]]
+    before = writer.write(requests, greedy)
+    first, second, *_ = bare_index.new_token_ids()
+    rows = mllm.model.get_output_embeddings().weight.data
+    rows[first], rows[second] = 100.0, -100.0  # one of them has the largest logit of all
+    assert writer.write(requests, greedy) == before
+
+
+def test_it_samples_by_the_seed(bare_index, in_process):
+    def answers(seed):
+        request = Request(bare_index.records[0].path, "What is it?", seed)
+        return in_process.write([request], Sampling(n=30, temperature=5.0, max_tokens=24))[0]
+
+    assert answers(1) == answers(1) != answers(2)
+    assert len({answer.text for answer in answers(1)}) > 20
+    assert {answer.ended for answer in answers(1)} == {True, False}
+
+
+def test_the_command_writes_reports_what_is_missing_and_inspect_and_eval_tell_of_it(bare):
+    def genret(*arguments):
+        done = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+    write(bare, Table(), per_image=2)
+    small = ("--per-image", 3, "--batch-size", 10, "--device", "cpu")
+    wrote, said = genret("write-queries", bare.folder, *small)
+    assert wrote["images"] == 20
+    assert wrote["short"] > 0
+    assert "got fewer queries than asked for" in said
+    assert "unfinished" in said
+    again, said = genret("write-queries", bare.folder, *small)
+    assert (again["images"], again["pseudo_queries"]) == (0, wrote["pseudo_queries"])
+    assert "fewer" not in said
+    facts, _ = genret("inspect", bare.folder)
+    assert (facts["captions"], facts["pseudo_queries"]) == (0, wrote["pseudo_queries"])
+    provenance = next(iter(load_index(bare.folder).pseudo_queries.values())).provenance
+    assert provenance.model == bare.manifest.model.name_or_path
+    assert provenance.fingerprint == bare.manifest.model.fingerprint

@@ -1,0 +1,223 @@
+"""A changing set of identifiers answers like a trie that is built anew after every change."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from llama_index_genret.errors import FilterError, IdentifierCollision, IdentifierError
+from llama_index_genret.models.prompts import Prompt
+from llama_index_genret.scorers.base import recall
+from llama_index_genret.scorers.fake import FakeScorer
+from llama_index_genret.search import Normalise
+from llama_index_genret.search._reference import rank_all
+from llama_index_genret.trie import (
+    LeafFilter,
+    LiveTrie,
+    add_identifiers,
+    build_trie,
+    close_beginnings,
+    compact,
+    edits_of,
+    open_trie,
+    remove_identifiers,
+    save_trie,
+    with_edits,
+)
+
+END = 5
+SCORER = FakeScorer(vocab_size=6)
+PROMPT = Prompt((1,))
+NAMES = st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple)
+OPERATIONS = Counter()
+
+
+def name_of(token_ids):
+    """Without the token that closes it."""
+    return token_ids[:-1] if token_ids[-1] == END else token_ids
+
+
+def found(trie, *, k, budget, allowed=None, width=None):
+    """(key, name, log p) of the hits, and whether they are certain."""
+    (ranking,) = recall(SCORER, trie, [PROMPT], k=k, width=width, allowed=allowed, budget=budget)
+    return [(hit.key, name_of(hit.token_ids), round(hit.log_prob, 9)) for hit in ranking.hits], ranking.exact
+
+
+def live_of(trie):
+    """{name: key} by walking everything."""
+    names, ends, open_nodes = {}, [], [(trie.roots(1), ())] if trie.n_live else []
+    while open_nodes:
+        nodes, prefix = open_nodes.pop()
+        if trie.is_leaf(nodes)[0]:
+            names[name_of(prefix)] = int(trie.key(trie.leaf(nodes))[0])
+            ends.append((prefix, int(trie.order(nodes)[0])))
+            continue
+        expansion = trie.expand(nodes)
+        assert len(expansion.token_ids), f"{prefix} leads nowhere"
+        for entry, token in enumerate(expansion.token_ids.tolist()):
+            open_nodes.append((expansion.take(np.array([entry])), (*prefix, token)))
+    assert [prefix for prefix, _ in sorted(ends)] == [prefix for prefix, _ in sorted(ends, key=lambda end: end[1])]
+    return names
+
+
+class Editing(RuleBasedStateMachine):
+    """Edits in any order, against a dictionary of what should be there."""
+
+    @initialize(names=st.sets(NAMES, min_size=1, max_size=12))
+    def build(self, names):
+        self.model = {name: key for key, name in enumerate(sorted(names))}
+        trie, order = build_trie(close_beginnings(list(self.model), END))
+        self.trie = LiveTrie(trie, keys=order)
+        self.next_key = len(self.model)
+
+    @rule(names=st.lists(NAMES, min_size=1, max_size=3))
+    def add(self, names):
+        OPERATIONS["add"] += 1
+        keys = range(self.next_key, self.next_key + len(names))
+        if len(set(names)) < len(names) or self.model.keys() & set(names):
+            with pytest.raises(IdentifierCollision):
+                add_identifiers(self.trie, names, keys, end_token=END)
+            return
+        self.trie = add_identifiers(self.trie, names, keys, end_token=END)
+        self.model |= dict(zip(names, keys, strict=True))
+        self.next_key += len(names)
+
+    @rule(names=st.lists(NAMES, min_size=1, max_size=2), data=st.data())
+    def remove(self, names, data):
+        OPERATIONS["remove"] += 1
+        if self.model and data.draw(st.booleans()):
+            names = [data.draw(st.sampled_from(sorted(self.model)))]
+        if len(set(names)) < len(names) or not set(names) <= self.model.keys():
+            with pytest.raises(IdentifierError):
+                remove_identifiers(self.trie, names, end_token=END)
+            return
+        self.trie = remove_identifiers(self.trie, names, end_token=END)
+        for name in names:
+            del self.model[name]
+
+    @rule()
+    def compact(self):
+        OPERATIONS["compact"] += 1
+        self.trie = compact(self.trie)
+        assert not self.model or (self.trie.added is None and self.trie.live is None)
+
+    @rule()
+    def store_and_restore(self):
+        OPERATIONS["store"] += 1
+        self.trie = with_edits(self.trie.base, self.trie.keys, edits_of(self.trie))
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), k=st.integers(1, 5), width=st.integers(1, 4))
+    def search(self, data, k, width):
+        """Beam and exact, filtered or not, as over a trie that is built of the same identifiers from scratch."""
+        OPERATIONS["search"] += 1
+        names = sorted(self.model)
+        rebuilt, order = build_trie(close_beginnings(names, END))
+        kept = set(data.draw(st.lists(st.sampled_from(names)))) if data.draw(st.booleans()) else set(names)
+        keys = {self.model[name] for name in kept}
+        leaves = np.arange(self.trie.n_leaves)
+        removed = np.zeros(len(leaves), bool) if self.trie.live is None else ~self.trie.live.contains(leaves)
+        allowed = LeafFilter.from_mask(np.isin(self.trie.key(leaves), list(keys)) | removed)
+        fresh = LiveTrie(rebuilt, keys=np.array([self.model[names[row]] for row in order]))
+        fresh_allowed = LeafFilter.from_mask(np.isin(fresh.keys, list(keys)))
+        for budget in (0, None):
+            ours = found(self.trie, k=k, width=width, budget=budget, allowed=allowed)
+            assert ours == found(fresh, k=k, width=width, budget=budget, allowed=fresh_allowed)
+            assert len(ours[0]) == min(k, len(kept))
+        everything = rank_all(close_beginnings(names, END), lambda p: SCORER.logits(PROMPT, p), over_children=True)
+        best = [name_of(path) for _, path in everything if name_of(path) in kept][:k]
+        assert ([name for _, name, _ in ours[0]], ours[1]) == (best, True)
+
+    @invariant()
+    def holds_what_it_should(self):
+        assert self.trie.n_live == len(self.model)
+        assert live_of(self.trie) == self.model
+
+
+def test_edits_in_any_order_equal_a_trie_built_from_scratch():
+    """Ten thousand operations."""
+    OPERATIONS.clear()
+    Editing.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+    Editing.TestCase("runTest").runTest()
+    assert OPERATIONS.total() >= 10_000, OPERATIONS
+
+
+def test_one_version_stays_as_it_is_while_others_follow():
+    trie, _ = build_trie([(0, 1), (2, 3)])
+    first = LiveTrie(trie)
+    second = add_identifiers(first, [(2, 4)], [7])
+    third = remove_identifiers(second, [(0, 1)])
+    assert [set(live_of(version)) for version in (first, second, third)] == [
+        {(0, 1), (2, 3)},
+        {(0, 1), (2, 3), (2, 4)},
+        {(2, 3), (2, 4)},
+    ]
+
+
+def test_without_an_end_token_a_beginning_is_refused():
+    trie = LiveTrie(build_trie([(0, 1), (2,)])[0])
+    for name in [(0,), (2, 3)]:
+        with pytest.raises(IdentifierCollision, match="end token"):
+            add_identifiers(trie, [name], [9])
+    with pytest.raises(IdentifierCollision):
+        add_identifiers(trie, [(1,), (1, 1)], [8, 9])
+
+
+def test_an_end_token_inside_an_identifier_is_refused():
+    trie = LiveTrie(build_trie([(0, 1)])[0])
+    with pytest.raises(IdentifierError, match="end token 5"):
+        add_identifiers(trie, [(0, END, 2)], [1], end_token=END)
+
+
+@pytest.mark.parametrize("bad", [[()], [(-1,)], [(2**31,)]])
+def test_what_is_no_identifier_is_refused(bad):
+    with pytest.raises(IdentifierError, match="identifier 0"):
+        add_identifiers(LiveTrie(build_trie([(0, 1)])[0]), bad, [1])
+
+
+def test_keys_must_come_one_for_each():
+    with pytest.raises(IdentifierError, match="2 identifiers came with 1 keys"):
+        add_identifiers(LiveTrie(build_trie([(0, 1)])[0]), [(1,), (2,)], [1])
+
+
+def test_a_filter_of_an_older_version_is_refused():
+    trie = LiveTrie(build_trie([(0, 1), (2, 3)])[0])
+    allowed = LeafFilter.from_mask(np.ones(2, bool))
+    newer = add_identifiers(trie, [(4, 4)], [2])
+    with pytest.raises(FilterError, match="2 identifiers, the trie 3"):
+        recall(SCORER, newer, [PROMPT], k=1, allowed=allowed)
+
+
+def test_a_filter_reaches_what_was_added():
+    """Identifiers of one length on both sides: leaf by leaf, and by ranges of leaves."""
+    trie = LiveTrie(build_trie([(0, 1), (0, 2), (3, 1), (3, 2)])[0])
+    trie = add_identifiers(trie, [(0, 3), (0, 4), (3, 3), (1, 1), (1, 2)], range(4, 9))
+    for leaf in range(trie.n_leaves):
+        allowed = LeafFilter.from_mask(np.arange(trie.n_leaves) == leaf)
+        hits, _ = found(trie, k=3, budget=0, allowed=allowed)
+        assert [key for key, _, _ in hits] == [int(trie.key(np.array([leaf]))[0])]
+
+
+def test_when_all_are_removed_nothing_is_found_and_adding_goes_on():
+    trie = remove_identifiers(LiveTrie(build_trie([(0, 1), (2, 3)])[0]), [(0, 1), (2, 3)])
+    for version in (trie, compact(trie)):
+        assert found(version, k=3, budget=0) == ([], True)
+        assert live_of(add_identifiers(version, [(0, 1)], [9])) == {(0, 1): 9}
+
+
+def test_a_removed_sibling_takes_no_probability():
+    """Scores are those of a trie that never held it: the survivor's probability is 1."""
+    trie = remove_identifiers(LiveTrie(build_trie([(0, 1), (0, 2)])[0]), [(0, 2)])
+    (ranking,) = recall(SCORER, trie, [PROMPT], k=2, normalise=Normalise.CHILDREN)
+    assert [(hit.token_ids, hit.score) for hit in ranking.hits] == [((0, 1), 1.0)]
+
+
+def test_an_edited_and_compacted_trie_is_stored_and_opened_again(tmp_path):
+    trie = add_identifiers(LiveTrie(build_trie([(9, 9)])[0]), [(1, row) for row in range(10, 80)], range(10, 80))
+    trie = compact(remove_identifiers(trie, [(1, row) for row in range(10, 80, 3)]))
+    save_trie(trie.base, tmp_path / "trie.bin")
+    expected = {(9, 9): 0} | {(1, row): row for row in range(10, 80) if (row - 10) % 3}
+    assert live_of(LiveTrie(open_trie(tmp_path / "trie.bin"), keys=trie.keys)) == expected

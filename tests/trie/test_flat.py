@@ -1,0 +1,407 @@
+"""The flat trie against its slow twin, its file against damage, its size against the budget."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from integration.bench.corpus import Corpus
+from llama_index_genret.errors import (
+    DeadEnd,
+    FilterError,
+    IdentifierCollision,
+    IdentifierError,
+    IndexDamaged,
+    IndexVersionError,
+    SearchError,
+    StoreError,
+)
+from llama_index_genret.trie import LeafFilter, Trie, build_trie, open_trie, save_trie, verify_trie
+from llama_index_genret.trie import build as build_module
+from llama_index_genret.trie import filter as filter_module
+from llama_index_genret.trie._reference import DictTrie, count_allowed
+
+TOKEN_IDS = st.sampled_from([0, 1, 2, 7, 300, 151_999, 2**31 - 1])
+Identifiers = list[tuple[int, ...]]
+
+
+@st.composite
+def fixed_length_sets(draw: st.DrawFn) -> Identifiers:
+    length = draw(st.integers(1, 4))
+    return draw(st.lists(st.tuples(*[TOKEN_IDS] * length), min_size=1, max_size=25, unique=True))
+
+
+@st.composite
+def prefix_free_sets(draw: st.DrawFn) -> Identifiers:
+    identifiers: Identifiers = []
+    for new in draw(st.lists(st.lists(TOKEN_IDS, min_size=1, max_size=5).map(tuple), min_size=1, max_size=25)):
+        if not any(new[: len(old)] == old or old[: len(new)] == new for old in identifiers):
+            identifiers.append(new)
+    return identifiers
+
+
+identifier_sets = fixed_length_sets() | prefix_free_sets()
+VARIABLE = [(5,), (6, 1), (6, 2, 9), (6, 2, 4), (7, 7, 7, 7)]
+
+
+def all_nodes(trie: Trie) -> np.ndarray:
+    return np.arange(trie.n_nodes)
+
+
+def assert_same_answers(trie: Trie, twin: DictTrie) -> None:
+    """Every question of every node, through the numbering that `DictTrie.nodes` defines."""
+    prefixes = twin.nodes()
+    number = {prefix: node for node, prefix in enumerate(prefixes)}
+    assert (trie.n_nodes, trie.n_leaves) == (len(prefixes), len(twin.identifiers))
+    assert trie.depth == max(map(len, prefixes))
+    assert trie.level_sizes == tuple(sum(len(p) == d for p in prefixes) for d in range(1, trie.depth + 1))
+    assert trie.token_ids().tolist() == twin.token_ids()
+    nodes = all_nodes(trie)
+    leaf = trie.is_leaf(nodes)
+    assert leaf.tolist() == [twin.is_leaf(prefix) for prefix in prefixes]
+    assert list(zip(*map(np.ndarray.tolist, trie.leaf_range(nodes)), strict=True)) == list(
+        map(twin.leaf_range, prefixes)
+    )
+    assert trie.leaf_rank(nodes[leaf]).tolist() == [twin.leaf_rank(p) for p in prefixes if twin.is_leaf(p)]
+    assert [trie.token_ids_of(rank) for rank in range(trie.n_leaves)] == twin.identifiers
+    assert [trie.walk(prefix) for prefix in prefixes] == nodes.tolist()
+    inner = [prefix for prefix in prefixes if not twin.is_leaf(prefix)]
+    assert trie.first_leaf(nodes).tolist() == trie.leaf_range(nodes)[0].tolist()
+    children = trie.children(nodes[~leaf])
+    expected = [(r, t, number[c]) for r, p in enumerate(inner) for t, c in twin.children(p).items()]
+    found = zip(children.row.tolist(), children.token_ids.tolist(), children.node.tolist(), strict=True)
+    assert list(found) == expected
+    assert children.offsets.tolist() == [0, *np.cumsum([len(twin.children(p)) for p in inner])]
+    assert {a.dtype for a in (children.row, children.node, children.token_ids, children.offsets)} == {np.dtype("i8")}
+    tokens = [*twin.token_ids(), 3]
+    steps = [[number.get((*prefix, token), -1) for token in tokens] for prefix in prefixes]
+    assert trie.advance(nodes[:, None], tokens).tolist() == steps
+
+
+@given(identifier_sets)
+def test_every_answer_equals_that_of_nested_dicts(identifiers: Identifiers) -> None:
+    trie, order = build_trie(identifiers)
+    twin = DictTrie(identifiers)
+    assert_same_answers(trie, twin)
+    assert order.tolist() == twin.order
+
+
+@given(identifier_sets)
+def test_paths_are_the_sorted_identifiers(identifiers: Identifiers) -> None:
+    trie, _ = build_trie(identifiers)
+    assert [tuple(t for t in path if t >= 0) for path in trie.paths().tolist()] == sorted(identifiers)
+
+
+@given(identifier_sets, st.data())
+def test_gathering_takes_each_childs_column(identifiers: Identifiers, data: st.DataObject) -> None:
+    trie, _ = build_trie(identifiers)
+    inner = all_nodes(trie)[~trie.is_leaf(all_nodes(trie))].tolist()
+    children = trie.children(np.array(data.draw(st.lists(st.sampled_from(inner), min_size=1, max_size=6))))
+    block = np.random.default_rng(0).normal(size=(len(children.first), len(children.alphabet)))
+    columns = [children.alphabet.tolist().index(token) for token in children.token_ids]
+    assert children.gather(block).tolist() == block[children.row, columns].tolist()
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=200))
+def test_filters_combine_like_sets(bits: list[tuple[bool, bool, bool]]) -> None:
+    first, second, gone = np.array(bits).T
+    leaves = np.arange(len(bits))
+    both = LeafFilter.from_mask(first) & LeafFilter.from_mask(second)
+    assert both.contains(leaves).tolist() == (first & second).tolist()
+    assert both.n_allowed == (first & second).sum()
+    rest = LeafFilter.from_mask(first).without(np.flatnonzero(gone))
+    assert rest.count(leaves, leaves + 1).tolist() == (first & ~gone).tolist()
+    with pytest.raises(FilterError, match="different tries"):
+        both & LeafFilter.from_mask(np.ones(len(bits) + 1, bool))
+
+
+@given(fixed_length_sets())
+def test_an_array_and_a_list_of_identifiers_build_the_same_trie(identifiers: Identifiers) -> None:
+    trie, order = build_trie(np.array(identifiers))
+    assert_same_answers(trie, DictTrie(identifiers))
+    assert order.tolist() == build_trie(identifiers)[1].tolist()
+
+
+@given(st.lists(st.lists(TOKEN_IDS, max_size=3).map(tuple), max_size=8))
+def test_a_set_is_refused_exactly_when_it_is_no_prefix_free_set(identifiers: Identifiers) -> None:
+    def outcome(build: object) -> type | None:
+        try:
+            build(identifiers)  # type: ignore[operator]
+        except IdentifierError as error:
+            return type(error)
+        return None
+
+    assert outcome(build_trie) == outcome(DictTrie)
+
+
+@given(identifier_sets, st.data())
+def test_repeated_and_unordered_nodes_are_answered_row_by_row(identifiers: Identifiers, data: st.DataObject) -> None:
+    trie, _ = build_trie(identifiers)
+    inner = all_nodes(trie)[~trie.is_leaf(all_nodes(trie))]
+    rows = data.draw(st.lists(st.sampled_from(inner.tolist()), max_size=6))
+    together = trie.children(np.array(rows, np.int64))
+    for row, node in enumerate(rows):
+        alone, entries = trie.children(np.array([node])), slice(together.offsets[row], together.offsets[row + 1])
+        assert together.node[entries].tolist() == alone.node.tolist()
+        assert set(together.row[entries].tolist()) == {row}
+    assert len(together.offsets) == len(rows) + 1
+
+
+@pytest.mark.parametrize("n", [1, 256, 257, 65_537])
+def test_an_alphabet_of_any_size_keeps_its_tokens(n: int) -> None:
+    """One symbol per image: codes of 1, 2 and 4 bytes."""
+    identifiers = np.arange(n)[:, None] * 3 + 5
+    trie, order = build_trie(identifiers[::-1])
+    assert trie.children(np.zeros(1, np.int64)).token_ids.tolist() == identifiers[:, 0].tolist()
+    assert trie.advance(0, identifiers[:, 0]).tolist() == list(range(1, n + 1))
+    assert (trie.advance(0, identifiers[:, 0] + 1) == -1).all()
+    assert order.tolist() == list(range(n))[::-1]
+
+
+@given(identifier_sets)
+def test_wide_offsets_answer_like_narrow_ones(identifiers: Identifiers) -> None:
+    arrays = build_trie(identifiers)[0].arrays()
+    wide = {name: a.astype(np.int64) if name in ("first_child", "leaf_lo") else a for name, a in arrays.items()}
+    assert_same_answers(Trie.from_arrays(wide), DictTrie(identifiers))
+
+
+def test_offsets_widen_where_four_bytes_end() -> None:
+    assert [build_module._offset_dtype(n) for n in (2**31 - 1, 2**31)] == [np.int32, np.int64]
+
+
+@given(identifier_sets, st.data())
+def test_filter_counts_equal_a_loop_over_the_mask(identifiers: Identifiers, data: st.DataObject) -> None:
+    trie, _ = build_trie(identifiers)
+    mask = data.draw(st.lists(st.booleans(), min_size=trie.n_leaves, max_size=trie.n_leaves))
+    lo, hi = trie.leaf_range(all_nodes(trie))
+    counts = LeafFilter.from_mask(np.array(mask)).count(lo, hi)
+    assert counts.tolist() == [count_allowed(mask, a, b) for a, b in zip(lo, hi, strict=True)]
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 128, 1000])
+def test_filter_counts_are_exact_for_every_range_across_words(n: int) -> None:
+    mask = np.random.default_rng(n).random(n) < 0.4
+    before = np.array([count_allowed(mask.tolist(), 0, leaf) for leaf in range(n + 1)])
+    lo, hi = np.triu_indices(n + 1)
+    leaf_filter = LeafFilter.from_mask(mask)
+    assert (leaf_filter.count(lo, hi) == before[hi] - before[lo]).all()
+    assert leaf_filter.n_allowed == before[-1]
+
+
+def test_bits_are_counted_alike_with_and_without_numpy_2() -> None:
+    words = np.random.default_rng(0).integers(0, 2**64, (3, 5), dtype=np.uint64)
+    assert filter_module._popcount_by_table(words).tolist() == [[bin(w).count("1") for w in row] for row in words]
+    assert filter_module._popcount(words).tolist() == filter_module._popcount_by_table(words).tolist()
+
+
+@pytest.mark.parametrize(("lo", "hi"), [(0, 6), (-1, 2), (3, 2)])
+def test_a_filter_refuses_ranges_of_another_trie(lo: int, hi: int) -> None:
+    with pytest.raises(FilterError, match="over 5 leaves"):
+        LeafFilter.from_mask(np.ones(5, bool)).count(np.array([lo]), np.array([hi]))
+
+
+@pytest.mark.parametrize("mask", [np.ones(3, np.int64), np.ones((2, 2), bool)])
+def test_a_mask_must_be_a_row_of_booleans(mask: np.ndarray) -> None:
+    with pytest.raises(FilterError, match="n_leaves"):
+        LeafFilter.from_mask(mask)
+
+
+@pytest.mark.parametrize(
+    ("identifiers", "match"),
+    [
+        ([], "no identifiers"),
+        (np.empty((0, 4), np.int64), "no identifiers"),
+        ([(1,), ()], "identifier 1 is empty"),
+        ([(1, 2), (3,), (4, -5)], "identifier 2 has the token id -5"),
+        ([(1,), (-2, 3)], "identifier 1 has the token id -2"),
+        ([(1, 2), (3, 2**31)], "identifier 1 has the token id 2147483648"),
+        ([(1,), (2**64,)], "integers"),
+        ([(1.5,)], "integers"),
+        (["ab"], "integers"),
+        (np.arange(3), "shape"),
+    ],
+)
+def test_what_is_no_identifier_is_named(identifiers: object, match: str) -> None:
+    with pytest.raises(IdentifierError, match=match):
+        build_trie(identifiers)  # type: ignore[arg-type]
+
+
+def test_a_duplicate_names_both_rows_and_the_identifier() -> None:
+    with pytest.raises(IdentifierCollision, match=r"identifiers 0 and 2 are both \(5, 6\).*Append"):
+        build_trie([(5, 6), (4, 6), (5, 6)])
+
+
+def test_a_beginning_of_another_identifier_names_both() -> None:
+    with pytest.raises(IdentifierCollision, match=r"identifier 2, \(5,\), .* identifier 0, \(5, 6\).*end token"):
+        build_trie([(5, 6), (4,), (5,)])
+
+
+@pytest.mark.parametrize("identifiers", [VARIABLE, [(1, 2), (3, 4)]])
+def test_a_leaf_has_no_next_token(identifiers: Identifiers) -> None:
+    trie, _ = build_trie(identifiers)
+    for identifier in identifiers:
+        with pytest.raises(DeadEnd, match="row 1"):
+            trie.children(np.array([0, trie.walk(identifier)]))
+
+
+def test_impossible_questions_are_search_errors() -> None:
+    trie, _ = build_trie(VARIABLE)
+    for nodes in ([-1], [trie.n_nodes], [0.5]):
+        with pytest.raises(SearchError, match="integers in 0"):
+            trie.leaf_range(np.array(nodes))
+    with pytest.raises(SearchError, match="node 0 is the beginning"):
+        trie.leaf_rank(np.array([1, 0]))
+    with pytest.raises(SearchError, match="shape"):
+        trie.children(np.zeros((1, 1), np.int64))
+    for leaf in (-1, trie.n_leaves):
+        with pytest.raises(SearchError, match=f"no leaf {leaf}"):
+            trie.token_ids_of(leaf)
+
+
+def test_walking_out_of_the_trie_names_depth_and_token() -> None:
+    trie, _ = build_trie(VARIABLE)
+    with pytest.raises(IdentifierError, match=r"token 8 at depth 1 .*no identifier continues"):
+        trie.walk((6, 8))
+    with pytest.raises(IdentifierError, match=r"token 8 at depth 1 .*ends before it"):
+        trie.walk((5, 8))
+
+
+@given(identifier_sets)
+@settings(max_examples=25)
+def test_an_opened_trie_answers_like_the_saved_one(tmp_path_factory: pytest.TempPathFactory, identifiers) -> None:
+    path = tmp_path_factory.mktemp("trie") / "trie.bin"
+    save_trie(build_trie(identifiers)[0], path)
+    verify_trie(path)
+    assert_same_answers(open_trie(path), DictTrie(identifiers))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "trie.bin"
+    save_trie(build_trie(VARIABLE)[0], path)
+    return path
+
+
+def test_arrays_lie_aligned_in_the_file_and_cannot_be_written(saved: Path) -> None:
+    for trie in (open_trie(saved), build_trie(VARIABLE)[0]):
+        for array in trie.arrays().values():
+            with pytest.raises(ValueError, match="read-only"):
+                array[0] = 1
+    assert all(a.ctypes.data % 64 == 0 for a in open_trie(saved).arrays().values())
+
+
+def test_a_trie_in_use_survives_being_replaced(saved: Path) -> None:
+    before = open_trie(saved)
+    save_trie(build_trie([(1, 2)])[0], saved)
+    assert_same_answers(before, DictTrie(VARIABLE))
+    assert open_trie(saved).token_ids_of(0) == (1, 2)
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(_: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_trie(build_trie([(1, 2)])[0], saved)
+    assert_same_answers(open_trie(saved), DictTrie(VARIABLE))
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_every_flipped_byte_is_noticed(saved: Path) -> None:
+    content = saved.read_bytes()
+    for position in range(len(content)):
+        for flip in (0x01, 0x80):
+            broken = bytearray(content)
+            broken[position] ^= flip
+            saved.write_bytes(broken)
+            with pytest.raises(StoreError, match="trie"):
+                verify_trie(saved)
+
+
+def test_a_file_cut_or_lengthened_anywhere_does_not_open(saved: Path) -> None:
+    content = saved.read_bytes()
+    for broken in [*(content[:length] for length in range(len(content))), content + b"\0"]:
+        saved.write_bytes(broken)
+        with pytest.raises(IndexDamaged, match=r"trie\.bin"):
+            open_trie(saved)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(IndexDamaged, match=r"gone\.bin"):
+        open_trie(tmp_path / "gone.bin")
+
+
+def test_a_future_version_says_so(saved: Path) -> None:
+    content = saved.read_bytes()
+    saved.write_bytes(content.replace(b'{"version": 2', b'{"version": 9'))
+    with pytest.raises(IndexVersionError, match=r"trie\.bin has the trie format 9"):
+        open_trie(saved)
+
+
+@pytest.mark.parametrize(
+    ("header", "match"),
+    [
+        ([], "list"),
+        ({}, "version"),
+        (3, "int"),
+        ({"version": 2, "payload_bytes": 0, "arrays": {"code": ["O", 1, 0]}}, "code of type O"),
+        ({"version": 2, "payload_bytes": 0, "arrays": {"code": ["|u1", 10**30, 0]}}, "large"),
+    ],
+)
+def test_a_strange_header_is_damage(saved: Path, header: object, match: str) -> None:
+    text = json.dumps(header).encode()
+    saved.write_bytes(b"genrTRIE" + len(text).to_bytes(8, "little") + text + bytes(32))
+    with pytest.raises(IndexDamaged, match=rf"trie\.bin.*{match}"):
+        open_trie(saved)
+
+
+def test_a_file_of_another_kind_is_called_so(saved: Path) -> None:
+    saved.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(1000))
+    with pytest.raises(IndexDamaged, match=r"begins with .*PNG"):
+        open_trie(saved)
+
+
+@pytest.mark.parametrize("name", build_trie(VARIABLE)[0].arrays())
+def test_arrays_that_do_not_fit_together_are_refused(name: str) -> None:
+    arrays = build_trie(VARIABLE)[0].arrays()
+    for wrong in (arrays[name][:-1], arrays[name].astype(np.float32), arrays[name][:, None]):
+        with pytest.raises(IndexDamaged):
+            Trie.from_arrays({**arrays, name: wrong})
+    with pytest.raises(IndexDamaged, match="not"):
+        Trie.from_arrays({**arrays, "more": arrays[name]})
+    with pytest.raises(IndexDamaged, match=name):
+        Trie.from_arrays({other: array for other, array in arrays.items() if other != name})
+
+
+@pytest.mark.parametrize(
+    ("name", "entries"),
+    [
+        ("level_start", [0, 2]),
+        ("level_start", [0, 1, 0]),
+        ("first_child", [2]),
+        ("alphabet_start", [0, 0]),
+        ("alphabet_start", [1]),
+    ],
+)
+def test_arrays_that_contradict_each_other_are_refused(name: str, entries: list[int]) -> None:
+    arrays = build_trie(VARIABLE)[0].arrays()
+    wrong = arrays[name].copy()
+    wrong[: len(entries)] = entries
+    with pytest.raises(IndexDamaged, match=name):
+        Trie.from_arrays({**arrays, name: wrong})
+
+
+def test_every_level_needs_its_alphabet() -> None:
+    arrays = build_trie(VARIABLE)[0].arrays()
+    with pytest.raises(IndexDamaged, match=r"alphabet_start is .* for 4 levels"):
+        Trie.from_arrays({**arrays, "alphabet_start": np.delete(arrays["alphabet_start"], 1)})
+
+
+def test_a_million_identifiers_take_at_most_four_and_a_half_bytes_each() -> None:
+    trie, _ = build_trie(Corpus.sample(1_000_000, seed=0).token_ids)
+    assert trie.n_leaves == 1_000_000
+    assert sum(array.nbytes for array in trie.arrays().values()) / trie.n_leaves <= 4.5
