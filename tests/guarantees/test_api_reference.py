@@ -18,13 +18,13 @@ def broken(monkeypatch, docstring):
 
 @pytest.mark.parametrize(
     "name",
-    ["GenretError", "errors.DeadEnd", "Hit.score", "interface.Hit.score", "Row.query", "Paths.token_ids", "Hit.leaf"],
+    ["GenretError", "errors.DeadEnd", "Hit.score", "protocol.Hit.score", "Row.query", "Paths.token_ids", "Hit.leaf"],
 )
 def test_what_is_there_is_not_broken(monkeypatch, name):
     assert broken(monkeypatch, f"See `{name}`.") == []
 
 
-@pytest.mark.parametrize("name", ["GenretErro", "errors.NoSuchError", "Hit.scores", "Row.nothing", "interface.Hit.no"])
+@pytest.mark.parametrize("name", ["GenretErro", "errors.NoSuchError", "Hit.scores", "Row.nothing", "protocol.Hit.no"])
 def test_what_is_not_there_is_broken(monkeypatch, name):
     assert broken(monkeypatch, f"See `{name}()`, and `Hit`.") == [f"llama_index_genret.errors: `{name}`"]
 

@@ -107,8 +107,8 @@ CHILD = """
 import json, sys
 from pathlib import Path
 from llama_index_genret.corpus import read_corpus
-from llama_index_genret.indexing import build_index
-from llama_index_genret.modeling import load_mllm
+from llama_index_genret.store.build import build_index
+from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.scorers.transformers import TransformersScorer
 from tests.guarantees.test_same_numbers import ranked
 pictures, model, out = map(Path, sys.argv[1:])

@@ -39,19 +39,19 @@ HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy).serve_forever()
 
 PARENT = """
 import multiprocessing, os, signal, sys, time
-from llama_index_genret.endpoint import orphans
+from llama_index_genret.serving.endpoint import exit_with_parent
 
 def engine(stubborn):
     if stubborn:
-        orphans.GRACE_S = 0.1
+        exit_with_parent.GRACE_S = 0.1
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    orphans.end_with_parent()
+    exit_with_parent.end_with_parent()
     print(os.getpid(), flush=True)
     time.sleep(600)
 
 if __name__ == "__main__":
     engine_process = multiprocessing.get_context(sys.argv[1]).Process(target=engine, args=(len(sys.argv) > 2,))
-    orphans.end_with_parent()  # whose parent is a shell, or this test
+    exit_with_parent.end_with_parent()  # whose parent is a shell, or this test
     engine_process.start()
     engine_process.join()
 """

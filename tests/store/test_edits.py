@@ -172,7 +172,8 @@ def test_killed_at_any_point_of_an_edit_the_old_index_or_the_new_one_loads(index
         from pathlib import Path
         from llama_index_genret import store
 
-        owner = {{"replace": Path, "write_records": store.edit, "save_trie": store.edit}}.get({point!r}, store.folder)
+        owners = {{"replace": Path, "write_records": store.edits, "save_trie": store.edits}}
+        owner = owners.get({point!r}, store.manifest)
         setattr(owner, {point!r}, lambda *_, **__: os._exit(9))
         index = store.load_index(Path({str(index.folder)!r}))
         store.remove_images(index, [record.image_id for record in index.records[:5]])

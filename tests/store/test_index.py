@@ -151,8 +151,8 @@ def test_killed_at_any_point_of_a_save_the_old_index_or_the_new_one_loads(copied
         from llama_index_genret import store
 
         index = store.load_index(Path({str(copied)!r}))
-        points = {{"write": (store.learnt.shutil, "copytree"), "replace": (Path, "replace")}}
-        owner, name = points.get({point!r}, (store.folder, {point!r}))
+        points = {{"write": (store.save_weights.shutil, "copytree"), "replace": (Path, "replace")}}
+        owner, name = points.get({point!r}, (store.manifest, {point!r}))
         setattr(owner, name, lambda *_, **__: os._exit(9))
         store.index.verify = lambda *_: None
         store.store_adapter(index, Path({str(adapter)!r}), {{"steps": 1}})
