@@ -12,8 +12,8 @@ from typing import NoReturn
 import typer
 
 from llama_index_genret.cli import evaluate, index, recall, serve, train
-from llama_index_genret.cli.browse.command import browse
-from llama_index_genret.cli.demo.command import demo
+from llama_index_genret.cli.browse import command as browse_command
+from llama_index_genret.cli.demo import command as demo_command
 from llama_index_genret.cli.output import log, take_any_character, visible
 from llama_index_genret.errors import GenretError
 
@@ -31,11 +31,11 @@ app.command()(recall.ask)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(train.tune)
 app.command()(recall.batch)
-app.command()(browse)
+app.command()(browse_command.browse)
 app.command()(serve.export)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.serve)
 app.command()(index.inspect)
-app.command()(demo)
+app.command()(demo_command.demo)
 
 
 def main() -> NoReturn:
