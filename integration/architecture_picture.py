@@ -86,7 +86,7 @@ LANES = (
 )
 BOXES = (
     Box(32, 52, 192, 102, "Your images", ("captions, metadata",), ("dog", "fox", "taxi", "pizza")),
-    Box(258, 52, 194, 102, "Identifiers", ("$<g0_17><g1_5>", "codes of image features:", "alike images, alike names")),
+    Box(258, 52, 194, 102, "Identifiers", ("$<g0_17><g1_5>", "codes of image features:", "alike for alike images")),
     Box(
         486, 52, 232, 102, "Training", ("LoRA: image → identifier,", "query → identifier,", "image, question → answer")
     ),
@@ -98,7 +98,7 @@ BOXES = (
         316,
         88,
         "Multimodal LLM",
-        ("one set of weights: it names images,", "and it looks at them"),
+        ("one set of weights: it recalls images,", "and it looks at them"),
         kind="box model",
     ),
     Box(32, 420, 192, 108, "Query", ("“the dog at the sea”", "a text, a picture, or both", "$album == 2024")),

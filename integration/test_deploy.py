@@ -1,4 +1,4 @@
-"""The files of `integration/deploy` and the README's flags, by the tools that read them; nothing is started.
+"""The files of `integration/deploy` and the flags of the pages, by the tools that read them; nothing is started.
 
 KubeRay's own part of `rayjob.yaml` is no part of these: its schema comes with the operator.
 """
@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from llama_index_genret.cli import app
 from llama_index_genret.serving.endpoint.schema import INDEXES_VARIABLE
+from tests.pages import PAGES, read_page
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "integration" / "deploy"
@@ -103,14 +104,14 @@ def gpus_of(template):
     return int(container["resources"]["limits"]["nvidia.com/gpu"])
 
 
-def test_vllm_knows_the_flags_of_the_readme():
-    serving = (ROOT / "README.md").read_text().split("## Serving")[1].split("\n## ")[0]
-    rows = [line for line in serving.splitlines() if line.startswith("|")]
+def test_vllm_knows_the_flags_of_every_page():
+    rows = [line for line in read_page("integration/deploy/README.md").prose.splitlines() if line.startswith("|")]
     flags = [flags for row in rows for flags in re.findall(r"`(--[^`]*)`", row)]
-    assert len(flags) >= 5
-    flags += re.findall(r"genret serve \S+(?: --port \d+)? -- ([^`#\n]*)", (ROOT / "README.md").read_text())
-    assert len(flags) >= 7, "of the block of commands, and of a machine without a GPU"
-    assert all(read_by_vllm(*(["checkpoint", *shlex.split(each)] for each in flags)))
+    assert len(flags) >= 5, "of the table of GPUs"
+    commands = [words for page in PAGES for words in page.shell if words[:2] == ["genret", "serve"] and "--" in words]
+    assert len(commands) >= 3, "of README, of a machine without a GPU, and of notebook 06"
+    given = [shlex.split(each) for each in flags] + [words[words.index("--") + 1 :] for words in commands]
+    assert all(read_by_vllm(*(["checkpoint", *each] for each in given)))
 
 
 def test_the_image_has_the_versions_that_the_tests_and_the_ray_job_name():

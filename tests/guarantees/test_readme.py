@@ -1,8 +1,8 @@
-"""The Python of the README. Of its page "In LlamaIndex" every block is run, in order, in one namespace.
+"""The Python of README and of the pages that it links to, run against a server that answers from a table.
 
-The prelude: the working folder has a folder `photos`; the base model is a tiny one, trained for a moment; the server is
-one that answers from a table, at the address that it has. Then the first block of all, and the one for `generate`, on
-the index that the page has left. The other blocks: `tests/guarantees/test_readme_commands.py`.
+The blocks of "LlamaIndex" and those of `04_rag_pipelines` run in this order, in one namespace. The working folder has a
+folder `photos`; the base model is a tiny one, trained for a moment. The first block of README follows, then the block
+for `generate`, on the index that the others have left. `test_readme_commands.py` has all other blocks.
 """
 
 import asyncio
@@ -19,17 +19,17 @@ from llama_index_genret.store.model_loading import load_trained
 from llama_index_genret.training.options import TrainOptions
 from tests.conftest import draw_pictures
 from tests.openai_server import ANSWER, OpenAIServer, running
+from tests.pages import PAGES, README, read_page
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-PAGE = re.search(r"^## In LlamaIndex\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
-PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-BLOCKS = PYTHON.findall(PAGE)
-FIRST, GENERATE = PYTHON.findall(README.replace(PAGE, ""))
+PIPELINES = read_page("notebooks/04_rag_pipelines.ipynb")
+FIRST, *LLAMAINDEX = README.of_language("python")
+BLOCKS = [*LLAMAINDEX, *PIPELINES.of_language("python")]
+(GENERATE,) = read_page("integration/bench/README.md").of_language("python")
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory, tiny_model_dir):
-    """The namespace after the blocks, the server, and what each block was."""
+    """The namespace after the blocks, and the server."""
     folder = tmp_path_factory.mktemp("readme")
     rows = [json.loads(line) for line in (draw_pictures(folder / "photos") / "metadata.jsonl").read_text().splitlines()]
     lines = [json.dumps({**row, "album": str(2023 + number % 2)}) for number, row in enumerate(rows)]
@@ -49,16 +49,23 @@ def page(tmp_path_factory, tiny_model_dir):
         yield names, server
 
 
+def test_every_python_block_of_the_pages_is_run():
+    assert len(LLAMAINDEX) == 2
+    assert len(BLOCKS) == 6
+    assert sum(len(page.of_language("python")) for page in PAGES) == len([FIRST, *BLOCKS, GENERATE])
+
+
 def test_every_block_runs_and_does_what_is_said_of_it(page, capsys):
     names, server = page
-    assert len(BLOCKS) == 7
     assert len(names["retriever"].retrieve("the dog at the sea")) == 3
-    assert {hit.metadata["album"] for hit in names["hits"]} == {"2024"}
+    filtered = names["index"].as_retriever(similarity_top_k=3, filters=names["this_year"])
+    assert [hit.metadata["album"] for hit in filtered.retrieve("the dog at the sea")] == ["2024"] * 3
+    assert names["hit"].metadata["album"] == "2024"
     assert names["said"] == ANSWER
     assert len(names["sources"]) == 2
     assert set(names["sources"]) <= names["index"].stored.rows_by_id.keys()
-    # query, two turns of the chat with the condensed question between them, citation, agent: choosing, looking, saying
-    assert [len(pictures) for pictures in server.pictures()] == [3, 1, 0, 1, 2, 0, 3, 0]
+    # two queries, two turns of the chat with the condensed question between them, citation, agent: choose, look, say
+    assert [len(pictures) for pictures in server.pictures()] == [3, 3, 1, 0, 1, 2, 0, 3, 0]
 
 
 def test_the_first_block_prints_an_answer_and_the_file_that_it_is_of(page, capsys):
@@ -70,7 +77,7 @@ def test_the_first_block_prints_an_answer_and_the_file_that_it_is_of(page, capsy
     assert len(server.pictures()[-1]) == 1
 
 
-def test_the_logits_processor_of_the_last_block_leaves_only_identifiers(page):
+def test_the_logits_processor_of_its_block_allows_only_identifiers(page):
     index = load_index(Path("photos-index"))
     model = load_trained(index, device="cpu").model
     prompt = torch.tensor([index.prompts.for_query(index.tokenizer, "the dog at the sea").token_ids])
@@ -81,14 +88,13 @@ def test_the_logits_processor_of_the_last_block_leaves_only_identifiers(page):
     assert tuple(generated) in {index.token_ids(row) for row in range(len(index.records))}
 
 
-def test_each_engine_and_name_that_the_page_has_exists(page):
-    """In the tables, too."""
+def test_every_engine_in_the_table_of_engines_exists():
     import llama_index.core.chat_engine as chat_engine
     import llama_index.core.query_engine as query_engine
     from llama_index.core.chat_engine import multi_modal_condense_plus_context, multi_modal_context
 
     homes = (chat_engine, query_engine, multi_modal_context, multi_modal_condense_plus_context)
-    engines = set(re.findall(r"`(\w+(?:Query|Chat)Engine)\b", PAGE))
+    engines = set(re.findall(r"`(\w+(?:Query|Chat)Engine)\b", PIPELINES.prose))
     assert len(engines) == 8
     assert [name for name in engines if not any(hasattr(home, name) for home in homes)] == []
-    assert PictureNotShown.__name__ in PAGE
+    assert PictureNotShown.__name__ in PIPELINES.prose

@@ -1,7 +1,7 @@
-"""The rest of the README: its commands, its line of `metadata.jsonl`, its links and pictures.
+"""The commands, links and pictures of README and of the pages that it links to, and README's line of `metadata.jsonl`.
 
-Every `genret` line of a block is read by the real parser, and all but two are run, in order, on a tiny model. `genret
-browse` and `genret serve` go on until they are stopped: `integration/` starts them.
+The real parser reads every `genret` line of a block. All but those of `genret browse` and `genret serve` run on a tiny
+model, in order; `integration/` starts these two. The modules that take hours have their flags checked.
 """
 
 import asyncio
@@ -25,24 +25,21 @@ from llama_index_genret.cli import app
 from llama_index_genret.serving.endpoint.schema import RecallRequest
 from llama_index_genret.store import load_index
 from tests.conftest import draw_pictures
+from tests.pages import OTHERS, PAGES, README, ROOT, read_page
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-BLOCKS = FENCED.findall(README)
-TEXT = FENCED.sub("", README)
-INLINE = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", TEXT)]
-SHELL = [
-    shlex.split(line, comments=True)
-    for language, block in BLOCKS
-    if language == "sh"
-    for line in block.replace("\\\n", " ").splitlines()
-]
+PROSE = "\n".join(page.prose for page in PAGES)
+INLINE = [code for page in PAGES for code in page.inline]
+SHELL = [words for page in PAGES for words in page.shell]
 COMMANDS = get_command(app).commands
 NOT_RUN = ("browse", "serve")
 
-INSTEAD = {"HuggingFaceTB/SmolVLM-256M-Instruct": "tiny-model", "--offline": None}
-"""The model has 67,000 weights; without vLLM the batch is recalled in this process."""
+INSTEAD = {
+    "HuggingFaceTB/SmolVLM-256M-Instruct": "tiny-model",
+    "sentence-transformers/all-MiniLM-L6-v2": "tiny-encoder",
+    "8": "2",
+    "--offline": None,
+}
+"""The model has 67,000 weights in two layers; without vLLM the batch is recalled in this process."""
 
 SHORTER = {
     "train": ["--max-steps", "2", "--lora-rank", "2"],
@@ -52,7 +49,7 @@ SHORTER = {
 
 
 def of(program):
-    return [words[1:] for words in SHELL if words and words[0] == program]
+    return [words[1:] for words in SHELL if words[0] == program]
 
 
 @dataclass
@@ -66,18 +63,19 @@ class Session:
 def make_photos(folder, *, album):
     """The README's picture and twenty drawn ones."""
     drawn = [json.loads(line) for line in (draw_pictures(folder) / "metadata.jsonl").read_text().splitlines()]
-    (row,) = (json.loads(block) for language, block in BLOCKS if language == "json")
+    (row,) = map(json.loads, README.of_language("json"))
     Image.new("RGB", (64, 48), "sandybrown").save(folder / row["file_name"])
     lines = [row, *({"file_name": one["file_name"], "text": one["text"], "album": album} for one in drawn)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory, tiny_model_dir):
+def session(tmp_path_factory, tiny_model_dir, encoder):
     """A user's: in a folder with photos and files of queries."""
     session = Session(folder=tmp_path_factory.mktemp("readme"))
     folder = session.folder
     (folder / "tiny-model").symlink_to(tiny_model_dir)
+    (folder / "tiny-encoder").symlink_to(encoder)
     make_photos(folder / "photos", album="2023")
     shutil.copy(folder / "photos" / "red-circle.png", folder / "dog.jpg")
     (folder / "new-photos").mkdir()
@@ -107,15 +105,16 @@ def session(tmp_path_factory, tiny_model_dir):
 
 
 def test_every_block_is_of_a_kind_that_is_tested():
-    """Python: `tests/guarantees/test_readme.py`, which counts them. The rest: here, by the program."""
-    assert [language for language, _ in BLOCKS].count("json") == 1
-    assert {language for language, _ in BLOCKS} == {"python", "json", "sh"}
-    assert {words[0] for words in SHELL if words} == {"make", "pip", "genret", "accelerate", "curl"}
+    """Python: `test_readme.py`. The tree of packages: `test_readme_map.py`. The rest: here, by the program."""
+    assert {language for page in PAGES for language, _ in page.blocks} == {"python", "json", "sh", "text"}
+    assert [language for page in PAGES for language, _ in page.blocks].count("text") == 1
+    programs = {next(word for word in words if "=" not in word) for words in SHELL}
+    assert programs == {"make", "pip", "genret", "accelerate", "curl", "python", "jupyter"}
 
 
 def test_the_commands_of_a_user_run_in_their_order(session):
     said = session.said
-    assert len(said) == len(of("genret")) - len(NOT_RUN)
+    assert len(said) == len([words for words in of("genret") if words[0] not in NOT_RUN]) == 13
     found = next(value for words, value in said.items() if words.startswith("query") and "album=2024" in words)
     assert [hit["file_name"] for hit in found["hits"]] == ["beach.jpg"]
     pictured = next(value for words, value in said.items() if "--image" in words)
@@ -146,19 +145,20 @@ def test_what_accelerate_starts_is_read_by_both_parsers(session):
     assert COMMANDS[name].make_context(name, given).params["batch_size"] == 80
 
 
-def test_the_request_is_one_that_the_endpoint_takes():
-    (words,) = of("curl")
-    assert words[0].endswith("/v1/recall")
-    request = RecallRequest.model_validate_json(words[words.index("-d") + 1])
-    assert request.query
-    assert request.mode == "exact"
+def test_each_request_is_one_that_the_endpoint_takes():
+    assert len(of("curl")) == 2
+    for words in of("curl"):
+        assert words[0].endswith("/v1/recall")
+        request = RecallRequest.model_validate_json(words[words.index("-d") + 1])
+        assert request.query
+        assert request.mode == "exact"
 
 
 def test_what_pip_installs_has_the_extras_that_are_named():
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
     (words,) = of("pip")
     assert Requirement(words[1]).extras <= extras
-    assert set(re.findall(r"(?:`|add )\[([a-z-]+)\]", README)) <= extras
+    assert set(re.findall(r"(?:`|add )\[([a-z-]+)\]", README.content + PROSE)) <= extras
 
 
 def made():
@@ -184,7 +184,8 @@ def test_every_command_in_the_text_takes_its_options():
 
 def test_every_module_that_is_to_be_run_is_there_and_knows_its_flags():
     named = [code.split() for code in INLINE if code.startswith("python -m ")]
-    assert len(named) > 5
+    named += [["python", *words] for words in of("python")]
+    assert len(named) > 15
     for _, _, module, *words in named:
         spec = find_spec(module)
         assert spec, module
@@ -193,26 +194,25 @@ def test_every_module_that_is_to_be_run_is_there_and_knows_its_flags():
 
 
 def test_every_picture_says_what_it_shows_and_is_made_by_a_command_that_is_named():
-    pictures = re.findall(r"!\[(.*?)\]\((.*?)\)", README)
+    pictures = [(page, *found) for page in PAGES for found in re.findall(r"!\[(.*?)\]\((.*?)\)", page.prose)]
     assert len(pictures) == 4
-    for alternative, path in pictures:
+    for page, alternative, address in pictures:
+        path = page.target(address)
         assert len(alternative) > 20
         assert (ROOT / path).is_file()
-        assert [code for code in INLINE if code.startswith(("python -m ", "genret ")) and path in code.split()], path
+        commands = [code.split() for code in page.inline if code.startswith(("python -m ", "genret "))]
+        assert any(str(path) in words for words in commands), path
 
 
-def test_every_link_leads_somewhere():
-    headings = {
-        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-        for line in TEXT.splitlines()
-        if line.startswith("#")
-    }
-    for address in re.findall(r"\]\((?!https?:)(.*?)\)", README):
-        known = address[1:] in headings if address.startswith("#") else (ROOT / address).is_file()
-        assert known, address
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.path))
+def test_every_link_leads_somewhere(page):
+    for address in re.findall(r"\]\((?!https?:)(.*?)\)", page.prose):
+        file, _, anchor = address.partition("#")
+        target = page.target(file) if file else page.path
+        assert (ROOT / target).is_file(), address
+        assert not anchor or anchor in read_page(target).anchors, address
 
 
-def test_code_comes_within_ten_lines_and_a_picture_within_thirty():
-    lines = README.splitlines()
-    assert any(line == "```python" for line in lines[:10])
-    assert any(line.startswith("![") for line in lines[:30])
+def test_readme_links_to_every_page():
+    addresses = {README.target(address) for address in re.findall(r"\]\((?!https?:)(.*?)\)", README.prose)}
+    assert {page.path for page in OTHERS} <= addresses
