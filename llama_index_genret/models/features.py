@@ -5,6 +5,8 @@ Depends on a loaded `Mllm`; independent of indexes. Needs torch and transformers
 
 from __future__ import annotations
 
+from llama_index_genret.models.mllm import Mllm, Progress, render_prompts  # isort: skip  # first: it names the extra that brings torch
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +17,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llama_index_genret.corpus.images import load_image
 from llama_index_genret.errors import ModelError
-from llama_index_genret.models.mllm import Mllm, Progress, render_prompts  # raises MissingExtra without torch
 
 IMAGE_BATCH = 16
 

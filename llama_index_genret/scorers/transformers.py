@@ -11,6 +11,8 @@ Needs torch; loads on first use.
 
 from __future__ import annotations
 
+from llama_index_genret.models.mllm import Mllm  # isort: skip  # first: it names the extra that brings torch
+
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -22,7 +24,6 @@ from transformers import DynamicCache
 
 from llama_index_genret.corpus.images import load_image
 from llama_index_genret.errors import ModelError
-from llama_index_genret.models.mllm import Mllm
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session, ThreadSession
 from llama_index_genret.scorers.onednn_linear import PackedLinear, PackedModel, packed_linear

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from llama_index_genret.models.mllm import Mllm  # isort: skip  # first: it names the extra that brings torch
+
 from pathlib import Path
 
 import torch
 
 from llama_index_genret.errors import ModelError
 from llama_index_genret.files import new_folder
-from llama_index_genret.models.mllm import Mllm
 from llama_index_genret.store import Index
 from llama_index_genret.store.model_loading import load_trained
 

@@ -5,13 +5,14 @@ Checks model and tokenizer against the fingerprints of the index. Needs torch an
 
 from __future__ import annotations
 
+from llama_index_genret.models.mllm import Mllm, fingerprint, load_mllm  # isort: skip  # first: it names the extra that brings torch
+
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
 from llama_index_genret.errors import ModelMismatch, NotTrained
-from llama_index_genret.models.mllm import Mllm, fingerprint, load_mllm  # raises MissingExtra without torch
 from llama_index_genret.store import Index
 
 

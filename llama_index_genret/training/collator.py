@@ -6,6 +6,8 @@ all targets end at the right edge and the loss needs the last few positions only
 
 from __future__ import annotations
 
+from llama_index_genret.models.mllm import Mllm  # isort: skip  # first: it names the extra that brings torch
+
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 
 from llama_index_genret.errors import TrainingError
-from llama_index_genret.models.mllm import Mllm
 from llama_index_genret.store import Index
 from llama_index_genret.training.augmentation import load_version
 from llama_index_genret.training.soft_targets import Paths

@@ -9,6 +9,8 @@ An update is the same on top of trained weights, with a stream of new images and
 
 from __future__ import annotations
 
+from llama_index_genret.models.mllm import Mllm  # isort: skip  # first: it names the extra that brings torch
+
 import contextlib
 import dataclasses
 import hashlib
@@ -23,7 +25,6 @@ from torch.nn import functional
 
 from llama_index_genret.errors import MissingExtra, TrainingError
 from llama_index_genret.files import only_writer, writing
-from llama_index_genret.models.mllm import Mllm
 from llama_index_genret.store import PSEUDO_QUERIES, Index, load_index, store_adapter, store_update
 from llama_index_genret.store.model_loading import load_base, load_trained
 from llama_index_genret.store.weights import ADAPTER, NEW_ROWS

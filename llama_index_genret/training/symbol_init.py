@@ -7,6 +7,8 @@ a linear probe before fine-tuning, so that random rows do not distort features (
 
 from __future__ import annotations
 
+from llama_index_genret.models.mllm import Mllm  # isort: skip  # first: it names the extra that brings torch
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +26,6 @@ from llama_index_genret.models.features import (
     last_hidden_states_of_pictures,
     vision_features,
 )
-from llama_index_genret.models.mllm import Mllm
 from llama_index_genret.store import Index
 from llama_index_genret.training.augmentation import load_version
 from llama_index_genret.training.options import TrainOptions

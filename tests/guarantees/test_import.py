@@ -46,6 +46,36 @@ def test_the_probe_itself_sees_a_heavy_package():
     assert loaded_by("import sklearn") == ["sklearn"]
 
 
+BLOCKED = (*HEAVY, "scipy", "sentence_transformers", "matplotlib", "bm25s", "starlette", "uvicorn")
+BEHIND_ANOTHER = ("serving.endpoint.", "training.checkpoints", "training.feature_cache")
+"""Modules that load inside a vLLM server, or after `training.recipe`, which names the extra."""
+
+WITHOUT_EXTRAS = f"""
+import importlib, pkgutil, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {BLOCKED!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Block())
+import llama_index_genret
+from llama_index_genret.errors import MissingExtra
+for module in pkgutil.walk_packages(llama_index_genret.__path__, "llama_index_genret."):
+    if module.name.endswith("__main__"):
+        continue
+    try:
+        importlib.import_module(module.name)
+    except MissingExtra:
+        pass
+    except ImportError:
+        print(module.name.removeprefix("llama_index_genret."))
+"""
+
+
+def test_modules_without_their_packages_name_the_extra():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS], capture_output=True, text=True, check=True)
+    assert [name for name in done.stdout.split() if not name.startswith(BEHIND_ANOTHER)] == []
+
+
 def test_every_public_name_exists():
     import llama_index_genret
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from llama_index_genret.models.mllm import Mllm  # isort: skip  # first: it names the extra that brings torch
+
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from llama_index_genret.corpus.images import load_image
-from llama_index_genret.models.mllm import Mllm
 from llama_index_genret.store import Index
 from llama_index_genret.training.pseudo_queries.writer import Answer, Request, Sampling, seed_of
 
