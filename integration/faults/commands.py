@@ -25,6 +25,7 @@ from llama_index_genret.scorers.fake import FakeScorer
 from llama_index_genret.serving.batch import open_batch
 from llama_index_genret.store import load_index, model_loading
 from llama_index_genret.store.manifest import MANIFEST
+from llama_index_genret.store.model_state import has_update, stored_new_rows, unseen_rows
 from llama_index_genret.training import checkpoints  # noqa: F401  # loads the Trainer before a process is forked
 from llama_index_genret.training.pseudo_queries import Answer, WriteOptions, open_writing
 from llama_index_genret.training.recipe import TrainOptions, train
@@ -176,9 +177,9 @@ def state_of(place: Path) -> State:
         "ids": [record.image_id for record in index.records],
         "identifiers": index.identifiers,
         "weights": index.weights_id,
-        "new rows": index.new_rows() is not None,
-        "update": index.has_update,
-        "trained": index.unseen_rows(),
+        "new rows": stored_new_rows(index) is not None,
+        "update": has_update(index),
+        "trained": unseen_rows(index),
         "tuned": index.manifest.tuned,
         "prior": index.log_prior is not None,
         "queries": index.pseudo_queries,

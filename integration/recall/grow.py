@@ -38,6 +38,7 @@ from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import Index, load_index
 from llama_index_genret.store.build import add_to_index, build_index
 from llama_index_genret.store.model_loading import load_trained
+from llama_index_genret.store.model_state import has_update
 from llama_index_genret.training.options import TrainOptions
 from llama_index_genret.training.recipe import train
 from llama_index_genret.training.schedule import update_options
@@ -70,7 +71,7 @@ class Stages:
     def updated(self, added: Index, options: TrainOptions) -> Index:
         """With the new images learned."""
         index = self._copied(added, "updated")
-        return index if index.has_update else train(index, options, update=True, device="cpu")
+        return index if has_update(index) else train(index, options, update=True, device="cpu")
 
     def _copied(self, index: Index, name: str) -> Index:
         folder, unfinished = self.work / name, self.work / f".{name}"

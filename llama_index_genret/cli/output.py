@@ -16,6 +16,7 @@ from rich.table import Table
 
 from llama_index_genret.errors import NotWritten
 from llama_index_genret.store import Index
+from llama_index_genret.store.model_state import unseen_rows
 
 _STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -96,7 +97,7 @@ def n_pseudo_queries(loaded: Index) -> int:
 
 def facts_of(loaded: Index) -> dict[str, Any]:
     """What `genret inspect` says of an index."""
-    trie, unseen = loaded.trie.base, loaded.unseen_rows()
+    trie, unseen = loaded.trie.base, unseen_rows(loaded)
     return {
         "index": str(loaded.folder),
         "images": len(loaded.records),

@@ -53,10 +53,11 @@ def query(
     """Recall images for a text, for a picture, or for both."""
     from llama_index_genret.scorers.base import recall
     from llama_index_genret.scorers.rerank import ranking_options
+    from llama_index_genret.serving.batch import hit_to_json, text_filters
     from llama_index_genret.serving.endpoint.client import Query
 
     loaded = load_index(index_dir)
-    conditions = loaded.text_filter(parse_filters(filters)) if filters else None
+    conditions = text_filters(loaded, parse_filters(filters)) if filters else None
     prompts, tokenizer = loaded.prompts, loaded.tokenizer
     prompt = prompts.for_image(tokenizer, image, text) if image else prompts.for_query(tokenizer, text)
     scoring = loaded.scoring(scoring_choice(eta, rerank, rerank_weight, rerank_by), pictured=image is not None)
@@ -71,7 +72,7 @@ def query(
     rows = []
     for hit in ranking.hits:
         record = loaded.record_of(hit)
-        rows.append(loaded.hit_to_json(hit))
+        rows.append(hit_to_json(loaded, hit))
         caption = record.captions[0] if record.captions else ""
         table.add_row(record.file_name, caption, f"{hit.score:.4f}", f"{hit.log_prob:.3f}", loaded.identifier_of(hit))
     certificate = {"exact": ranking.exact, "nodes_expanded": ranking.nodes_expanded}

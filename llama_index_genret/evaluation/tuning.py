@@ -21,7 +21,7 @@ from llama_index_genret.evaluation.evaluate import DEPTH, evaluation_of
 from llama_index_genret.evaluation.queries import Query
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, recall
-from llama_index_genret.scorers.rerank import Continuation, ranking_options, rescored
+from llama_index_genret.scorers.rerank import Continuation, describing_prompt, ranking_options, rescored
 from llama_index_genret.search import Hit, Normalise, Row, Rows, search
 from llama_index_genret.store import Index, Scoring, Tuned, store_tuned
 from llama_index_genret.store.scoring import RerankBy
@@ -173,7 +173,7 @@ class _Likelihoods:
                 prompt = self._prompts[row]
                 if prompt is not None and (row, hit.key) not in self._known:
                     pairs.append((row, hit.key))
-                    asked.append(Continuation(self._index.describing_prompt(hit, self._by), prompt.words))
+                    asked.append(Continuation(describing_prompt(self._index, hit.key, self._by), prompt.words))
         if asked:
             with self._scorer.session([], Normalise.CHILDREN) as session:
                 self._known.update(zip(pairs, session.log_likelihoods(asked).tolist(), strict=True))

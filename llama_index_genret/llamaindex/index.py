@@ -56,6 +56,7 @@ from llama_index_genret.llamaindex.nodes import ReadablePictures
 from llama_index_genret.llamaindex.query_engine import QUESTION_AFTER_CONTEXT, image_query_engine
 from llama_index_genret.llamaindex.retriever import GenerativeImageRetriever
 from llama_index_genret.store import PICTURES, add_images, load_index, remove_images
+from llama_index_genret.store.model_state import unseen_rows
 
 STRUCT_TYPE = "genret"
 
@@ -188,7 +189,7 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
         `semantic`) or where their rows were guessed from it (`atomic`).
         """
         index = self.stored
-        rows = index.unseen_rows() if index.is_trained else range(len(index.records))
+        rows = unseen_rows(index) if index.is_trained else range(len(index.records))
         return [index.records[row].image_id for row in rows or []]
 
     def train(self, options: Any = None, *, update: bool = False, show_progress: bool = True) -> None:

@@ -37,7 +37,7 @@ from llama_index_genret.corpus import Record
 from llama_index_genret.corpus.images import sniff_mime
 from llama_index_genret.errors import FilterError, ImageError, PictureNotShown
 from llama_index_genret.llamaindex.model_images import MAX_IMAGE_PIXELS, ShownPicture, shown_picture
-from llama_index_genret.store import MetadataFilters
+from llama_index_genret.store import RecordFilters
 from llama_index_genret.store.filters import Columns
 
 log = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ def node_of(record: Record) -> GenretImageNode:
     )
 
 
-def still_passes(node: ImageNode, record: Record, filters: MetadataFilters, keys: Collection[str]) -> bool:
+def still_passes(node: ImageNode, record: Record, filters: RecordFilters, keys: Collection[str]) -> bool:
     """Whether a node that stands for a record passes the filters that the record has passed.
 
     What its own metadata say of the index's `keys` counts; of what they do not say, the record's. It does not pass
@@ -211,7 +211,7 @@ def still_passes(node: ImageNode, record: Record, filters: MetadataFilters, keys
     if all(value == record.metadata.get(key) for key, value in stored.items()):
         return True
     try:
-        return bool(Columns([{**dict.fromkeys(keys), **record.metadata, **stored}]).passing(filters)[0])
+        return bool(Columns([{**dict.fromkeys(keys), **record.metadata, **stored}]).record_mask(filters)[0])
     except (FilterError, TypeError):
         return False
 

@@ -26,8 +26,9 @@ from llama_index_genret.files import difference, locked, size, sync
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, recall
 from llama_index_genret.scorers.rerank import ranking_options
-from llama_index_genret.search import Ranking
-from llama_index_genret.store import Index, Scoring
+from llama_index_genret.search import Hit, Ranking
+from llama_index_genret.store import Index, RecordFilters, Scoring
+from llama_index_genret.store.filters import Value
 from llama_index_genret.trie import LeafFilter
 
 BATCH_SIZE = 32
@@ -142,7 +143,7 @@ def open_batch(
         BatchError: `out` exists, or its unfinished run asks something else or is still running.
         FilterError: no record has one of the keys.
     """
-    allowed = index.leaf_filter(index.text_filter(filters)) if filters else None
+    allowed = index.leaf_filter(text_filters(index, filters)) if filters else None
     if out.exists() and (not overwrite or out.is_dir() or (queries.exists() and out.samefile(queries))):
         raise BatchError(f"{out} exists: name another file, or pass --overwrite to replace a file of hits.")
     total, sha256 = _survey(queries)
@@ -169,6 +170,21 @@ def open_batch(
             if not size(part):
                 _part_of(out).unlink(missing_ok=True)
                 _header_of(out).unlink(missing_ok=True)
+
+
+def text_filters(index: Index, wanted: Mapping[str, str]) -> RecordFilters:
+    """Require that metadata equal all of `wanted`, compared as text: "2024" is also the number, "true" also true.
+
+    Raises:
+        FilterError: no record has one of the keys.
+    """
+    distinct = index.columns.distinct
+    return RecordFilters.equal({key: [v for v in distinct(key) if _reads_as(v, text)] for key, text in wanted.items()})
+
+
+def _reads_as(value: Value, text: str) -> bool:
+    """Tell whether a value is written as this text in Python or, for true and false, in JSON."""
+    return str(value) == text or (isinstance(value, bool) and str(value).lower() == text)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -233,7 +249,16 @@ def _answers(index: Index, scorer: Scorer, queries: Sequence[str], options: Mapp
 
 
 def _answer(index: Index, ranking: Ranking) -> dict[str, Any]:
-    return {"hits": [index.hit_to_json(hit) for hit in ranking.hits], "exact": ranking.exact}
+    return {"hits": [hit_to_json(index, hit) for hit in ranking.hits], "exact": ranking.exact}
+
+
+def hit_to_json(index: Index, hit: Hit) -> dict[str, Any]:
+    """Return a hit as the command line and files of hits write it."""
+    record = index.record_of(hit)
+    names = {"image_id": record.image_id, "file_name": record.file_name}
+    scores = {"score": hit.score, "log_prob": hit.log_prob}
+    scores |= {} if hit.ranked_by is None else {"ranked_by": hit.ranked_by}
+    return {**names, **scores, "identifier": index.identifier_of(hit)}
 
 
 def _line(answer: Mapping[str, Any]) -> bytes:

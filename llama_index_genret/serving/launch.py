@@ -28,6 +28,13 @@ from llama_index_genret.scorers.vllm_http import SERVED_NAME, served_name
 from llama_index_genret.serving.endpoint.schema import INDEXES_VARIABLE, MIDDLEWARE
 from llama_index_genret.serving.merge_lora import join_adapters, lora_rank
 from llama_index_genret.store import Index
+from llama_index_genret.store.model_state import (
+    adapter_folder,
+    check_tokenizer,
+    has_update,
+    new_token_ids,
+    update_folder,
+)
 
 CPU_FLAGS = (
     *("--enforce-eager", "--dtype", "float32", "--max-model-len", "1024", "--block-size", str(PREFIX_BLOCK)),
@@ -86,10 +93,10 @@ def served_adapter(index: Index) -> Path:
     """
     if not index.is_trained:
         raise NotTrained(f"{index.folder} has no trained weights yet: run `genret train {index.folder}`.")
-    if not index.has_update:
-        return index.adapter_folder()
+    if not has_update(index):
+        return adapter_folder(index)
     out = _place(index, "adapter")
-    return out if out.is_dir() else join_adapters(index.adapter_folder(), index.update_folder(), out)
+    return out if out.is_dir() else join_adapters(adapter_folder(index), update_folder(index), out)
 
 
 def _place(index: Index, kind: str) -> Path:
@@ -165,7 +172,7 @@ def _adapter_flags(indexes: Sequence[Index]) -> list[str]:
     for index in indexes:
         if not index.is_trained:
             raise NotTrained(f"{index.folder} has no trained weights yet: run `genret train {index.folder}`.")
-        if index.new_token_ids():
+        if new_token_ids(index):
             raise ModelMismatch(
                 f"{index.folder} has symbols of its own, which a LoRA adapter does not carry: serve it without "
                 "--adapters, or make it with `genret index --alphabet existing`."
@@ -174,7 +181,7 @@ def _adapter_flags(indexes: Sequence[Index]) -> list[str]:
             raise ModelMismatch(f"{index.folder} and {indexes[0].folder} have other base models: serve each by itself.")
     local = Path(base.name_or_path) / "tokenizer.json"
     if local.is_file():
-        indexes[0].check_tokenizer(IndexTokenizer.from_file(local), base.name_or_path)
+        check_tokenizer(indexes[0], IndexTokenizer.from_file(local), base.name_or_path)
     modules = {served_name(index.weights_id or ""): served_adapter(index) for index in indexes}
     rank = max(map(lora_rank, modules.values()))
     if rank > LORA_RANKS[-1]:

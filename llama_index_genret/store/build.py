@@ -20,6 +20,7 @@ from llama_index_genret.models.mllm import Mllm, Progress, render_prompts
 from llama_index_genret.models.prompts import PromptSet
 from llama_index_genret.models.tokenizer import IndexTokenizer
 from llama_index_genret.store import Index, NewRows, add_images, check_free, create_index
+from llama_index_genret.store.model_state import new_token_ids
 from llama_index_genret.store.new_symbol_rows import guess_rows
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ def _teacher(index: Index, chosen: str | None, device: str) -> TextEncoder | Non
 
 def needs_features(index: Index) -> bool:
     """Whether adding images takes the base model's vision tower: for their names, or for rows of their symbols."""
-    return "features" in index.scheme().needs or (index.is_trained and bool(index.new_token_ids()))
+    return "features" in index.scheme().needs or (index.is_trained and bool(new_token_ids(index)))
 
 
 def name_new_images(

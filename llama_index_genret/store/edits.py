@@ -20,9 +20,10 @@ from llama_index_genret.corpus import Record
 from llama_index_genret.errors import DuplicateImage, UnknownImage
 from llama_index_genret.identifiers import Identifier, Scheme
 from llama_index_genret.models.tokenizer import IndexTokenizer
-from llama_index_genret.store.index import EDITS, PRIOR, Index, load_index
+from llama_index_genret.store.index import PRIOR, Index
 from llama_index_genret.store.manifest import check_unchanged, commit, only_writer_of
-from llama_index_genret.store.pseudo_queries import PSEUDO_QUERIES, WrittenQueries, write_written
+from llama_index_genret.store.open import EDITS, load_index
+from llama_index_genret.store.pseudo_queries import PSEUDO_QUERIES, ImagePseudoQueries, write_pseudo_queries
 from llama_index_genret.store.records import write_records
 from llama_index_genret.store.weights import NEW_ROWS, NewRows
 from llama_index_genret.trie import LiveTrie, add_identifiers, compact, edits_of, remove_identifiers, save_trie
@@ -87,7 +88,7 @@ def add_images(
     return _write(index, trie, [*index.records, *records], names, scheme, prior, new_rows)
 
 
-def store_pseudo_queries(index: Index, written: Sequence[WrittenQueries]) -> Index:
+def store_pseudo_queries(index: Index, written: Sequence[ImagePseudoQueries]) -> Index:
     """Store what a model has written of the images, in place of anything stored before; in the order of the records.
 
     Raises:
@@ -99,7 +100,7 @@ def store_pseudo_queries(index: Index, written: Sequence[WrittenQueries]) -> Ind
         commit(
             index.folder,
             index.manifest,
-            lambda into: write_written(into, lines),
+            lambda into: write_pseudo_queries(into, lines),
             keep=lambda name: name != PSEUDO_QUERIES,
         )
     return load_index(index.folder)
@@ -152,7 +153,7 @@ def _write(
             new_rows.save(into / NEW_ROWS)
         if forgets:
             left = {record.image_id for record in records}
-            write_written(into, [line for line in index.pseudo_queries.values() if line.image_id in left])
+            write_pseudo_queries(into, [line for line in index.pseudo_queries.values() if line.image_id in left])
         if log_prior is not None:
             np.save(into / PRIOR, log_prior)
         if scheme.arrays():

@@ -153,6 +153,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise IndexDamaged(f"{path} is damaged: {error}. Restore it, or make the index anew.") from error
 
 
+def readable_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of an index folder, or None if it is missing or damaged."""
+    try:
+        return read_manifest(folder)
+    except (IndexNotFound, IndexDamaged):
+        return None
+
+
 def manifest_text(manifest: Manifest) -> str:
     """What `manifest.json` holds: the manifest, and the checksum of it."""
     raw = manifest.model_dump(mode="json")

@@ -36,6 +36,7 @@ from llama_index_genret.models.encoder import TextEncoder, placed_by_captions
 from llama_index_genret.models.features import vision_features
 from llama_index_genret.models.mllm import Mllm, Progress
 from llama_index_genret.store import Index, NewRows
+from llama_index_genret.store.model_state import adapter_folder, stored_new_rows
 
 SAMPLED = 2048
 """Images of the training, at most, on which the regression is fitted."""
@@ -107,7 +108,7 @@ def guess_rows(
     Raises:
         IdentifierError: no image of the training is left to learn from.
     """
-    before = index.new_rows()
+    before = stored_new_rows(index)
     known = before or NewRows(np.zeros(0, np.int64), {}, {})
     of_pictures, of_captions = _regressions(known.regressions), _regressions(known.of_captions)
     guessed: dict[str, dict[int, Float32]] = {}
@@ -156,7 +157,7 @@ def _guessed(
 
 def _trained_rows(index: Index) -> TrainedRows:
     """By the name of a module, embeddings or LM head: the trained rows of token ids, as PEFT stores them."""
-    folder = index.adapter_folder()
+    folder = adapter_folder(index)
     tensors = load_file(folder / "adapter_model.safetensors")
     wanted = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["trainable_token_indices"]
     found = {}

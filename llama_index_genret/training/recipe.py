@@ -26,6 +26,7 @@ from llama_index_genret.files import only_writer, writing
 from llama_index_genret.models.mllm import Mllm
 from llama_index_genret.store import PSEUDO_QUERIES, Index, load_index, store_adapter, store_update
 from llama_index_genret.store.model_loading import load_base, load_trained
+from llama_index_genret.store.model_state import new_token_ids
 from llama_index_genret.store.weights import ADAPTER, NEW_ROWS
 from llama_index_genret.training.collator import IGNORED, ExampleTensors, collate
 from llama_index_genret.training.feature_cache import cached_layers, cached_tower
@@ -230,7 +231,7 @@ def _adapted(index: Index, mllm: Mllm, options: TrainOptions) -> Any:
     decoder = {id(module) for layer in trained for module in layer.modules()}
     linears = [n for n, m in model.named_modules() if id(m) in decoder and isinstance(m, torch.nn.Linear)]
     connectors = [name for name in CONNECTORS if any(n.rpartition(".")[2] == name for n, _ in model.named_modules())]
-    new_symbols = index.new_token_ids()  # also those that no image has yet: untrained rows would be random
+    new_symbols = new_token_ids(index)  # also those that no image has yet: untrained rows would be random
     vocabularies = _vocabularies(model)
     names = [n.rpartition(".")[2] for n, m in model.named_modules() if any(m is v for v in vocabularies)]
     config = LoraConfig(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from llama_index_genret.errors import NotTrained, TrainingError
 from llama_index_genret.store import Index
+from llama_index_genret.store.model_state import unseen_rows
 from llama_index_genret.training.options import TrainOptions
 from llama_index_genret.training.tasks import Example, Interleaved, Task, epoch_length, examples_of
 from llama_index_genret.training.text_teacher import Teacher
@@ -33,7 +34,7 @@ def added_rows(index: Index) -> list[int]:
     """
     if not index.is_trained:
         raise NotTrained(f"{index.folder} has no trained weights to update: run `genret train {index.folder}` first.")
-    added = index.unseen_rows(update=False)
+    added = unseen_rows(index, update=False)
     if added is None:
         raise TrainingError(
             f"{index.folder} was trained by a release that did not note on which images: run `genret train "

@@ -26,6 +26,7 @@ from llama_index_genret.models.features import (
 )
 from llama_index_genret.models.mllm import Mllm
 from llama_index_genret.store import Index
+from llama_index_genret.store.model_state import new_token_ids
 from llama_index_genret.training.augmentation import load_version
 from llama_index_genret.training.options import TrainOptions
 from llama_index_genret.training.text_teacher import Teacher, teach
@@ -102,7 +103,7 @@ def start_symbols(
     Raises:
         TrainingError: they are to start at what a teacher says, and none was asked.
     """
-    new_symbols = index.new_token_ids()
+    new_symbols = new_token_ids(index)
     if not new_symbols:
         return
     vectors, projection = None, None

@@ -28,6 +28,7 @@ from llama_index_genret.serving.batch import open_batch
 from llama_index_genret.serving.export import export_checkpoint
 from llama_index_genret.store import Scoring, Tuned, load_index, remove_images, store_tuned
 from llama_index_genret.store.manifest import FORMAT_VERSION, check_free, manifest_text
+from llama_index_genret.store.model_state import adapter_folder
 
 PACKAGE = Path(llama_index_genret.__file__).parent
 
@@ -231,7 +232,7 @@ def test_a_reader_goes_on_with_what_it_has_and_is_told_what_is_gone(folder, tmp_
     before = found(reader)
     store.store_adapter(load_index(folder), adapter, {"again": 1})
     with pytest.raises(IndexChanged, match=r"'adapter/.*' of that version is gone: load it again"):
-        reader.adapter_folder()
+        adapter_folder(reader)
     remove_images(load_index(folder), ["red-circle", "red-bar", "red-frame"])  # writes another trie
     shutil.move(folder, tmp_path / "elsewhere")
     assert found(reader) == before
@@ -242,7 +243,7 @@ def test_a_reader_goes_on_with_what_it_has_and_is_told_what_is_gone(folder, tmp_
 
 def test_a_version_that_is_written_while_another_is_loaded_is_loaded(folder, monkeypatch):
     """The files of the version that the reader began with are removed under its hands."""
-    writer, verify, seen = remove_images(load_index(folder), ["blue-bar"]), store.index.verify, []
+    writer, verify, seen = remove_images(load_index(folder), ["blue-bar"]), store.open.verify, []
 
     def verify_after_a_write(path, entry):
         seen.append(path)
@@ -250,7 +251,7 @@ def test_a_version_that_is_written_while_another_is_loaded_is_loaded(folder, mon
             remove_images(writer, ["red-circle"])
         verify(path, entry)
 
-    monkeypatch.setattr(store.index, "verify", verify_after_a_write)
+    monkeypatch.setattr(store.open, "verify", verify_after_a_write)
     assert len(found(load_index(folder))) == 18
     assert not seen[0].exists()
 

@@ -17,7 +17,7 @@ from llama_index_genret.scorers.fake import FakeScorer
 from llama_index_genret.serving.endpoint.client import Query, RecallClient
 from llama_index_genret.serving.endpoint.loaded_indexes import LoadedIndex
 from llama_index_genret.serving.endpoint.schema import MAX_WEIGHT, RecallRequest
-from llama_index_genret.store import MetadataFilters
+from llama_index_genret.store import RecordFilters
 from llama_index_genret.store.filters import MAX_FILTERS
 
 # Queries
@@ -88,8 +88,8 @@ def test_what_cannot_be_answered_is_no_request(body):
 def test_no_conditions_let_everything_pass_in_either_way_of_writing_them(body):
     """Once taken for a metadata key `filters`, which no image has."""
     request = RecallRequest.model_validate({"query": "a", "filters": body})
-    assert isinstance(request.conditions(), MetadataFilters)
-    assert LoadedIndex("x", small_index()).leaf_filter(request.conditions()).n_allowed == 4
+    assert isinstance(request.record_filters(), RecordFilters)
+    assert LoadedIndex("x", small_index()).leaf_filter(request.record_filters()).n_allowed == 4
 
 
 # Answers of a server

@@ -20,6 +20,7 @@ from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import load_index
 from llama_index_genret.store.build import build_index, name_new_images
 from llama_index_genret.store.model_loading import load_trained
+from llama_index_genret.store.model_state import adapter_folder, new_token_ids
 from llama_index_genret.training.collator import ExampleTensors
 from llama_index_genret.training.recipe import TrainOptions, train
 from llama_index_genret.training.tasks import Interleaved, examples_of
@@ -204,9 +205,9 @@ def test_an_index_on_existing_words_trains_a_plain_adapter_and_recalls(pictures,
     index = build_index(read_corpus(pictures), tmp_path / "index", wordy_mllm, alphabet="existing")
     assert index.manifest.alphabet == "existing"
     assert index.tokenizer.fingerprint == index.manifest.model.base_tokenizer
-    assert index.new_token_ids() == []
+    assert new_token_ids(index) == []
     index = train(index, TrainOptions(max_steps=2, lora_rank=2), device="cpu", show_progress=False)
-    config = json.loads((index.adapter_folder() / "adapter_config.json").read_text())
+    config = json.loads((adapter_folder(index) / "adapter_config.json").read_text())
     assert not config["trainable_token_indices"]
     assert not config["modules_to_save"]
     scorer = TransformersScorer(load_trained(index, device="cpu"))

@@ -18,6 +18,7 @@ from llama_index_genret.search import Normalise, Row, Rows
 from llama_index_genret.store import store_adapter
 from llama_index_genret.store.build import add_to_index, build_index
 from llama_index_genret.store.model_loading import _set_new_rows
+from llama_index_genret.store.model_state import stored_new_rows
 from llama_index_genret.training.collator import IGNORED, ExampleTensors, collate
 from llama_index_genret.training.feature_cache import cached_tower
 from llama_index_genret.training.recipe import TrainOptions, _adapted, _fast_symbol_rows, _summed_loss
@@ -152,7 +153,7 @@ def test_rows_of_added_symbols_are_set_wherever_the_model_has_rows(qwen, fresh, 
     modules = {"embed_tokens": loaded.get_input_embeddings(), "lm_head": loaded.get_output_embeddings()}
     if modules["lm_head"].weight is modules["embed_tokens"].weight:
         del modules["lm_head"]
-    new = grown.new_rows()
+    new = stored_new_rows(grown)
     assert new.rows.keys() == modules.keys()
     assert new.token_ids.tolist() == [grown.token_ids(row)[0] for row in (18, 19)]
     for name, module in modules.items():

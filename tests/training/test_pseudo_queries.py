@@ -18,6 +18,7 @@ from llama_index_genret.evaluation.evaluate import n_written_by_a_model
 from llama_index_genret.evaluation.queries import Query
 from llama_index_genret.store import PSEUDO_QUERIES, PseudoQuery, load_index, remove_images, text_key
 from llama_index_genret.store.build import add_to_index, build_index
+from llama_index_genret.store.model_state import new_token_ids
 from llama_index_genret.training.pseudo_queries import (
     Answer,
     Request,
@@ -416,7 +417,7 @@ def test_it_says_no_symbol_of_the_index_however_probable_their_untrained_rows_ma
     writer, greedy = InProcessWriter(bare_index, mllm), Sampling(n=1, temperature=1e-4, max_tokens=6)
     requests = [Request(record.path, "What is it?", 7) for record in bare_index.records[:3]]
     before = writer.write(requests, greedy)
-    first, second, *_ = bare_index.new_token_ids()
+    first, second, *_ = new_token_ids(bare_index)
     rows = mllm.model.get_output_embeddings().weight.data
     rows[first], rows[second] = 100.0, -100.0  # one of them has the largest logit of all
     assert writer.write(requests, greedy) == before

@@ -17,6 +17,7 @@ from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store.build import build_index
 from llama_index_genret.store.model_loading import load_base, load_trained
+from llama_index_genret.store.model_state import adapter_folder
 from llama_index_genret.training.collator import ExampleTensors, collate
 from llama_index_genret.training.feature_cache import cached_layers
 from llama_index_genret.training.recipe import TrainOptions, _adapted, _fast_symbol_rows, _summed_loss, train
@@ -282,7 +283,7 @@ def test_only_the_last_layers_are_trained_if_so_many_are_named(pictures, tiny_ml
     fresh_index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm)
     quick = {"max_steps": 1, "batch_size": 4, "mix": {"retrieve": 1}}
     trained = train(fresh_index, TrainOptions(**quick, layers=1), device="cpu", show_progress=False)
-    names = load_file(trained.adapter_folder() / "adapter_model.safetensors")
+    names = load_file(adapter_folder(trained) / "adapter_model.safetensors")
     numbers = {int(n) for name in names for n in re.findall(r"layers\.(\d+)\.", name)}
     n_layers = len(load_base(trained, device="cpu").model.get_decoder().layers)
     assert n_layers > 1

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llama_index.core.llms import LLM
-from llama_index.core.vector_stores.types import MetadataFilters as LlamaFilters
+from llama_index.core.vector_stores.types import MetadataFilters
 
 from llama_index_genret.cli.browse.trace import Level, probabilities, spelled
 from llama_index_genret.llamaindex.query_engine import image_query_engine
@@ -21,7 +21,7 @@ from llama_index_genret.scorers.recording import WatchingScorer
 from llama_index_genret.scorers.rerank import ranking_options
 from llama_index_genret.search import Hit
 from llama_index_genret.serving.endpoint.client import Query, RecallClient
-from llama_index_genret.store import Index, MetadataFilters, Scoring
+from llama_index_genret.store import Index, RecordFilters, Scoring
 from llama_index_genret.store.filters import Value
 
 Chosen = Mapping[str, list[Value]]
@@ -83,7 +83,7 @@ class Recaller:
         prompts, tokenizer = index.prompts, index.tokenizer
         prompt = prompts.for_query(tokenizer, text) if image is None else prompts.for_image(tokenizer, image, text)
         scoring = index.scoring(pictured=image is not None)
-        conditions = MetadataFilters.equal(filters) if filters else None
+        conditions = RecordFilters.equal(filters) if filters else None
         allowed = index.leaf_filter(conditions) if conditions else None
         with self._lock:
             query = Query(text, prompt, k, None, 0, conditions, scoring)
@@ -101,7 +101,7 @@ class Recaller:
     def answer(self, question: str, *, k: int, filters: Chosen) -> Answered:
         """Recall images for the question, look at them, answer. Errors as of `recall`."""
         began = time.monotonic()
-        wanted = LlamaFilters.model_validate(MetadataFilters.equal(filters).model_dump()) if filters else None
+        wanted = MetadataFilters.model_validate(RecordFilters.equal(filters).model_dump()) if filters else None
         retriever = GenerativeImageRetriever(
             self.index, self._scorer, similarity_top_k=k, filters=wanted, endpoint=self._endpoint
         )

@@ -199,7 +199,7 @@ async def _answer(request: RecallRequest, app: FastAPI) -> RecallResponse:
             _prompts(request, index),
             k=request.k,
             width=request.beam_width,
-            allowed=loaded.leaf_filter(request.conditions()),
+            allowed=loaded.leaf_filter(request.record_filters()),
             budget=request.budget if request.mode == "exact" else 0,
             **ranking_options(index, scoring),
         )

@@ -17,7 +17,7 @@ from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.http_client import Server, json_object, said_by
 from llama_index_genret.search import Hit, Ranking
 from llama_index_genret.serving.endpoint.schema import EXACT_BUDGET, RecallRequest, RecallResponse, RecallResult
-from llama_index_genret.store import Index, MetadataFilters, Scoring
+from llama_index_genret.store import Index, RecordFilters, Scoring
 
 RECALL = "/recall"
 
@@ -34,7 +34,7 @@ class Query:
     k: int
     width: int | None
     budget: int | None
-    filters: MetadataFilters | None
+    filters: RecordFilters | None
     scoring: Scoring
 
 

@@ -18,9 +18,9 @@ from llama_index_genret.errors import BatchError
 from llama_index_genret.files import difference, locked, size
 from llama_index_genret.models.tokenizer import IndexTokenizer
 from llama_index_genret.store import (
+    ImagePseudoQueries,
     Index,
     Provenance,
-    WrittenQueries,
     load_index,
     store_pseudo_queries,
     text_key,
@@ -143,7 +143,7 @@ class WriteRun:
             unshared = choose(image.queries, len(image.queries), n_images)
             refused.update(image.refused)
             refused["shared by too many images"] += len(image.queries) - len(unshared)
-            line = WrittenQueries(
+            line = ImagePseudoQueries(
                 image_id=image.image_id,
                 sha256=image.sha256,
                 wanted=wanted[_picture(image)],
@@ -228,7 +228,7 @@ def _picture(of: Record | WrittenOfImage) -> tuple[str, str]:
 
 
 def _images_of_texts(
-    records: Sequence[Record], others: Sequence[WrittenQueries], images: Sequence[WrittenOfImage]
+    records: Sequence[Record], others: Sequence[ImagePseudoQueries], images: Sequence[WrittenOfImage]
 ) -> Counter[str]:
     """Of every text, by its key, how many images have it: as a caption, as a stored query, or as a new one."""
     texts = {record.image_id: set(map(text_key, record.captions)) for record in records}

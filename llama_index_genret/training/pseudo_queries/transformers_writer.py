@@ -10,6 +10,7 @@ import torch
 from llama_index_genret.corpus.images import load_image
 from llama_index_genret.models.mllm import Mllm
 from llama_index_genret.store import Index
+from llama_index_genret.store.model_state import new_token_ids
 from llama_index_genret.training.pseudo_queries.writer import Answer, Request, Sampling, seed_of
 
 
@@ -58,7 +59,7 @@ class InProcessWriter:
             "top_k": 0,
             "max_new_tokens": sampling.max_tokens,
             "num_return_sequences": sampling.n,
-            "suppress_tokens": self._index.new_token_ids() or None,
+            "suppress_tokens": new_token_ids(self._index) or None,
             "eos_token_id": self._ends,
             "pad_token_id": self._ends[0] if pad is None else pad,
         }

@@ -11,6 +11,7 @@ from llama_index_genret.errors import MissingExtra, ModelError
 from llama_index_genret.models.tokenizer import IndexTokenizer
 from llama_index_genret.scorers.vllm_offline import start_vllm
 from llama_index_genret.store import Index
+from llama_index_genret.store.model_state import check_tokenizer
 from llama_index_genret.training.pseudo_queries.writer import Answer, Request, Sampling
 
 try:
@@ -42,7 +43,7 @@ class OfflineWriter:
         """
         model = base or index.manifest.model.name_or_path
         if (Path(model) / "tokenizer.json").is_file():
-            index.check_tokenizer(IndexTokenizer.from_file(Path(model) / "tokenizer.json"), model)
+            check_tokenizer(index, IndexTokenizer.from_file(Path(model) / "tokenizer.json"), model)
         # After a part of a prompt vLLM rewinds the generator of a request with a seed, which torch cannot on a CPU.
         whole = {"enable_chunked_prefill": False} if current_platform.is_cpu() else {}
         return cls(index, start_vllm(model, **{**whole, **options}), model)
