@@ -27,7 +27,7 @@ from llama_index_genret.store import load_index, model_loading
 from llama_index_genret.store.manifest import MANIFEST
 from llama_index_genret.store.model_state import has_update, stored_new_rows, unseen_rows
 from llama_index_genret.training import checkpoints  # noqa: F401  # loads the Trainer before a process is forked
-from llama_index_genret.training.pseudo_queries import Answer, WriteOptions, open_writing
+from llama_index_genret.training.pseudo_queries import WriteOptions, WriterReply, open_writing
 from llama_index_genret.training.recipe import TrainOptions, train
 from tests.conftest import draw_pictures
 from tests.tiny_model import make_tiny_model
@@ -143,8 +143,8 @@ class Writer:
 
     model, fingerprint = "says what its seed tells", None
 
-    def write(self, requests: Sequence[Any], sampling: Any) -> list[list[Answer]]:
-        return [[Answer(f"picture {r.seed % 997} {place}", True) for place in range(sampling.n)] for r in requests]
+    def write(self, requests: Sequence[Any], sampling: Any) -> list[list[WriterReply]]:
+        return [[WriterReply(f"picture {r.seed % 997} {place}", True) for place in range(sampling.n)] for r in requests]
 
 
 def _write_queries(at: Path) -> None:

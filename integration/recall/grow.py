@@ -31,7 +31,7 @@ from integration.recall.train import LAYERS, TRAINED_LAYERS, recipe
 from llama_index_genret.corpus import Corpus, Record, read_corpus
 from llama_index_genret.evaluation.baselines import evaluation_by_score
 from llama_index_genret.evaluation.evaluate import Evaluation
-from llama_index_genret.evaluation.queries import Query, read_queries
+from llama_index_genret.evaluation.queries import EvaluationQuery, read_queries
 from llama_index_genret.models.features import vision_features
 from llama_index_genret.models.mllm import Mllm, load_mllm
 from llama_index_genret.scorers.transformers import TransformersScorer
@@ -96,7 +96,9 @@ class Neighbours:
     mllm: Mllm
     minilm: MiniLm
 
-    def evaluate(self, asked: QuerySet, records: Sequence[Record], queries: Sequence[Query]) -> dict[str, Evaluation]:
+    def evaluate(
+        self, asked: QuerySet, records: Sequence[Record], queries: Sequence[EvaluationQuery]
+    ) -> dict[str, Evaluation]:
         """By the name of the peer that can answer such queries."""
         if asked.shows_images:
             scores = neighbour_scores(lambda paths: vision_features(self.mllm, paths), records, queries)
@@ -105,7 +107,7 @@ class Neighbours:
 
 
 def measure(
-    asked: QuerySet, queries: Sequence[Query], stages: Mapping[str, Index], peers: Neighbours
+    asked: QuerySet, queries: Sequence[EvaluationQuery], stages: Mapping[str, Index], peers: Neighbours
 ) -> dict[str, dict[str, Any]]:
     """Figures by stage, age of the images, and who recalls; and what the old images lose. Printed as they come."""
     old_ids = stages["trained"].rows_by_id.keys()

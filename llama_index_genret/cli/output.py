@@ -77,14 +77,14 @@ def emit(as_json: bool, value: dict[str, Any], table: Table) -> None:
         raise NotWritten(f"the result could not be told: {error}. What the command does is done.") from error
 
 
-class _Table(Table):
+class _VisibleTable(Table):
     def add_row(self, *cells: Any, **others: Any) -> None:
         super().add_row(*(visible(cell) if isinstance(cell, str) else cell for cell in cells), **others)
 
 
 def new_table(*columns: str, title: str | None = None) -> Table:
     """A table that folds what is too wide."""
-    table = _Table(title=None if title is None else visible(title), title_justify="left")
+    table = _VisibleTable(title=None if title is None else visible(title), title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
     return table

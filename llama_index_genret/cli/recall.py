@@ -54,7 +54,7 @@ def query(
     from llama_index_genret.scorers.base import recall
     from llama_index_genret.scorers.rerank import ranking_options
     from llama_index_genret.serving.batch import hit_to_json, text_filters
-    from llama_index_genret.serving.endpoint.client import Query
+    from llama_index_genret.serving.endpoint.client import RecallQuery
 
     loaded = load_index(index_dir)
     conditions = text_filters(loaded, parse_filters(filters)) if filters else None
@@ -63,7 +63,7 @@ def query(
     scoring = loaded.scoring(scoring_choice(eta, rerank, rerank_weight, rerank_by), pictured=image is not None)
     scorer, budget = open_scorer(loaded, server, api_key, model, device), None if exact else 0
     endpoint = open_endpoint(loaded, scorer) if server else None
-    ranking = endpoint.recall(Query(text, prompt, k, None, budget, conditions, scoring)) if endpoint else None
+    ranking = endpoint.recall(RecallQuery(text, prompt, k, None, budget, conditions, scoring)) if endpoint else None
     if ranking is None:
         allowed = loaded.leaf_filter(conditions) if conditions else None
         options = ranking_options(loaded, scoring)

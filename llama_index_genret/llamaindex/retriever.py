@@ -28,13 +28,13 @@ from pydantic import ValidationError
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import FilterError, QueryError, UnknownImage
 from llama_index_genret.llamaindex.model_images import MAX_IMAGE_PIXELS
-from llama_index_genret.llamaindex.nodes import node_of, recalled_node, still_passes
+from llama_index_genret.llamaindex.nodes import hit_node, node_of, still_passes
 from llama_index_genret.llamaindex.search_scope import SearchScope
 from llama_index_genret.scorers.base import Scorer, arecall, recall
 from llama_index_genret.scorers.rerank import ranking_options
 from llama_index_genret.scorers.vllm_http import SERVED_NAME, VllmScorer
 from llama_index_genret.search import Hit, Normalise, Ranking
-from llama_index_genret.serving.endpoint.client import Query, RecallClient
+from llama_index_genret.serving.endpoint.client import RecallClient, RecallQuery
 from llama_index_genret.store import Index, RecordFilters, ScoringChoice, load_index
 from llama_index_genret.store.scoring import RerankBy
 
@@ -111,16 +111,16 @@ class GenerativeImageRetriever(BaseRetriever):
         self._template: BasePromptTemplate = PromptTemplate("{query_str}")
         self._filters, self._replacing = copy.deepcopy(filters), threading.Lock()
         record_filters = None if filters is None else _record_filters(filters)
-        self._source = SearchScope(index, scorer, self._served(endpoint, chosen), record_filters, chosen)
+        self._source = SearchScope(index, scorer, self._usable_endpoint(endpoint, chosen), record_filters, chosen)
         self._check(index)
 
     def use(self, index: Index, scorer: Scorer, *, endpoint: RecallClient | None = None) -> None:
         """Search another version of the index from now on; a query that runs ends on the one that it began with."""
         with self._replacing:
-            served = self._served(endpoint, self._source.image_ids)
+            served = self._usable_endpoint(endpoint, self._source.image_ids)
             self._source = replace(self._source, index=index, scorer=scorer, endpoint=served)
 
-    def _served(self, endpoint: RecallClient | None, image_ids: frozenset[str] | None) -> RecallClient | None:
+    def _usable_endpoint(self, endpoint: RecallClient | None, image_ids: frozenset[str] | None) -> RecallClient | None:
         return endpoint if self._normalise is Normalise.CHILDREN and image_ids is None else None
 
     @property
@@ -246,7 +246,7 @@ class GenerativeImageRetriever(BaseRetriever):
             (ranking,) = await arecall(source.scorer, source.index.trie, [query.prompt], **options)
         return await asyncio.to_thread(self._nodes, source, ranking)  # it reads files, and the docstore
 
-    def _query(self, source: SearchScope, bundle: QueryBundle) -> Query:
+    def _query(self, source: SearchScope, bundle: QueryBundle) -> RecallQuery:
         index, text = source.index, bundle.query_str
         if bundle.image_path:
             prompt = index.prompts.for_image(index.tokenizer, Path(bundle.image_path), text)
@@ -256,9 +256,9 @@ class GenerativeImageRetriever(BaseRetriever):
         pictured = prompt.image is not None
         choice = replace(self._choice, rerank=None) if pictured else self._choice
         scoring = index.scoring(choice, pictured=pictured)
-        return Query(text, prompt, self.similarity_top_k, self._width, self._budget, source.filters, scoring)
+        return RecallQuery(text, prompt, self.similarity_top_k, self._width, self._budget, source.filters, scoring)
 
-    def _options(self, source: SearchScope, query: Query) -> dict[str, Any]:
+    def _options(self, source: SearchScope, query: RecallQuery) -> dict[str, Any]:
         search = {
             "width": self._width,
             "budget": self._budget,
@@ -278,28 +278,28 @@ class GenerativeImageRetriever(BaseRetriever):
         mask = source.record_mask
         rows = range(len(source.index.records)) if mask is None else np.flatnonzero(mask).tolist()
         records = [source.index.records[row] for row in rows]
-        stored = self._stored([record.image_id for record in records])
-        return [stored.get(r.image_id) or node_of(r) for r in records if self._is_shown(source, r, stored)]
+        stored = self._docstore_nodes([record.image_id for record in records])
+        return [stored.get(r.image_id) or node_of(r) for r in records if self._passes_filters(source, r, stored)]
 
-    def _stored(self, ids: list[str]) -> dict[str, ImageNode]:
+    def _docstore_nodes(self, ids: list[str]) -> dict[str, ImageNode]:
         found = self._docstore.get_nodes(ids, raise_error=False) if self._docstore and ids else []
         return {node.node_id: node for node in found if isinstance(node, ImageNode)}
 
     def _nodes(self, source: SearchScope, ranking: Ranking) -> list[NodeWithScore]:
         index = source.index
         ids = [index.record_of(hit).image_id for hit in ranking.hits]
-        stored = self._stored(ids)
+        stored = self._docstore_nodes(ids)
         lost = [image_id for image_id in ids if self._docstore and image_id not in stored]
         if lost:
             log.warning("the docstore has no image node of %s: made from the records of %s.", lost, index.folder)
-        hits = [hit for hit in ranking.hits if self._is_shown(source, index.record_of(hit), stored)]
+        hits = [hit for hit in ranking.hits if self._passes_filters(source, index.record_of(hit), stored)]
         return [
             NodeWithScore(node=self._node(index, hit, rank, ranking.exact, stored), score=hit.score)
             for rank, hit in enumerate(hits, start=1)
         ]
 
     @staticmethod
-    def _is_shown(source: SearchScope, record: Record, stored: dict[str, ImageNode]) -> bool:
+    def _passes_filters(source: SearchScope, record: Record, stored: dict[str, ImageNode]) -> bool:
         node = stored.get(record.image_id)
         if node is None or source.filters is None:
             return True
@@ -318,7 +318,7 @@ class GenerativeImageRetriever(BaseRetriever):
             "genret_exact": exact,
             **({} if hit.ranked_by is None else {"genret_ranked_by": hit.ranked_by}),
         }
-        return recalled_node(
+        return hit_node(
             stored.get(record.image_id) or node_of(record),
             facts,
             llm_metadata_keys=self.llm_metadata_keys,

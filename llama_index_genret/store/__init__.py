@@ -20,8 +20,8 @@ from llama_index_genret.store.pseudo_queries import (
     PseudoQuery,
     text_key,
 )
-from llama_index_genret.store.save_weights import drop_update, store_adapter, store_tuned, store_update
-from llama_index_genret.store.scoring import Scoring, ScoringChoice, Tuned
+from llama_index_genret.store.save_weights import drop_update, store_adapter, store_tuning, store_update
+from llama_index_genret.store.scoring import Scoring, ScoringChoice, TunedScoring
 from llama_index_genret.store.weights import NewRows
 
 __all__ = [
@@ -38,7 +38,7 @@ __all__ = [
     "RecordFilters",
     "Scoring",
     "ScoringChoice",
-    "Tuned",
+    "TunedScoring",
     "add_images",
     "check_free",
     "create_index",
@@ -48,7 +48,7 @@ __all__ = [
     "remove_images",
     "store_adapter",
     "store_pseudo_queries",
-    "store_tuned",
+    "store_tuning",
     "store_update",
     "text_key",
 ]

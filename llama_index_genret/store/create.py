@@ -1,6 +1,6 @@
 """Write a new, untrained index: records, identifiers, trie, tokenizer and codebooks in one commit.
 
-Depends on files and numpy; independent of models. `build.build_index` makes the identifiers.
+Depends on files and numpy; independent of models. `store.build.build_index` makes the identifiers.
 """
 
 from __future__ import annotations

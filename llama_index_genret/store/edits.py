@@ -3,7 +3,7 @@
 The trie's file stays as it is while few images have changed; the edits lie beside it. Past `COMPACT_FROM` they are
 merged into a new one in the same write.
 
-Knows the index; nothing of models. How new images are named is `indexing.name_new_images`.
+Knows the index; nothing of models. `store.build.assign_identifiers` makes the identifiers of new images.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def remove_images(index: Index, image_ids: Sequence[str]) -> Index:
         raise UnknownImage(f"{index.folder} has no image {unknown[0]!r} ({len(unknown)} of {len(image_ids)} unknown).")
     gone = {index.rows_by_id[image_id] for image_id in image_ids}
     kept = [row for row in range(len(index.records)) if row not in gone]
-    names = [index.token_ids(row) for row in sorted(gone)]
-    trie = remove_identifiers(index.trie, names, end_token=index.end_token)
+    removed = [index.token_ids(row) for row in sorted(gone)]
+    trie = remove_identifiers(index.trie, removed, end_token=index.end_token)
     new_row = np.full(len(index.records), -1)
     new_row[kept] = np.arange(len(kept))
     records, identifiers = [index.records[row] for row in kept], [index.identifiers[row] for row in kept]
     prior = None if index.log_prior is None else index.log_prior[kept]
-    return _write(index, _renumbered(trie, new_row), records, identifiers, index.scheme(), prior)
+    return _write(index, _renumber(trie, new_row), records, identifiers, index.scheme(), prior)
 
 
 def add_images(
@@ -63,10 +63,10 @@ def add_images(
     tokenizer: IndexTokenizer | None = None,
     new_rows: NewRows | None = None,
 ) -> Index:
-    """The index with more images, found by their names at once; the model has not seen them.
+    """Return the index with more images, found by their identifiers at once; the model has not seen them.
 
     Args:
-        identifiers, scheme, tokenizer: as `indexing.name_new_images` gives them.
+        identifiers, scheme, tokenizer: as `store.build.assign_identifiers` gives them.
         new_rows: of all symbols that the trained weights lack, in place of those stored.
     Raises:
         DuplicateImage: an image id is in the index already. IdentifierCollision: an identifier is.
@@ -84,8 +84,8 @@ def add_images(
     trie = add_identifiers(index.trie, token_ids, keys, end_token=index.end_token)
     prior = index.log_prior
     prior = None if prior is None else np.pad(prior, (0, len(records)), constant_values=np.nan)
-    names = [*index.identifiers, *identifiers]
-    return _write(index, trie, [*index.records, *records], names, scheme, prior, new_rows)
+    merged = [*index.identifiers, *identifiers]
+    return _write(index, trie, [*index.records, *records], merged, scheme, prior, new_rows)
 
 
 def store_pseudo_queries(index: Index, written: Sequence[ImagePseudoQueries]) -> Index:
@@ -106,7 +106,7 @@ def store_pseudo_queries(index: Index, written: Sequence[ImagePseudoQueries]) ->
     return load_index(index.folder)
 
 
-def _renumbered(trie: LiveTrie, new_row: np.ndarray[tuple[int], np.dtype[np.int64]]) -> LiveTrie:
+def _renumber(trie: LiveTrie, new_row: np.ndarray[tuple[int], np.dtype[np.int64]]) -> LiveTrie:
     """With the rows that the records have now; a removed leaf gets -1, which no search returns."""
     keys = new_row[trie.key(np.arange(trie.base.n_leaves))]
     added_keys = None if trie.added_keys is None else new_row[trie.added_keys]

@@ -1,6 +1,6 @@
 """Metadata filters: which records they let pass, for a whole index at once.
 
-The operators and their meaning are those of LlamaIndex's `MetadataFilters`, nesting included, and so is the JSON form;
+The operators and their meaning are those of LlamaIndex's MetadataFilters, nesting included, and so is the JSON form;
 this module does not need LlamaIndex, so that a server applies the same filters as a client.
 
 Filters say who may see what: one that LlamaIndex would read as "everything" or "nothing" by mistake is an error here.

@@ -38,7 +38,7 @@ PRIOR = "prior.npy"
 
 @dataclass(frozen=True)
 class Index:
-    """A loaded index. Immutable: a change is a new write (`store_adapter`, `store_tuned`, edits) and a new load."""
+    """A loaded index. Immutable: a change is a new write (`store_adapter`, `store_tuning`, edits) and a new load."""
 
     folder: Path
     manifest: Manifest

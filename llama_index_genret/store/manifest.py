@@ -33,7 +33,7 @@ from llama_index_genret.files import only_writer, sync, sync_tree, writing
 from llama_index_genret.identifiers import Alphabet
 from llama_index_genret.models.identity import ModelEntry
 from llama_index_genret.models.prompts import PromptSet
-from llama_index_genret.store.scoring import Tuned
+from llama_index_genret.store.scoring import TunedScoring
 
 FORMAT_VERSION = 4
 READABLE = (3, FORMAT_VERSION)
@@ -88,7 +88,7 @@ class Manifest(BaseModel):
     prompts: PromptSet
     training: dict[str, Any] | None = None
     update: dict[str, Any] | None = None
-    tuned: Tuned | None = None
+    tuned: TunedScoring | None = None
     files: dict[str, FileEntry]
 
 

@@ -39,7 +39,7 @@ def load_index(folder: Path) -> Index:
 
 
 def _open(folder: Path, manifest: Manifest) -> Index:
-    def verified(name: str) -> Path:
+    def verified_file(name: str) -> Path:
         if name not in manifest.files:
             raise IndexDamaged(f"{folder / MANIFEST} names no file {name!r}. Make the index anew with `genret index`.")
         path = folder / manifest.files[name].path
@@ -47,17 +47,17 @@ def _open(folder: Path, manifest: Manifest) -> Index:
         return path
 
     folders = [Path(folder).absolute() for folder in manifest.folders]
-    records, identifiers = read_records(verified(RECORDS), folders)
-    tokenizer = IndexTokenizer.from_file(verified("tokenizer.json"))
+    records, identifiers = read_records(verified_file(RECORDS), folders)
+    tokenizer = IndexTokenizer.from_file(verified_file("tokenizer.json"))
     if tokenizer.fingerprint != manifest.tokenizer:
         raise IndexDamaged(f"{folder / MANIFEST} records another tokenizer than tokenizer.json beside it.")
-    edits = verified(EDITS) if EDITS in manifest.files else None
+    edits = verified_file(EDITS) if EDITS in manifest.files else None
     return Index(
         folder=folder,
         manifest=manifest,
         records=records,
         identifiers=identifiers,
-        trie=_open_trie(verified("trie.bin"), verified("leaf_to_record.npy"), edits, len(records)),
+        trie=_open_trie(verified_file("trie.bin"), verified_file("leaf_to_record.npy"), edits, len(records)),
         tokenizer=tokenizer,
     )
 

@@ -21,7 +21,7 @@ from llama_index_genret.store.index import PRIOR, Index
 from llama_index_genret.store.manifest import Manifest, commit, only_writer_of, read_manifest
 from llama_index_genret.store.model_state import has_update
 from llama_index_genret.store.open import load_index
-from llama_index_genret.store.scoring import Tuned
+from llama_index_genret.store.scoring import TunedScoring
 from llama_index_genret.store.weights import ADAPTER, MODEL, NEW_ROWS, UPDATE, write_images
 
 
@@ -104,7 +104,7 @@ def _store(
     return load_index(index.folder)
 
 
-def store_tuned(index: Index, log_prior: NDArray[np.float32], tuned: Tuned) -> Index:
+def store_tuning(index: Index, log_prior: NDArray[np.float32], tuned: TunedScoring) -> Index:
     """Store the prior of every record, and how hits are ranked from now on, in place of earlier ones.
 
     Args:

@@ -29,16 +29,16 @@ EDGE = 40
 
 
 def load_version(path: Path, row: int, version: int, *, seed: int) -> Image.Image:
-    """Version 0 of the picture of image `row` is the picture; any other is `redrawn`, the same for the same seed.
+    """Version 0 of the picture of image `row` is the picture; any other is `redraw`, the same for the same seed.
 
     Raises:
         what `load_image` does.
     """
     picture = load_image(path)
-    return redrawn(picture, seed=(seed, row, version)) if version else picture
+    return redraw(picture, seed=(seed, row, version)) if version else picture
 
 
-def redrawn(picture: Image.Image, *, seed: tuple[int, ...]) -> Image.Image:
+def redraw(picture: Image.Image, *, seed: tuple[int, ...]) -> Image.Image:
     """Another picture of the same thing, RGB, of LARGEST_SIDE at most; the same for the same seed.
 
     Turned and scaled a little, on the colour of its border; then, each by chance: painted in few flat colours, outlined

@@ -20,8 +20,8 @@ from llama_index_genret.store import Index
 from llama_index_genret.training.augmentation import load_version
 from llama_index_genret.training.soft_targets import Paths
 from llama_index_genret.training.tasks import Example
-from llama_index_genret.training.text_teacher import Teacher
-from llama_index_genret.training.vision_teacher import Looks
+from llama_index_genret.training.text_teacher import TextTeacher
+from llama_index_genret.training.vision_teacher import VisionTeacher
 
 IGNORED = -100
 """Label of a position without loss, as in transformers."""
@@ -66,11 +66,11 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         index: Index,
         mllm: Mllm,
         examples: Sequence[Example],
-        teacher: Teacher | None = None,
+        teacher: TextTeacher | None = None,
         *,
         seed: int = 0,
         drawn: NDArray[np.float64] | None = None,
-        looks: Looks | None = None,
+        looks: VisionTeacher | None = None,
     ) -> None:
         self._index = index
         self._mllm = mllm

@@ -31,7 +31,13 @@ from llama_index_genret.store.weights import ADAPTER, NEW_ROWS
 from llama_index_genret.training.collator import IGNORED, ExampleTensors, collate
 from llama_index_genret.training.feature_cache import cached_layers, cached_tower
 from llama_index_genret.training.options import TrainOptions
-from llama_index_genret.training.schedule import Replayed, added_rows, drawn_in_turns, stream, update_options
+from llama_index_genret.training.schedule import (
+    ExperienceReplay,
+    added_rows,
+    replay_distribution,
+    stream,
+    update_options,
+)
 from llama_index_genret.training.symbol_init import start_symbols, teachers
 
 try:
@@ -131,7 +137,7 @@ def _train(
         asked = teachers(index, mllm, options, autocast=autocast, show_progress=show_progress)
         examples = stream(index, options, asked.of_text, new)
         steps = len(examples) // options.batch_size
-        drawn = drawn_in_turns(len(index.records), new) if new and isinstance(examples, Replayed) else None
+        drawn = replay_distribution(len(index.records), new) if new and isinstance(examples, ExperienceReplay) else None
         tensors = ExampleTensors(
             index, mllm, examples, asked.of_text, looks=asked.of_pictures, seed=options.seed, drawn=drawn
         )

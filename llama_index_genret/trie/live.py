@@ -53,7 +53,7 @@ class Nodes:
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class _TrieChildren:
     """The children that one of the two tries gives to an expansion.
 
     parents: (r,) int64, those of its nodes that are expanded.
@@ -104,7 +104,7 @@ class Expansion:
     """
 
     offsets: Int64
-    _parts: tuple[_Part, ...]
+    _parts: tuple[_TrieChildren, ...]
     _merged_token_ids: Int64 | None = None
 
     @cached_property
@@ -145,7 +145,7 @@ class Expansion:
         return Nodes(*(part.take(entries) for part in self._parts))
 
     @property
-    def _only(self) -> _Part:
+    def _only(self) -> _TrieChildren:
         """The base, where nothing was added."""
         return self._parts[0]
 
@@ -205,7 +205,7 @@ class LiveTrie:
         """
         if nodes.added is None or self.added is None:
             children = self.base.children(nodes.base)
-            part = _Part(self.base, nodes.base, children, 0)
+            part = _TrieChildren(self.base, nodes.base, children, 0)
             return self._compressed(part) if self.live else Expansion(children.offsets, (part,))
         first = self._part(self.base, nodes.base, 0)
         second = self._part(self.added, nodes.added, self.base.n_leaves)
@@ -271,11 +271,11 @@ class LiveTrie:
         return leaves_before(self.base, self.added.paths()) if self.added else np.zeros(0, np.int64)
 
     @staticmethod
-    def _part(trie: Trie, nodes: Int64, leaf_start: int) -> tuple[_Part, Int64]:
+    def _part(trie: Trie, nodes: Int64, leaf_start: int) -> tuple[_TrieChildren, Int64]:
         rows = np.flatnonzero(nodes >= 0)
-        return _Part(trie, nodes[rows], trie.children(nodes[rows]), leaf_start), rows
+        return _TrieChildren(trie, nodes[rows], trie.children(nodes[rows]), leaf_start), rows
 
-    def _live_keys(self, part: _Part, rows: Int64) -> tuple[Int64, Int64]:
+    def _live_keys(self, part: _TrieChildren, rows: Int64) -> tuple[Int64, Int64]:
         """(row, token) of the live children as one number each, and their places among the children."""
         keys = (rows[part.children.row] << _TOKEN_BITS) + part.children.token_ids
         if self.live is None or part.leaf_start:
@@ -283,7 +283,7 @@ class LiveTrie:
         place = np.flatnonzero(part.allowed(self.live))
         return keys[place], place
 
-    def _compressed(self, part: _Part) -> Expansion:
+    def _compressed(self, part: _TrieChildren) -> Expansion:
         assert self.live is not None
         entry = np.flatnonzero(part.allowed(self.live))
         offsets = np.searchsorted(entry, part.children.offsets)

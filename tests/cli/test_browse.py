@@ -16,7 +16,7 @@ from llama_index_genret.corpus.images import to_data_url
 from llama_index_genret.errors import ServerError
 from llama_index_genret.llamaindex.llms import InProcessLLM
 from llama_index_genret.scorers.base import recall
-from llama_index_genret.scorers.recording import WatchingScorer
+from llama_index_genret.scorers.recording import RecordingScorer
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import RecordFilters, remove_images
 from llama_index_genret.store.build import add_to_index, build_index
@@ -35,7 +35,7 @@ async def client(recaller):
 
 
 def search(index, scorer, text, **options):
-    watching = WatchingScorer(scorer)
+    watching = RecordingScorer(scorer)
     (ranking,) = recall(watching, index.trie, [index.prompts.for_query(index.tokenizer, text)], k=20, **options)
     return ranking.hits, probabilities(watching.steps)
 

@@ -26,7 +26,7 @@ from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
 from llama_index_genret.serving.batch import open_batch
 from llama_index_genret.serving.export import export_checkpoint
-from llama_index_genret.store import Scoring, Tuned, load_index, remove_images, store_tuned
+from llama_index_genret.store import Scoring, TunedScoring, load_index, remove_images, store_tuning
 from llama_index_genret.store.manifest import FORMAT_VERSION, check_free, manifest_text
 from llama_index_genret.store.model_state import adapter_folder
 
@@ -76,7 +76,7 @@ def test_of_two_writers_one_wins_and_the_other_is_told(folder):
     for write in (
         lambda: remove_images(second, ["blue-bar"]),
         lambda: store.add_images(second, [], [], second.scheme()),
-        lambda: store_tuned(second, prior_of(second), Tuned(scoring=Scoring(), queries=0)),
+        lambda: store_tuning(second, prior_of(second), TunedScoring(scoring=Scoring(), queries=0)),
         lambda: store.store_pseudo_queries(second, []),
     ):
         with pytest.raises(IndexChanged, match=f"{folder} was changed"):
@@ -148,7 +148,7 @@ def test_on_a_full_disk_the_index_is_as_it_was_and_nothing_is_left(folder, adapt
     index, before = load_index(folder), names(folder)
     for write in (
         lambda: remove_images(index, ["red-circle"]),
-        lambda: store_tuned(index, np.zeros(20, np.float32), Tuned(scoring=Scoring(), queries=0)),
+        lambda: store_tuning(index, np.zeros(20, np.float32), TunedScoring(scoring=Scoring(), queries=0)),
         lambda: store.store_adapter(index, adapter, {"losses": [1.0] * 500}),
     ):
         with (

@@ -14,7 +14,7 @@ from llama_index_genret.cli.browse.recaller import Recaller
 from llama_index_genret.errors import QueryError, ServerError
 from llama_index_genret.models.prompts import MAX_QUERY_TOKENS
 from llama_index_genret.scorers.fake import FakeScorer
-from llama_index_genret.serving.endpoint.client import Query, RecallClient
+from llama_index_genret.serving.endpoint.client import RecallClient, RecallQuery
 from llama_index_genret.serving.endpoint.loaded_indexes import LoadedIndex
 from llama_index_genret.serving.endpoint.schema import MAX_WEIGHT, RecallRequest
 from llama_index_genret.store import RecordFilters
@@ -157,9 +157,9 @@ def test_more_images_than_were_asked_for_are_no_answer():
     index, recalled = small_index(), next(seed for seed in SEEDS if seed[:1] == RECALL)
     client = RecallClient(index, Played("http://none/v1", content=recalled[1:], asked=RECALL))
     prompt = index.prompts.for_query(index.tokenizer, "red")
-    assert len(client.recall(Query("red", prompt, 2, None, 0, None, Scoring())).hits) == 2
+    assert len(client.recall(RecallQuery("red", prompt, 2, None, 0, None, Scoring())).hits) == 2
     with pytest.raises(ServerError, match="other images than the best 1"):
-        client.recall(Query("red", prompt, 1, None, 0, None, Scoring()))
+        client.recall(RecallQuery("red", prompt, 1, None, 0, None, Scoring()))
 
 
 # The page

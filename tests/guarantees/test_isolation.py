@@ -27,7 +27,7 @@ from llama_index_genret.cli.browse.app import make_app
 from llama_index_genret.cli.browse.recaller import Recaller
 from llama_index_genret.errors import FilterError, ServerError, UnknownImage
 from llama_index_genret.llamaindex.nodes import node_of
-from llama_index_genret.scorers.closed_book import Asked, ImageMemory
+from llama_index_genret.scorers.closed_book import ImageMemory, QuestionPrompts
 from llama_index_genret.scorers.vllm_http import VllmScorer
 from llama_index_genret.serving.endpoint.client import RecallClient
 from llama_index_genret.store import load_index, remove_images
@@ -353,7 +353,7 @@ class Listening:
     """A speaker that notes what it is asked."""
 
     def __init__(self):
-        self.asked: list[Asked] = []
+        self.asked: list[QuestionPrompts] = []
 
     def say(self, asked, max_tokens):
         self.asked.append(asked)

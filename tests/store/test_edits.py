@@ -16,7 +16,7 @@ from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import DuplicateImage, IdentifierError, TrainingError, UnknownImage
 from llama_index_genret.identifiers import ImageFacts
 from llama_index_genret.identifiers.structured import StructuredScheme
-from llama_index_genret.models.encoder import TextEncoder, placed_by_captions
+from llama_index_genret.models.encoder import TextEncoder, embed_by_captions
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
@@ -137,7 +137,7 @@ def test_codes_of_captions_are_frozen_and_need_an_encoder_but_no_model(pictures,
     """An image whose captions mean what those of another do gets its codes, however it looks."""
     corpus = read_corpus(pictures)
     index = build_index(corpus, tmp_path / "index", tiny_mllm, scheme_options={"encoder": encoder, "sizes": [5, 4]})
-    placed, _ = placed_by_captions(TextEncoder(encoder, device="cpu"), [record.captions for record in corpus.records])
+    placed, _ = embed_by_captions(TextEncoder(encoder, device="cpu"), [record.captions for record in corpus.records])
     codes = StructuredScheme(sizes=[5, 4], encoder=encoder).fit(ImageFacts(len(placed), placed), seed=0)
     assert [name[:2] for name in index.identifiers] == [name[:2] for name in codes]
     assert not needs_features(index)

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import IdentifierError, StoreError, TrainingError
-from llama_index_genret.models.encoder import TextEncoder, placed_by_captions
+from llama_index_genret.models.encoder import TextEncoder, embed_by_captions
 from llama_index_genret.models.features import vision_features
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
@@ -125,7 +125,7 @@ def test_an_added_image_with_captions_has_a_row_like_images_whose_captions_are_l
     """By the teacher of the training, or another; one without captions by how it looks, as all do without a teacher."""
     reader = TextEncoder(encoder, device="cpu")
     mute = [*records[OLD:19], replace(records[19], captions=())]
-    placed, _ = placed_by_captions(reader, [record.captions for record in [*records[:OLD], *mute]])
+    placed, _ = embed_by_captions(reader, [record.captions for record in [*records[:OLD], *mute]])
     looks = rows_of(add_to_index(copy_of(trained, tmp_path), mute, tiny_mllm))
     expected = RowRegression.fit(placed[:OLD], looks[:OLD]).guess(placed[OLD:19])
     (tmp_path / "left").mkdir()

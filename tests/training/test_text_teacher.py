@@ -23,8 +23,8 @@ from llama_index_genret.training.feature_cache import cached_layers
 from llama_index_genret.training.recipe import TrainOptions, _adapted, _fast_symbol_rows, _summed_loss, train
 from llama_index_genret.training.soft_targets import Paths
 from llama_index_genret.training.symbol_init import fitted_projection, start_rows, teachers
-from llama_index_genret.training.tasks import Example, Interleaved, examples_of
-from llama_index_genret.training.text_teacher import Teacher, teach
+from llama_index_genret.training.tasks import Example, InterleavedExamples, examples_of
+from llama_index_genret.training.text_teacher import TextTeacher, teach
 
 
 def taught(encoder, captions, **chosen):
@@ -104,7 +104,7 @@ def table_teacher(index):
     n_images = len(index.records)
     queries = np.eye(16, dtype=np.float32)[:4]
     images = np.random.default_rng(1).random((n_images, 16)).astype(np.float32)
-    return Teacher(
+    return TextTeacher(
         ("red thing", "blue thing", "a bar", "some wide and long and very wordy query"), queries, images, 1.0
     )
 
@@ -210,7 +210,7 @@ def test_imitation_teaches_queries_that_no_caption_has(pictures, tiny_mllm, tmp_
 def test_examples_to_imitate_stand_in_the_stream_only_with_a_teacher(untrained_index):
     assert "imitate" not in examples_of(untrained_index)
     tasks = examples_of(untrained_index, ["one", "two"])
-    stream = Interleaved(tasks, 40, seed=0, mix={"imitate": 3, "retrieve": 1})
+    stream = InterleavedExamples(tasks, 40, seed=0, mix={"imitate": 3, "retrieve": 1})
     assert [example.task for example in stream].count("imitate") == 30
 
 
@@ -296,7 +296,7 @@ def test_frozen_layers_see_a_text_once_and_change_neither_loss_nor_gradients(unt
     mllm = load_base(untrained_index, device="cpu")
     options = TrainOptions(layers=1, lora_rank=2)
     model = _adapted(untrained_index, mllm, options)
-    examples = Interleaved(examples_of(untrained_index), 24, seed=0, mix={"retrieve": 3, "memorise": 1})
+    examples = InterleavedExamples(examples_of(untrained_index), 24, seed=0, mix={"retrieve": 3, "memorise": 1})
     tensors = ExampleTensors(untrained_index, mllm, examples)
     batch = collate([tensors[i] for i in range(24)], pad=0)
     calls = []

@@ -31,7 +31,7 @@ from llama_index_genret.training.schedule import (
     MORE_PASSES,
     SMALLER_STEPS,
     by_age,
-    drawn_in_turns,
+    replay_distribution,
     stream,
     update_options,
 )
@@ -115,7 +115,7 @@ def test_every_other_example_is_of_a_new_image_and_both_halves_hold_the_tasks_in
 def test_how_often_an_image_is_drawn_is_known(grown):
     seen = stream(grown, TrainOptions(max_steps=200, mix={"retrieve": 1}), new=NEW)
     counts = Counter(example.row for example in seen)
-    drawn = drawn_in_turns(len(grown.records), NEW)
+    drawn = replay_distribution(len(grown.records), NEW)
     assert drawn.sum() == pytest.approx(1)
     assert sum(counts[row] for row in NEW) / len(seen) == pytest.approx(drawn[NEW].sum())
     for row, share in enumerate(drawn):

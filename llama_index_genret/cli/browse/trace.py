@@ -1,6 +1,6 @@
 """How a search spelled an identifier: at each level the children that it considered, with their probabilities.
 
-Knows indexes and what a `WatchingScorer` noted; nothing of models or HTTP.
+Knows indexes and what a `RecordingScorer` noted; nothing of models or HTTP.
 """
 
 from __future__ import annotations

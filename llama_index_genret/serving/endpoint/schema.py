@@ -132,7 +132,7 @@ class RecallResponse(BaseModel):
     results: list[RecallResult]
 
 
-class Problem(BaseModel):
+class RecallErrorDetail(BaseModel):
     """Why a request is not answered. code: the HTTP status. param: the field that is wrong, where it is known."""
 
     message: str
@@ -141,13 +141,13 @@ class Problem(BaseModel):
     code: int
 
 
-class Refused(BaseModel):
+class RecallErrorResponse(BaseModel):
     """An error, in the shape of the OpenAI API's."""
 
-    error: Problem
+    error: RecallErrorDetail
 
 
-class Unread(BaseModel):
+class UnreadableBody(BaseModel):
     """FastAPI's own answer to a body that it cannot read as JSON."""
 
     detail: str
