@@ -253,17 +253,17 @@ class LiveTrie:
         of_base = base if self.keys is None else self.keys[base]
         return np.where(leaves < n_base, of_base, self.added_keys[np.maximum(leaves - n_base, 0)])
 
-    def restrict(self, allowed: LeafFilter) -> LeafFilter:
+    def restrict(self, leaf_filter: LeafFilter) -> LeafFilter:
         """The allowed leaves that exist.
 
         Raises:
-            FilterError: `allowed` was made for another version.
+            FilterError: `leaf_filter` was made for another version.
         """
-        if allowed.n_leaves != self.n_leaves:
+        if leaf_filter.n_leaves != self.n_leaves:
             raise FilterError(
-                f"the filter knows {allowed.n_leaves} identifiers, the trie {self.n_leaves}: build it anew."
+                f"the filter knows {leaf_filter.n_leaves} identifiers, the trie {self.n_leaves}: build it anew."
             )
-        return allowed if self.live is None else allowed & self.live
+        return leaf_filter if self.live is None else leaf_filter & self.live
 
     @cached_property
     def _base_before_added(self) -> Int64:

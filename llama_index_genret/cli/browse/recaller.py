@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from llama_index.core.llms import LLM
 from llama_index.core.vector_stores.types import MetadataFilters
 
-from llama_index_genret.cli.browse.trace import Level, probabilities, spelled
+from llama_index_genret.cli.browse.trace import Level, identifier_levels, probabilities
 from llama_index_genret.llamaindex.query_engine import image_query_engine
 from llama_index_genret.llamaindex.retriever import GenerativeImageRetriever
 from llama_index_genret.scorers.base import Scorer, recall
@@ -94,7 +94,8 @@ class Recaller:
                 (ranking,) = recall(watching, index.trie, [prompt], k=k, allowed=allowed, **options)
         expanded = probabilities(watching.steps)
         hits = tuple(
-            self._found(hit, spelled(index, hit, expanded, allowed) if expanded else ()) for hit in ranking.hits
+            self._found(hit, identifier_levels(index, hit, expanded, allowed) if expanded else ())
+            for hit in ranking.hits
         )
         return BrowseRanking(hits, ranking.exact, ranking.nodes_expanded, time.monotonic() - began, scoring)
 
