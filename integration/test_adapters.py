@@ -21,7 +21,7 @@ from llama_index_genret.serving.launch import CPU_FLAGS, free_port, running_serv
 from llama_index_genret.store import load_index, remove_images
 from llama_index_genret.store.build import build_index
 from llama_index_genret.store.model_loading import load_base, load_trained
-from llama_index_genret.training.pseudo_queries import Request, Sampling
+from llama_index_genret.training.pseudo_queries import Sampling, WriterRequest
 from llama_index_genret.training.pseudo_queries.transformers_writer import InProcessWriter
 from llama_index_genret.training.pseudo_queries.vllm_http_writer import ServerWriter
 from llama_index_genret.training.recipe import TrainOptions, train
@@ -118,7 +118,9 @@ def test_the_base_model_answers_and_the_adapters_do_not(client, base, indexes, s
 
 def test_the_base_model_writes_pseudo_queries_through_the_server_as_in_this_process(server, indexes, tmp_path):
     index = indexes["codes"]
-    requests = [Request(record.path, f"What is {text}?", 3) for record in index.records[::4] for text in ("it", "red")]
+    requests = [
+        WriterRequest(record.path, f"What is {text}?", 3) for record in index.records[::4] for text in ("it", "red")
+    ]
     writer, local = ServerWriter(server.api_base), InProcessWriter(index, load_base(index, device="cpu"))
     theirs = writer.write(requests, Sampling(n=1, temperature=0.0, max_tokens=6))
     ours = local.write(requests, Sampling(n=1, temperature=1e-4, max_tokens=6))

@@ -17,7 +17,6 @@ import yaml
 from typer.testing import CliRunner
 
 from llama_index_genret.cli import app
-from llama_index_genret.serving.endpoint.schema import INDEXES_VARIABLE
 from tests.pages import PAGES, read_page
 
 ROOT = Path(__file__).parent.parent
@@ -55,8 +54,7 @@ def vllm_arguments(trained_index, monkeypatch):
         program, serve, _, *rest = command
         assert (program, serve) == ("genret", "serve")
         executed = []
-        monkeypatch.setenv(INDEXES_VARIABLE, "")
-        monkeypatch.setattr(os, "execv", lambda _, arguments: executed.append(arguments))
+        monkeypatch.setattr(os, "execve", lambda _, arguments, environment: executed.append(arguments))
         done = CliRunner().invoke(app, ["serve", str(trained_index.folder), *rest])
         assert done.exit_code == 0, done.output
         (arguments,) = executed

@@ -23,7 +23,7 @@ from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.rerank import ranking_options
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.serving.launch import CPU_FLAGS, free_port, running_server
-from llama_index_genret.store import Scoring, Tuned, load_index, remove_images, store_tuned
+from llama_index_genret.store import Scoring, TunedScoring, load_index, remove_images, store_tuning
 from tests.store.test_filters import by_llama_index
 
 TEXTS = ["red circle", "the blue bar", "show me the green frame", "black"]
@@ -113,7 +113,7 @@ SCORINGS = [
 def test_prior_and_reranking_rank_in_the_server_as_in_this_process(client, endpoint, served_index, local_scorer):
     """What is tuned while the server runs is used from then on."""
     index, _ = tune(served_index, local_scorer)
-    index = store_tuned(index, index.log_prior, Tuned(scoring=Scoring(eta=0.8), queries=1))
+    index = store_tuning(index, index.log_prior, TunedScoring(scoring=Scoring(eta=0.8), queries=1))
     for asked, scoring in SCORINGS:
         posted = client.post("/v1/recall", json={"queries": TEXTS, "k": 4, **asked})
         assert posted.status_code == 200, posted.text
@@ -139,7 +139,7 @@ def test_prior_and_reranking_rank_in_the_server_as_in_this_process(client, endpo
     refused = client.post("/v1/recall", json={"image": picture, "rerank": 3})
     assert (refused.status_code, "text queries" in refused.text) == (400, True)
     assert client.post("/v1/recall", json={"image": picture}).json()["scoring"] == asdict(Scoring())
-    store_tuned(index, index.log_prior, Tuned(scoring=Scoring(), queries=0))
+    store_tuning(index, index.log_prior, TunedScoring(scoring=Scoring(), queries=0))
 
 
 def test_a_filter_is_kept_by_the_server_whatever_is_asked(client, served_index):

@@ -25,7 +25,7 @@ from llama_index_genret import FakeScorer
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.serving.endpoint import RecallMiddleware
 from llama_index_genret.serving.endpoint.schema import INDEXES_VARIABLE
-from llama_index_genret.serving.launch import NOTHING_FETCHED
+from llama_index_genret.serving.launch import FETCH_NO_MEDIA
 
 KEY = "sk-of-the-test"
 BODY = {"query": "red circle", "k": 20}
@@ -144,7 +144,7 @@ async def test_an_image_is_its_content_and_no_address_or_file_is_asked(app_of, i
 def test_what_genret_serve_tells_vllm_lets_it_fetch_nothing_for_a_chat():
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         listening.settimeout(0.05)
-        connector = MediaConnector(allowed_media_domains=[NOTHING_FETCHED[1]])
+        connector = MediaConnector(allowed_media_domains=[FETCH_NO_MEDIA[1]])
         host = f"127.0.0.1:{listening.getsockname()[1]}"
         for url in (f"http://{host}/x.png", f"http://none.invalid@{host}/x.png", "file:///etc/passwd"):
             with pytest.raises((ValueError, RuntimeError)):

@@ -192,7 +192,7 @@ def test_a_server_stops_whoever_is_connected():
 
 
 def test_a_recall_ends_with_its_client_its_time_or_its_server():
-    from llama_index_genret.serving.endpoint.app import TooSlow, _unless_gone
+    from llama_index_genret.serving.endpoint.app import TooSlow, _cancel_on_disconnect
     from llama_index_genret.serving.endpoint.engine_scorer import EngineStopped
 
     class Raw:
@@ -215,12 +215,12 @@ def test_a_recall_ends_with_its_client_its_time_or_its_server():
 
     async def run():
         ended = []
-        assert await _unless_gone(recall(0, ended), Raw(90), 1) == "found"
-        assert await _unless_gone(recall(60, ended), Raw(0), 1) is None
+        assert await _cancel_on_disconnect(recall(0, ended), Raw(90), 1) == "found"
+        assert await _cancel_on_disconnect(recall(60, ended), Raw(0), 1) is None
         with pytest.raises(TooSlow, match=r"0\.1 s"):
-            await _unless_gone(recall(61, ended), Raw(90), 0.1)
+            await _cancel_on_disconnect(recall(61, ended), Raw(90), 0.1)
         with pytest.raises(EngineStopped, match="try again"):
-            await _unless_gone(recall(62, ended), Raw(90, should_exit=True), 90)
+            await _cancel_on_disconnect(recall(62, ended), Raw(90, should_exit=True), 90)
         await asyncio.sleep(0)
         assert ended == [0, 60, 61, 62]
 

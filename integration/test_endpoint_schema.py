@@ -20,7 +20,7 @@ from integration.fuzz.small_index import small_index
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.fake import FakeScorer
 from llama_index_genret.serving.endpoint.schema import INDEXES_VARIABLE, MAX_WEIGHT, MIDDLEWARE
-from llama_index_genret.store import Scoring, Tuned, load_index, store_tuned
+from llama_index_genret.store import Scoring, TunedScoring, load_index, store_tuning
 
 # The test client of Starlette, through which schemathesis asks, leaves its streams to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
@@ -62,7 +62,7 @@ def app(tmp_path_factory):
     index = small_index()
     folder = shutil.copytree(index.folder, tmp_path_factory.mktemp("served") / "index")
     prior = np.log(np.full(len(index.records), 1 / len(index.records), np.float32))
-    index = store_tuned(load_index(folder), prior, Tuned(scoring=Scoring(eta=0.5), queries=1))
+    index = store_tuning(load_index(folder), prior, TunedScoring(scoring=Scoring(eta=0.5), queries=1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(INDEXES_VARIABLE, f"small={index.folder}")
         args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--middleware", MIDDLEWARE])

@@ -15,6 +15,7 @@ from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.serving.launch import free_port
 from llama_index_genret.store import load_index
 from llama_index_genret.store.build import build_index
+from llama_index_genret.store.model_state import adapter_folder
 from tests.conftest import draw_pictures
 from tests.tiny_model import make_tiny_model
 
@@ -52,7 +53,7 @@ def test_two_processes_train_as_one_does(folder):
     assert len(two["losses"]) == STEPS
     np.testing.assert_allclose(two["losses"], one["losses"], rtol=2e-3)
     assert np.ptp(one["losses"]) > 0.02  # steps differ by more than that: another order would be seen
-    weights = [load_file(index.adapter_folder() / "adapter_model.safetensors") for index in (alone, together)]
+    weights = [load_file(adapter_folder(index) / "adapter_model.safetensors") for index in (alone, together)]
     assert weights[0].keys() == weights[1].keys()
 
 

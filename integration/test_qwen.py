@@ -74,7 +74,7 @@ def qwen(request, pictures, environment, tmp_path_factory):
     assert local.returncode == 0, local.stderr[-4000:]
     port, log = free_port(), folder / "vllm.log"
     command = [*GENRET, "serve", str(out), "--port", str(port), "--", *CPU_FLAGS]
-    with running_server(command, host="127.0.0.1", port=port, log=log, environment=environment) as served:
+    with running_server(command, host="127.0.0.1", port=port, log=log, environment=env) as served:
         yield SimpleNamespace(index=index, asked=asked, local=json.loads(local.stdout), api_base=served.api_base)
 
 

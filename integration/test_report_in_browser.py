@@ -15,7 +15,7 @@ from PIL import Image
 from playwright.sync_api import Page
 
 from llama_index_genret.evaluation.charts import (
-    Measured,
+    Estimate,
     calibration_chart,
     comparison_chart,
     latency_chart,
@@ -98,7 +98,7 @@ def example_tables() -> list[Table]:
 
 def example_charts() -> list[Chart]:
     """All that `genret eval` draws."""
-    measured = {n: Measured(n / 10, Interval(n / 10 - 0.08, n / 10 + 0.05)) for n in range(3, 10)}
+    measured = {n: Estimate(n / 10, Interval(n / 10 - 0.08, n / 10 + 0.05)) for n in range(3, 10)}
     names = ("recall@1", "recall@5", "recall@10", "MRR", "nDCG@10")
     systems = {
         system: {name: measured[low + place] for place, name in enumerate(names)}

@@ -30,6 +30,7 @@ from llama_index_genret.corpus import Corpus
 from llama_index_genret.errors import CorpusError, TrainingError
 from llama_index_genret.store import load_index
 from llama_index_genret.store.build import build_index
+from llama_index_genret.store.model_state import has_update, stored_new_rows
 from tests.tiny_model import TEXT, byte_pairs
 
 CONFIGS = Path(__file__).parent / "reproduce"
@@ -271,7 +272,7 @@ def test_pseudo_queries_for_a_train_image_are_an_error(coco, tmp_path):
 
 
 def test_the_model_itself_writes_pseudo_queries_and_sees_no_held_out_caption(miniature, tiny_model_dir, tmp_path, coco):
-    from llama_index_genret.store import Provenance, PseudoQuery, WrittenQueries, store_pseudo_queries
+    from llama_index_genret.store import ImagePseudoQueries, Provenance, PseudoQuery, store_pseudo_queries
 
     out, folder = tmp_path / "out", miniature / "coco"
     arguments = [*command(folder, "coco", tiny_model_dir, out, "--write-queries", 3), "--schemes", "string"]
@@ -287,7 +288,7 @@ def test_the_model_itself_writes_pseudo_queries_and_sees_no_held_out_caption(min
     how = Provenance(model="m", fingerprint=None, written_by="a test", seed=0, temperature=1.0, style=None)
     said = {name: (f"number {row}", image.captions[0], "three") for row, (name, image) in enumerate(test.items())}
     stored = [
-        WrittenQueries(
+        ImagePseudoQueries(
             image_id=record.image_id,
             sha256=record.sha256,
             wanted=3,
@@ -313,8 +314,8 @@ def test_inductive_images_join_after_the_training_and_change_no_weight(whole, co
     trained, index = json.loads((run / "trained.json").read_text()), load_index(run / "index")
     assert trained["images"] == len([image for image in coco.images if image.split != "test"]) == 24
     assert trained["adapter"] == index.manifest.files["adapter/adapter_model.safetensors"].sha256
-    assert not index.has_update
-    assert (index.new_rows() is not None) == (scheme == "atomic")  # guessed from the pictures
+    assert not has_update(index)
+    assert (stored_new_rows(index) is not None) == (scheme == "atomic")  # guessed from the pictures
     assert {record.image_id for record in index.records[24:]} == {image.image_id for image in coco.of_split("test")}
 
 

@@ -91,7 +91,7 @@ class Site:
             *("--served-model-name", "genret", "--host", "127.0.0.1", "--port", str(port), "--max-logprobs", "-1"),
             *("--middleware", MIDDLEWARE, *CPU_FLAGS),
         ]
-        served = serve_environment([*self.indexes.values()])
+        served = serve_environment([*self.indexes.values()], os.environ)
         # vLLM would leave a core to the API server; the peers in this process compute on all that it may use.
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         environment = {**served, "VLLM_CPU_OMP_THREADS_BIND": cores, **(environment or {})}

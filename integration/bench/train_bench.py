@@ -25,7 +25,7 @@ from llama_index_genret.store.model_loading import load_base
 from llama_index_genret.training.collator import ExampleTensors, collate
 from llama_index_genret.training.feature_cache import cached_tower
 from llama_index_genret.training.recipe import TrainOptions, _adapted, _fast_symbol_rows, _summed_loss
-from llama_index_genret.training.tasks import Interleaved, examples_of
+from llama_index_genret.training.tasks import InterleavedExamples, examples_of
 
 BATCHES, BATCH = 4, 20
 OURS, FULL, NO_CACHE = "targets only", "every position", "every position, no cached tower, PEFT's symbol rows"
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         mllm = load_base(index, device="cpu")
         mllm.model.set_attn_implementation("eager")
         model = _adapted(index, mllm, TrainOptions())
-        tensors = ExampleTensors(index, mllm, Interleaved(examples_of(index), BATCHES * BATCH, seed=args.seed))
+        tensors = ExampleTensors(index, mllm, InterleavedExamples(examples_of(index), BATCHES * BATCH, seed=args.seed))
         batches = [collate([tensors[b * BATCH + i] for i in range(BATCH)], pad=0) for b in range(BATCHES)]
         symbols = torch.from_numpy(tensors.paths.token_ids)
 

@@ -25,8 +25,9 @@ from llama_index_genret.scorers.fake import FakeScorer
 from llama_index_genret.serving.batch import open_batch
 from llama_index_genret.store import load_index, model_loading
 from llama_index_genret.store.manifest import MANIFEST
+from llama_index_genret.store.model_state import has_update, stored_new_rows, unseen_rows
 from llama_index_genret.training import checkpoints  # noqa: F401  # loads the Trainer before a process is forked
-from llama_index_genret.training.pseudo_queries import Answer, WriteOptions, open_writing
+from llama_index_genret.training.pseudo_queries import WriteOptions, WriterReply, open_writing
 from llama_index_genret.training.recipe import TrainOptions, train
 from tests.conftest import draw_pictures
 from tests.tiny_model import make_tiny_model
@@ -142,8 +143,8 @@ class Writer:
 
     model, fingerprint = "says what its seed tells", None
 
-    def write(self, requests: Sequence[Any], sampling: Any) -> list[list[Answer]]:
-        return [[Answer(f"picture {r.seed % 997} {place}", True) for place in range(sampling.n)] for r in requests]
+    def write(self, requests: Sequence[Any], sampling: Any) -> list[list[WriterReply]]:
+        return [[WriterReply(f"picture {r.seed % 997} {place}", True) for place in range(sampling.n)] for r in requests]
 
 
 def _write_queries(at: Path) -> None:
@@ -176,9 +177,9 @@ def state_of(place: Path) -> State:
         "ids": [record.image_id for record in index.records],
         "identifiers": index.identifiers,
         "weights": index.weights_id,
-        "new rows": index.new_rows() is not None,
-        "update": index.has_update,
-        "trained": index.unseen_rows(),
+        "new rows": stored_new_rows(index) is not None,
+        "update": has_update(index),
+        "trained": unseen_rows(index),
         "tuned": index.manifest.tuned,
         "prior": index.log_prior is not None,
         "queries": index.pseudo_queries,

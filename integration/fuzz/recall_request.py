@@ -52,10 +52,10 @@ def one(data: bytes) -> None:
         with suppress(GenretError):
             assert load_image(from_data_url(request.image)).mode == "RGB"
     with suppress(GenretError):
-        conditions = request.conditions()
+        conditions = request.record_filters()
         leaves = LoadedIndex("x", index).leaf_filter(conditions)
         if conditions is not None and leaves is not None:
-            passing = index.columns.passing(conditions)
+            passing = index.columns.record_mask(conditions)
             assert leaves.n_allowed == np.count_nonzero(passing)
     with suppress(GenretError):
         scoring = index.scoring(request.choice())

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from llama_index_genret.corpus import Record
 from llama_index_genret.evaluation.baselines import evaluation_by_score
 from llama_index_genret.evaluation.evaluate import Evaluation
-from llama_index_genret.evaluation.queries import Query
+from llama_index_genret.evaluation.queries import EvaluationQuery
 
 Scores = NDArray[np.floating]
 RRF_CONSTANT = 60
@@ -66,7 +66,7 @@ def _reciprocal(scores: Scores) -> Scores:
 
 
 def choose_fusion(
-    generative: Scores, dense: Scores, records: Sequence[Record], queries: Sequence[Query]
+    generative: Scores, dense: Scores, records: Sequence[Record], queries: Sequence[EvaluationQuery]
 ) -> tuple[Fusion, Evaluation]:
     """The fusion with the highest mean of recall@1/5/10 on these queries, and what it reaches.
 

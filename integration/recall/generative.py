@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.errors import QueryError
-from llama_index_genret.evaluation.evaluate import Evaluation, evaluation_of, levels_kept, recall_in_batches
-from llama_index_genret.evaluation.queries import Query
+from llama_index_genret.evaluation.evaluate import Evaluation, evaluation_of, level_survival, recall_in_batches
+from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer
-from llama_index_genret.scorers.recording import WatchingScorer
+from llama_index_genret.scorers.recording import RecordingScorer
 from llama_index_genret.search import Hit
 from llama_index_genret.store import Index
 
@@ -27,7 +27,7 @@ class Recalled:
     """What a search found for queries. hits: of each, none where the query was refused."""
 
     index: Index
-    queries: tuple[Query, ...]
+    queries: tuple[EvaluationQuery, ...]
     hits: tuple[tuple[Hit, ...], ...]
 
     def evaluation(self) -> Evaluation:
@@ -45,7 +45,7 @@ class Recalled:
 def recall_queries(
     index: Index,
     scorer: Scorer,
-    queries: Sequence[Query],
+    queries: Sequence[EvaluationQuery],
     *,
     k: int = 10,
     exact: bool = False,
@@ -66,15 +66,15 @@ def recall_queries(
 
 
 def prefix_survival(
-    index: Index, scorer: Scorer, queries: Sequence[Query], *, batch: int = 32, progress: Progress = iter
+    index: Index, scorer: Scorer, queries: Sequence[EvaluationQuery], *, batch: int = 32, progress: Progress = iter
 ) -> list[float]:
     """See `Evaluation.prefix_survival`: of a beam of ten. A refused query keeps nothing."""
-    watching, kept_levels = WatchingScorer(scorer), []
+    watching, kept_levels = RecordingScorer(scorer), []
     for start in progress(range(0, len(queries), batch)):
         recalled = recall_queries(index, watching, queries[start : start + batch], batch=batch)
         kept = iter(watching.kept(batch))
         kept_levels += [
-            levels_kept(index, query, next(kept) if hits else (), hits)
+            level_survival(index, query, next(kept) if hits else (), hits)
             for query, hits in zip(recalled.queries, recalled.hits, strict=True)
         ]
     return Evaluation(tuple(queries), (), kept=tuple(kept_levels)).prefix_survival()

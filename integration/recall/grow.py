@@ -31,13 +31,14 @@ from integration.recall.train import LAYERS, TRAINED_LAYERS, recipe
 from llama_index_genret.corpus import Corpus, Record, read_corpus
 from llama_index_genret.evaluation.baselines import evaluation_by_score
 from llama_index_genret.evaluation.evaluate import Evaluation
-from llama_index_genret.evaluation.queries import Query, read_queries
+from llama_index_genret.evaluation.queries import EvaluationQuery, read_queries
 from llama_index_genret.models.features import vision_features
 from llama_index_genret.models.mllm import Mllm, load_mllm
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import Index, load_index
 from llama_index_genret.store.build import add_to_index, build_index
 from llama_index_genret.store.model_loading import load_trained
+from llama_index_genret.store.model_state import has_update
 from llama_index_genret.training.options import TrainOptions
 from llama_index_genret.training.recipe import train
 from llama_index_genret.training.schedule import update_options
@@ -70,7 +71,7 @@ class Stages:
     def updated(self, added: Index, options: TrainOptions) -> Index:
         """With the new images learned."""
         index = self._copied(added, "updated")
-        return index if index.has_update else train(index, options, update=True, device="cpu")
+        return index if has_update(index) else train(index, options, update=True, device="cpu")
 
     def _copied(self, index: Index, name: str) -> Index:
         folder, unfinished = self.work / name, self.work / f".{name}"
@@ -95,7 +96,9 @@ class Neighbours:
     mllm: Mllm
     minilm: MiniLm
 
-    def evaluate(self, asked: QuerySet, records: Sequence[Record], queries: Sequence[Query]) -> dict[str, Evaluation]:
+    def evaluate(
+        self, asked: QuerySet, records: Sequence[Record], queries: Sequence[EvaluationQuery]
+    ) -> dict[str, Evaluation]:
         """By the name of the peer that can answer such queries."""
         if asked.shows_images:
             scores = neighbour_scores(lambda paths: vision_features(self.mllm, paths), records, queries)
@@ -104,7 +107,7 @@ class Neighbours:
 
 
 def measure(
-    asked: QuerySet, queries: Sequence[Query], stages: Mapping[str, Index], peers: Neighbours
+    asked: QuerySet, queries: Sequence[EvaluationQuery], stages: Mapping[str, Index], peers: Neighbours
 ) -> dict[str, dict[str, Any]]:
     """Figures by stage, age of the images, and who recalls; and what the old images lose. Printed as they come."""
     old_ids = stages["trained"].rows_by_id.keys()

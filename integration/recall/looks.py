@@ -1,4 +1,4 @@
-"""What redrawn pictures teach a vision tower: image queries, by its features as they are and as `Looks` places them.
+"""What redrawn pictures teach a vision tower: image queries, by its features, and by those of `VisionTeacher`.
 
     python -m integration.recall.looks [--part validation] [--redrawn 4] [--limit N]
 
@@ -23,8 +23,8 @@ from llama_index_genret.evaluation.queries import read_queries
 from llama_index_genret.models.features import vision_features
 from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.training.augmentation import load_version
-from llama_index_genret.training.symbol_init import LOOKS_TEMPERATURE
-from llama_index_genret.training.vision_teacher import Looks
+from llama_index_genret.training.symbol_init import VISION_TEMPERATURE
+from llama_index_genret.training.vision_teacher import VisionTeacher
 
 
 def main() -> None:
@@ -51,13 +51,13 @@ def main() -> None:
     versions = [(row, version) for row in range(len(records)) for version in range(1 + given.redrawn)]
     ours = features(versions, load=drawn).reshape(len(records), 1 + given.redrawn, -1)
     theirs = features([query.image for query in queries])
-    looks = Looks.learnt(ours, temperature=LOOKS_TEMPERATURE)
+    looks = VisionTeacher.fit(ours, temperature=VISION_TEMPERATURE)
     plain = dict(zip([record.path for record in records], ours[:, 0], strict=True))
     plain |= dict(zip([query.image for query in queries], theirs, strict=True))
     rows = {
         "vision tower": neighbour_scores(lambda paths: np.stack([plain[path] for path in paths]), records, queries),
         "EfficientNet-Lite2": neighbour_scores(efficientnet_features, records, queries),
-        f"vision tower, {given.redrawn} redrawn": looks.placed(theirs) @ looks.images.T,
+        f"vision tower, {given.redrawn} redrawn": looks.project(theirs) @ looks.images.T,
     }
     print(f"{len(records)} images, {len(queries)} {given.part} queries")
     for name, scores in rows.items():

@@ -25,7 +25,7 @@ from llama_index_genret.corpus import Record
 from llama_index_genret.corpus.images import load_image
 from llama_index_genret.evaluation.baselines import baseline, evaluation_by_score
 from llama_index_genret.evaluation.evaluate import Evaluation
-from llama_index_genret.evaluation.queries import Query, read_queries
+from llama_index_genret.evaluation.queries import EvaluationQuery, read_queries
 from llama_index_genret.models.features import vision_features
 from llama_index_genret.models.mllm import Mllm, load_mllm
 
@@ -73,13 +73,13 @@ class MiniLm:
                 rows[chosen] = ((hidden * mask).sum(1) / mask.sum(1)).numpy()
         return _of_length_one(rows)
 
-    def scores(self, records: Sequence[Record], queries: Sequence[Query]) -> Scores:
+    def scores(self, records: Sequence[Record], queries: Sequence[EvaluationQuery]) -> Scores:
         """Cosine between the query and all captions joined."""
         captions = self.embed([caption_text(record) for record in records])
         return self.embed([query.text for query in queries]) @ captions.T
 
 
-def neighbour_scores(features: Features, records: Sequence[Record], queries: Sequence[Query]) -> Scores:
+def neighbour_scores(features: Features, records: Sequence[Record], queries: Sequence[EvaluationQuery]) -> Scores:
     """Cosine between the picture of each query and that of each record, after the records' mean is taken away."""
     ours = features([record.path for record in records])
     asked = features([query.image for query in queries if query.image])
@@ -131,20 +131,24 @@ class Peers:
             "vision tower": lambda paths: vision_features(mllm, paths),
             "EfficientNet-Lite2": efficientnet_features,
         }
-        self._known: dict[tuple[str, tuple[Query, ...]], dict[str, Evaluation]] = {}
+        self._known: dict[tuple[str, tuple[EvaluationQuery, ...]], dict[str, Evaluation]] = {}
 
-    def dense(self, records: Sequence[Record], queries: Sequence[Query]) -> Scores:
+    def dense(self, records: Sequence[Record], queries: Sequence[EvaluationQuery]) -> Scores:
         """The scores that a hybrid mixes in: MiniLM's."""
         return self._minilm.scores(records, queries)
 
-    def evaluate(self, asked: QuerySet, records: Sequence[Record], queries: Sequence[Query]) -> dict[str, Evaluation]:
+    def evaluate(
+        self, asked: QuerySet, records: Sequence[Record], queries: Sequence[EvaluationQuery]
+    ) -> dict[str, Evaluation]:
         """Every peer that can answer such queries, over all records of their corpus."""
         key = (asked.name, tuple(queries))
         if key not in self._known:
             self._known[key] = self._evaluate(asked, records, queries)
         return self._known[key]
 
-    def _evaluate(self, asked: QuerySet, records: Sequence[Record], queries: Sequence[Query]) -> dict[str, Evaluation]:
+    def _evaluate(
+        self, asked: QuerySet, records: Sequence[Record], queries: Sequence[EvaluationQuery]
+    ) -> dict[str, Evaluation]:
         if asked.shows_images:
             scores = {name: neighbour_scores(tower, records, queries) for name, tower in self._towers.items()}
             return {name: evaluation_by_score(rows, records, queries) for name, rows in scores.items()}

@@ -31,7 +31,7 @@ from integration.recall.corpora import default_folder, make_corpora
 from integration.recall.query_sets import QUERY_SETS, bare_records, corpus_of
 from llama_index_genret.evaluation.evaluate import evaluation_of
 from llama_index_genret.evaluation.metrics import auroc, bootstrap_interval
-from llama_index_genret.evaluation.queries import Query, read_queries
+from llama_index_genret.evaluation.queries import EvaluationQuery, read_queries
 from llama_index_genret.scorers.abstention import Abstention, Signals, fit_abstention, log_odds
 from llama_index_genret.scorers.base import Scorer, recall
 from llama_index_genret.scorers.evidence import Evidence, Inquiry, inquired
@@ -60,7 +60,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 class Verified:
     """A query, what was recalled for it, and the evidence for each hit."""
 
-    query: Query
+    query: EvaluationQuery
     hits: tuple[Hit, ...]
     first_is_right: bool
     evidence: Evidence
@@ -85,7 +85,13 @@ def _bit(*parts: str) -> int:
 
 
 def verified(
-    index: Index, scorer: Scorer, queries: Sequence[Query], *, by: RerankBy, references: int, kept: NDArray[np.bool_]
+    index: Index,
+    scorer: Scorer,
+    queries: Sequence[EvaluationQuery],
+    *,
+    by: RerankBy,
+    references: int,
+    kept: NDArray[np.bool_],
 ) -> list[Verified]:
     """Recall the queries among the records that are kept, and ask for the evidence.
 
@@ -184,7 +190,7 @@ def _show(report: Report, key: str, values: Sequence[float], groups: Sequence[Ha
     report.results[key] = {"mean": mean, "interval": [low, high], "n": len(values)}
 
 
-def _foreign(corpora: Path, corpus: str) -> list[Query]:
+def _foreign(corpora: Path, corpus: str) -> list[EvaluationQuery]:
     """Validation queries of the other corpora, emoji and clip art."""
     family = corpus.partition("-")[0]
     found = []
@@ -192,15 +198,17 @@ def _foreign(corpora: Path, corpus: str) -> list[Query]:
         if asked.corpus.partition("-")[0] != family and not asked.shows_images:
             records = bare_records(corpora, asked.corpus)
             found += read_queries(corpora / "queries" / f"{asked.name}-validation.jsonl", records)
-    return [Query(query.text, frozenset(), "foreign") for query in found]
+    return [EvaluationQuery(query.text, frozenset(), "foreign") for query in found]
 
 
-def _query_files(index: Index, options: argparse.Namespace) -> tuple[list[Query], list[Query]]:
+def _query_files(index: Index, options: argparse.Namespace) -> tuple[list[EvaluationQuery], list[EvaluationQuery]]:
     """Known and foreign queries."""
     if options.queries:
         known = [query for path in options.queries for query in read_queries(path, index.records)]
         lines = [line for path in options.foreign or () for line in path.read_text(encoding="utf-8").splitlines()]
-        return known, [Query(json.loads(line)["query"], frozenset(), "foreign") for line in lines if line.strip()]
+        return known, [
+            EvaluationQuery(json.loads(line)["query"], frozenset(), "foreign") for line in lines if line.strip()
+        ]
     corpora = make_corpora(default_folder())
     corpus = corpus_of(index, corpora)
     names = [a.name for a in QUERY_SETS if a.corpus == corpus and not a.shows_images]
@@ -208,7 +216,7 @@ def _query_files(index: Index, options: argparse.Namespace) -> tuple[list[Query]
     return known, _foreign(corpora, corpus)
 
 
-def _some(queries: list[Query], limit: int | None) -> list[Query]:
+def _some(queries: list[EvaluationQuery], limit: int | None) -> list[EvaluationQuery]:
     """A sample that is the same in every run."""
     order = np.random.default_rng(0).permutation(len(queries))[:limit]
     return [queries[row] for row in sorted(order.tolist())]

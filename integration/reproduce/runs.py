@@ -32,6 +32,7 @@ from llama_index_genret.serving.batch import open_batch
 from llama_index_genret.store import Index, load_index
 from llama_index_genret.store.build import add_to_index, build_index, needs_features
 from llama_index_genret.store.model_loading import load_base, load_trained
+from llama_index_genret.store.model_state import has_update
 from llama_index_genret.store.weights import ADAPTER, MODEL
 from llama_index_genret.training.recipe import TrainOptions, train
 
@@ -141,7 +142,7 @@ class Run:
             TrainingError: the weights are not those of trained.json, which knew nothing of the added images.
         """
         index = self.add()
-        if index.has_update or _adapter(index) != json.loads((self.folder / "trained.json").read_text())["adapter"]:
+        if has_update(index) or _adapter(index) != json.loads((self.folder / "trained.json").read_text())["adapter"]:
             raise TrainingError(f"{index.folder} was trained again after its images were added: remove {self.folder}.")
         asked = self.folder / "queries.jsonl"
         asked.write_text("".join(json.dumps({"query": text, "image_id": name}) + "\n" for text, name in queries))

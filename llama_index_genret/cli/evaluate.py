@@ -46,7 +46,7 @@ def evaluate(
 ) -> None:
     """Measure recall on held-out queries."""
     from llama_index_genret.evaluation.baselines import baseline
-    from llama_index_genret.evaluation.evaluate import evaluate, n_written_by_a_model
+    from llama_index_genret.evaluation.evaluate import count_pseudo_queries, evaluate
     from llama_index_genret.evaluation.queries import read_queries
     from llama_index_genret.evaluation.report import write_evaluation_report
 
@@ -56,7 +56,7 @@ def evaluate(
     loaded = load_index(index_dir)
     wanted = read_queries(queries, loaded.records)
     peers = {name: baseline(name, loaded.records, wanted) for name in filter(None, baselines.split(","))}
-    seen = n_written_by_a_model(loaded, wanted)
+    seen = count_pseudo_queries(loaded, wanted)
     if seen:
         log.print(f"{seen} of the queries are pseudo-queries of the index, and not held out", style="yellow")
     written = {"pseudo_queries": n_pseudo_queries(loaded), "queries_among_them": seen}

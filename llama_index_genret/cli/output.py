@@ -16,6 +16,7 @@ from rich.table import Table
 
 from llama_index_genret.errors import NotWritten
 from llama_index_genret.store import Index
+from llama_index_genret.store.model_state import unseen_rows
 
 _STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -76,14 +77,14 @@ def emit(as_json: bool, value: dict[str, Any], table: Table) -> None:
         raise NotWritten(f"the result could not be told: {error}. What the command does is done.") from error
 
 
-class _Table(Table):
+class _VisibleTable(Table):
     def add_row(self, *cells: Any, **others: Any) -> None:
         super().add_row(*(visible(cell) if isinstance(cell, str) else cell for cell in cells), **others)
 
 
 def new_table(*columns: str, title: str | None = None) -> Table:
     """A table that folds what is too wide."""
-    table = _Table(title=None if title is None else visible(title), title_justify="left")
+    table = _VisibleTable(title=None if title is None else visible(title), title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
@@ -96,7 +97,7 @@ def n_pseudo_queries(loaded: Index) -> int:
 
 def facts_of(loaded: Index) -> dict[str, Any]:
     """What `genret inspect` says of an index."""
-    trie, unseen = loaded.trie.base, loaded.unseen_rows()
+    trie, unseen = loaded.trie.base, unseen_rows(loaded)
     return {
         "index": str(loaded.folder),
         "images": len(loaded.records),

@@ -53,16 +53,17 @@ def query(
     """Recall images for a text, for a picture, or for both."""
     from llama_index_genret.scorers.base import recall
     from llama_index_genret.scorers.rerank import ranking_options
-    from llama_index_genret.serving.endpoint.client import Query
+    from llama_index_genret.serving.batch import hit_to_json, text_filters
+    from llama_index_genret.serving.endpoint.client import RecallQuery
 
     loaded = load_index(index_dir)
-    conditions = loaded.text_filter(parse_filters(filters)) if filters else None
+    conditions = text_filters(loaded, parse_filters(filters)) if filters else None
     prompts, tokenizer = loaded.prompts, loaded.tokenizer
     prompt = prompts.for_image(tokenizer, image, text) if image else prompts.for_query(tokenizer, text)
     scoring = loaded.scoring(scoring_choice(eta, rerank, rerank_weight, rerank_by), pictured=image is not None)
     scorer, budget = open_scorer(loaded, server, api_key, model, device), None if exact else 0
     endpoint = open_endpoint(loaded, scorer) if server else None
-    ranking = endpoint.recall(Query(text, prompt, k, None, budget, conditions, scoring)) if endpoint else None
+    ranking = endpoint.recall(RecallQuery(text, prompt, k, None, budget, conditions, scoring)) if endpoint else None
     if ranking is None:
         allowed = loaded.leaf_filter(conditions) if conditions else None
         options = ranking_options(loaded, scoring)
@@ -71,7 +72,7 @@ def query(
     rows = []
     for hit in ranking.hits:
         record = loaded.record_of(hit)
-        rows.append(loaded.hit_to_json(hit))
+        rows.append(hit_to_json(loaded, hit))
         caption = record.captions[0] if record.captions else ""
         table.add_row(record.file_name, caption, f"{hit.score:.4f}", f"{hit.log_prob:.3f}", loaded.identifier_of(hit))
     certificate = {"exact": ranking.exact, "nodes_expanded": ranking.nodes_expanded}

@@ -45,13 +45,13 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve indexes and their model with vLLM. What stands after `--` goes to vLLM as it is."""
-    from llama_index_genret.serving.launch import serve_command, serve_environment, shown_command
+    from llama_index_genret.serving.launch import printable_command, serve_command, serve_environment
 
     indexes = [load_index(folder) for folder in (index_dir, *(also or ()))]
-    os.environ.update(serve_environment(indexes))
+    environment = serve_environment(indexes, os.environ)
     command = serve_command(indexes, host=host, port=port, dtype=dtype, adapters=adapters, vllm_flags=context.args)
-    shown = shown_command(command)
+    shown = printable_command(command)
     if as_json:
         print(json.dumps({"api_base": f"http://{host}:{port}/v1", "command": shown}), flush=True)
     log.print(" ".join(shown), style="dim")
-    os.execv(command[0], command)
+    os.execve(command[0], command, environment)

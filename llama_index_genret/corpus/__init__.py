@@ -1,6 +1,6 @@
 """What the user gives: images, captions, questions and metadata. Independent of models."""
 
 from llama_index_genret.corpus.imagefolder import read_corpus
-from llama_index_genret.corpus.records import Corpus, Question, Record, Scalar, Skipped
+from llama_index_genret.corpus.records import Corpus, Question, Record, Scalar, SkippedImage
 
-__all__ = ["Corpus", "Question", "Record", "Scalar", "Skipped", "read_corpus"]
+__all__ = ["Corpus", "Question", "Record", "Scalar", "SkippedImage", "read_corpus"]

@@ -20,7 +20,7 @@ from llama_index_genret.corpus.jsonl import parse_object, read_lines
 from llama_index_genret.corpus.records import (
     Corpus,
     Record,
-    Skipped,
+    SkippedImage,
     parse_captions,
     parse_file_name,
     parse_metadata,
@@ -40,7 +40,7 @@ _OWN_COLUMNS = frozenset({"file_name", "image_id", "text", "questions"})
 
 
 @dataclass(frozen=True)
-class _Row:
+class _MetadataRow:
     """One image as it is listed; parsed late, so that a broken line is an error of that line only."""
 
     where: str
@@ -74,7 +74,7 @@ def read_corpus(
     root = _existing_folder(Path(folder))
     rows = _list_rows(root)
     records: list[Record] = []
-    skipped: list[Skipped] = []
+    skipped: list[SkippedImage] = []
     places: dict[str, str] = {}
     for row in rows if progress is None else progress(rows):
         file_name = row.source
@@ -85,7 +85,7 @@ def read_corpus(
         except CorpusError as error:
             if not skip_broken:
                 raise
-            skipped.append(Skipped(file_name, row.line, str(error)))
+            skipped.append(SkippedImage(file_name, row.line, str(error)))
             continue
         places[record.image_id] = repr(file_name) if row.line is None else f"line {row.line} ({file_name!r})"
         records.append(record)
@@ -108,7 +108,7 @@ def _existing_folder(folder: Path) -> Path:
     return root
 
 
-def _list_rows(root: Path) -> Iterable[_Row]:
+def _list_rows(root: Path) -> Iterable[_MetadataRow]:
     present = [name for name in _METADATA_FILES if os.path.lexists(root / name)]
     if len(present) > 1:
         raise MetadataError(f"{root} has both {' and '.join(present)}: remove the one that is not meant.")
@@ -116,7 +116,7 @@ def _list_rows(root: Path) -> Iterable[_Row]:
         raise MetadataError(f"{root / present[0]} is no regular file: write the metadata to a file of that name.")
     if present:
         return (_json_rows if present[0].endswith("jsonl") else _csv_rows)(root / present[0])
-    return [_Row("", None, name, partial(dict, file_name=name)) for name in _image_files(root)]
+    return [_MetadataRow("", None, name, partial(dict, file_name=name)) for name in _image_files(root)]
 
 
 def _image_files(root: Path) -> list[str]:
@@ -140,14 +140,14 @@ def _image_files(root: Path) -> list[str]:
     return sorted(names)
 
 
-def _json_rows(path: Path) -> Iterator[_Row]:
+def _json_rows(path: Path) -> Iterator[_MetadataRow]:
     for line, text in enumerate(read_lines(path), 1):
         if text.strip():
             where = f"{path}, line {line}: "
-            yield _Row(where, line, path.name, partial(parse_object, text, where))
+            yield _MetadataRow(where, line, path.name, partial(parse_object, text, where))
 
 
-def _csv_rows(path: Path) -> Iterator[_Row]:
+def _csv_rows(path: Path) -> Iterator[_MetadataRow]:
     reader = csv.reader(read_lines(path), strict=True)
     try:
         columns = next(reader, [])
@@ -156,7 +156,7 @@ def _csv_rows(path: Path) -> Iterator[_Row]:
         for cells in reader:
             where = f"{path}, line {line}: "
             if cells:
-                yield _Row(where, line, path.name, partial(_parse_cells, columns, cells, where))
+                yield _MetadataRow(where, line, path.name, partial(_parse_cells, columns, cells, where))
             line = reader.line_num + 1
     except csv.Error as error:  # where the next row begins is unknown from here on
         raise MetadataError(

@@ -32,7 +32,7 @@ _DECODERS = {
 }
 
 
-_HELD = {
+_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -173,7 +173,7 @@ def _upright(image: Image.Image) -> Image.Image:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # of what is no EXIF, a parser raises almost anything
         return image
-    held = _HELD.get(orientation) if isinstance(orientation, int) else None
+    held = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if held is None else image.transpose(held)
 
 

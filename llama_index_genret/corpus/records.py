@@ -74,7 +74,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Skipped:
+class SkippedImage:
     """An image or a line that `skip_broken` left out."""
 
     file_name: str
@@ -89,7 +89,7 @@ class Corpus:
 
     folder: Path
     records: tuple[Record, ...]
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[SkippedImage, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.by_id) != len(self.records):

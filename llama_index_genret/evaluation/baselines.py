@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import MissingExtra, QueryError
 from llama_index_genret.evaluation.evaluate import DEPTH, Evaluation
-from llama_index_genret.evaluation.queries import Query
+from llama_index_genret.evaluation.queries import EvaluationQuery
 
 
-def baseline(name: str, records: Sequence[Record], queries: Sequence[Query]) -> Evaluation:
+def baseline(name: str, records: Sequence[Record], queries: Sequence[EvaluationQuery]) -> Evaluation:
     """The same queries by a text index over the captions: `tfidf` (character 2- to 4-grams) or `bm25`.
 
     Ties are counted against: the right image comes after all images of equal score.
@@ -31,7 +31,7 @@ def baseline(name: str, records: Sequence[Record], queries: Sequence[Query]) -> 
 
 
 def evaluation_by_score(
-    scores: NDArray[np.floating], records: Sequence[Record], queries: Sequence[Query], *, depth: int = DEPTH
+    scores: NDArray[np.floating], records: Sequence[Record], queries: Sequence[EvaluationQuery], *, depth: int = DEPTH
 ) -> Evaluation:
     """Every query's images ranked by (queries, images) scores; of images of equal score, the right ones come last."""
     ids = [record.image_id for record in records]

@@ -59,14 +59,14 @@ STYLE: Any = {
 
 
 @dataclass(frozen=True)
-class Measured:
+class Estimate:
     """A mean over queries, and its interval."""
 
     value: float
     interval: Interval
 
 
-def comparison_chart(systems: Mapping[str, Mapping[str, Measured]]) -> Chart:
+def comparison_chart(systems: Mapping[str, Mapping[str, Estimate]]) -> Chart:
     """Every measure of every system as a point with its interval: {system: {measure: ...}}, at most three systems."""
     measures = list(dict.fromkeys(name for of_system in systems.values() for name in of_system))
     with matplotlib.rc_context(STYLE):
@@ -90,7 +90,7 @@ def comparison_chart(systems: Mapping[str, Mapping[str, Measured]]) -> Chart:
     return Chart("Recall and ranking", svg, "Points are means over the queries, lines their 95 % bootstrap intervals.")
 
 
-def survival_chart(levels: Sequence[Measured]) -> Chart:
+def survival_chart(levels: Sequence[Estimate]) -> Chart:
     """Share of the queries that still have a right image after 1, 2, ... symbols of its identifier."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure()

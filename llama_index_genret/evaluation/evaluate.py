@@ -18,17 +18,17 @@ from llama_index_genret.evaluation.metrics import (
     Interval,
     bootstrap_interval,
     expected_calibration_error,
-    found_at,
+    hits_at,
     mean_reciprocal_rank,
     ndcg_at,
     ndcgs_at,
     recall_at,
     reciprocal_ranks,
 )
-from llama_index_genret.evaluation.queries import Query
+from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, recall
-from llama_index_genret.scorers.recording import Prefix, WatchingScorer
+from llama_index_genret.scorers.recording import Prefix, RecordingScorer
 from llama_index_genret.scorers.rerank import ranking_options
 from llama_index_genret.search import Hit, Normalise
 from llama_index_genret.store import Index, Scoring, text_key
@@ -45,7 +45,7 @@ class Evaluation:
     kept: of each query, where it was watched: whether the search kept the first 1, 2, ... symbols of a right image.
     """
 
-    queries: tuple[Query, ...]
+    queries: tuple[EvaluationQuery, ...]
     ranked: tuple[tuple[str, ...], ...]
     hits: tuple[tuple[Hit, ...], ...] = ()
     latency_ms: tuple[float, ...] = ()
@@ -71,7 +71,7 @@ class Evaluation:
         return figures
 
     def prefix_survival(self) -> list[float]:
-        """Share of the queries whose search kept the first 1, 2, ... symbols of a right image; see `levels_kept`.
+        """Share of the queries whose search kept the first 1, 2, ... symbols of a right image; see `level_survival`.
 
         The last figure is recall@10.
         """
@@ -87,13 +87,13 @@ class Evaluation:
         found = [(hits[0].score, ids[0] in query.image_ids) for query, ids, hits in self._rows() if hits]
         return [score for score, _ in found], [right for _, right in found]
 
-    def _rows(self) -> Iterable[tuple[Query, tuple[str, ...], tuple[Hit, ...]]]:
+    def _rows(self) -> Iterable[tuple[EvaluationQuery, tuple[str, ...], tuple[Hit, ...]]]:
         return zip(self.queries, self.ranked, self.hits, strict=True)
 
     def of_each_query(self) -> dict[str, list[float]]:
         """recall@1/5/10, mrr and ndcg@10 of every query alone, in the order of `queries`."""
         expected = [query.image_ids for query in self.queries]
-        values = {f"recall@{k}": found_at(self.ranked, expected, k) for k in (1, 5, 10)}
+        values = {f"recall@{k}": hits_at(self.ranked, expected, k) for k in (1, 5, 10)}
         values["mrr"] = reciprocal_ranks(self.ranked, expected)
         return values | {"ndcg@10": ndcgs_at(self.ranked, expected, 10)}
 
@@ -117,7 +117,7 @@ class Evaluation:
 def evaluate(
     index: Index,
     scorer: Scorer,
-    queries: Sequence[Query],
+    queries: Sequence[EvaluationQuery],
     *,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     width: int | None = None,
@@ -132,7 +132,7 @@ def evaluate(
         scoring: how hits are ranked, as the index was tuned if not given.
     """
     options = ranking_options(index, index.scoring() if scoring is None else scoring)
-    watching = WatchingScorer(scorer)
+    watching = RecordingScorer(scorer)
     found, latency_ms, kept = [], [], []
     for query in progress(queries):
         start = time.perf_counter()
@@ -144,18 +144,20 @@ def evaluate(
             hits = ()
         latency_ms.append((time.perf_counter() - start) * 1e3)
         found.append(hits)
-        kept.append(levels_kept(index, query, watching.kept(1)[0] if hits else (), hits))
+        kept.append(level_survival(index, query, watching.kept(1)[0] if hits else (), hits))
     return replace(evaluation_of(index, queries, found, latency_ms), kept=tuple(kept))
 
 
-def levels_kept(index: Index, query: Query, kept: Sequence[Prefix], hits: Sequence[Hit]) -> tuple[bool, ...]:
+def level_survival(
+    index: Index, query: EvaluationQuery, kept: Sequence[Prefix], hits: Sequence[Hit]
+) -> tuple[bool, ...]:
     """Whether a search kept the first 1, 2, ... symbols of a right image's identifier.
 
     A beginning that only one image has is that image: it is kept where the image is recalled. An identifier that is
     shorter than others must have been kept as a whole.
 
     Args:
-        kept: prefixes whose children were scored, as of `WatchingScorer.kept`. hits: what was found in the end.
+        kept: prefixes whose children were scored, as of `RecordingScorer.kept`. hits: what was found in the end.
     """
     right = [index.token_ids(index.rows_by_id[image_id]) for image_id in query.image_ids]
     beams = [*kept, *(hit.token_ids for hit in hits)]
@@ -166,7 +168,7 @@ def levels_kept(index: Index, query: Query, kept: Sequence[Prefix], hits: Sequen
     return tuple(survives(level) for level in range(1, max(map(len, right)) + 1))
 
 
-def n_written_by_a_model(index: Index, queries: Sequence[Query]) -> int:
+def count_pseudo_queries(index: Index, queries: Sequence[EvaluationQuery]) -> int:
     """How many of the queries a model has written of a right image: after training, they are not held out."""
     return sum(
         any(
@@ -179,7 +181,7 @@ def n_written_by_a_model(index: Index, queries: Sequence[Query]) -> int:
 
 
 def evaluation_of(
-    index: Index, queries: Sequence[Query], hits: Sequence[Sequence[Hit]], latency_ms: Sequence[float] = ()
+    index: Index, queries: Sequence[EvaluationQuery], hits: Sequence[Sequence[Hit]], latency_ms: Sequence[float] = ()
 ) -> Evaluation:
     """What the hits of the queries amount to."""
     ranked = tuple(tuple(index.record_of(hit).image_id for hit in found) for found in hits)

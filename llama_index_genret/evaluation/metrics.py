@@ -23,7 +23,7 @@ class Interval(NamedTuple):
 
 def recall_at(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]], k: int) -> float:
     """Share of the queries with at least one expected id among the first `k` (the field's recall@k, or hit rate)."""
-    return _mean(found_at(ranked, expected, k))
+    return _mean(hits_at(ranked, expected, k))
 
 
 def mean_reciprocal_rank(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]]) -> float:
@@ -39,7 +39,7 @@ def ndcg_at(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]]
     return _mean(ndcgs_at(ranked, expected, k))
 
 
-def found_at(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]], k: int) -> list[float]:
+def hits_at(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]], k: int) -> list[float]:
     """Of each query: 1 where an expected id is among the first `k`, else 0. Their mean is `recall_at`."""
     return [float(bool(set(ids[:k]) & set(right))) for ids, right in zip(ranked, expected, strict=True)]
 

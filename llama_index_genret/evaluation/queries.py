@@ -23,7 +23,7 @@ _QUERY_LINE = '{"query": "...", "file_name": "..."}'
 
 
 @dataclass(frozen=True)
-class Query:
+class EvaluationQuery:
     """A query and the images that are right for it.
 
     kind: free text by which figures are parted. image: the file of a query that is a picture, alone or with a text.
@@ -41,7 +41,7 @@ class Query:
         return index.prompts.for_image(index.tokenizer, self.image, self.text)
 
 
-def read_queries(path: Path, records: Sequence[Record]) -> list[Query]:
+def read_queries(path: Path, records: Sequence[Record]) -> list[EvaluationQuery]:
     """Read QUERIES.jsonl: `{"query": ..., "file_name" | "image_id": one or a list, "kind": optional}` a line.
 
     A query that is a picture names its file in `image`, relative to the folder of `path`; `query` may then be left out.
@@ -59,7 +59,7 @@ def read_queries(path: Path, records: Sequence[Record]) -> list[Query]:
     return queries
 
 
-def _query(row: Mapping[str, Any], where: str, ids: Mapping[str, Mapping[str, str]], folder: Path) -> Query:
+def _query(row: Mapping[str, Any], where: str, ids: Mapping[str, Mapping[str, str]], folder: Path) -> EvaluationQuery:
     text, image = row.get("query", "" if "image" in row else None), row.get("image", "")
     key = next((key for key in NAMING_KEYS if key in row), None)
     if not isinstance(text, str) or not isinstance(image, str) or key is None:
@@ -71,7 +71,7 @@ def _query(row: Mapping[str, Any], where: str, ids: Mapping[str, Mapping[str, st
     if image and not _is_file(folder / image):
         raise CorpusError(f"{where}the query's picture {folder / image} does not exist. Correct image.")
     image_ids = frozenset(ids[key][name] for name in wanted)
-    return Query(text, image_ids, str(row.get("kind", "query")), folder / image if image else None)
+    return EvaluationQuery(text, image_ids, str(row.get("kind", "query")), folder / image if image else None)
 
 
 def _is_file(path: Path) -> bool:

@@ -26,7 +26,7 @@ from llama_index_genret.evaluation.metrics import bootstrap_interval, expected_c
 from llama_index_genret.store import Index
 
 if TYPE_CHECKING:
-    from llama_index_genret.evaluation.charts import Measured
+    from llama_index_genret.evaluation.charts import Estimate
 
 STRIPS = 30
 """Queries shown of the worst, and of those drawn by lot."""
@@ -77,7 +77,7 @@ def write_evaluation_report(
     )
 
 
-def shown_hit(record: Record, score: float, right: Collection[str]) -> ReportHit:
+def report_hit(record: Record, score: float, right: Collection[str]) -> ReportHit:
     """A recalled image as the report shows it."""
     caption = record.captions[0] if record.captions else record.file_name
     return ReportHit(record.image_id, record.path, caption, score, record.image_id in right)
@@ -114,7 +114,7 @@ def _group(index: Index, evaluation: Evaluation, title: str, rows: Iterable[int]
     queries = []
     for row in rows:
         query = evaluation.queries[row]
-        shown = tuple(shown_hit(index.record_of(hit), hit.score, query.image_ids) for hit in evaluation.hits[row])
+        shown = tuple(report_hit(index.record_of(hit), hit.score, query.image_ids) for hit in evaluation.hits[row])
         text = query.text if query.image is None else f"{query.image.name} {query.text}".strip()
         queries.append(ReportQuery(text, query.kind, tuple(sorted(query.image_ids)), shown))
     return QueryGroup(title, tuple(queries), note)
@@ -151,13 +151,13 @@ def _charts(systems: Mapping[str, Evaluation]) -> list[Chart]:
     from llama_index_genret.evaluation import charts
 
     ours = systems[OURS]
-    drawn = [charts.comparison_chart({name: _measured(evaluation) for name, evaluation in systems.items()})]
+    drawn = [charts.comparison_chart({name: _estimates(evaluation) for name, evaluation in systems.items()})]
     if ours.kept:
         asked = [query.image_ids for query in ours.queries]
         levels = ours.levels().T.tolist()
         means = zip(ours.prefix_survival(), levels, strict=True)
         drawn.append(
-            charts.survival_chart([charts.Measured(mean, bootstrap_interval(values, asked)) for mean, values in means])
+            charts.survival_chart([charts.Estimate(mean, bootstrap_interval(values, asked)) for mean, values in means])
         )
     scores, right = ours.first_hits()
     if scores:
@@ -166,8 +166,8 @@ def _charts(systems: Mapping[str, Evaluation]) -> list[Chart]:
     return [*drawn, charts.latency_chart(ours.latency_ms)] if ours.latency_ms else drawn
 
 
-def _measured(evaluation: Evaluation) -> dict[str, Measured]:
-    from llama_index_genret.evaluation.charts import Measured
+def _estimates(evaluation: Evaluation) -> dict[str, Estimate]:
+    from llama_index_genret.evaluation.charts import Estimate
 
     figures, intervals = evaluation.figures(), evaluation.intervals()
-    return {shown: Measured(figures[key], intervals[key]) for key, shown in MEASURES.items()}
+    return {shown: Estimate(figures[key], intervals[key]) for key, shown in MEASURES.items()}

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from llama_index_genret.errors import QueryError
 from llama_index_genret.evaluation.evaluate import DEPTH, evaluation_of
-from llama_index_genret.evaluation.queries import Query
+from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, recall
-from llama_index_genret.scorers.rerank import Continuation, ranking_options, rescored
+from llama_index_genret.scorers.rerank import Continuation, describing_prompt, ranking_options, rescored
 from llama_index_genret.search import Hit, Normalise, Row, Rows, search
-from llama_index_genret.store import Index, Scoring, Tuned, store_tuned
+from llama_index_genret.store import Index, Scoring, TunedScoring, store_tuning
 from llama_index_genret.store.scoring import RerankBy
 
 ETAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5)
@@ -65,7 +65,7 @@ def image_prior(index: Index, scorer: Scorer, *, progress: Progress = iter) -> N
         except StopIteration as stop:
             hits = stop.value[0].hits
             break
-        answer = np.concatenate([_scored(scorer, prompt, part) for part in progress(_parts(rows))])
+        answer = np.concatenate([_score(scorer, prompt, part) for part in progress(_parts(rows))])
     values = np.array([hit.log_prob for hit in hits])
     log_prior[[hit.key for hit in hits]] = np.where(np.isfinite(values), values, np.nan)
     return log_prior
@@ -75,7 +75,7 @@ def _parts(rows: Rows) -> list[list[Row]]:
     return [rows[start : start + PREFIX_BATCH] for start in range(0, len(rows), PREFIX_BATCH)]
 
 
-def _scored(scorer: Scorer, prompt: Prompt, rows: Sequence[Row]) -> NDArray[np.floating]:
+def _score(scorer: Scorer, prompt: Prompt, rows: Sequence[Row]) -> NDArray[np.floating]:
     """Scores in a session of their own: one for all would hold the prefixes of the whole trie."""
     with scorer.session([prompt], Normalise.CHILDREN) as session:
         return session.score(Rows.of(rows))
@@ -84,7 +84,7 @@ def _scored(scorer: Scorer, prompt: Prompt, rows: Sequence[Row]) -> NDArray[np.f
 def tune(
     index: Index,
     scorer: Scorer,
-    queries: Sequence[Query] = (),
+    queries: Sequence[EvaluationQuery] = (),
     *,
     etas: Sequence[float] = ETAS,
     rerank: int = 0,
@@ -106,19 +106,19 @@ def tune(
         StoreError: the index was changed meanwhile.
     """
     log_prior = image_prior(index, scorer, progress=progress)
-    index = store_tuned(index, log_prior, index.manifest.tuned or Tuned(scoring=Scoring(), queries=0))
+    index = store_tuning(index, log_prior, index.manifest.tuned or TunedScoring(scoring=Scoring(), queries=0))
     if not queries:
         return index, []
     trials = trials_of(index, scorer, queries, etas, rerank, rerank_by, rerank_weights, progress)
     best = max(trials, key=lambda trial: (trial.figures["mrr"], -trial.scoring.eta, -trial.scoring.rerank_weight))
     scoring = best.scoring if best.scoring.rerank_weight else replace(best.scoring, rerank=0)
-    return store_tuned(index, log_prior, Tuned(scoring=scoring, queries=len(queries))), trials
+    return store_tuning(index, log_prior, TunedScoring(scoring=scoring, queries=len(queries))), trials
 
 
 def trials_of(
     index: Index,
     scorer: Scorer,
-    queries: Sequence[Query],
+    queries: Sequence[EvaluationQuery],
     etas: Sequence[float],
     rerank: int,
     rerank_by: RerankBy,
@@ -173,7 +173,7 @@ class _Likelihoods:
                 prompt = self._prompts[row]
                 if prompt is not None and (row, hit.key) not in self._known:
                     pairs.append((row, hit.key))
-                    asked.append(Continuation(self._index.describing_prompt(hit, self._by), prompt.words))
+                    asked.append(Continuation(describing_prompt(self._index, hit.key, self._by), prompt.words))
         if asked:
             with self._scorer.session([], Normalise.CHILDREN) as session:
                 self._known.update(zip(pairs, session.log_likelihoods(asked).tolist(), strict=True))

@@ -19,8 +19,8 @@ class AtomicScheme(CountingScheme):
     writes: ClassVar[Literal["symbols", "text"]] = "symbols"
     new_images: ClassVar[str] = "a new symbol, whose row is guessed from the picture until it is trained"
 
-    def written(self, number: int) -> Identifier:
-        """See `CountingScheme.written`."""
+    def identifier_of(self, number: int) -> Identifier:
+        """See `CountingScheme.identifier_of`."""
         return (f"<i_{number}>",)
 
     def new_symbols(self) -> list[str]:

@@ -15,8 +15,8 @@ from llama_index_genret.identifiers.codebooks import (
     ResidualCodebooks,
     TreeCodebooks,
     TreeLevel,
-    counted,
     nearest_rows,
+    sibling_positions,
     unit_rows,
 )
 
@@ -49,7 +49,7 @@ def kmeans_tree(features: Float32, sizes: Sequence[int], *, seed: int, shared: b
         parts = [kmeans(unit[rows], size, seed=seed) for rows in np.split(order, starts[1:])]
         offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
         centroids = np.concatenate(parts)
-        codes = counted(offsets)
+        codes = sibling_positions(offsets)
         if shared and len(parts) > 1:
             codes = _shared_codes(centroids - np.repeat(parents, np.diff(offsets), axis=0), offsets, size, seed=seed)
         level = TreeLevel(centroids, offsets, codes)

@@ -83,7 +83,9 @@ class TreeCodebooks:
         found = []
         for i in range(levels):
             offsets = arrays[f"offsets{i}"]
-            found.append(TreeLevel(arrays[f"centroids{i}"], offsets, arrays.get(f"codes{i}", counted(offsets))))
+            found.append(
+                TreeLevel(arrays[f"centroids{i}"], offsets, arrays.get(f"codes{i}", sibling_positions(offsets)))
+            )
         return cls(tuple(found))
 
 
@@ -119,7 +121,7 @@ class ResidualCodebooks:
         return cls(tuple(arrays[f"centroids{i}"] for i in range(levels)))
 
 
-def counted(offsets: Int64) -> Int64:
+def sibling_positions(offsets: Int64) -> Int64:
     """(m,) the place of each child among those of its parent; for `offsets` see `TreeLevel`."""
     return np.asarray(np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets)))
 

@@ -29,7 +29,7 @@ class CountingScheme(ABC):
         self._next = 0
 
     @abstractmethod
-    def written(self, number: int) -> Identifier:
+    def identifier_of(self, number: int) -> Identifier:
         """The number as an identifier."""
 
     def fit(self, images: ImageFacts, *, seed: int) -> list[Identifier]:
@@ -42,7 +42,7 @@ class CountingScheme(ABC):
         def candidates(_: None) -> Iterator[Identifier]:
             for number in count(self._next):
                 self._next = number + 1
-                yield self.written(number)
+                yield self.identifier_of(number)
 
         free = FirstFree(taken, candidates)
         return [free.name(None) for _ in range(images.n_images)]
@@ -90,8 +90,8 @@ class NumericScheme(CountingScheme):
         self.digits = self.digits or len(str(max(0, images.n_images - 1)))
         return super().fit(images, seed=seed)
 
-    def written(self, number: int) -> Identifier:
-        """See `CountingScheme.written`."""
+    def identifier_of(self, number: int) -> Identifier:
+        """See `CountingScheme.identifier_of`."""
         return tuple(str(number).zfill(self.digits or 1))
 
     def options(self) -> dict[str, Any]:
@@ -107,6 +107,6 @@ class StringScheme(CountingScheme):
     writes: ClassVar[Literal["symbols", "text"]] = "text"
     new_images: ClassVar[str] = "the next number; the model must be trained on it before it can recall it"
 
-    def written(self, number: int) -> Identifier:
-        """See `CountingScheme.written`."""
+    def identifier_of(self, number: int) -> Identifier:
+        """See `CountingScheme.identifier_of`."""
         return (str(number),)

@@ -25,7 +25,7 @@ there here he she they his her their him them i you we my your our s t some
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 """English words that tell images apart no better than chance; a caption of nothing else keeps them."""
 
-UNNAMED = "image"
+FALLBACK_WORD = "image"
 """What an image without any word is called, before its number."""
 
 
@@ -61,7 +61,7 @@ class SemanticScheme:
             if words:
                 yield (" ".join(words[:n]),)
         for number in count(2 if words else 1):
-            yield (" ".join([*(words or (UNNAMED,)), str(number)]),)
+            yield (" ".join([*(words or (FALLBACK_WORD,)), str(number)]),)
 
     def new_symbols(self) -> list[str]:
         """None: it is text."""

@@ -90,7 +90,7 @@ def draw_tree(identifiers: Sequence[Identifier], images: Sequence[Path], out: Pa
     height = 2 * MARGIN + HEADER + sum(band.height + GAP for band in shown) + (CAPTION if rest else 0)
     canvas = Image.new("RGB", (WIDTH, height), PAGE)
     draw = ImageDraw.Draw(canvas)
-    draw.text((MARGIN, MARGIN - 4), _fitted(title or "Identifiers", 26, WIDTH - 2 * MARGIN), INK, _font(26))
+    draw.text((MARGIN, MARGIN - 4), _shorten(title or "Identifiers", 26, WIDTH - 2 * MARGIN), INK, _font(26))
     nodes = sum(band.n_boxes for band in bands)
     facts = f"{len(identifiers):,} images · {len(bands):,} first symbols · {nodes:,} beginnings of two symbols"
     draw.text((MARGIN, MARGIN + 28), facts, FAINT, _font(15))
@@ -135,7 +135,9 @@ def _draw_band(
 ) -> None:
     draw.rounded_rectangle((MARGIN, top, WIDTH - MARGIN, top + band.height - 1), 8, PAPER)
     draw.rounded_rectangle((MARGIN, top, MARGIN + 6, top + band.height - 1), 3, colour)
-    draw.text((MARGIN + 18, top + PADDING + 2), _fitted(band.label or "(end)", 20, LABEL_WIDTH - 26), colour, _font(20))
+    draw.text(
+        (MARGIN + 18, top + PADDING + 2), _shorten(band.label or "(end)", 20, LABEL_WIDTH - 26), colour, _font(20)
+    )
     noun = "image" if band.n_images == 1 else "images"
     draw.text((MARGIN + 18, top + PADDING + 30), f"{band.n_images:,} {noun}", FAINT, _font(14))
     left = MARGIN + LABEL_WIDTH
@@ -148,7 +150,7 @@ def _draw_band(
 
 def _draw_box(canvas: Image.Image, draw: ImageDraw.ImageDraw, box: Box, x: int, y: int, images: Sequence[Path]) -> None:
     draw.rounded_rectangle((x, y, x + box.width - 1, y + BOX_HEIGHT - 1), 6, PAGE, LINE)
-    label = _fitted(box.label or "(end)", 13, box.width - 2 * PADDING)
+    label = _shorten(box.label or "(end)", 13, box.width - 2 * PADDING)
     draw.text((x + PADDING, y + 5), label, FAINT, _font(13))
     at = x + PADDING
     for row in box.rows[:MOST_IN_BOX]:
@@ -167,7 +169,7 @@ def _thumbnail(path: Path) -> Image.Image:
     return ImageOps.pad(image, (THUMBNAIL, THUMBNAIL), color=PAGE)
 
 
-def _fitted(text: str, size: int, width: int) -> str:
+def _shorten(text: str, size: int, width: int) -> str:
     """The text, shortened with an ellipsis where it is wider than `width` pixels."""
     font = _font(size)
     if font.getlength(text) <= width:

@@ -34,7 +34,7 @@ class IndexModels:
         self._base: tuple[str, Any] | None = None
         self._trained: tuple[str | None, Any] | None = None
 
-    def to_name(self) -> Any:
+    def base_for_new_index(self) -> Any:
         """The base model that names the images of a new index: an `Mllm`.
 
         Raises:
@@ -55,7 +55,7 @@ class IndexModels:
                 self._base = index.manifest.tokenizer, load_base(index, device=self.device, base=self._where)
             return self._base[1]
 
-    def recalling(self, index: Index) -> tuple[Scorer, RecallClient | None]:
+    def recall_backend(self, index: Index) -> tuple[Scorer, RecallClient | None]:
         """What a retriever of the index recalls with.
 
         Raises:
@@ -73,20 +73,20 @@ class IndexModels:
             return served, RecallClient(index, served.server)
         return self._in_process(index), None
 
-    def answering(self, index: Index) -> LLM:
+    def answer_llm(self, index: Index) -> LLM:
         """The LLM that answers: the one that was given, else the model that recalls.
 
         Raises:
-            NotTrained: as of `recalling`.
+            NotTrained: as of `recall_backend`.
         """
         if self._llm is not None:
             return self._llm
-        scorer, _ = self.recalling(index)
+        scorer, _ = self.recall_backend(index)
         return InProcessLLM(getattr(scorer, "mllm", None) or self._in_process(index).mllm)
 
     def refresh(self, retriever: GenerativeImageRetriever, index: Index) -> None:
         """Let a retriever search another version of the index."""
-        scorer, endpoint = self.recalling(index)
+        scorer, endpoint = self.recall_backend(index)
         retriever.use(index, scorer, endpoint=endpoint)
 
     @property

@@ -68,7 +68,7 @@ def sealed_document(document: BaseNode, pictures: Path) -> Document:
     resource = document.image_resource
     path = _file(document.id_, resource.path if resource else None, resource, pictures)
     copy = document.model_copy(deep=True)
-    _seal(copy, _image_id(document), path, _checked(document, path))
+    _seal(copy, _image_id(document), path, _check_image(document, path))
     return copy
 
 
@@ -86,10 +86,10 @@ def sealed_node(node: BaseNode, pictures: Path) -> ImageNode:
     content = MediaResource(data=node.image.encode()) if node.image else None
     address = MediaResource(url=AnyUrl(node.image_url)) if node.image_url else None
     path = _file(node.node_id, node.image_path, content or address, pictures)
-    sha256 = _checked(node, path)
+    sha256 = _check_image(node, path)
     fields = {**node.to_dict(), "image": None, "image_url": None, "image_path": str(path)}
     copy = ImageNode.from_dict({**fields, "image_mimetype": sniff_mime(path)})
-    _tell(copy, node.node_id, path, sha256)
+    _set_file_metadata(copy, node.node_id, path, sha256)
     return copy
 
 
@@ -180,7 +180,7 @@ def _file(name: str, path: Path | str | None, resource: MediaResource | None, pi
     if path is not None:
         return Path(path).resolve()
     if resource is not None and resource.data:
-        return _written(base64.b64decode(resource.data), pictures)
+        return _write_image(base64.b64decode(resource.data), pictures)
     if resource is not None and resource.url:
         raise ImageError(
             f"the image of {name!r} is an address, {resource.url}: nothing is fetched, because what lies there may be "
@@ -189,7 +189,7 @@ def _file(name: str, path: Path | str | None, resource: MediaResource | None, pi
     raise ImageError(_no_image(name))
 
 
-def _written(content: bytes, pictures: Path) -> Path:
+def _write_image(content: bytes, pictures: Path) -> Path:
     """An image file of this content, named by it."""
     load_image(content)
     suffix = sniff_mime(content).rpartition("/")[2].removeprefix("x-")
@@ -200,7 +200,7 @@ def _written(content: bytes, pictures: Path) -> Path:
     return path.resolve()
 
 
-def _checked(node: BaseNode, path: Path) -> str:
+def _check_image(node: BaseNode, path: Path) -> str:
     """The sha256 of an image that decodes; one that was read before is not decoded again."""
     for key, value in node.metadata.items():
         if not isinstance(value, Scalar):
@@ -223,10 +223,10 @@ def _checked(node: BaseNode, path: Path) -> str:
 
 def _seal(document: Document, image_id: str, path: Path, sha256: str) -> None:
     document.image_resource = MediaResource(path=path, mimetype=sniff_mime(path))
-    _tell(document, image_id, path, sha256)
+    _set_file_metadata(document, image_id, path, sha256)
 
 
-def _tell(node: BaseNode, image_id: str, path: Path, sha256: str) -> None:
+def _set_file_metadata(node: BaseNode, image_id: str, path: Path, sha256: str) -> None:
     """Write what is known of the file into the metadata, and hide it from models. In place."""
     own = {"image_id": image_id, "file_path": str(path), "content_sha256": sha256}
     node.metadata = {**node.metadata, **own}

@@ -56,6 +56,7 @@ from llama_index_genret.llamaindex.nodes import ReadablePictures
 from llama_index_genret.llamaindex.query_engine import QUESTION_AFTER_CONTEXT, image_query_engine
 from llama_index_genret.llamaindex.retriever import GenerativeImageRetriever
 from llama_index_genret.store import PICTURES, add_images, load_index, remove_images
+from llama_index_genret.store.model_state import unseen_rows
 
 STRUCT_TYPE = "genret"
 
@@ -102,7 +103,7 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
             written into the folder, one that is only an address is refused.
         index_dir: the folder, which must be free; of an index that is loaded, where it has moved to.
         model: the base model that is to be trained, a folder or hub id, or a loaded `Mllm`.
-        scheme, scheme_options, alphabet, overwrite: how images are named, see `indexing.build_index`.
+        scheme, scheme_options, alphabet, overwrite: how images are named, see `store.build.build_index`.
         api_base, api_key: of a server that `genret serve` started on the folder, which recalls and answers then. None
             for a model in this process.
         llm: what answers; an `OpenAILike` also names the server that recalls.
@@ -178,7 +179,7 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
         """The folder's index as it is now: training or edits by other processes are seen."""
         with self._edits:
             if store.read_manifest(self._folder) != self._index.manifest:
-                self._changed(load_index(self._folder))
+                self._use(load_index(self._folder))
             return self._index
 
     def untrained_ids(self) -> list[str]:
@@ -188,7 +189,7 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
         `semantic`) or where their rows were guessed from it (`atomic`).
         """
         index = self.stored
-        rows = index.unseen_rows() if index.is_trained else range(len(index.records))
+        rows = unseen_rows(index) if index.is_trained else range(len(index.records))
         return [index.records[row].image_id for row in rows or []]
 
     def train(self, options: Any = None, *, update: bool = False, show_progress: bool = True) -> None:
@@ -202,7 +203,7 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
 
         trained = train(self.stored, options, update=update, device=self._models.device, show_progress=show_progress)
         with self._edits:
-            self._changed(trained)
+            self._use(trained)
 
     def as_retriever(self, **kwargs: Any) -> GenerativeImageRetriever:
         """A retriever of the nodes in the docstore, which sees every later edit and training of this index.
@@ -219,7 +220,7 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
                 f"{sorted(_RETRIEVER_OPTIONS - {'self', 'index', 'scorer'})}."
             )
         index = self.stored
-        scorer, endpoint = self._models.recalling(index)
+        scorer, endpoint = self._models.recall_backend(index)
         options = {name: value for name, value in kwargs.items() if name in _RETRIEVER_OPTIONS}
         retriever = GenerativeImageRetriever(
             index, scorer, endpoint=endpoint, docstore=self.docstore, callback_manager=self._callback_manager, **options
@@ -255,7 +256,9 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
         return chat
 
     def _llm(self, llm: Any) -> LLM:
-        return resolve_llm(llm, callback_manager=self._callback_manager) if llm else self._models.answering(self.stored)
+        if llm:
+            return resolve_llm(llm, callback_manager=self._callback_manager)
+        return self._models.answer_llm(self.stored)
 
     @property
     def ref_doc_info(self) -> dict[str, RefDocInfo]:
@@ -279,7 +282,7 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
         folder = common_folder(images)
         corpus = Corpus(folder, tuple(records_of(images, [folder])))
         named = {"progress": self._bar("Encoding"), **self._naming}
-        self._index = build_index(corpus, self._folder, self._models.to_name(), **named)
+        self._index = build_index(corpus, self._folder, self._models.base_for_new_index(), **named)
         return GenretIndexStruct(folder=str(self._folder))
 
     def insert_nodes(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
@@ -304,9 +307,9 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
         with self._edits:
             index, records = self.stored, self._records(nodes)
             if records:
-                self._changed(add_to_index(index, records, self._naming_model(), progress=self._bar("Encoding")))
+                self._use(add_to_index(index, records, self._base_model(), progress=self._bar("Encoding")))
 
-    def _naming_model(self) -> Any:
+    def _base_model(self) -> Any:
         """The base model where images that join are named by their looks; None where not."""
         from llama_index_genret.store.build import needs_features
 
@@ -318,7 +321,7 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
             index = self.stored
             known = [node_id for node_id in node_ids if node_id in index.rows_by_id]
             if known:
-                self._changed(remove_images(index, known))
+                self._use(remove_images(index, known))
             if delete_from_docstore:
                 for node_id in node_ids:
                     self.docstore.delete_document(node_id, raise_error=False)
@@ -374,15 +377,15 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
             made = run_transformations(documents, self._transformations, show_progress=self._show_progress)
             nodes = [sealed_node(node, self._folder / PICTURES) for node in made]
             same = {node.node_id: node for node in nodes if self._is_same_picture(node)}
-            names = [index.identifiers[index.rows_by_id[image_id]] for image_id in same]
+            identifiers = [index.identifiers[index.rows_by_id[image_id]] for image_id in same]
             others = [node for node in nodes if node.node_id not in same]
             if others:
-                self._naming_model()  # fails before anything is deleted
+                self._base_model()  # fails before anything is deleted
             self.delete_nodes(self._nodes_of(documents, nodes), delete_from_docstore=True)
             self._insert(others)
             if same:
                 index = self._index
-                self._changed(add_images(index, self._records(list(same.values())), names, index.scheme()))
+                self._use(add_images(index, self._records(list(same.values())), identifiers, index.scheme()))
             self.docstore.add_documents(nodes, allow_update=True)
             self._remember(documents)
 
@@ -405,7 +408,7 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
         for document in documents:
             self.docstore.set_document_hash(document.id_, document.hash)
 
-    def _changed(self, index: store.Index) -> None:
+    def _use(self, index: store.Index) -> None:
         """Go on with another version, and all retrievers with it."""
         self._index = index
         for retriever in list(self._retrievers):

@@ -76,7 +76,7 @@ class _ServerLLM(OpenAILike):  # type: ignore[misc]  # it has no types
     api_base: str | None = Field(default=None, repr=False)
 
     @field_serializer("api_base")
-    def _shown(self, api_base: str | None) -> str | None:
+    def _redact_login(self, api_base: str | None) -> str | None:
         return None if api_base is None else shown_address(api_base)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class _ServerLLM(OpenAILike):  # type: ignore[misc]  # it has no types
         options: dict[str, Any] = super()._get_credential_kwargs(is_async=is_async)
         if options["http_client"] is None and not self.reuse_client:
             client = DefaultAsyncHttpxClient if is_async else DefaultHttpxClient
-            options["http_client"] = client(verify=_tls_context(), limits=_NONE_KEPT)
+            options["http_client"] = client(verify=_tls_context(), limits=_NO_KEEP_ALIVE)
         return options
 
 
@@ -118,7 +118,7 @@ def _without_empty_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     return [m for m in messages if m.role != MessageRole.SYSTEM or any(getattr(b, "text", True) for b in m.blocks)]
 
 
-_NONE_KEPT = httpx.Limits(max_keepalive_connections=0)
+_NO_KEEP_ALIVE = httpx.Limits(max_keepalive_connections=0)
 
 
 @cache

@@ -26,7 +26,7 @@ from llama_index_genret.errors import ImageError
 MAX_IMAGE_PIXELS = 2**20
 """Of a picture that a model is shown, unless more are asked for: about what today's models read of one."""
 
-KEPT = 1000
+MAX_COPIES = 1000
 """Scaled copies that are kept at most."""
 
 _PLAIN = {"image/png": "PNG", "image/jpeg": "JPEG"}
@@ -35,7 +35,7 @@ _JPEG_QUALITY = 90
 
 
 @dataclass(frozen=True)
-class ShownPicture:
+class ModelImage:
     """A PNG or JPEG file that any server reads. width, height: in pixels."""
 
     path: Path
@@ -44,7 +44,7 @@ class ShownPicture:
     height: int
 
 
-def shown_picture(source: Path | bytes, *, max_pixels: int | None = MAX_IMAGE_PIXELS) -> ShownPicture:
+def model_image(source: Path | bytes, *, max_pixels: int | None = MAX_IMAGE_PIXELS) -> ModelImage:
     """The file to show for an image file, or for the content of one.
 
     Args:
@@ -54,17 +54,17 @@ def shown_picture(source: Path | bytes, *, max_pixels: int | None = MAX_IMAGE_PI
     """
     if max_pixels is not None and max_pixels < 1:
         raise ImageError(f"max_image_pixels={max_pixels} leaves no picture: at least 1, or None for any size.")
-    return _SHOWN.get(source, max_pixels)
+    return _CACHE.get(source, max_pixels)
 
 
-class _Shown:
+class _ModelImageCache:
     """What was shown last, by the content's stamp."""
 
     def __init__(self) -> None:
-        self._pictures: OrderedDict[str, ShownPicture] = OrderedDict()
+        self._pictures: OrderedDict[str, ModelImage] = OrderedDict()
         self._lock = Lock()
 
-    def get(self, source: Path | bytes, max_pixels: int | None) -> ShownPicture:
+    def get(self, source: Path | bytes, max_pixels: int | None) -> ModelImage:
         key = _key(source, max_pixels)
         with self._lock:
             known = self._pictures.get(key)
@@ -74,22 +74,22 @@ class _Shown:
         picture = _plain(source, max_pixels) or self._copy(source, max_pixels, key)
         with self._lock:
             self._pictures[key] = picture
-            while len(self._pictures) > KEPT:
+            while len(self._pictures) > MAX_COPIES:
                 _, oldest = self._pictures.popitem(last=False)
                 if oldest.path.parent == self._folder:
                     oldest.path.unlink(missing_ok=True)
         return picture
 
-    def _copy(self, source: Path | bytes, max_pixels: int | None, key: str) -> ShownPicture:
+    def _copy(self, source: Path | bytes, max_pixels: int | None, key: str) -> ModelImage:
         image = load_image(source)
         if max_pixels is not None and image.width * image.height > max_pixels:
-            image = image.resize(_scaled(image.width, image.height, max_pixels), Image.Resampling.LANCZOS)
+            image = image.resize(_fit_size(image.width, image.height, max_pixels), Image.Resampling.LANCZOS)
         mime = "image/jpeg" if sniff_mime(source) == "image/jpeg" else "image/png"
         path = self._folder / f"{key}.{_PLAIN[mime].lower()}"
         temporary = self._folder / uuid.uuid4().hex  # two threads may write the same copy
         image.save(temporary, _PLAIN[mime], quality=_JPEG_QUALITY)
         temporary.replace(path)
-        return ShownPicture(path, mime, image.width, image.height)
+        return ModelImage(path, mime, image.width, image.height)
 
     @cached_property
     def _folder(self) -> Path:
@@ -97,7 +97,7 @@ class _Shown:
         return Path(self._removed_at_exit.name)
 
 
-_SHOWN = _Shown()
+_CACHE = _ModelImageCache()
 
 
 def _key(source: Path | bytes, max_pixels: int | None) -> str:
@@ -112,7 +112,7 @@ def _key(source: Path | bytes, max_pixels: int | None) -> str:
     return hashlib.sha256(f"{stamp} {max_pixels}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _plain(source: Path | bytes, max_pixels: int | None) -> ShownPicture | None:
+def _plain(source: Path | bytes, max_pixels: int | None) -> ModelImage | None:
     """The file itself, where any server reads it as it is meant. Decoded once: a damaged one is none."""
     mime = sniff_mime(source)
     if isinstance(source, bytes) or mime not in _PLAIN:
@@ -123,10 +123,10 @@ def _plain(source: Path | bytes, max_pixels: int | None) -> ShownPicture | None:
         turned = image.getexif().get(_ORIENTATION, 1) != 1
     if not plain or turned or (max_pixels is not None and upright.width * upright.height > max_pixels):
         return None
-    return ShownPicture(source.absolute(), mime, upright.width, upright.height)
+    return ModelImage(source.absolute(), mime, upright.width, upright.height)
 
 
-def _scaled(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+def _fit_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
     """The largest size of at most `max_pixels` with these proportions, no side below one pixel."""
     scale = math.sqrt(max_pixels / (width * height))
     low = max(1, int(height * scale))

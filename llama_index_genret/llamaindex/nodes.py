@@ -36,8 +36,8 @@ from llama_index.core.schema import (
 from llama_index_genret.corpus import Record
 from llama_index_genret.corpus.images import sniff_mime
 from llama_index_genret.errors import FilterError, ImageError, PictureNotShown
-from llama_index_genret.llamaindex.model_images import MAX_IMAGE_PIXELS, ShownPicture, shown_picture
-from llama_index_genret.store import MetadataFilters
+from llama_index_genret.llamaindex.model_images import MAX_IMAGE_PIXELS, ModelImage, model_image
+from llama_index_genret.store import RecordFilters
 from llama_index_genret.store.filters import Columns
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ _TEXT_ONLY = (
 )
 
 
-class ShownImageBlock(ImageBlock):
+class ModelImageBlock(ImageBlock):
     """An `ImageBlock` of a small file. tokens: how many LlamaIndex counts it as when it packs a prompt."""
 
     tokens: int = Field(exclude=True)
@@ -115,14 +115,14 @@ class GenretImageNode(ImageNode):
         text = "" if metadata_mode == MetadataMode.NONE else super().get_content(metadata_mode).strip()
         blocks: list[BaseContentBlock] = [TextBlock(text=text)] if text else []
         try:
-            picture = self.shown()
+            picture = self.model_image()
         except ImageError as error:
             log.warning("the model is not shown the picture of %s: %s", self.node_id, error)
             return [*blocks, MissingPictureBlock(text=self.missing_text())]
-        block = ShownImageBlock(path=picture.path, image_mimetype=picture.mime, tokens=self._tokens(picture))
+        block = ModelImageBlock(path=picture.path, image_mimetype=picture.mime, tokens=self._tokens(picture))
         return [*blocks, block]
 
-    def shown(self) -> ShownPicture:
+    def model_image(self) -> ModelImage:
         """The file that the model is shown.
 
         Raises:
@@ -130,7 +130,7 @@ class GenretImageNode(ImageNode):
         """
         if self.image is not None:
             try:
-                return shown_picture(base64.b64decode(self.image), max_pixels=self.max_image_pixels)
+                return model_image(base64.b64decode(self.image), max_pixels=self.max_image_pixels)
             except binascii.Error as error:
                 raise ImageError(f"the image of the node {self.node_id!r} is no base64: {error}.") from error
         if self.image_path is None:
@@ -138,13 +138,13 @@ class GenretImageNode(ImageNode):
                 f"the node {self.node_id!r} has no image file (image_url={self.image_url!r}); none is fetched from an "
                 "address while a query runs. Download it, and set image_path."
             )
-        return shown_picture(Path(self.image_path), max_pixels=self.max_image_pixels)
+        return model_image(Path(self.image_path), max_pixels=self.max_image_pixels)
 
     def missing_text(self) -> str:
         """What the model is told where it cannot be shown the picture."""
         return f"(The picture {self.node_id} cannot be shown.)"
 
-    def _tokens(self, picture: ShownPicture) -> int:
+    def _tokens(self, picture: ModelImage) -> int:
         if self.image_tokens is not None:
             return self.image_tokens
         tokens = math.ceil(picture.width / _TOKEN_SIDE) * math.ceil(picture.height / _TOKEN_SIDE)
@@ -179,7 +179,7 @@ class ReadablePictures(BaseNodePostprocessor):
             else GenretImageNode.of(node, max_image_pixels=self.max_image_pixels)
         )
         try:
-            picture = whole.shown()
+            picture = whole.model_image()
         except ImageError as error:
             log.warning("the model is not shown the picture of %s: %s", node.node_id, error)
             fields = {name: getattr(node, name) for name in TextNode.model_fields}
@@ -201,7 +201,7 @@ def node_of(record: Record) -> GenretImageNode:
     )
 
 
-def still_passes(node: ImageNode, record: Record, filters: MetadataFilters, keys: Collection[str]) -> bool:
+def still_passes(node: ImageNode, record: Record, filters: RecordFilters, keys: Collection[str]) -> bool:
     """Whether a node that stands for a record passes the filters that the record has passed.
 
     What its own metadata say of the index's `keys` counts; of what they do not say, the record's. It does not pass
@@ -211,12 +211,12 @@ def still_passes(node: ImageNode, record: Record, filters: MetadataFilters, keys
     if all(value == record.metadata.get(key) for key, value in stored.items()):
         return True
     try:
-        return bool(Columns([{**dict.fromkeys(keys), **record.metadata, **stored}]).passing(filters)[0])
+        return bool(Columns([{**dict.fromkeys(keys), **record.metadata, **stored}]).record_mask(filters)[0])
     except (FilterError, TypeError):
         return False
 
 
-def recalled_node(
+def hit_node(
     node: ImageNode, hit: dict[str, Any], *, llm_metadata_keys: Collection[str], max_image_pixels: int | None
 ) -> GenretImageNode:
     """A copy of `node` with what is to be said of the hit in its metadata, and the type of the file as it is now.
@@ -244,7 +244,7 @@ def recalled_node(
 
 def _file_of(node: GenretImageNode) -> dict[str, str | None]:
     try:
-        picture = node.shown()
+        picture = node.model_image()
     except ImageError as error:
         log.warning("the picture of %s cannot be read: %s", node.node_id, error)
         return {}

@@ -25,18 +25,17 @@ from llama_index.core.vector_stores.types import MetadataFilters
 from llama_index.llms.openai_like import OpenAILike
 from pydantic import ValidationError
 
-from llama_index_genret import store
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import FilterError, QueryError, UnknownImage
 from llama_index_genret.llamaindex.model_images import MAX_IMAGE_PIXELS
-from llama_index_genret.llamaindex.nodes import node_of, recalled_node, still_passes
-from llama_index_genret.llamaindex.search_scope import Searched
+from llama_index_genret.llamaindex.nodes import hit_node, node_of, still_passes
+from llama_index_genret.llamaindex.search_scope import SearchScope
 from llama_index_genret.scorers.base import Scorer, arecall, recall
 from llama_index_genret.scorers.rerank import ranking_options
 from llama_index_genret.scorers.vllm_http import SERVED_NAME, VllmScorer
 from llama_index_genret.search import Hit, Normalise, Ranking
-from llama_index_genret.serving.endpoint.client import Query, RecallClient
-from llama_index_genret.store import Index, ScoringChoice, load_index
+from llama_index_genret.serving.endpoint.client import RecallClient, RecallQuery
+from llama_index_genret.store import Index, RecordFilters, ScoringChoice, load_index
 from llama_index_genret.store.scoring import RerankBy
 
 log = logging.getLogger(__name__)
@@ -111,17 +110,17 @@ class GenerativeImageRetriever(BaseRetriever):
         self._choice = ScoringChoice(eta, rerank, rerank_weight, rerank_by)
         self._template: BasePromptTemplate = PromptTemplate("{query_str}")
         self._filters, self._replacing = copy.deepcopy(filters), threading.Lock()
-        conditions = None if filters is None else _conditions(filters)
-        self._source = Searched(index, scorer, self._served(endpoint, chosen), conditions, chosen)
+        record_filters = None if filters is None else _record_filters(filters)
+        self._source = SearchScope(index, scorer, self._usable_endpoint(endpoint, chosen), record_filters, chosen)
         self._check(index)
 
     def use(self, index: Index, scorer: Scorer, *, endpoint: RecallClient | None = None) -> None:
         """Search another version of the index from now on; a query that runs ends on the one that it began with."""
         with self._replacing:
-            served = self._served(endpoint, self._source.image_ids)
+            served = self._usable_endpoint(endpoint, self._source.image_ids)
             self._source = replace(self._source, index=index, scorer=scorer, endpoint=served)
 
-    def _served(self, endpoint: RecallClient | None, image_ids: frozenset[str] | None) -> RecallClient | None:
+    def _usable_endpoint(self, endpoint: RecallClient | None, image_ids: frozenset[str] | None) -> RecallClient | None:
         return endpoint if self._normalise is Normalise.CHILDREN and image_ids is None else None
 
     @property
@@ -136,14 +135,14 @@ class GenerativeImageRetriever(BaseRetriever):
     @filters.setter
     def filters(self, filters: MetadataFilters | None) -> None:
         with self._replacing:
-            source = replace(self._source, conditions=None if filters is None else _conditions(filters))
-            _ = source.allowed
+            source = replace(self._source, filters=None if filters is None else _record_filters(filters))
+            _ = source.leaf_filter
             self._source, self._filters = source, copy.deepcopy(filters)
 
     def _check(self, index: Index) -> None:
         """Refuse nonsense before the first query."""
         index.scoring(self._choice)
-        _ = self._source.allowed
+        _ = self._source.leaf_filter
         named = self._source.image_ids or ()
         unknown = [image_id for image_id in named if image_id not in index.rows_by_id]
         if unknown:
@@ -229,9 +228,9 @@ class GenerativeImageRetriever(BaseRetriever):
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         source = self._source
         query = self._query(source, query_bundle)
-        ranking = source.nothing
+        ranking = source.empty_ranking
         if ranking is None and source.endpoint:
-            ranking = source.told(source.endpoint.recall(query))
+            ranking = source.check_ranking(source.endpoint.recall(query))
         if ranking is None:
             (ranking,) = recall(source.scorer, source.index.trie, [query.prompt], **self._options(source, query))
         return self._nodes(source, ranking)
@@ -239,15 +238,15 @@ class GenerativeImageRetriever(BaseRetriever):
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         source = self._source
         query = self._query(source, query_bundle)
-        ranking = source.nothing
+        ranking = source.empty_ranking
         if ranking is None and source.endpoint:
-            ranking = source.told(await source.endpoint.arecall(query))
+            ranking = source.check_ranking(await source.endpoint.arecall(query))
         if ranking is None:
             options = self._options(source, query)
             (ranking,) = await arecall(source.scorer, source.index.trie, [query.prompt], **options)
         return await asyncio.to_thread(self._nodes, source, ranking)  # it reads files, and the docstore
 
-    def _query(self, source: Searched, bundle: QueryBundle) -> Query:
+    def _query(self, source: SearchScope, bundle: QueryBundle) -> RecallQuery:
         index, text = source.index, bundle.query_str
         if bundle.image_path:
             prompt = index.prompts.for_image(index.tokenizer, Path(bundle.image_path), text)
@@ -257,55 +256,61 @@ class GenerativeImageRetriever(BaseRetriever):
         pictured = prompt.image is not None
         choice = replace(self._choice, rerank=None) if pictured else self._choice
         scoring = index.scoring(choice, pictured=pictured)
-        return Query(text, prompt, self.similarity_top_k, self._width, self._budget, source.conditions, scoring)
+        return RecallQuery(text, prompt, self.similarity_top_k, self._width, self._budget, source.filters, scoring)
 
-    def _options(self, source: Searched, query: Query) -> dict[str, Any]:
-        search = {"width": self._width, "budget": self._budget, "normalise": self._normalise, "allowed": source.allowed}
+    def _options(self, source: SearchScope, query: RecallQuery) -> dict[str, Any]:
+        search = {
+            "width": self._width,
+            "budget": self._budget,
+            "normalise": self._normalise,
+            "allowed": source.leaf_filter,
+        }
         return {"k": query.k, **search, **ranking_options(source.index, query.scoring)}
 
-    def searched_nodes(self) -> list[ImageNode]:
+    def candidate_nodes(self) -> list[ImageNode]:
         """Every node that may come back: what a partner in a fusion is to be made from, where there are filters.
 
-            BM25Retriever.from_defaults(nodes=retriever.searched_nodes(), similarity_top_k=3)
+            BM25Retriever.from_defaults(nodes=retriever.candidate_nodes(), similarity_top_k=3)
 
         LlamaIndex's BM25 with `filters` of its own fills up its results with hidden nodes of score 0.
         """
         source = self._source
-        rows = range(len(source.index.records)) if source.rows is None else np.flatnonzero(source.rows).tolist()
+        mask = source.record_mask
+        rows = range(len(source.index.records)) if mask is None else np.flatnonzero(mask).tolist()
         records = [source.index.records[row] for row in rows]
-        stored = self._stored([record.image_id for record in records])
-        return [stored.get(r.image_id) or node_of(r) for r in records if self._is_shown(source, r, stored)]
+        stored = self._docstore_nodes([record.image_id for record in records])
+        return [stored.get(r.image_id) or node_of(r) for r in records if self._passes_filters(source, r, stored)]
 
-    def _stored(self, ids: list[str]) -> dict[str, ImageNode]:
+    def _docstore_nodes(self, ids: list[str]) -> dict[str, ImageNode]:
         found = self._docstore.get_nodes(ids, raise_error=False) if self._docstore and ids else []
         return {node.node_id: node for node in found if isinstance(node, ImageNode)}
 
-    def _nodes(self, source: Searched, ranking: Ranking) -> list[NodeWithScore]:
+    def _nodes(self, source: SearchScope, ranking: Ranking) -> list[NodeWithScore]:
         index = source.index
         ids = [index.record_of(hit).image_id for hit in ranking.hits]
-        stored = self._stored(ids)
+        stored = self._docstore_nodes(ids)
         lost = [image_id for image_id in ids if self._docstore and image_id not in stored]
         if lost:
             log.warning("the docstore has no image node of %s: made from the records of %s.", lost, index.folder)
-        hits = [hit for hit in ranking.hits if self._is_shown(source, index.record_of(hit), stored)]
+        hits = [hit for hit in ranking.hits if self._passes_filters(source, index.record_of(hit), stored)]
         return [
             NodeWithScore(node=self._node(index, hit, rank, ranking.exact, stored), score=hit.score)
             for rank, hit in enumerate(hits, start=1)
         ]
 
     @staticmethod
-    def _is_shown(source: Searched, record: Record, stored: dict[str, ImageNode]) -> bool:
+    def _passes_filters(source: SearchScope, record: Record, stored: dict[str, ImageNode]) -> bool:
         node = stored.get(record.image_id)
-        if node is None or source.conditions is None:
+        if node is None or source.filters is None:
             return True
-        shown = still_passes(node, record, source.conditions, source.index.columns.keys)
+        shown = still_passes(node, record, source.filters, source.index.columns.keys)
         if not shown:
             log.warning("the docstore's node of %s does not pass the filters, and is left out.", record.image_id)
         return shown
 
     def _node(self, index: Index, hit: Hit, rank: int, exact: bool, stored: dict[str, ImageNode]) -> ImageNode:
         record = index.record_of(hit)
-        told = {
+        facts = {
             "image_id": record.image_id,
             "genret_identifier": index.identifier_of(hit),
             "genret_log_prob": hit.log_prob,
@@ -313,9 +318,9 @@ class GenerativeImageRetriever(BaseRetriever):
             "genret_exact": exact,
             **({} if hit.ranked_by is None else {"genret_ranked_by": hit.ranked_by}),
         }
-        return recalled_node(
+        return hit_node(
             stored.get(record.image_id) or node_of(record),
-            told,
+            facts,
             llm_metadata_keys=self.llm_metadata_keys,
             max_image_pixels=self._max_image_pixels,
         )
@@ -354,7 +359,7 @@ def scorer_of_llm(llm: OpenAILike, index: Index) -> VllmScorer:
     )
 
 
-def _conditions(filters: MetadataFilters) -> store.MetadataFilters:
+def _record_filters(filters: MetadataFilters) -> RecordFilters:
     """LlamaIndex's filters as this package's, which read the same JSON.
 
     Raises:
@@ -362,6 +367,6 @@ def _conditions(filters: MetadataFilters) -> store.MetadataFilters:
     """
     try:
         # Not by pydantic's JSON, which makes nothing of NaN: it is refused here.
-        return store.MetadataFilters.model_validate(json.loads(json.dumps(filters.model_dump())))
+        return RecordFilters.model_validate(json.loads(json.dumps(filters.model_dump())))
     except (ValidationError, ValueError, TypeError, AttributeError) as error:
         raise FilterError(f"the filters {filters!r} cannot be read: {error}") from error

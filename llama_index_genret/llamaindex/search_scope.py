@@ -1,6 +1,6 @@
-"""What a retriever searches: one version of an index, with one scorer, and only the images that may be found.
+"""The scope of a retriever's search: one version of an index, one scorer, and the images that may be found.
 
-Knows the index and the filters; nothing of queries or LlamaIndex.
+Depends on the index and the filters; independent of queries and LlamaIndex.
 """
 
 from __future__ import annotations
@@ -15,48 +15,53 @@ from llama_index_genret.errors import ServerError
 from llama_index_genret.scorers.base import Scorer
 from llama_index_genret.search import Ranking
 from llama_index_genret.serving.endpoint.client import RecallClient
-from llama_index_genret.store import Index, MetadataFilters
+from llama_index_genret.store import Index, RecordFilters
 from llama_index_genret.trie import LeafFilter
 
 
 @dataclass(frozen=True)
-class Searched:
-    """What is searched, replaced as a whole: index and filters never change apart while a query runs.
+class SearchScope:
+    """The scope of a search, replaced as a whole: index and filters never change apart while a query runs.
 
-    image_ids: those that may be found; None for all. conditions: what they must fulfil besides.
+    filters: conditions that a found image fulfils; None for no condition.
+    image_ids: the images that may be found; None for all.
     """
 
     index: Index
     scorer: Scorer
     endpoint: RecallClient | None
-    conditions: MetadataFilters | None
+    filters: RecordFilters | None
     image_ids: frozenset[str] | None
 
     @cached_property
-    def rows(self) -> NDArray[np.bool_] | None:
-        """(records,) which may be found; None for all."""
-        passing = None if self.conditions is None else self.index.columns.passing(self.conditions)
+    def record_mask(self) -> NDArray[np.bool_] | None:
+        """(records,) bool, which records may be found; None for all."""
+        passing = None if self.filters is None else self.index.columns.record_mask(self.filters)
         if self.image_ids is None:
             return passing
         chosen = np.array([record.image_id in self.image_ids for record in self.index.records], np.bool_)
         return chosen if passing is None else passing & chosen
 
     @cached_property
-    def allowed(self) -> LeafFilter | None:
-        """The same as leaves."""
-        return None if self.rows is None else self.index.leaves_of(self.rows)
+    def leaf_filter(self) -> LeafFilter | None:
+        """`record_mask` as a bitmap over leaves; None for all."""
+        return None if self.record_mask is None else self.index.leaf_filter_of(self.record_mask)
 
     @property
-    def nothing(self) -> Ranking | None:
-        """The ranking of no images, where none may be found: nothing is asked of a model then."""
-        none = not self.index.records or (self.allowed is not None and not self.allowed.n_allowed)
+    def empty_ranking(self) -> Ranking | None:
+        """The ranking of no images where none may be found, so that no model is queried; else None."""
+        none = not self.index.records or (self.leaf_filter is not None and not self.leaf_filter.n_allowed)
         return Ranking((), True, 0) if none else None
 
-    def told(self, ranking: Ranking | None) -> Ranking | None:
-        """What an endpoint told, which may know the filters of another version of this package, or none."""
-        rows = self.rows
+    def check_ranking(self, ranking: Ranking | None) -> Ranking | None:
+        """Return an endpoint's ranking, whose images must pass the filters.
+
+        Raises:
+            ServerError: one does not; the endpoint may know the filters of another version of this package, or none.
+        """
+        mask = self.record_mask
         for hit in () if ranking is None else ranking.hits:
-            if rows is not None and not rows[hit.key]:
+            if mask is not None and not mask[hit.key]:
                 raise ServerError(
                     f"the server's endpoint answered {self.index.record_of(hit).image_id!r}, which does not pass the "
                     "filters. Nothing of its answer is used: is it `genret serve` of this version?"

@@ -89,11 +89,11 @@ class RecallVerifier(BaseNodePostprocessor):
             QueryError: there are no known queries, or `lost` is not in [0, 1).
         """
         source = retriever or self._retriever
-        found = [[self._measured(source, query) for query in progress(list(kind))] for kind in (known, unknown)]
+        found = [[self._signals(source, query) for query in progress(list(kind))] for kind in (known, unknown)]
         given, nothing = ([one for one in signals if one is not None] for signals in found)
         return self.model_copy(update={"abstention": fit_abstention(given, nothing, lost=lost)})
 
-    def _measured(self, retriever: BaseRetriever, query: str) -> Signals | None:
+    def _signals(self, retriever: BaseRetriever, query: str) -> Signals | None:
         nodes = retriever.retrieve(query)
         if not nodes:
             return None
@@ -106,20 +106,20 @@ class RecallVerifier(BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         if not nodes:
             return []
-        inquiry = self._begun(nodes, query_bundle)
+        inquiry = self._start(nodes, query_bundle)
         (evidence,) = inquired(self._retriever._scorer, [inquiry])
-        return self._judged(nodes, evidence)
+        return self._decide(nodes, evidence)
 
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         if not nodes:
             return []
-        inquiry = self._begun(nodes, query_bundle)
+        inquiry = self._start(nodes, query_bundle)
         (evidence,) = await ainquired(self._retriever._scorer, [inquiry])
-        return self._judged(nodes, evidence)
+        return self._decide(nodes, evidence)
 
-    def _begun(self, nodes: list[NodeWithScore], query: QueryBundle | None) -> Inquiry:
+    def _start(self, nodes: list[NodeWithScore], query: QueryBundle | None) -> Inquiry:
         inquiry = self._inquiry(nodes, query)
         name = self._retriever.index.manifest.model.name_or_path
         dispatcher.event(ReRankStartEvent(query=query, nodes=nodes, top_n=self.top_n or len(nodes), model_name=name))
@@ -134,18 +134,18 @@ class RecallVerifier(BaseNodePostprocessor):
         references = tuple(sorted(set(drawn.tolist())))
         return Inquiry(index, index.prompts.for_query(index.tokenizer, query.query_str), rows, self.by, references)
 
-    def _judged(self, nodes: Sequence[NodeWithScore], evidence: Evidence) -> list[NodeWithScore]:
+    def _decide(self, nodes: Sequence[NodeWithScore], evidence: Evidence) -> list[NodeWithScore]:
         signals = evidence.signals([node.score for node in nodes])
         kept: list[NodeWithScore] = []
         if self.abstention is None or not self.abstention.abstains(signals):
             confidence = None if self.abstention is None else self.abstention.confidence(signals)
             pairs = zip(nodes, evidence.information.tolist(), strict=True)
-            kept = [self._verified(node, information, confidence) for node, information in pairs]
+            kept = [self._add_evidence(node, information, confidence) for node, information in pairs]
             kept = sorted(kept, key=lambda node: -(node.score or 0.0))[: self.top_n]
         dispatcher.event(ReRankEndEvent(nodes=kept))
         return kept
 
-    def _verified(self, found: NodeWithScore, information: float, confidence: float | None) -> NodeWithScore:
+    def _add_evidence(self, found: NodeWithScore, information: float, confidence: float | None) -> NodeWithScore:
         told = {"genret_information": information, **({} if confidence is None else {"genret_confidence": confidence})}
         node = found.node
         changed = {

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llama_index_genret.errors import MissingExtra, TrainingError
 
-ENCODED_TOGETHER = 256
+ENCODE_BATCH = 256
 
 Float32 = NDArray[np.float32]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -47,13 +47,13 @@ class TextEncoder:
         texts = [text.replace(", ", " ") for text in texts]  # encoders of sentences read lists better so
         order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
         parts: list[Float32] = []
-        for start in self._progress(range(0, len(texts), ENCODED_TOGETHER)):
-            chosen = [texts[place] for place in order[start : start + ENCODED_TOGETHER]]
+        for start in self._progress(range(0, len(texts), ENCODE_BATCH)):
+            chosen = [texts[place] for place in order[start : start + ENCODE_BATCH]]
             parts.append(self._model.encode(chosen, normalize_embeddings=True, show_progress_bar=False))
         return np.concatenate(parts)[np.argsort(order)] if parts else np.zeros((0, 0), np.float32)
 
 
-def placed_by_captions(encoder: TextEncoder, captions: Sequence[Sequence[str]]) -> tuple[Float32, dict[str, Float32]]:
+def embed_by_captions(encoder: TextEncoder, captions: Sequence[Sequence[str]]) -> tuple[Float32, dict[str, Float32]]:
     """(n, d) unit vectors of images, and (d,) of each caption.
 
     An image lies at the sum of the mean of its captions and of all of them as one text; one without any at 0.

@@ -73,7 +73,7 @@ def last_hidden_states_of_pictures(
     with torch.no_grad():
         for start in progress(range(0, len(pictures), IMAGE_BATCH)):
             images = [load(picture) for picture in pictures[start : start + IMAGE_BATCH]]
-            output = core(**mllm.processed([text] * len(images), images), use_cache=False)
+            output = core(**mllm.process([text] * len(images), images), use_cache=False)
             rows.append(output.last_hidden_state[:, -1].float().cpu().numpy())
     return np.concatenate(rows)
 
@@ -88,7 +88,7 @@ def _seeing(mllm: Mllm) -> Any:
 
 def _mean_patches(core: Any, mllm: Mllm, text: str, images: Sequence[Any]) -> Any:
     """(images, d): the mean of each image's patch features."""
-    inputs = mllm.processed([text] * len(images), images)
+    inputs = mllm.process([text] * len(images), images)
     pixels = {k: v for k, v in inputs.items() if k.startswith(("pixel", "image"))}
     features = core.get_image_features(**pixels, return_dict=True).last_hidden_state
     lengths = pixels["image_grid_thw"].prod(-1).tolist() if "image_grid_thw" in pixels else []

@@ -60,7 +60,7 @@ class Mllm:
             base_tokenizer=self.tokenizer.fingerprint,
         )
 
-    def processed(
+    def process(
         self, texts: Sequence[str], images: Sequence[Any], rests: Sequence[Sequence[int]] = ()
     ) -> dict[str, Any]:
         """The processor's tensors for one image a text, left-padded, on the model's device.
@@ -71,11 +71,11 @@ class Mllm:
         inputs = self.processor(
             text=list(texts), images=[[i] for i in images], return_tensors="pt", padding=True, padding_side="left"
         )
-        inputs = dict(inputs) if not any(rests) else _followed(dict(inputs), rests)
+        inputs = dict(inputs) if not any(rests) else _append_tokens(dict(inputs), rests)
         return {key: value.to(self.model.device) for key, value in inputs.items()}
 
 
-def _followed(inputs: dict[str, Any], rests: Sequence[Sequence[int]]) -> dict[str, Any]:
+def _append_tokens(inputs: dict[str, Any], rests: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Left-padded inputs with more tokens after each row."""
     longest = max(map(len, rests))
     shape = inputs["input_ids"].shape

@@ -27,7 +27,7 @@ OPEN_S = 5.0
 
 
 @dataclass
-class Request:
+class CircuitRequest:
     """One that goes out. failure: why, where the server is not there although it answered; "" where it is."""
 
     failure: str = ""
@@ -53,14 +53,14 @@ class Circuit:
         self._closed, self._asks_at, self._probing = True, 0.0, False
 
     @contextmanager
-    def request(self, where: str) -> Iterator[Request]:
+    def request(self, where: str) -> Iterator[CircuitRequest]:
         """Around one request, all its tries included, to the address `where`.
 
         Raises:
             ServerUnreachable: the circuit is open.
         """
         is_probe = self._admitted(where)
-        request = Request()
+        request = CircuitRequest()
         answered = False
         try:
             yield request

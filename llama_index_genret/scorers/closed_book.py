@@ -34,8 +34,8 @@ class MemoryAnswer:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question in both forms. image, text: what is looked at, and what is asked of it; no image, no second form."""
+class QuestionPrompts:
+    """A question in both forms. image, text: what is looked at, and the question about it; no image, no second form."""
 
     remembering: Prompt
     looking: Prompt | None
@@ -46,10 +46,10 @@ class Asked:
 class Speaker(Protocol):
     """Lets the index's model speak: the answer from memory, and the one with the image in view."""
 
-    def say(self, asked: Asked, max_tokens: int) -> tuple[str, str | None]:
+    def say(self, prompts: QuestionPrompts, max_tokens: int) -> tuple[str, str | None]:
         """Both answers, the second None where nothing can be looked at."""
 
-    async def asay(self, asked: Asked, max_tokens: int) -> tuple[str, str | None]:
+    async def asay(self, prompts: QuestionPrompts, max_tokens: int) -> tuple[str, str | None]:
         """The same for an event loop; it never blocks it."""
 
 
@@ -111,15 +111,15 @@ class ImageMemory:
             UnknownImage: the index has no such image. QueryError: the question is longer than a query may be.
             ImageError: the image's file is there, but does not decode.
         """
-        asked = self._asked(image_id, question)
-        return MemoryAnswer(image_id, question, *self._speaker.say(asked, self._max_tokens))
+        prompts = self._prompts(image_id, question)
+        return MemoryAnswer(image_id, question, *self._speaker.say(prompts, self._max_tokens))
 
     async def aanswer_from_memory(self, image_id: str, question: str = "") -> MemoryAnswer:
         """`answer_from_memory` for an event loop."""
-        asked = self._asked(image_id, question)
-        return MemoryAnswer(image_id, question, *await self._speaker.asay(asked, self._max_tokens))
+        prompts = self._prompts(image_id, question)
+        return MemoryAnswer(image_id, question, *await self._speaker.asay(prompts, self._max_tokens))
 
-    def _asked(self, image_id: str, question: str) -> Asked:
+    def _prompts(self, image_id: str, question: str) -> QuestionPrompts:
         if image_id not in self.index.rows_by_id:
             raise UnknownImage(
                 f"{self.index.folder} has no image {image_id!r}: ask with the image_id of one of its own."
@@ -129,7 +129,7 @@ class ImageMemory:
         by_heart = prompts.about_identifier(tokenizer, name, text) if text else prompts.for_identifier(tokenizer, name)
         image, text = self.index.records[row].path, text or LOOK
         shown = prompts.about_image(tokenizer, image, text) if image.is_file() else None
-        return Asked(by_heart, shown, image, text)
+        return QuestionPrompts(by_heart, shown, image, text)
 
 
 class InProcessSpeaker:
@@ -138,14 +138,14 @@ class InProcessSpeaker:
     def __init__(self, mllm: Any) -> None:
         self._mllm = mllm
 
-    def say(self, asked: Asked, max_tokens: int) -> tuple[str, str | None]:
+    def say(self, prompts: QuestionPrompts, max_tokens: int) -> tuple[str, str | None]:
         """See `Speaker.say`."""
-        shown = None if asked.looking is None else self._generated(asked.looking, max_tokens)
-        return self._generated(asked.remembering, max_tokens), shown
+        shown = None if prompts.looking is None else self._generated(prompts.looking, max_tokens)
+        return self._generated(prompts.remembering, max_tokens), shown
 
-    async def asay(self, asked: Asked, max_tokens: int) -> tuple[str, str | None]:
+    async def asay(self, prompts: QuestionPrompts, max_tokens: int) -> tuple[str, str | None]:
         """See `Speaker.asay`: computes in a thread."""
-        return await asyncio.to_thread(self.say, asked, max_tokens)
+        return await asyncio.to_thread(self.say, prompts, max_tokens)
 
     def _generated(self, prompt: Prompt, max_tokens: int) -> str:
         import torch
@@ -154,7 +154,7 @@ class InProcessSpeaker:
             input_ids = torch.tensor([prompt.token_ids], device=self._mllm.model.device)
             inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         else:
-            inputs = self._mllm.processed([prompt.text], [load_image(prompt.image)], [prompt.rest])
+            inputs = self._mllm.process([prompt.text], [load_image(prompt.image)], [prompt.rest])
         said = self._mllm.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
         answer = said[0, inputs["input_ids"].shape[1] :]
         return str(self._mllm.processor.tokenizer.decode(answer, skip_special_tokens=True)).strip()
@@ -166,27 +166,27 @@ class ServerSpeaker:
     def __init__(self, server: Server, model: str) -> None:
         self._server, self._model = server, model
 
-    def say(self, asked: Asked, max_tokens: int) -> tuple[str, str | None]:
+    def say(self, prompts: QuestionPrompts, max_tokens: int) -> tuple[str, str | None]:
         """See `Speaker.say`."""
         with self._server.connection() as connection:
-            answers = [connection.request("POST", *post) for post in self._posts(asked, max_tokens)]
+            answers = [connection.request("POST", *post) for post in self._posts(prompts, max_tokens)]
         return _both(answers)
 
-    async def asay(self, asked: Asked, max_tokens: int) -> tuple[str, str | None]:
+    async def asay(self, prompts: QuestionPrompts, max_tokens: int) -> tuple[str, str | None]:
         """See `Speaker.asay`: both requests at once."""
-        posts = await asyncio.to_thread(self._posts, asked, max_tokens)
+        posts = await asyncio.to_thread(self._posts, prompts, max_tokens)
         async with self._server.async_connection() as connection:
             answers = await asyncio.gather(*(connection.request("POST", *post) for post in posts))
         return _both(answers)
 
-    def _posts(self, asked: Asked, max_tokens: int) -> list[tuple[str, dict[str, Any]]]:
+    def _posts(self, prompts: QuestionPrompts, max_tokens: int) -> list[tuple[str, dict[str, Any]]]:
         """Path and body. What is remembered goes as token ids, so that no text of a user is parsed as markup."""
         options: dict[str, Any] = {"model": self._model, "max_tokens": max_tokens, "temperature": 0}
-        prompt = [list(asked.remembering.token_ids)]
+        prompt = [list(prompts.remembering.token_ids)]
         posts = [("/completions", {**options, "prompt": prompt, "add_special_tokens": False})]
-        if asked.looking is not None:
-            picture = {"type": "image_url", "image_url": {"url": to_data_url(asked.image)}}
-            message = {"role": "user", "content": [picture, {"type": "text", "text": asked.text}]}
+        if prompts.looking is not None:
+            picture = {"type": "image_url", "image_url": {"url": to_data_url(prompts.image)}}
+            message = {"role": "user", "content": [picture, {"type": "text", "text": prompts.text}]}
             posts.append(("/chat/completions", {**options, "messages": [message]}))
         return posts
 

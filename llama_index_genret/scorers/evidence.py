@@ -23,8 +23,8 @@ from llama_index_genret.errors import QueryError
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.abstention import Signals, log_odds
 from llama_index_genret.scorers.base import AsyncScorer, Scorer, Scores
-from llama_index_genret.scorers.rerank import Continuation, Float64, checked_likelihoods
-from llama_index_genret.search import Hit, Normalise, Row, Rows, checked
+from llama_index_genret.scorers.rerank import Continuation, Float64, checked_likelihoods, describing_prompt
+from llama_index_genret.search import Normalise, Row, Rows, checked
 from llama_index_genret.store import Index
 from llama_index_genret.store.scoring import RerankBy
 
@@ -114,7 +114,7 @@ class Inquiry:
         return [[(name[:place], token) for place, token in enumerate(name)] for name in names]
 
     def _describing(self, row: int) -> Prompt:
-        return self.index.describing_prompt(Hit(row, row, self.index.token_ids(row), 0.0), self.by)
+        return describing_prompt(self.index, row, self.by)
 
 
 def inquired(scorer: Scorer, inquiries: Sequence[Inquiry]) -> list[Evidence]:

@@ -26,7 +26,7 @@ class Step:
 
 
 @dataclass
-class WatchingScorer:
+class RecordingScorer:
     """Scores as `scorer` does.
 
     steps: of the last session, in their order. A prefix with one child only is asked nothing, and is in no step.
@@ -40,14 +40,14 @@ class WatchingScorer:
         """See `Scorer.session`."""
         self.steps = []
         with self.scorer.session(prompts, normalise) as session:
-            yield _Watching(session, self.steps)
+            yield _RecordingSession(session, self.steps)
 
     @asynccontextmanager
     async def async_session(self, prompts: Sequence[Prompt], normalise: Normalise) -> AsyncIterator[AsyncSession]:
         """See `AsyncScorer.async_session`."""
         self.steps = []
         async with self.scorer.async_session(prompts, normalise) as session:
-            yield _AsyncWatching(session, self.steps)
+            yield _AsyncRecordingSession(session, self.steps)
 
     def kept(self, n_queries: int) -> list[list[Prefix]]:
         """The prefixes whose children were scored, of each query of the last session."""
@@ -59,7 +59,7 @@ class WatchingScorer:
 
 
 @dataclass(frozen=True)
-class _Watching:
+class _RecordingSession:
     session: Session
     steps: list[Step]
 
@@ -73,7 +73,7 @@ class _Watching:
 
 
 @dataclass(frozen=True)
-class _AsyncWatching:
+class _AsyncRecordingSession:
     session: AsyncSession
     steps: list[Step]
 

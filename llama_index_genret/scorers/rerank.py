@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TypedDict
 
 import numpy as np
@@ -21,6 +20,7 @@ from llama_index_genret.errors import NotANumber, QueryError
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.search import Hit, Ranking
 from llama_index_genret.store import Index, Scoring
+from llama_index_genret.store.scoring import RerankBy
 from llama_index_genret.trie import TriePrior
 
 Float64 = NDArray[np.float64]
@@ -109,6 +109,17 @@ def rescored(hits: Sequence[Hit], log_likelihoods: Float64, weight: float) -> tu
     return tuple(hits[row]._replace(ranked_by=float(ranked_by[row])) for row in order)
 
 
+def describing_prompt(index: Index, row: int, by: RerankBy) -> Prompt:
+    """Return the prompt after which the model describes the image of a record.
+
+    Args:
+        by: whether the prompt names the image by its "identifier" or shows the "image" itself.
+    """
+    if by == "image":
+        return index.prompts.for_picture(index.tokenizer, index.records[row].path)
+    return index.prompts.for_identifier(index.tokenizer, index.token_ids(row))
+
+
 class RankingOptions(TypedDict):
     """Arguments of `recall` and `arecall`."""
 
@@ -119,9 +130,12 @@ class RankingOptions(TypedDict):
 
 def ranking_options(index: Index, scoring: Scoring) -> RankingOptions:
     """The arguments with which `recall` ranks so; without a prior where `eta` is 0."""
-    told = partial(index.describing_prompt, by=scoring.rerank_by)
+
+    def prompt_of(hit: Hit) -> Prompt:
+        return describing_prompt(index, hit.key, scoring.rerank_by)
+
     return {
         "prior": index.prior if scoring.eta else None,
         "eta": scoring.eta,
-        "rerank": Rerank(scoring.rerank, scoring.rerank_weight, told) if scoring.rerank else None,
+        "rerank": Rerank(scoring.rerank, scoring.rerank_weight, prompt_of) if scoring.rerank else None,
     }

@@ -64,7 +64,7 @@ class TransformersScorer:
         """Fill the cache with the prompts, left-padded."""
         if all(prompt.image for prompt in prompts):
             images = [load_image(prompt.image) for prompt in prompts if prompt.image]
-            inputs = self.mllm.processed([p.text for p in prompts], images, [p.rest for p in prompts])
+            inputs = self.mllm.process([p.text for p in prompts], images, [p.rest for p in prompts])
             core = self.mllm.model.model
             output = core(**inputs, past_key_values=cache, use_cache=True)
             mask = inputs["attention_mask"].bool()

@@ -52,7 +52,7 @@ def served_name(weights_id: str) -> str:
 
 
 @dataclass(frozen=True)
-class Part:
+class RowSlice:
     """A row, or a slice of a row with more children than one request may ask.
 
     query: position of its prompt. prefix: what follows it. token_ids: to score, from the row's `start` on.
@@ -65,10 +65,10 @@ class Part:
     token_ids: tuple[int, ...]
 
 
-def parts_of(rows: Rows) -> list[Part]:
+def row_slices(rows: Rows) -> list[RowSlice]:
     """What to ask vLLM for one step: the rows in order, each in as many parts as `MAX_TOKENS_ASKED` needs."""
     return [
-        Part(
+        RowSlice(
             i,
             start,
             row.query,
@@ -223,10 +223,10 @@ def _check_prompts(prompts: Sequence[Prompt], model: str, max_model_len: int | N
             )
 
 
-def _plan(rows: Rows) -> list[list[Part]]:
+def _plan(rows: Rows) -> list[list[RowSlice]]:
     """Requests for one step: parts whose children together fit into one `logprob_token_ids`."""
-    groups: list[tuple[set[int], list[Part]]] = []
-    for part in parts_of(rows):
+    groups: list[tuple[set[int], list[RowSlice]]] = []
+    for part in row_slices(rows):
         for asked, members in groups:
             if len(members) < MAX_PROMPTS and len(asked | set(part.token_ids)) <= MAX_TOKENS_ASKED:
                 asked.update(part.token_ids)
@@ -237,7 +237,7 @@ def _plan(rows: Rows) -> list[list[Part]]:
     return [members for _, members in groups]
 
 
-def _request(model: str, prompts: Sequence[Prompt], group: Sequence[Part]) -> dict[str, Any]:
+def _request(model: str, prompts: Sequence[Prompt], group: Sequence[RowSlice]) -> dict[str, Any]:
     return {
         "model": model,
         "prompt": [[*prompts[part.query].token_ids, *part.prefix] for part in group],
@@ -250,7 +250,7 @@ def _request(model: str, prompts: Sequence[Prompt], group: Sequence[Part]) -> di
     }
 
 
-def _merge(rows: Rows, groups: Sequence[Sequence[Part]], answers: Sequence[httpx.Response]) -> Scores:
+def _merge(rows: Rows, groups: Sequence[Sequence[RowSlice]], answers: Sequence[httpx.Response]) -> Scores:
     scores = np.full(len(rows.token_ids), np.nan)
     for group, answer in zip(groups, answers, strict=True):
         for part, choice in zip(group, _choices(answer, len(group)), strict=True):
@@ -311,7 +311,7 @@ def _log_prob(value: Any) -> float:
     return number
 
 
-def _read_choice(choice: dict[str, Any], part: Part, url: str) -> list[float]:
+def _read_choice(choice: dict[str, Any], part: RowSlice, url: str) -> list[float]:
     try:
         top = choice["logprobs"]["top_logprobs"][0]
         return [_log_prob(top[f"token_id:{token}"]) for token in part.token_ids]

@@ -20,7 +20,7 @@ from llama_index_genret.errors import MissingExtra, ModelError, QueryError
 from llama_index_genret.models.prompts import PREFIX_BLOCK, Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session, ThreadSession
 from llama_index_genret.scorers.rerank import Continuation, Float64
-from llama_index_genret.scorers.vllm_http import ROOM_FOR_IDENTIFIER, parts_of
+from llama_index_genret.scorers.vllm_http import ROOM_FOR_IDENTIFIER, row_slices
 from llama_index_genret.scorers.vllm_request import likelihood, log_likelihood, scores, scoring
 from llama_index_genret.search import Normalise, Rows
 
@@ -137,7 +137,7 @@ class _OfflineSession:
     images: Sequence[dict[str, Any] | None]
 
     def score(self, rows: Rows) -> Scores:
-        parts = parts_of(rows)
+        parts = row_slices(rows)
         requests = [
             _request([*self.prompts[part.query].token_ids, *part.prefix], self.images[part.query]) for part in parts
         ]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_index_genret.errors import MissingExtra, ServerError
-from llama_index_genret.scorers.vllm_http import Part
+from llama_index_genret.scorers.vllm_http import RowSlice
 
 try:
     from vllm import SamplingParams
@@ -21,7 +21,7 @@ except ImportError as error:
     ) from error
 
 
-def scoring(part: Part) -> SamplingParams:
+def scoring(part: RowSlice) -> SamplingParams:
     """Parameters with which one token is made, and the part's tokens are scored."""
     wanted = list(part.token_ids)
     return SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=wanted, detokenize=False, flat_logprobs=True)
@@ -44,7 +44,7 @@ def log_likelihood(answer: Any, token_ids: Sequence[int]) -> float:
     return sum(float(place[token].logprob) for place, token in zip(places, token_ids, strict=True))
 
 
-def scores(answer: Any, part: Part) -> list[float]:
+def scores(answer: Any, part: RowSlice) -> list[float]:
     """Log-probabilities of the part's tokens, over the vocabulary, in an answer of vLLM's.
 
     Raises:

@@ -65,7 +65,7 @@ class Rows(Sequence[Row]):
             prefixes[i, : len(row.prefix)] = row.prefix
         token_ids = np.concatenate([row.token_ids for row in rows]) if rows else np.zeros(0, np.int64)
         offsets = np.cumsum([0, *(len(row.token_ids) for row in rows)])
-        return cls(np.array([row.query for row in rows], np.int64), prefixes, _Tokens(token_ids, offsets))
+        return cls(np.array([row.query for row in rows], np.int64), prefixes, _RaggedTokens(token_ids, offsets))
 
     @property
     def token_ids(self) -> Int64:
@@ -120,7 +120,7 @@ class Tokens(Protocol):
 
 
 @dataclass(frozen=True)
-class _Tokens:
+class _RaggedTokens:
     token_ids: Int64
     offsets: Int64
 

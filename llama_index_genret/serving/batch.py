@@ -26,19 +26,20 @@ from llama_index_genret.files import difference, locked, size, sync
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, recall
 from llama_index_genret.scorers.rerank import ranking_options
-from llama_index_genret.search import Ranking
-from llama_index_genret.store import Index, Scoring
+from llama_index_genret.search import Hit, Ranking
+from llama_index_genret.store import Index, RecordFilters, Scoring
+from llama_index_genret.store.filters import Value
 from llama_index_genret.trie import LeafFilter
 
 BATCH_SIZE = 32
-WRITTEN = ("hits", "exact", "error")
+ANSWER_KEYS = ("hits", "exact", "error")
 """Keys of an answer beside those of its query."""
 
 WAY_OUT = "name another --out, or pass --overwrite to throw away its answers."
 
 
-class Asked(BaseModel):
-    """What decides the answers of a run. A run goes on where an earlier one asked the same.
+class BatchHeader(BaseModel):
+    """What decides the answers of a run. A run goes on only if the header of the earlier one is equal.
 
     index: its version. queries: sha256 of the file. scored_by: free text that tells one kind from another.
     """
@@ -63,7 +64,7 @@ class BatchSummary:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _PartialAnswers:
     """What lies in HITS.jsonl.part: answers, those among them that are errors, and where they end in the file."""
 
     answers: int = 0
@@ -78,10 +79,10 @@ class BatchRun:
     index: Index
     queries: Path
     out: Path
-    asked: Asked
+    header: BatchHeader
     total: int
     part: BinaryIO
-    allowed: LeafFilter | None
+    leaf_filter: LeafFilter | None
 
     def finish(
         self, scorer: Scorer, *, batch_size: int = BATCH_SIZE, progress: Callable[[int], None] = lambda done: None
@@ -98,8 +99,12 @@ class BatchRun:
         self.part.truncate(kept.end)
         self.part.seek(kept.end)
         progress(kept.answers)
-        how: dict[str, Any] = {"k": self.asked.k, "allowed": self.allowed, "budget": None if self.asked.exact else 0}
-        options = {**how, **ranking_options(self.index, self.asked.scoring)}
+        how: dict[str, Any] = {
+            "k": self.header.k,
+            "allowed": self.leaf_filter,
+            "budget": None if self.header.exact else 0,
+        }
+        options = {**how, **ranking_options(self.index, self.header.scoring)}
         done, refused = kept.answers, kept.refused
         rows = islice(read_rows(self.queries), kept.answers, None)
         while batch := list(islice(rows, batch_size)):
@@ -142,11 +147,11 @@ def open_batch(
         BatchError: `out` exists, or its unfinished run asks something else or is still running.
         FilterError: no record has one of the keys.
     """
-    allowed = index.leaf_filter(index.text_filter(filters)) if filters else None
+    leaf_filter = index.leaf_filter(text_filters(index, filters)) if filters else None
     if out.exists() and (not overwrite or out.is_dir() or (queries.exists() and out.samefile(queries))):
         raise BatchError(f"{out} exists: name another file, or pass --overwrite to replace a file of hits.")
     total, sha256 = _survey(queries)
-    asked = Asked(
+    header = BatchHeader(
         index=index.version,
         queries=sha256,
         k=k,
@@ -156,19 +161,34 @@ def open_batch(
         scored_by=scored_by,
     )
     with locked(_part_of(out), way_out="name another --out") as part:
-        earlier = _read_header(_header_of(out)) if size(part) else asked
-        if earlier != asked:
+        earlier = _read_header(_header_of(out)) if size(part) else header
+        if earlier != header:
             if not overwrite:
-                raise BatchError(difference(_part_of(out), earlier, asked, way_out=WAY_OUT))
+                raise BatchError(difference(_part_of(out), earlier, header, way_out=WAY_OUT))
             part.truncate(0)
         if not size(part):
-            _header_of(out).write_text(asked.model_dump_json(indent=1), encoding="utf-8")
+            _header_of(out).write_text(header.model_dump_json(indent=1), encoding="utf-8")
         try:
-            yield BatchRun(index, queries, out, asked, total, part, allowed)
+            yield BatchRun(index, queries, out, header, total, part, leaf_filter)
         finally:
             if not size(part):
                 _part_of(out).unlink(missing_ok=True)
                 _header_of(out).unlink(missing_ok=True)
+
+
+def text_filters(index: Index, wanted: Mapping[str, str]) -> RecordFilters:
+    """Require that metadata equal all of `wanted`, compared as text: "2024" is also the number, "true" also true.
+
+    Raises:
+        FilterError: no record has one of the keys.
+    """
+    distinct = index.columns.distinct
+    return RecordFilters.equal({key: [v for v in distinct(key) if _reads_as(v, text)] for key, text in wanted.items()})
+
+
+def _reads_as(value: Value, text: str) -> bool:
+    """Tell whether a value is written as this text in Python or, for true and false, in JSON."""
+    return str(value) == text or (isinstance(value, bool) and str(value).lower() == text)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -193,7 +213,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         raise CorpusError(f"{where}: no JSON in UTF-8: {error}; found {line[:80]!r}.") from error
     if not isinstance(row, dict) or not isinstance(row.get("query"), str):
         raise CorpusError(f'{where}: want {{"query": "..."}}, found {line[:80]!r}.')
-    if taken := [key for key in WRITTEN if key in row]:
+    if taken := [key for key in ANSWER_KEYS if key in row]:
         raise CorpusError(f"{where} has {taken}, which an answer writes: rename these keys.")
     return row
 
@@ -233,7 +253,16 @@ def _answers(index: Index, scorer: Scorer, queries: Sequence[str], options: Mapp
 
 
 def _answer(index: Index, ranking: Ranking) -> dict[str, Any]:
-    return {"hits": [index.hit_to_json(hit) for hit in ranking.hits], "exact": ranking.exact}
+    return {"hits": [hit_to_json(index, hit) for hit in ranking.hits], "exact": ranking.exact}
+
+
+def hit_to_json(index: Index, hit: Hit) -> dict[str, Any]:
+    """Return a hit as the command line and files of hits write it."""
+    record = index.record_of(hit)
+    names = {"image_id": record.image_id, "file_name": record.file_name}
+    scores = {"score": hit.score, "log_prob": hit.log_prob}
+    scores |= {} if hit.ranked_by is None else {"ranked_by": hit.ranked_by}
+    return {**names, **scores, "identifier": index.identifier_of(hit)}
 
 
 def _line(answer: Mapping[str, Any]) -> bytes:
@@ -241,10 +270,10 @@ def _line(answer: Mapping[str, Any]) -> bytes:
     return json.dumps(answer, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
-def _whole_batches(part: BinaryIO, batch_size: int) -> _Part:
+def _whole_batches(part: BinaryIO, batch_size: int) -> _PartialAnswers:
     """The answers of an earlier run up to the end of its last whole batch."""
     part.seek(0)
-    whole = _Part()
+    whole = _PartialAnswers()
     refused = 0
     for answers, line in enumerate(part, start=1):
         try:
@@ -255,13 +284,13 @@ def _whole_batches(part: BinaryIO, batch_size: int) -> _Part:
             break
         refused += "error" in answer
         if answers % batch_size == 0:
-            whole = _Part(answers, refused, part.tell())
+            whole = _PartialAnswers(answers, refused, part.tell())
     return whole
 
 
-def _read_header(path: Path) -> Asked | None:
+def _read_header(path: Path) -> BatchHeader | None:
     try:
-        return Asked.model_validate_json(path.read_text(encoding="utf-8"))
+        return BatchHeader.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError):
         return None
 

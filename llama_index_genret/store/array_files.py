@@ -26,7 +26,7 @@ def read_npy(path: Path) -> NDArray[Any]:
         if not isinstance(array, np.ndarray):  # a zip of several
             raise ValueError("it is an archive")
     except Exception as error:  # the header is parsed as Python, which fails in many ways
-        raise _damaged(path, error) from error
+        raise _damage_error(path, error) from error
     return array
 
 
@@ -39,9 +39,9 @@ def read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
     try:
         arrays: dict[str, NDArray[Any]] = load_file(path)
     except Exception as error:  # of the library's own, of numpy for an unknown type, of memory
-        raise _damaged(path, error) from error
+        raise _damage_error(path, error) from error
     return arrays
 
 
-def _damaged(path: Path, error: Exception) -> IndexDamaged:
+def _damage_error(path: Path, error: Exception) -> IndexDamaged:
     return IndexDamaged(f"{path} holds no arrays: {error!r:.300}. Restore it, or make the index anew.")

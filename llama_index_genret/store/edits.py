@@ -3,7 +3,7 @@
 The trie's file stays as it is while few images have changed; the edits lie beside it. Past `COMPACT_FROM` they are
 merged into a new one in the same write.
 
-Knows the index; nothing of models. How new images are named is `indexing.name_new_images`.
+Knows the index; nothing of models. `store.build.assign_identifiers` makes the identifiers of new images.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from llama_index_genret.corpus import Record
 from llama_index_genret.errors import DuplicateImage, UnknownImage
 from llama_index_genret.identifiers import Identifier, Scheme
 from llama_index_genret.models.tokenizer import IndexTokenizer
-from llama_index_genret.store.index import EDITS, PRIOR, Index, load_index
+from llama_index_genret.store.index import PRIOR, Index
 from llama_index_genret.store.manifest import check_unchanged, commit, only_writer_of
-from llama_index_genret.store.pseudo_queries import PSEUDO_QUERIES, WrittenQueries, write_written
+from llama_index_genret.store.open import EDITS, load_index
+from llama_index_genret.store.pseudo_queries import PSEUDO_QUERIES, ImagePseudoQueries, write_pseudo_queries
 from llama_index_genret.store.records import write_records
 from llama_index_genret.store.weights import NEW_ROWS, NewRows
 from llama_index_genret.trie import LiveTrie, add_identifiers, compact, edits_of, remove_identifiers, save_trie
@@ -44,13 +45,13 @@ def remove_images(index: Index, image_ids: Sequence[str]) -> Index:
         raise UnknownImage(f"{index.folder} has no image {unknown[0]!r} ({len(unknown)} of {len(image_ids)} unknown).")
     gone = {index.rows_by_id[image_id] for image_id in image_ids}
     kept = [row for row in range(len(index.records)) if row not in gone]
-    names = [index.token_ids(row) for row in sorted(gone)]
-    trie = remove_identifiers(index.trie, names, end_token=index.end_token)
+    removed = [index.token_ids(row) for row in sorted(gone)]
+    trie = remove_identifiers(index.trie, removed, end_token=index.end_token)
     new_row = np.full(len(index.records), -1)
     new_row[kept] = np.arange(len(kept))
     records, identifiers = [index.records[row] for row in kept], [index.identifiers[row] for row in kept]
     prior = None if index.log_prior is None else index.log_prior[kept]
-    return _write(index, _renumbered(trie, new_row), records, identifiers, index.scheme(), prior)
+    return _write(index, _renumber(trie, new_row), records, identifiers, index.scheme(), prior)
 
 
 def add_images(
@@ -62,10 +63,10 @@ def add_images(
     tokenizer: IndexTokenizer | None = None,
     new_rows: NewRows | None = None,
 ) -> Index:
-    """The index with more images, found by their names at once; the model has not seen them.
+    """Return the index with more images, found by their identifiers at once; the model has not seen them.
 
     Args:
-        identifiers, scheme, tokenizer: as `indexing.name_new_images` gives them.
+        identifiers, scheme, tokenizer: as `store.build.assign_identifiers` gives them.
         new_rows: of all symbols that the trained weights lack, in place of those stored.
     Raises:
         DuplicateImage: an image id is in the index already. IdentifierCollision: an identifier is.
@@ -83,11 +84,11 @@ def add_images(
     trie = add_identifiers(index.trie, token_ids, keys, end_token=index.end_token)
     prior = index.log_prior
     prior = None if prior is None else np.pad(prior, (0, len(records)), constant_values=np.nan)
-    names = [*index.identifiers, *identifiers]
-    return _write(index, trie, [*index.records, *records], names, scheme, prior, new_rows)
+    merged = [*index.identifiers, *identifiers]
+    return _write(index, trie, [*index.records, *records], merged, scheme, prior, new_rows)
 
 
-def store_pseudo_queries(index: Index, written: Sequence[WrittenQueries]) -> Index:
+def store_pseudo_queries(index: Index, written: Sequence[ImagePseudoQueries]) -> Index:
     """Store what a model has written of the images, in place of anything stored before; in the order of the records.
 
     Raises:
@@ -99,13 +100,13 @@ def store_pseudo_queries(index: Index, written: Sequence[WrittenQueries]) -> Ind
         commit(
             index.folder,
             index.manifest,
-            lambda into: write_written(into, lines),
+            lambda into: write_pseudo_queries(into, lines),
             keep=lambda name: name != PSEUDO_QUERIES,
         )
     return load_index(index.folder)
 
 
-def _renumbered(trie: LiveTrie, new_row: np.ndarray[tuple[int], np.dtype[np.int64]]) -> LiveTrie:
+def _renumber(trie: LiveTrie, new_row: np.ndarray[tuple[int], np.dtype[np.int64]]) -> LiveTrie:
     """With the rows that the records have now; a removed leaf gets -1, which no search returns."""
     keys = new_row[trie.key(np.arange(trie.base.n_leaves))]
     added_keys = None if trie.added_keys is None else new_row[trie.added_keys]
@@ -152,7 +153,7 @@ def _write(
             new_rows.save(into / NEW_ROWS)
         if forgets:
             left = {record.image_id for record in records}
-            write_written(into, [line for line in index.pseudo_queries.values() if line.image_id in left])
+            write_pseudo_queries(into, [line for line in index.pseudo_queries.values() if line.image_id in left])
         if log_prior is not None:
             np.save(into / PRIOR, log_prior)
         if scheme.arrays():

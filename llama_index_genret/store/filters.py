@@ -1,6 +1,6 @@
 """Metadata filters: which records they let pass, for a whole index at once.
 
-The operators and their meaning are those of LlamaIndex's `MetadataFilters`, nesting included, and so is the JSON form;
+The operators and their meaning are those of LlamaIndex's MetadataFilters, nesting included, and so is the JSON form;
 this module does not need LlamaIndex, so that a server applies the same filters as a client.
 
 Filters say who may see what: one that LlamaIndex would read as "everything" or "nothing" by mistake is an error here.
@@ -53,7 +53,7 @@ MAX_DEPTH = 32
 """Of nested filters: deeper ones could be read, but not written as JSON again."""
 
 
-class MetadataFilter(BaseModel):
+class RecordFilter(BaseModel):
     """One condition on one metadata key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,13 +62,13 @@ class MetadataFilter(BaseModel):
     operator: Operator = "=="
 
     @model_validator(mode="after")
-    def _can_be_written(self) -> MetadataFilter:
+    def _can_be_written(self) -> RecordFilter:
         for text in (self.key, *(self.value if isinstance(self.value, list) else [self.value])):
             str(text).encode()  # half a surrogate pair is a ValueError
         return self
 
 
-class MetadataFilters(BaseModel):
+class RecordFilters(BaseModel):
     """Conditions that hold together ("and"), one of them at least ("or"), or none of them ("not").
 
     No conditions let everything pass; of "or" and "not" there is one at least: a list of those who may see an image
@@ -76,16 +76,16 @@ class MetadataFilters(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    filters: list[MetadataFilter | MetadataFilters] = Field(max_length=MAX_FILTERS)
+    filters: list[RecordFilter | RecordFilters] = Field(max_length=MAX_FILTERS)
     condition: Literal["and", "or", "not"] | None = "and"
 
     @property
     def depth(self) -> int:
         """How many conditions lie in one another."""
-        return 1 + max((part.depth for part in self.filters if isinstance(part, MetadataFilters)), default=0)
+        return 1 + max((part.depth for part in self.filters if isinstance(part, RecordFilters)), default=0)
 
     @model_validator(mode="after")
-    def _shallow_and_not_empty(self) -> MetadataFilters:
+    def _shallow_and_not_empty(self) -> RecordFilters:
         if not self.filters and self.condition in ("or", "not"):
             raise ValueError(f"{self.condition!r} of no filters says nothing: leave it out, or search for no image")
         if self.depth > MAX_DEPTH:
@@ -93,7 +93,7 @@ class MetadataFilters(BaseModel):
         return self
 
     @classmethod
-    def equal(cls, wanted: Mapping[str, Value | list[Value]]) -> MetadataFilters:
+    def equal(cls, wanted: Mapping[str, Value | list[Value]]) -> RecordFilters:
         """Every key equals its value, or one of a list of them.
 
         Raises:
@@ -148,14 +148,14 @@ class Columns:
             raise FilterError(f"no image has metadata {key!r}; the index knows {sorted(self._columns)}.")
         return [value for value in self._columns[key].values if value is not None]
 
-    def passing(self, filters: MetadataFilters) -> Mask:
+    def record_mask(self, filters: RecordFilters) -> Mask:
         """(n,) bool: which records pass.
 
         Raises:
             FilterError: a key that no record has, or an operator that does not apply to its value or to theirs.
         """
         masks = [
-            self.passing(part) if isinstance(part, MetadataFilters) else self._matching(part)
+            self.record_mask(part) if isinstance(part, RecordFilters) else self._matching(part)
             for part in filters.filters
         ]
         if not masks:
@@ -163,7 +163,7 @@ class Columns:
         together: Mask = (np.all if filters.condition in ("and", None) else np.any)(masks, axis=0)
         return ~together if filters.condition == "not" else together
 
-    def _matching(self, part: MetadataFilter) -> Mask:
+    def _matching(self, part: RecordFilter) -> Mask:
         if not self._n:
             return np.zeros(0, np.bool_)
         self.distinct(part.key)
@@ -177,7 +177,7 @@ class Columns:
         return np.array(matches, np.bool_)[column.codes]
 
 
-def _check_value(part: MetadataFilter, known: Sequence[Scalar]) -> None:
+def _check_value(part: RecordFilter, known: Sequence[Scalar]) -> None:
     """Raise TypeError where the operator cannot mean anything with the value, whatever record it is asked of."""
     if part.operator == "is_empty":
         return
@@ -194,7 +194,7 @@ def _check_value(part: MetadataFilter, known: Sequence[Scalar]) -> None:
         )
 
 
-def _matches(part: MetadataFilter, found: Scalar) -> bool:
+def _matches(part: RecordFilter, found: Scalar) -> bool:
     if part.operator == "is_empty":
         return found is None or found == ""
     if found is None:

@@ -33,7 +33,7 @@ from llama_index_genret.files import only_writer, sync, sync_tree, writing
 from llama_index_genret.identifiers import Alphabet
 from llama_index_genret.models.identity import ModelEntry
 from llama_index_genret.models.prompts import PromptSet
-from llama_index_genret.store.scoring import Tuned
+from llama_index_genret.store.scoring import TunedScoring
 
 FORMAT_VERSION = 4
 READABLE = (3, FORMAT_VERSION)
@@ -88,7 +88,7 @@ class Manifest(BaseModel):
     prompts: PromptSet
     training: dict[str, Any] | None = None
     update: dict[str, Any] | None = None
-    tuned: Tuned | None = None
+    tuned: TunedScoring | None = None
     files: dict[str, FileEntry]
 
 
@@ -151,6 +151,14 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         raise IndexDamaged(f"{path} is damaged: {error}. Restore it, or make the index anew.") from error
+
+
+def readable_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of an index folder, or None if it is missing or damaged."""
+    try:
+        return read_manifest(folder)
+    except (IndexNotFound, IndexDamaged):
+        return None
 
 
 def manifest_text(manifest: Manifest) -> str:

@@ -14,6 +14,13 @@ from tokenizers import Tokenizer
 
 from llama_index_genret.errors import ModelMismatch, NotTrained
 from llama_index_genret.store import Index
+from llama_index_genret.store.model_state import (
+    adapter_folder,
+    check_tokenizer,
+    has_update,
+    stored_new_rows,
+    update_folder,
+)
 
 
 def load_trained(
@@ -33,16 +40,16 @@ def load_trained(
 
     mllm = load_base(index, device=device, dtype=dtype, base=base)
     _set_new_rows(mllm.model, index)
-    merged = PeftModel.from_pretrained(mllm.model, index.adapter_folder()).merge_and_unload()
-    if update and index.has_update:
-        merged = PeftModel.from_pretrained(merged, index.update_folder()).merge_and_unload()
+    merged = PeftModel.from_pretrained(mllm.model, adapter_folder(index)).merge_and_unload()
+    if update and has_update(index):
+        merged = PeftModel.from_pretrained(merged, update_folder(index)).merge_and_unload()
     return Mllm(mllm.name_or_path, merged.eval(), mllm.processor)
 
 
 @torch.no_grad()
 def _set_new_rows(model: Any, index: Index) -> None:
     """In place. What is merged in later replaces those of symbols that it was trained on."""
-    new = index.new_rows()
+    new = stored_new_rows(index)
     if new is None:
         return
     for name, module in model.named_modules():
@@ -55,7 +62,7 @@ def load_base(index: Index, *, device: str = "auto", dtype: str = "auto", base: 
     """The index's base model, checked to be the same, with room for the index's symbols."""
     where = base or index.manifest.model.name_or_path
     mllm = load_mllm(where, device=device, dtype=dtype)
-    index.check_tokenizer(mllm.tokenizer, where)
+    check_tokenizer(index, mllm.tokenizer, where)
     found = fingerprint(mllm.model)
     if found != index.manifest.model.fingerprint:
         raise ModelMismatch(

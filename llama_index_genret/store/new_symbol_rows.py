@@ -32,12 +32,13 @@ from safetensors.numpy import load_file
 
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import IdentifierError
-from llama_index_genret.models.encoder import TextEncoder, placed_by_captions
+from llama_index_genret.models.encoder import TextEncoder, embed_by_captions
 from llama_index_genret.models.features import vision_features
 from llama_index_genret.models.mllm import Mllm, Progress
 from llama_index_genret.store import Index, NewRows
+from llama_index_genret.store.model_state import adapter_folder, stored_new_rows
 
-SAMPLED = 2048
+MAX_SAMPLE = 2048
 """Images of the training, at most, on which the regression is fitted."""
 
 PENALTY = 0.3
@@ -98,7 +99,7 @@ def guess_rows(
     """Rows for symbols that the trained weights of `index` lack, beside those that it has guessed before.
 
     A symbol's features are the mean of those of the images that bear it; one that none bears gets the mean row. The
-    regression is fitted once, on at most SAMPLED images drawn by `seed`, and stored: it is that of `genret train`'s
+    regression is fitted once, on at most MAX_SAMPLE images drawn by `seed`, and stored: it is that of `genret train`'s
     weights, whatever update is on top.
 
     Args:
@@ -107,22 +108,22 @@ def guess_rows(
     Raises:
         IdentifierError: no image of the training is left to learn from.
     """
-    before = index.new_rows()
+    before = stored_new_rows(index)
     known = before or NewRows(np.zeros(0, np.int64), {}, {})
     of_pictures, of_captions = _regressions(known.regressions), _regressions(known.of_captions)
     guessed: dict[str, dict[int, Float32]] = {}
     told = [place for place, record in enumerate(records) if teacher and record.captions]
     if teacher and told:
         if not of_captions or known.teacher != teacher.name:
-            of_captions = _fitted_on_captions(index, teacher, seed=seed)
+            of_captions = _fit_on_captions(index, teacher, seed=seed)
         named = [identifiers[place] for place in told]
         borne = sorted(set(itertools.chain(*named)) & set(token_ids))
-        placed, _ = placed_by_captions(teacher, [records[place].captions for place in told])
-        guessed = _guessed(of_captions, borne, named, placed)
+        placed, _ = embed_by_captions(teacher, [records[place].captions for place in told])
+        guessed = _guess(of_captions, borne, named, placed)
     if not guessed or not next(iter(guessed.values())).keys() >= set(token_ids):
-        of_pictures = of_pictures or _fitted_on_pictures(index, mllm, seed=seed, progress=progress)
+        of_pictures = of_pictures or _fit_on_images(index, mllm, seed=seed, progress=progress)
         features = vision_features(mllm, [record.path for record in records], progress)
-        by_looks = _guessed(of_pictures, token_ids, identifiers, features)
+        by_looks = _guess(of_pictures, token_ids, identifiers, features)
         guessed = {name: rows | guessed.get(name, {}) for name, rows in by_looks.items()}
     rows = {name: np.stack([own[token_id] for token_id in token_ids]) for name, own in guessed.items()}
     if before:
@@ -139,7 +140,7 @@ def _regressions(stored: Mapping[str, Mapping[str, Float32]]) -> dict[str, RowRe
     return {name: RowRegression(**arrays) for name, arrays in stored.items()}
 
 
-def _guessed(
+def _guess(
     regressions: Mapping[str, RowRegression],
     token_ids: Sequence[int],
     identifiers: Sequence[Sequence[int]],
@@ -156,7 +157,7 @@ def _guessed(
 
 def _trained_rows(index: Index) -> TrainedRows:
     """By the name of a module, embeddings or LM head: the trained rows of token ids, as PEFT stores them."""
-    folder = index.adapter_folder()
+    folder = adapter_folder(index)
     tensors = load_file(folder / "adapter_model.safetensors")
     wanted = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["trainable_token_indices"]
     found = {}
@@ -175,20 +176,20 @@ def _sample(index: Index, trained: TrainedRows, *, seed: int, captioned: bool) -
         for row, record in enumerate(index.records)
         if (record.captions or not captioned) and known.issuperset(index.token_ids(row))
     ]
-    return [int(row) for row in np.random.default_rng(seed).permutation(named)[:SAMPLED]]
+    return [int(row) for row in np.random.default_rng(seed).permutation(named)[:MAX_SAMPLE]]
 
 
-def _fitted_on_captions(index: Index, teacher: TextEncoder, *, seed: int) -> dict[str, RowRegression]:
+def _fit_on_captions(index: Index, teacher: TextEncoder, *, seed: int) -> dict[str, RowRegression]:
     """Empty where no image is left of the training that has a caption."""
     trained = _trained_rows(index)
     chosen = _sample(index, trained, seed=seed, captioned=True)
     if not chosen:
         return {}
-    vectors, _ = placed_by_captions(teacher, [index.records[row].captions for row in chosen])
-    return _fitted(index, trained, chosen, vectors)
+    vectors, _ = embed_by_captions(teacher, [index.records[row].captions for row in chosen])
+    return _fit(index, trained, chosen, vectors)
 
 
-def _fitted_on_pictures(index: Index, mllm: Mllm, *, seed: int, progress: Progress) -> dict[str, RowRegression]:
+def _fit_on_images(index: Index, mllm: Mllm, *, seed: int, progress: Progress) -> dict[str, RowRegression]:
     trained = _trained_rows(index)
     chosen = _sample(index, trained, seed=seed, captioned=False)
     if not chosen:
@@ -197,10 +198,10 @@ def _fitted_on_pictures(index: Index, mllm: Mllm, *, seed: int, progress: Progre
             "a picture. Make the index anew, with `genret index`."
         )
     features = vision_features(mllm, [index.records[row].path for row in chosen], progress)
-    return _fitted(index, trained, chosen, features)
+    return _fit(index, trained, chosen, features)
 
 
-def _fitted(index: Index, trained: TrainedRows, chosen: Sequence[int], features: Float32) -> dict[str, RowRegression]:
+def _fit(index: Index, trained: TrainedRows, chosen: Sequence[int], features: Float32) -> dict[str, RowRegression]:
     """On the features of images of the training, by the name of a module."""
     identifiers = [index.token_ids(row) for row in chosen]
     token_ids = sorted({token_id for identifier in identifiers for token_id in identifier})

@@ -43,7 +43,7 @@ class Provenance(BaseModel):
     style: str | None
 
 
-class WrittenQueries(BaseModel):
+class ImagePseudoQueries(BaseModel):
     """What was written of one image. wanted: how many were asked for; there may be fewer, or none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,13 +60,13 @@ def text_key(text: str) -> str:
     return " ".join(re.sub(r"[^\w\s]|_", " ", folded).split())
 
 
-def write_written(into: Path, written: Iterable[WrittenQueries]) -> None:
+def write_pseudo_queries(into: Path, written: Iterable[ImagePseudoQueries]) -> None:
     """Write `pseudo_queries.jsonl`."""
     with (into / PSEUDO_QUERIES).open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{line.model_dump_json()}\n" for line in written)
 
 
-def read_written(path: Path) -> list[WrittenQueries]:
+def read_pseudo_queries(path: Path) -> list[ImagePseudoQueries]:
     """Read it.
 
     Raises:
@@ -76,7 +76,7 @@ def read_written(path: Path) -> list[WrittenQueries]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                written.append(WrittenQueries.model_validate_json(line))
+                written.append(ImagePseudoQueries.model_validate_json(line))
             except ValidationError as error:
                 raise IndexDamaged(
                     f"{path}, line {number}: {error}. Install the release that wrote it, or write the queries anew."

@@ -1,4 +1,4 @@
-"""`records.jsonl` of an index: one image a line, with its name and the position of its folder in the manifest.
+"""`records.jsonl` of an index: one image a line, with its identifier and the position of its folder in the manifest.
 
 Knows files; nothing of tries or models.
 """

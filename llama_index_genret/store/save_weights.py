@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.errors import IndexChanged, NotTrained, StoreError
-from llama_index_genret.store.index import PRIOR, Index, load_index
+from llama_index_genret.store.index import PRIOR, Index
 from llama_index_genret.store.manifest import Manifest, commit, only_writer_of, read_manifest
-from llama_index_genret.store.scoring import Tuned
+from llama_index_genret.store.model_state import has_update
+from llama_index_genret.store.open import load_index
+from llama_index_genret.store.scoring import TunedScoring
 from llama_index_genret.store.weights import ADAPTER, MODEL, NEW_ROWS, UPDATE, write_images
 
 
@@ -71,7 +73,7 @@ def drop_update(index: Index) -> Index:
     Raises:
         NotTrained: it has no update.
     """
-    if not index.has_update:
+    if not has_update(index):
         raise NotTrained(f"{index.folder} has no update to drop: its weights are those of `genret train`.")
     return _store(index, {"update": None}, (UPDATE,), {})
 
@@ -102,7 +104,7 @@ def _store(
     return load_index(index.folder)
 
 
-def store_tuned(index: Index, log_prior: NDArray[np.float32], tuned: Tuned) -> Index:
+def store_tuning(index: Index, log_prior: NDArray[np.float32], tuned: TunedScoring) -> Index:
     """Store the prior of every record, and how hits are ranked from now on, in place of earlier ones.
 
     Args:

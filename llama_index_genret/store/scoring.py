@@ -58,7 +58,7 @@ class ScoringChoice:
         return replace(default, **{name: value for name, value in vars(self).items() if value is not None})
 
 
-class Tuned(BaseModel):
+class TunedScoring(BaseModel):
     """What `genret tune` chose on `queries` validation queries; none where it only computed the prior."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

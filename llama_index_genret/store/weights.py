@@ -100,7 +100,7 @@ def image_key(record: Record, identifier: Identifier) -> str:
 
 def write_images(into: Path, records: Iterable[Record], identifiers: Sequence[Identifier]) -> None:
     """Note which images the adapter in a folder was trained on."""
-    keys = sorted(image_key(record, name) for record, name in zip(records, identifiers, strict=True))
+    keys = sorted(image_key(record, identifier) for record, identifier in zip(records, identifiers, strict=True))
     (into / IMAGES).write_text(json.dumps(keys), encoding="utf-8")
 
 

@@ -29,16 +29,16 @@ EDGE = 40
 
 
 def load_version(path: Path, row: int, version: int, *, seed: int) -> Image.Image:
-    """Version 0 of the picture of image `row` is the picture; any other is `redrawn`, the same for the same seed.
+    """Version 0 of the picture of image `row` is the picture; any other is `redraw`, the same for the same seed.
 
     Raises:
         what `load_image` does.
     """
     picture = load_image(path)
-    return redrawn(picture, seed=(seed, row, version)) if version else picture
+    return redraw(picture, seed=(seed, row, version)) if version else picture
 
 
-def redrawn(picture: Image.Image, *, seed: tuple[int, ...]) -> Image.Image:
+def redraw(picture: Image.Image, *, seed: tuple[int, ...]) -> Image.Image:
     """Another picture of the same thing, RGB, of LARGEST_SIDE at most; the same for the same seed.
 
     Turned and scaled a little, on the colour of its border; then, each by chance: painted in few flat colours, outlined
@@ -48,22 +48,22 @@ def redrawn(picture: Image.Image, *, seed: tuple[int, ...]) -> Image.Image:
         picture: RGB of any size.
     """
     draw = np.random.default_rng(seed)
-    picture = _moved(_shrunk(picture.convert("RGB")), draw)
+    picture = _move(_shrink(picture.convert("RGB")), draw)
     flat = picture
     if draw.random() < 0.8:
         flat = _flat(picture, int(draw.integers(FEWEST_COLOURS, MOST_COLOURS, endpoint=True)))
     outlines = _outlines(flat, width=int(draw.integers(1, 3, endpoint=True))) if draw.random() < 0.7 else None
-    painted = _recoloured(flat, draw)
+    painted = _recolour(flat, draw)
     return ImageChops.multiply(painted, outlines) if outlines else painted
 
 
-def _shrunk(picture: Image.Image) -> Image.Image:
+def _shrink(picture: Image.Image) -> Image.Image:
     small = picture.copy()
     small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     return small
 
 
-def _moved(picture: Image.Image, draw: np.random.Generator) -> Image.Image:
+def _move(picture: Image.Image, draw: np.random.Generator) -> Image.Image:
     width, height = picture.size
     ground = picture.getpixel((0, 0))
     scale = draw.uniform(SMALLEST, LARGEST)
@@ -96,7 +96,7 @@ def _outlines(picture: Image.Image, *, width: int) -> Image.Image:
     return ImageChops.invert(thick.filter(ImageFilter.GaussianBlur(0.6))).convert("RGB")
 
 
-def _recoloured(picture: Image.Image, draw: np.random.Generator) -> Image.Image:
+def _recolour(picture: Image.Image, draw: np.random.Generator) -> Image.Image:
     hue, saturation, value = picture.convert("HSV").split()
     if draw.random() < 0.5:
         turn = int(draw.integers(-MOST_HUE, MOST_HUE, endpoint=True))

@@ -21,8 +21,8 @@ from llama_index_genret.store import Index
 from llama_index_genret.training.augmentation import load_version
 from llama_index_genret.training.soft_targets import Paths
 from llama_index_genret.training.tasks import Example
-from llama_index_genret.training.text_teacher import Teacher
-from llama_index_genret.training.vision_teacher import Looks
+from llama_index_genret.training.text_teacher import TextTeacher
+from llama_index_genret.training.vision_teacher import VisionTeacher
 
 IGNORED = -100
 """Label of a position without loss, as in transformers."""
@@ -67,11 +67,11 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         index: Index,
         mllm: Mllm,
         examples: Sequence[Example],
-        teacher: Teacher | None = None,
+        teacher: TextTeacher | None = None,
         *,
         seed: int = 0,
         drawn: NDArray[np.float64] | None = None,
-        looks: Looks | None = None,
+        looks: VisionTeacher | None = None,
     ) -> None:
         self._index = index
         self._mllm = mllm
@@ -179,7 +179,7 @@ def collate(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, dict[str,
         has_image = not item.keys() <= {"input_ids", "labels", *_SOFT, *_DRAWN}
         groups.setdefault("image" if has_image else f"text {len(item['input_ids']) // ALIKE}", []).append(item)
     return {
-        name: _padded(group, pad) | _of_rows(group, _SOFT, "soft_rows") | _of_rows(group, _DRAWN, "drawn_rows")
+        name: _pad_batch(group, pad) | _of_rows(group, _SOFT, "soft_rows") | _of_rows(group, _DRAWN, "drawn_rows")
         for name, group in groups.items()
     }
 
@@ -193,17 +193,17 @@ def _of_rows(items: Sequence[dict[str, Any]], names: Sequence[str], rows_name: s
     return together | {rows_name: torch.cat([torch.full_like(item[names[0]], row) for row, item in rows])}
 
 
-def _padded(items: Sequence[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
+def _pad_batch(items: Sequence[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
     """Left-padded tensors of tokens (rows, t), `attention_mask` among them, and the images of all items in order."""
     length = max(len(item["input_ids"]) for item in items)
 
-    def padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+    def pad_left(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
         return torch.stack([torch.cat([row.new_full((length - len(row),), value), row]) for row in rows])
 
     fill = {"input_ids": pad, "labels": IGNORED}
     of_tokens = [name for name in _per_token(items[0]) if name not in (*_SOFT, *_DRAWN)]
-    batch = {name: padded([item[name] for item in items], fill.get(name, 0)) for name in of_tokens}
-    batch["attention_mask"] = padded([torch.ones_like(item["input_ids"]) for item in items], 0)
+    batch = {name: pad_left([item[name] for item in items], fill.get(name, 0)) for name in of_tokens}
+    batch["attention_mask"] = pad_left([torch.ones_like(item["input_ids"]) for item in items], 0)
     other = [name for name in items[0] if name not in (*of_tokens, *_SOFT, *_DRAWN)]
     return batch | {name: torch.cat([item[name] for item in items]) for name in other}
 

@@ -48,10 +48,10 @@ def cached_tower(model: Any) -> Iterator[None]:
             key = _digest([pixels, *(value for value in own.values() if isinstance(value, torch.Tensor))])
             if key not in cache:
                 with torch.no_grad():
-                    cache[key] = _kept(original(pixels, **own))
+                    cache[key] = _cast_to_autocast(original(pixels, **own))
                 held += _bytes(cache[key])
             outputs.append(cache[key])
-        joined = type(outputs[0])(**{name: _joined([output[name] for output in outputs]) for name in outputs[0]})
+        joined = type(outputs[0])(**{name: _concatenate([output[name] for output in outputs]) for name in outputs[0]})
         while held > CACHED_BYTES:
             held -= _bytes(cache.popitem(last=False)[1])
         return joined
@@ -63,7 +63,7 @@ def cached_tower(model: Any) -> Iterator[None]:
         tower.forward = original
 
 
-def _kept(output: Any) -> Any:
+def _cast_to_autocast(output: Any) -> Any:
     device = next(value for value in output.values() if isinstance(value, torch.Tensor)).device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return type(output)(**{name: _cast(value, dtype) for name, value in output.items()})
@@ -93,11 +93,11 @@ def _digest(tensors: Sequence[torch.Tensor]) -> bytes:
     return digest.digest()
 
 
-def _joined(values: Sequence[Any]) -> Any:
+def _concatenate(values: Sequence[Any]) -> Any:
     """One field of several outputs: tensors end to end, and lists of tensors (one a layer) entry by entry."""
     if isinstance(values[0], torch.Tensor):
         return torch.cat(list(values))
-    return [_joined(entries) for entries in zip(*values, strict=True)]
+    return [_concatenate(entries) for entries in zip(*values, strict=True)]
 
 
 def _bytes(output: Any) -> int:
@@ -130,7 +130,7 @@ def cached_layers(decoder: Any, n_layers: int) -> Iterator[None]:
             inputs_embeds = decoder.get_input_embeddings()(input_ids)
         if inputs_embeds.requires_grad or attention_mask is None or attention_mask.ndim != 2:
             return original(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
-        rows = _unpadded(inputs_embeds, attention_mask)
+        rows = _strip_padding(inputs_embeds, attention_mask)
         keys = [hashlib.blake2b(row.cpu().contiguous().view(torch.uint8).numpy().tobytes()).digest() for row in rows]
         missing = [place for place, key in enumerate(keys) if key not in cache]
         if missing:
@@ -145,7 +145,7 @@ def cached_layers(decoder: Any, n_layers: int) -> Iterator[None]:
             dtype = (
                 torch.get_autocast_dtype(found.device.type) if torch.is_autocast_enabled(found.device.type) else None
             )
-            for place, row in zip(missing, _unpadded(found.to(dtype), attention_mask[missing]), strict=True):
+            for place, row in zip(missing, _strip_padding(found.to(dtype), attention_mask[missing]), strict=True):
                 cache[keys[place]] = row.clone()
         for key in keys:
             cache.move_to_end(key)
@@ -167,6 +167,6 @@ def cached_layers(decoder: Any, n_layers: int) -> Iterator[None]:
         decoder.forward = original
 
 
-def _unpadded(rows: torch.Tensor, attention_mask: torch.Tensor) -> Sequence[torch.Tensor]:
+def _strip_padding(rows: torch.Tensor, attention_mask: torch.Tensor) -> Sequence[torch.Tensor]:
     lengths = attention_mask.sum(1).tolist()
     return [row[len(row) - length :] for row, length in zip(rows, lengths, strict=True)]

@@ -27,11 +27,18 @@ from llama_index_genret.errors import MissingExtra, TrainingError
 from llama_index_genret.files import only_writer, writing
 from llama_index_genret.store import PSEUDO_QUERIES, Index, load_index, store_adapter, store_update
 from llama_index_genret.store.model_loading import load_base, load_trained
+from llama_index_genret.store.model_state import new_token_ids
 from llama_index_genret.store.weights import ADAPTER, NEW_ROWS
 from llama_index_genret.training.collator import IGNORED, ExampleTensors, collate
 from llama_index_genret.training.feature_cache import cached_layers, cached_tower
 from llama_index_genret.training.options import TrainOptions
-from llama_index_genret.training.schedule import Replayed, added_rows, drawn_in_turns, stream, update_options
+from llama_index_genret.training.schedule import (
+    ExperienceReplay,
+    added_rows,
+    replay_distribution,
+    stream,
+    update_options,
+)
 from llama_index_genret.training.symbol_init import start_symbols, teachers
 
 try:
@@ -131,7 +138,7 @@ def _train(
         asked = teachers(index, mllm, options, autocast=autocast, show_progress=show_progress)
         examples = stream(index, options, asked.of_text, new)
         steps = len(examples) // options.batch_size
-        drawn = drawn_in_turns(len(index.records), new) if new and isinstance(examples, Replayed) else None
+        drawn = replay_distribution(len(index.records), new) if new and isinstance(examples, ExperienceReplay) else None
         tensors = ExampleTensors(
             index, mllm, examples, asked.of_text, looks=asked.of_pictures, seed=options.seed, drawn=drawn
         )
@@ -231,7 +238,7 @@ def _adapted(index: Index, mllm: Mllm, options: TrainOptions) -> Any:
     decoder = {id(module) for layer in trained for module in layer.modules()}
     linears = [n for n, m in model.named_modules() if id(m) in decoder and isinstance(m, torch.nn.Linear)]
     connectors = [name for name in CONNECTORS if any(n.rpartition(".")[2] == name for n, _ in model.named_modules())]
-    new_symbols = index.new_token_ids()  # also those that no image has yet: untrained rows would be random
+    new_symbols = new_token_ids(index)  # also those that no image has yet: untrained rows would be random
     vocabularies = _vocabularies(model)
     names = [n.rpartition(".")[2] for n, m in model.named_modules() if any(m is v for v in vocabularies)]
     config = LoraConfig(

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from llama_index_genret.errors import NotTrained, TrainingError
 from llama_index_genret.store import Index
+from llama_index_genret.store.model_state import unseen_rows
 from llama_index_genret.training.options import TrainOptions
-from llama_index_genret.training.tasks import Example, Interleaved, Task, epoch_length, examples_of
-from llama_index_genret.training.text_teacher import Teacher
+from llama_index_genret.training.tasks import Example, InterleavedExamples, Task, epoch_length, examples_of
+from llama_index_genret.training.text_teacher import TextTeacher
 
 MORE_PASSES, SMALLER_STEPS = 5 / 3, 0.5
 """Of an update, beside the training below it."""
@@ -33,7 +34,7 @@ def added_rows(index: Index) -> list[int]:
     """
     if not index.is_trained:
         raise NotTrained(f"{index.folder} has no trained weights to update: run `genret train {index.folder}` first.")
-    added = index.unseen_rows(update=False)
+    added = unseen_rows(index, update=False)
     if added is None:
         raise TrainingError(
             f"{index.folder} was trained by a release that did not note on which images: run `genret train "
@@ -70,7 +71,7 @@ def update_options(index: Index) -> TrainOptions:
 
 
 def stream(
-    index: Index, options: TrainOptions, teacher: Teacher | None = None, new: Sequence[int] | None = None
+    index: Index, options: TrainOptions, teacher: TextTeacher | None = None, new: Sequence[int] | None = None
 ) -> Sequence[Example]:
     """All tasks interleaved; of an update, its new images and the old ones in turns.
 
@@ -80,8 +81,8 @@ def stream(
         TrainingError: no image has a caption, or none of the new ones.
     """
 
-    def interleaved(tasks: Mapping[Task, list[Example]], n_examples: int) -> Interleaved:
-        return Interleaved(tasks, n_examples, seed=options.seed, mix=options.mix)
+    def interleaved(tasks: Mapping[Task, list[Example]], n_examples: int) -> InterleavedExamples:
+        return InterleavedExamples(tasks, n_examples, seed=options.seed, mix=options.mix)
 
     def n_examples(tasks: Mapping[Task, list[Example]], times: int = 1) -> int:
         wanted = options.epochs * times * epoch_length(tasks, options.mix) / options.batch_size
@@ -90,7 +91,7 @@ def stream(
     tasks = examples_of(index, teacher.texts if teacher else (), redrawn=options.redrawn)
     if new is None:
         return interleaved(tasks, n_examples(tasks))
-    ours, others = by_age(tasks, new, teacher.meant() if teacher else ())
+    ours, others = by_age(tasks, new, teacher.nearest_images() if teacher else ())
     if "retrieve" not in ours:
         raise TrainingError(
             f"none of the {len(new)} images that were added to {index.folder} has a caption, so that nothing teaches "
@@ -100,13 +101,13 @@ def stream(
     if not any(options.mix.get(task) for task in others):  # no old image is left
         return interleaved(ours, n_examples(ours))
     n = n_examples(ours, times=2)
-    return Replayed(interleaved(ours, n - n // 2), interleaved(others, n // 2))
+    return ExperienceReplay(interleaved(ours, n - n // 2), interleaved(others, n // 2))
 
 
 Tasks = dict[Task, list[Example]]
 
 
-class Replayed(Sequence[Example]):
+class ExperienceReplay(Sequence[Example]):
     """Every other example is of `new`, every other one of `old`, the first of `new`.
 
     Args:
@@ -127,8 +128,8 @@ class Replayed(Sequence[Example]):
         return self._halves[i % 2][i // 2]
 
 
-def drawn_in_turns(n_images: int, new: Collection[int]) -> NDArray[np.float64]:
-    """(n_images,) how often each image is the one of an example of `Replayed`, of sum 1."""
+def replay_distribution(n_images: int, new: Collection[int]) -> NDArray[np.float64]:
+    """(n_images,) how often each image is the one of an example of `ExperienceReplay`, of sum 1."""
     drawn = np.full(n_images, 0.5 / max(1, n_images - len(new)))
     drawn[list(new)] = 0.5 / len(new)
     return drawn

@@ -27,10 +27,11 @@ from llama_index_genret.models.features import (
     vision_features,
 )
 from llama_index_genret.store import Index
+from llama_index_genret.store.model_state import new_token_ids
 from llama_index_genret.training.augmentation import load_version
 from llama_index_genret.training.options import TrainOptions
-from llama_index_genret.training.text_teacher import Teacher, teach
-from llama_index_genret.training.vision_teacher import Looks
+from llama_index_genret.training.text_teacher import TextTeacher, teach
+from llama_index_genret.training.vision_teacher import VisionTeacher
 
 Float32 = NDArray[np.float32]
 
@@ -40,7 +41,7 @@ FITTED_QUERIES = 8192
 FITTED_PICTURES = 2048
 """Redrawn ones, for the same."""
 
-LOOKS_TEMPERATURE = 0.07
+VISION_TEMPERATURE = 0.07
 """Of the distribution over images by their looks. Among 463 emoji .87 of it is on the one that is shown, as
 integration.recall.looks prints."""
 
@@ -49,8 +50,8 @@ integration.recall.looks prints."""
 class Teachers:
     """What is imitated: a text encoder of queries, the vision tower of redrawn pictures."""
 
-    of_text: Teacher | None
-    of_pictures: Looks | None
+    of_text: TextTeacher | None
+    of_pictures: VisionTeacher | None
 
 
 def teachers(index: Index, mllm: Mllm, options: TrainOptions, *, autocast: bool, show_progress: bool) -> Teachers:
@@ -79,8 +80,8 @@ def teachers(index: Index, mllm: Mllm, options: TrainOptions, *, autocast: bool,
         versions = _versions(index, options)
         with _bfloat16(mllm, autocast):
             features = vision_features(mllm, versions, bar("Looking"), load=partial(_drawn, index, options.seed))
-        of_pictures = Looks.learnt(
-            features.reshape(len(index.records), 1 + options.redrawn, -1), temperature=LOOKS_TEMPERATURE
+        of_pictures = VisionTeacher.fit(
+            features.reshape(len(index.records), 1 + options.redrawn, -1), temperature=VISION_TEMPERATURE
         )
     return Teachers(of_text, of_pictures)
 
@@ -103,7 +104,7 @@ def start_symbols(
     Raises:
         TrainingError: they are to start at what a teacher says, and none was asked.
     """
-    new_symbols = index.new_token_ids()
+    new_symbols = new_token_ids(index)
     if not new_symbols:
         return
     vectors, projection = None, None

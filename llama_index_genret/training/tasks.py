@@ -87,7 +87,7 @@ def _questions(record: Record) -> list[tuple[str, str]]:
     return [("What is in the picture?", record.captions[0])] if record.captions else []
 
 
-class Interleaved(Sequence[Example]):
+class InterleavedExamples(Sequence[Example]):
     """`n_examples` examples: every block of sum(mix) holds each task in its share, each task in its own shuffles.
 
     for block: tasks = shuffle(mix); for task in tasks: next example of that task's current shuffle

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.errors import TrainingError
-from llama_index_genret.models.encoder import Float32, Progress, TextEncoder, placed_by_captions
+from llama_index_genret.models.encoder import Float32, Progress, TextEncoder, embed_by_captions
 from llama_index_genret.training.soft_targets import softmax_of_cosines
 
-COMPARED_TOGETHER = 256
+COMPARE_BATCH = 256
 KEYWORD_LISTS = 16
 """Lists of keywords that are made up for each image."""
 MOST_KEYWORDS = 6
@@ -27,7 +27,7 @@ NEAR = 0.05
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TextTeacher:
     """What the teacher is asked, and where in its space queries and images lie.
 
     texts: (q) queries; queries: (q, d) their unit embeddings; images: (n, d) unit embeddings of the images' captions,
@@ -44,10 +44,10 @@ class Teacher:
         """(n,) how likely each image is meant by a query."""
         return softmax_of_cosines(self.images, self.queries[query], self.temperature)
 
-    def meant(self) -> list[int]:
+    def nearest_images(self) -> list[int]:
         """(q) the image that each query means most."""
-        starts = range(0, len(self.queries), COMPARED_TOGETHER)
-        parts = [(self.queries[start : start + COMPARED_TOGETHER] @ self.images.T).argmax(1) for start in starts]
+        starts = range(0, len(self.queries), COMPARE_BATCH)
+        parts = [(self.queries[start : start + COMPARE_BATCH] @ self.images.T).argmax(1) for start in starts]
         return [int(row) for part in parts for row in part]
 
 
@@ -61,10 +61,10 @@ def teach(
     seed: int,
     device: str,
     progress: Progress = iter,
-) -> Teacher:
+) -> TextTeacher:
     """Embed images by their captions, and queries: the captions, `words`, lists of words near each image, `queries`.
 
-    Where an image lies: `text_encoder.placed_by_captions`. Its made-up keywords are drawn by their nearness to it:
+    Where an image lies: `models.encoder.embed_by_captions`. Its made-up keywords are drawn by their nearness to it:
     common words that its captions may lack.
 
     Args:
@@ -79,14 +79,14 @@ def teach(
     if not any(captions):
         raise TrainingError("a teacher needs captions: no image of the index has one. Leave the teacher out.")
     reader = TextEncoder(encoder, device=device, progress=progress)
-    images, known = placed_by_captions(reader, captions)
+    images, known = embed_by_captions(reader, captions)
     others = [word for word in dict.fromkeys(words) if word not in known]
     known |= zip(others, reader.embed(others), strict=True)
     flat = list(known)
     lists = _keyword_lists(flat, np.stack([known[text] for text in flat]), images, seed=seed)
     more = [text for text in dict.fromkeys([*lists, *queries]) if text not in known]
     texts = (*flat, *more)
-    return Teacher(texts, np.concatenate([np.stack(list(known.values())), reader.embed(more)]), images, temperature)
+    return TextTeacher(texts, np.concatenate([np.stack(list(known.values())), reader.embed(more)]), images, temperature)
 
 
 def _keyword_lists(words: Sequence[str], embeddings: Float32, images: Float32, *, seed: int) -> Iterator[str]:

@@ -27,7 +27,7 @@ SHRINKAGE = 0.1
 
 
 @dataclass(frozen=True)
-class Looks:
+class VisionTeacher:
     """versions (n, v, d) unit vectors of each image's versions; images: (n, d) unit vectors of the images.
 
     mean (d,), whitening (d, d): what makes such vectors of features.
@@ -41,7 +41,7 @@ class Looks:
     temperature: float
 
     @classmethod
-    def learnt(cls, features: Float32, *, temperature: float) -> Looks:
+    def fit(cls, features: Float32, *, temperature: float) -> VisionTeacher:
         """From the tower's features (n, v, d) of the versions of n images, two at least of each.
 
         within = mean over images and versions of (x - mean of the image)(x - mean of the image)^T
@@ -53,18 +53,18 @@ class Looks:
         within = apart.T @ apart / len(apart)
         within[np.diag_indices_from(within)] += SHRINKAGE * within.trace() / n_features + 1e-12
         whitening = np.linalg.cholesky(np.linalg.inv(within)).astype(np.float32)
-        versions, images = (_placed(rows, mean, whitening) for rows in (features, means))
+        versions, images = (_project(rows, mean, whitening) for rows in (features, means))
         return cls(mean, whitening, versions, images, temperature)
 
-    def placed(self, features: Float32) -> Float32:
+    def project(self, features: Float32) -> Float32:
         """(..., d) unit vectors: where pictures of these features lie among the images."""
-        return _placed(features, self.mean, self.whitening)
+        return _project(features, self.mean, self.whitening)
 
     def probabilities(self, row: int, version: int) -> NDArray[np.float64]:
         """(n,) how likely each image is meant by a version of one."""
         return softmax_of_cosines(self.images, self.versions[row, version], self.temperature)
 
 
-def _placed(features: Float32, mean: Float32, whitening: Float32) -> Float32:
+def _project(features: Float32, mean: Float32, whitening: Float32) -> Float32:
     rows = (features - mean) @ whitening
     return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12), np.float32)

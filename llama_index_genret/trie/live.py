@@ -53,7 +53,7 @@ class Nodes:
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class _TrieChildren:
     """The children that one of the two tries gives to an expansion.
 
     parents: (r,) int64, those of its nodes that are expanded.
@@ -104,7 +104,7 @@ class Expansion:
     """
 
     offsets: Int64
-    _parts: tuple[_Part, ...]
+    _parts: tuple[_TrieChildren, ...]
     _merged_token_ids: Int64 | None = None
 
     @cached_property
@@ -145,7 +145,7 @@ class Expansion:
         return Nodes(*(part.take(entries) for part in self._parts))
 
     @property
-    def _only(self) -> _Part:
+    def _only(self) -> _TrieChildren:
         """The base, where nothing was added."""
         return self._parts[0]
 
@@ -205,7 +205,7 @@ class LiveTrie:
         """
         if nodes.added is None or self.added is None:
             children = self.base.children(nodes.base)
-            part = _Part(self.base, nodes.base, children, 0)
+            part = _TrieChildren(self.base, nodes.base, children, 0)
             return self._compressed(part) if self.live else Expansion(children.offsets, (part,))
         first = self._part(self.base, nodes.base, 0)
         second = self._part(self.added, nodes.added, self.base.n_leaves)
@@ -253,17 +253,17 @@ class LiveTrie:
         of_base = base if self.keys is None else self.keys[base]
         return np.where(leaves < n_base, of_base, self.added_keys[np.maximum(leaves - n_base, 0)])
 
-    def restrict(self, allowed: LeafFilter) -> LeafFilter:
+    def restrict(self, leaf_filter: LeafFilter) -> LeafFilter:
         """The allowed leaves that exist.
 
         Raises:
-            FilterError: `allowed` was made for another version.
+            FilterError: `leaf_filter` was made for another version.
         """
-        if allowed.n_leaves != self.n_leaves:
+        if leaf_filter.n_leaves != self.n_leaves:
             raise FilterError(
-                f"the filter knows {allowed.n_leaves} identifiers, the trie {self.n_leaves}: build it anew."
+                f"the filter knows {leaf_filter.n_leaves} identifiers, the trie {self.n_leaves}: build it anew."
             )
-        return allowed if self.live is None else allowed & self.live
+        return leaf_filter if self.live is None else leaf_filter & self.live
 
     @cached_property
     def _base_before_added(self) -> Int64:
@@ -271,11 +271,11 @@ class LiveTrie:
         return leaves_before(self.base, self.added.paths()) if self.added else np.zeros(0, np.int64)
 
     @staticmethod
-    def _part(trie: Trie, nodes: Int64, leaf_start: int) -> tuple[_Part, Int64]:
+    def _part(trie: Trie, nodes: Int64, leaf_start: int) -> tuple[_TrieChildren, Int64]:
         rows = np.flatnonzero(nodes >= 0)
-        return _Part(trie, nodes[rows], trie.children(nodes[rows]), leaf_start), rows
+        return _TrieChildren(trie, nodes[rows], trie.children(nodes[rows]), leaf_start), rows
 
-    def _live_keys(self, part: _Part, rows: Int64) -> tuple[Int64, Int64]:
+    def _live_keys(self, part: _TrieChildren, rows: Int64) -> tuple[Int64, Int64]:
         """(row, token) of the live children as one number each, and their places among the children."""
         keys = (rows[part.children.row] << _TOKEN_BITS) + part.children.token_ids
         if self.live is None or part.leaf_start:
@@ -283,7 +283,7 @@ class LiveTrie:
         place = np.flatnonzero(part.allowed(self.live))
         return keys[place], place
 
-    def _compressed(self, part: _Part) -> Expansion:
+    def _compressed(self, part: _TrieChildren) -> Expansion:
         assert self.live is not None
         entry = np.flatnonzero(part.allowed(self.live))
         offsets = np.searchsorted(entry, part.children.offsets)

@@ -10,15 +10,15 @@ import pytest
 from llama_index_genret import FakeScorer
 from llama_index_genret.cli.browse.app import MAX_BODY_BYTES, listen, make_app
 from llama_index_genret.cli.browse.recaller import Recaller
-from llama_index_genret.cli.browse.trace import SHOWN, leaves_below, probabilities, spelled
+from llama_index_genret.cli.browse.trace import SHOWN, identifier_levels, leaves_below, probabilities
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.corpus.images import to_data_url
 from llama_index_genret.errors import ServerError
 from llama_index_genret.llamaindex.llms import InProcessLLM
 from llama_index_genret.scorers.base import recall
-from llama_index_genret.scorers.recording import WatchingScorer
+from llama_index_genret.scorers.recording import RecordingScorer
 from llama_index_genret.scorers.transformers import TransformersScorer
-from llama_index_genret.store import remove_images
+from llama_index_genret.store import RecordFilters, remove_images
 from llama_index_genret.store.build import add_to_index, build_index
 
 
@@ -35,7 +35,7 @@ async def client(recaller):
 
 
 def search(index, scorer, text, **options):
-    watching = WatchingScorer(scorer)
+    watching = RecordingScorer(scorer)
     (ranking,) = recall(watching, index.trie, [index.prompts.for_query(index.tokenizer, text)], k=20, **options)
     return ranking.hits, probabilities(watching.steps)
 
@@ -47,7 +47,7 @@ def test_an_identifier_is_spelled_with_the_probabilities_of_the_search(untrained
     hits, expanded = search(index, scorer, "a red circle")
     assert len(hits) == 20
     for hit in hits:
-        levels = spelled(index, hit, expanded, None)
+        levels = identifier_levels(index, hit, expanded, None)
         chosen = [[choice for choice in level.choices if choice.chosen] for level in levels]
         assert [len(marked) for marked in chosen] == [1] * len(hit.token_ids)
         product = math.prod(marked.probability for (marked,) in chosen)
@@ -62,13 +62,13 @@ def test_an_identifier_is_spelled_with_the_probabilities_of_the_search(untrained
 
 def test_a_child_tells_how_many_images_lie_below_it_and_how_many_pass_the_filters(untrained_index):
     index, scorer = untrained_index, FakeScorer(untrained_index.tokenizer.vocab_size, spread=2.0)
-    allowed = index.leaf_filter(index.text_filter({"color": "red"}))
+    allowed = index.leaf_filter(RecordFilters.equal({"color": "red"}))
     hits, expanded = search(index, scorer, "anything", allowed=allowed)
     reds = {record.image_id for record in index.records if record.metadata["color"] == "red"}
     assert {index.record_of(hit).image_id for hit in hits} == reds
     for hit in hits:
         beginning = ()
-        for level in spelled(index, hit, expanded, allowed):
+        for level in identifier_levels(index, hit, expanded, allowed):
             for choice in level.choices:
                 below = {
                     record.image_id
@@ -97,7 +97,7 @@ def test_a_removed_image_is_not_counted_and_an_added_one_is(pictures, tiny_mllm,
     hits, expanded = search(more, FakeScorer(more.tokenizer.vocab_size, spread=2.0), "a red circle")
     assert {more.record_of(hit).image_id for hit in hits} >= {record.image_id for record in corpus.records[:5]}
     for hit in hits:
-        (first, *_) = spelled(more, hit, expanded, None)
+        (first, *_) = identifier_levels(more, hit, expanded, None)
         for choice in first.choices:
             assert choice.images == sum(name[0] == choice.symbol for name in more.identifiers)
 

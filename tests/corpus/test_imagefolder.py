@@ -25,7 +25,7 @@ from llama_index_genret.corpus import (
     Corpus,
     Question,
     Record,
-    Skipped,
+    SkippedImage,
     read_corpus,
 )
 from llama_index_genret.corpus.images import image_sha256, load_image, sniff_mime
@@ -384,7 +384,7 @@ def test_a_broken_file_of_a_bare_folder_is_skipped_without_a_line(folder):
     (skipped,) = read_corpus(folder, skip_broken=True).skipped
     assert (skipped.file_name, skipped.line) == ("c.png", None)
     assert str(folder / "c.png") in skipped.reason
-    assert isinstance(skipped, Skipped)
+    assert isinstance(skipped, SkippedImage)
 
 
 # Links

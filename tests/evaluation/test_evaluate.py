@@ -21,7 +21,7 @@ from llama_index_genret.evaluation.metrics import (
     ndcg_at,
     recall_at,
 )
-from llama_index_genret.evaluation.queries import Query, read_queries
+from llama_index_genret.evaluation.queries import EvaluationQuery, read_queries
 from llama_index_genret.scorers.transformers import TransformersScorer
 
 RANKED = [["a", "b", "c"], ["b", "c", "a"], ["c"], []]
@@ -86,7 +86,7 @@ def test_an_interval_is_as_wide_as_the_normal_one_and_no_narrower_for_repeated_q
 
 def test_figures_have_an_interval_around_each_recall_with_queries_of_an_image_drawn_together(untrained_index):
     records = untrained_index.records
-    asked = [Query(f"{r.captions[0]} {n}", frozenset([r.image_id])) for r in records[:6] for n in range(3)]
+    asked = [EvaluationQuery(f"{r.captions[0]} {n}", frozenset([r.image_id])) for r in records[:6] for n in range(3)]
     scores = np.zeros((18, len(records)))
     scores[np.arange(9), np.repeat(np.arange(6), 3)[:9]] = 1  # the first three images are found
     evaluation = evaluation_by_score(scores, records, asked)
@@ -99,7 +99,7 @@ def test_figures_have_an_interval_around_each_recall_with_queries_of_an_image_dr
 
 def test_of_images_of_equal_score_the_right_one_is_ranked_last(untrained_index):
     records = untrained_index.records
-    query = Query("?", frozenset([records[0].image_id]))
+    query = EvaluationQuery("?", frozenset([records[0].image_id]))
     tied, ahead = np.zeros((1, len(records))), np.zeros((1, len(records)))
     tied[0, :5] = 1
     ahead[0, :5], ahead[0, 0] = 1, 2
@@ -113,7 +113,7 @@ def test_a_query_may_be_a_picture(trained_index, trained_mllm, tmp_path):
     (tmp_path / "q.png").write_bytes(asked.path.read_bytes())
     path = write(tmp_path / "q.jsonl", {"image": "q.png", "image_id": asked.image_id, "kind": "image"})
     queries = read_queries(path, trained_index.records)
-    assert queries == [Query("", frozenset([asked.image_id]), "image", tmp_path / "q.png")]
+    assert queries == [EvaluationQuery("", frozenset([asked.image_id]), "image", tmp_path / "q.png")]
     result = evaluate(trained_index, TransformersScorer(trained_mllm), queries)
     assert len(result.ranked[0]) == 10
     (tmp_path / "q.png").unlink()
@@ -124,7 +124,7 @@ def test_a_query_may_be_a_picture(trained_index, trained_mllm, tmp_path):
 def test_a_query_that_is_refused_is_a_miss_and_stays_in_the_count(untrained_index):
     scorer = FakeScorer(untrained_index.tokenizer.vocab_size)
     everything = frozenset(record.image_id for record in untrained_index.records)
-    result = evaluate(untrained_index, scorer, [Query("red", everything), Query(" ", everything)])
+    result = evaluate(untrained_index, scorer, [EvaluationQuery("red", everything), EvaluationQuery(" ", everything)])
     figures = result.figures()
     assert (figures["n"], figures["recall@1"]) == (2, 0.5)
     assert len(result.latency_ms) == 2
@@ -143,8 +143,8 @@ def test_queries_name_images_by_file_or_id_one_or_several(untrained_index, tmp_p
         {"query": "b", "image_id": ["red-bar", "blue-bar"], "kind": "tag"},
     )
     assert read_queries(path, untrained_index.records) == [
-        Query("a", frozenset({"red-circle"})),
-        Query("b", frozenset({"red-bar", "blue-bar"}), "tag"),
+        EvaluationQuery("a", frozenset({"red-circle"})),
+        EvaluationQuery("b", frozenset({"red-bar", "blue-bar"}), "tag"),
     ]
 
 
@@ -176,9 +176,9 @@ def test_a_missing_or_empty_file_is_an_error_that_names_it(untrained_index, tmp_
 @pytest.mark.parametrize("name", ["tfidf", "bm25"])
 def test_a_baseline_finds_captions_and_counts_ties_against_itself(untrained_index, name):
     records = untrained_index.records
-    captions = [Query(record.captions[0], frozenset([record.image_id])) for record in records]
+    captions = [EvaluationQuery(record.captions[0], frozenset([record.image_id])) for record in records]
     assert baseline(name, records, captions).figures()["recall@1"] == 1.0
-    nothing_in_common = [Query("zzz qqq", frozenset([record.image_id])) for record in records]
+    nothing_in_common = [EvaluationQuery("zzz qqq", frozenset([record.image_id])) for record in records]
     assert baseline(name, records, nothing_in_common).figures()["recall@10"] == 0.0
 
 
@@ -195,7 +195,7 @@ def test_the_evaluator_of_llama_index_gives_the_same_figures(untrained_index, ho
     """
     records, scorer = untrained_index.records, FakeScorer(untrained_index.tokenizer.vocab_size)
     wanted = [[r.image_id for r in records[n : n + 1 + n % 3]] for n in range(len(records) - 3)]
-    queries = [Query(records[n].captions[0], frozenset(ids)) for n, ids in enumerate(wanted)]
+    queries = [EvaluationQuery(records[n].captions[0], frozenset(ids)) for n, ids in enumerate(wanted)]
     ours = evaluate(untrained_index, scorer, queries)
     retriever = GenerativeImageRetriever(untrained_index, scorer, similarity_top_k=10)
     theirs = RetrieverEvaluator.from_metric_names(["hit_rate", "mrr", "recall", "ndcg"], retriever=retriever)

@@ -20,7 +20,7 @@ from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import CorpusError
 from llama_index_genret.evaluation.baselines import baseline, evaluation_by_score
 from llama_index_genret.evaluation.evaluate import evaluate
-from llama_index_genret.evaluation.queries import Query
+from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.training.options import TrainOptions
 
 
@@ -95,7 +95,7 @@ def test_a_weight_of_one_or_none_is_one_ranking_alone_and_between_them_both_coun
 
 def test_the_fusion_chosen_is_the_better_ranking_where_the_other_is_noise(untrained_index):
     records = untrained_index.records
-    queries = [Query(record.captions[0], frozenset([record.image_id])) for record in records]
+    queries = [EvaluationQuery(record.captions[0], frozenset([record.image_id])) for record in records]
     rng = np.random.default_rng(0)
     noise, good = rng.normal(size=(2, len(records), len(records)))
     good += 10 * np.eye(len(records))
@@ -140,8 +140,10 @@ def kept_by_definition(index, scorer, query, width=10):
 @pytest.mark.parametrize("seed", range(4))
 def test_prefix_survival_is_what_a_beam_keeps(untrained_index, seed):
     scorer = FakeScorer(untrained_index.tokenizer.vocab_size, seed=seed, spread=3.0)
-    queries = [Query(f"{n}", frozenset([record.image_id])) for n, record in enumerate(untrained_index.records)]
-    refused = Query(" ", queries[0].image_ids)
+    queries = [
+        EvaluationQuery(f"{n}", frozenset([record.image_id])) for n, record in enumerate(untrained_index.records)
+    ]
+    refused = EvaluationQuery(" ", queries[0].image_ids)
     found = prefix_survival(untrained_index, scorer, [refused, *queries], batch=4)
     expected = np.zeros(len(found))
     for query, record in zip(queries, untrained_index.records, strict=True):
@@ -191,7 +193,7 @@ def test_a_section_counts_every_test_query_and_states_each_goal(untrained_index,
 
 def test_what_is_ahead_is_paired_by_query(untrained_index):
     records = untrained_index.records
-    queries = [Query("?", frozenset([record.image_id])) for record in records]
+    queries = [EvaluationQuery("?", frozenset([record.image_id])) for record in records]
     some = np.eye(len(records)) * (np.arange(len(records)) % 2)[:, None]
     row = evaluation_by_score(some, records, queries)
     section = Section(QuerySet("x", "any"), "tiny", {BEAM: row, "peer": row})
@@ -219,7 +221,7 @@ def test_a_growing_index_is_measured_at_every_stage_on_new_and_old_images(pictur
     updated = stages.updated(added, update_recipe(added, 2, 1.0))
     records = added.records
     assert len(records) - len(trained.records) == len(new) == 4
-    queries = [Query("", frozenset([record.image_id]), image=record.path) for record in records]
+    queries = [EvaluationQuery("", frozenset([record.image_id]), image=record.path) for record in records]
     asked = QuerySet("own", "pictures", shows_images=True)
     indexes = {"trained": trained, "added": added, "updated": updated}
     results = measure_growth(asked, queries, indexes, Neighbours(tiny_mllm, minilm=None))

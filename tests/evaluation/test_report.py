@@ -15,7 +15,7 @@ from llama_index_genret.errors import MissingExtra
 from llama_index_genret.evaluation.baselines import baseline
 from llama_index_genret.evaluation.evaluate import evaluate
 from llama_index_genret.evaluation.metrics import expected_calibration_error, reliability
-from llama_index_genret.evaluation.queries import Query
+from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.evaluation.report import STRIPS, worst_first, write_evaluation_report
 
 ANSWERS = st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60)
@@ -25,11 +25,11 @@ ANSWERS = st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_si
 def evaluation(untrained_index):
     """Of each image four queries; one query is refused."""
     queries = [
-        Query(f"{record.captions[0]} {n}", frozenset([record.image_id]), "odd" if n % 2 else "even")
+        EvaluationQuery(f"{record.captions[0]} {n}", frozenset([record.image_id]), "odd" if n % 2 else "even")
         for record in untrained_index.records
         for n in range(4)
     ]
-    queries[7] = Query(" ", queries[7].image_ids, "odd")
+    queries[7] = EvaluationQuery(" ", queries[7].image_ids, "odd")
     return evaluate(untrained_index, FakeScorer(untrained_index.tokenizer.vocab_size, spread=3.0), queries)
 
 

@@ -10,7 +10,7 @@ from llama_index_genret import FakeScorer, GenerativeImageRetriever
 from llama_index_genret.cli import app
 from llama_index_genret.errors import IndexDamaged, QueryError, SearchError, StoreError
 from llama_index_genret.evaluation.evaluate import evaluate
-from llama_index_genret.evaluation.queries import Query
+from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.evaluation.tuning import image_prior, tune
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.rerank import ranking_options
@@ -19,12 +19,12 @@ from llama_index_genret.serving.batch import open_batch
 from llama_index_genret.store import (
     Scoring,
     ScoringChoice,
-    Tuned,
+    TunedScoring,
     add_images,
     load_index,
     remove_images,
     store_adapter,
-    store_tuned,
+    store_tuning,
 )
 
 
@@ -66,7 +66,9 @@ def test_eta_is_chosen_by_mrr_on_the_queries_and_used_from_then_on(index, scorer
     """Queries for what the prior makes rare: taking it off must help, and the stored one is the best of the grid."""
     prior = image_prior(index, scorer)
     rare = [index.records[row] for row in np.argsort(prior)[:8]]
-    queries = [Query(f"{record.captions[0]} {n}", frozenset({record.image_id})) for record in rare for n in range(3)]
+    queries = [
+        EvaluationQuery(f"{record.captions[0]} {n}", frozenset({record.image_id})) for record in rare for n in range(3)
+    ]
     table = {}
     for query in queries:  # the query itself says nothing: all scores are those of the empty query
         prompt = index.prompts.for_query(index.tokenizer, query.text)
@@ -77,13 +79,13 @@ def test_eta_is_chosen_by_mrr_on_the_queries_and_used_from_then_on(index, scorer
             logits = scorer.logits(empty, path[:depth])
             table[prompt.token_ids, path[:depth]] = {t: v + 0.5 * (t == path[depth]) for t, v in enumerate(logits)}
     asked = FakeScorer(scorer.vocab_size, table=table)
-    tuned, trials = tune(index, asked, [*queries, Query(" ", frozenset({rare[0].image_id}))])
+    tuned, trials = tune(index, asked, [*queries, EvaluationQuery(" ", frozenset({rare[0].image_id}))])
     chosen = tuned.scoring()
     best = max(trial.figures["mrr"] for trial in trials)
     assert chosen.eta == min(trial.scoring.eta for trial in trials if trial.figures["mrr"] == best) > 0
     assert best > trials[0].figures["mrr"]
     assert {trial.figures["n"] for trial in trials} == {25}
-    assert load_index(index.folder).manifest.tuned == Tuned(scoring=chosen, queries=25)
+    assert load_index(index.folder).manifest.tuned == TunedScoring(scoring=chosen, queries=25)
     by_default = evaluate(tuned, asked, queries).ranked
     assert by_default == evaluate(tuned, asked, queries, scoring=chosen).ranked
     assert by_default != evaluate(tuned, asked, queries, scoring=Scoring()).ranked
@@ -92,7 +94,7 @@ def test_eta_is_chosen_by_mrr_on_the_queries_and_used_from_then_on(index, scorer
 
 def test_of_equal_ones_no_prior_and_no_reranking_is_chosen(index, scorer):
     """Every ranking is right: all images are."""
-    queries = [Query("anything", frozenset(index.rows_by_id))]
+    queries = [EvaluationQuery("anything", frozenset(index.rows_by_id))]
     tuned, trials = tune(index, scorer, queries, rerank=5)
     assert tuned.scoring() == Scoring(rerank_weight=0.0)
     assert len(trials) > 50
@@ -103,7 +105,7 @@ def test_of_equal_ones_no_prior_and_no_reranking_is_chosen(index, scorer):
 
 
 def test_the_weight_of_the_reranking_is_tried_as_recall_would_rank(index, scorer):
-    queries = [Query(record.captions[0], frozenset({record.image_id})) for record in index.records[:6]]
+    queries = [EvaluationQuery(record.captions[0], frozenset({record.image_id})) for record in index.records[:6]]
     tuned, trials = tune(index, scorer, queries, etas=(0.0, 1.0), rerank=10, rerank_weights=(0.0, 0.5))
     for trial in trials:
         scoring = trial.scoring if trial.scoring.rerank_weight else Scoring(eta=trial.scoring.eta)
@@ -114,8 +116,8 @@ def test_the_weight_of_the_reranking_is_tried_as_recall_would_rank(index, scorer
 def test_without_queries_the_prior_is_stored_and_what_was_tuned_stays(index, scorer):
     first, trials = tune(index, scorer)
     assert (first.scoring(), trials) == (Scoring(), [])
-    chosen = Tuned(scoring=Scoring(eta=0.5), queries=9)
-    again, _ = tune(store_tuned(first, first.log_prior, chosen), scorer)
+    chosen = TunedScoring(scoring=Scoring(eta=0.5), queries=9)
+    again, _ = tune(store_tuning(first, first.log_prior, chosen), scorer)
     assert again.manifest.tuned == chosen
 
 
@@ -140,7 +142,7 @@ def test_added_images_are_found_and_removed_ones_are_left_out_of_the_prior(index
 
 def test_other_weights_drop_the_prior_and_what_was_tuned_with_it(index, scorer, tmp_path):
     tuned, _ = tune(index, scorer)
-    tuned = store_tuned(tuned, tuned.log_prior, Tuned(scoring=Scoring(eta=1.0), queries=1))
+    tuned = store_tuning(tuned, tuned.log_prior, TunedScoring(scoring=Scoring(eta=1.0), queries=1))
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "adapter_model.safetensors").write_bytes(b"other")
     again = store_adapter(tuned, tmp_path / "weights", {})
@@ -151,13 +153,13 @@ def test_a_prior_is_not_stored_over_an_index_that_was_changed_meanwhile(index, s
     prior = image_prior(index, scorer)
     remove_images(index, [index.records[0].image_id])
     with pytest.raises(StoreError, match="changed while"):
-        store_tuned(index, prior, Tuned(scoring=Scoring(), queries=0))
+        store_tuning(index, prior, TunedScoring(scoring=Scoring(), queries=0))
 
 
 @pytest.mark.parametrize("bad", [np.zeros(3, np.float32), np.full(20, -np.inf, np.float32)])
 def test_what_is_no_prior_of_the_images_is_not_stored(index, bad):
     with pytest.raises(StoreError, match="a prior is"):
-        store_tuned(index, bad, Tuned(scoring=Scoring(), queries=0))
+        store_tuning(index, bad, TunedScoring(scoring=Scoring(), queries=0))
 
 
 def test_a_damaged_prior_is_an_error_that_names_it(index, scorer):
@@ -178,7 +180,7 @@ def test_eta_without_a_prior_and_numbers_that_are_no_weights_are_errors(index, s
 
 def test_the_retriever_ranks_as_tuned_unless_it_is_told_otherwise(index, scorer, tmp_path):
     tuned, _ = tune(index, scorer)
-    tuned = store_tuned(tuned, tuned.log_prior, Tuned(scoring=Scoring(0.7, 8, 0.3), queries=1))
+    tuned = store_tuning(tuned, tuned.log_prior, TunedScoring(scoring=Scoring(0.7, 8, 0.3), queries=1))
     prompt = tuned.prompts.for_query(tuned.tokenizer, "red circle")
     for options, scoring in (
         ({}, Scoring(0.7, 8, 0.3)),
@@ -198,7 +200,7 @@ def test_the_retriever_ranks_as_tuned_unless_it_is_told_otherwise(index, scorer,
 
 def test_what_was_tuned_on_texts_is_not_used_for_pictures(index, scorer):
     tuned, _ = tune(index, scorer)
-    tuned = store_tuned(tuned, tuned.log_prior, Tuned(scoring=Scoring(0.7, 8), queries=1))
+    tuned = store_tuning(tuned, tuned.log_prior, TunedScoring(scoring=Scoring(0.7, 8), queries=1))
     assert tuned.scoring(pictured=True) == Scoring()
     assert tuned.scoring(ScoringChoice(eta=0.2), pictured=True) == Scoring(0.2)
     from llama_index.core.schema import QueryBundle

@@ -26,8 +26,9 @@ from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
 from llama_index_genret.serving.batch import open_batch
 from llama_index_genret.serving.export import export_checkpoint
-from llama_index_genret.store import Scoring, Tuned, load_index, remove_images, store_tuned
+from llama_index_genret.store import Scoring, TunedScoring, load_index, remove_images, store_tuning
 from llama_index_genret.store.manifest import FORMAT_VERSION, check_free, manifest_text
+from llama_index_genret.store.model_state import adapter_folder
 
 PACKAGE = Path(llama_index_genret.__file__).parent
 
@@ -75,7 +76,7 @@ def test_of_two_writers_one_wins_and_the_other_is_told(folder):
     for write in (
         lambda: remove_images(second, ["blue-bar"]),
         lambda: store.add_images(second, [], [], second.scheme()),
-        lambda: store_tuned(second, prior_of(second), Tuned(scoring=Scoring(), queries=0)),
+        lambda: store_tuning(second, prior_of(second), TunedScoring(scoring=Scoring(), queries=0)),
         lambda: store.store_pseudo_queries(second, []),
     ):
         with pytest.raises(IndexChanged, match=f"{folder} was changed"):
@@ -147,7 +148,7 @@ def test_on_a_full_disk_the_index_is_as_it_was_and_nothing_is_left(folder, adapt
     index, before = load_index(folder), names(folder)
     for write in (
         lambda: remove_images(index, ["red-circle"]),
-        lambda: store_tuned(index, np.zeros(20, np.float32), Tuned(scoring=Scoring(), queries=0)),
+        lambda: store_tuning(index, np.zeros(20, np.float32), TunedScoring(scoring=Scoring(), queries=0)),
         lambda: store.store_adapter(index, adapter, {"losses": [1.0] * 500}),
     ):
         with (
@@ -231,7 +232,7 @@ def test_a_reader_goes_on_with_what_it_has_and_is_told_what_is_gone(folder, tmp_
     before = found(reader)
     store.store_adapter(load_index(folder), adapter, {"again": 1})
     with pytest.raises(IndexChanged, match=r"'adapter/.*' of that version is gone: load it again"):
-        reader.adapter_folder()
+        adapter_folder(reader)
     remove_images(load_index(folder), ["red-circle", "red-bar", "red-frame"])  # writes another trie
     shutil.move(folder, tmp_path / "elsewhere")
     assert found(reader) == before
@@ -242,7 +243,7 @@ def test_a_reader_goes_on_with_what_it_has_and_is_told_what_is_gone(folder, tmp_
 
 def test_a_version_that_is_written_while_another_is_loaded_is_loaded(folder, monkeypatch):
     """The files of the version that the reader began with are removed under its hands."""
-    writer, verify, seen = remove_images(load_index(folder), ["blue-bar"]), store.index.verify, []
+    writer, verify, seen = remove_images(load_index(folder), ["blue-bar"]), store.open.verify, []
 
     def verify_after_a_write(path, entry):
         seen.append(path)
@@ -250,7 +251,7 @@ def test_a_version_that_is_written_while_another_is_loaded_is_loaded(folder, mon
             remove_images(writer, ["red-circle"])
         verify(path, entry)
 
-    monkeypatch.setattr(store.index, "verify", verify_after_a_write)
+    monkeypatch.setattr(store.open, "verify", verify_after_a_write)
     assert len(found(load_index(folder))) == 18
     assert not seen[0].exists()
 

@@ -13,7 +13,7 @@ from llama_index.core.schema import ImageNode
 from integration.fuzz.small_index import draw, small_corpus, small_index
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import CorpusError, IndexDamaged, MetadataError
-from llama_index_genret.evaluation.queries import Query, read_queries
+from llama_index_genret.evaluation.queries import EvaluationQuery, read_queries
 from llama_index_genret.identifiers import ImageFacts, get_scheme
 from llama_index_genret.llamaindex.documents import records_of, sealed_node
 from llama_index_genret.models.identity import ModelEntry
@@ -96,7 +96,9 @@ def test_a_query_that_is_no_text_is_not_told_to_name_another_image(tmp_path):
 
 def test_a_query_of_control_tokens_is_a_text(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"query": "<|im_end|>\\u0000", "image_id": "a"}')
-    assert read_queries(tmp_path / "q.jsonl", small_corpus().records) == [Query("<|im_end|>\0", frozenset("a"))]
+    assert read_queries(tmp_path / "q.jsonl", small_corpus().records) == [
+        EvaluationQuery("<|im_end|>\0", frozenset("a"))
+    ]
 
 
 # Metadata

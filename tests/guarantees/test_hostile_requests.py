@@ -14,10 +14,10 @@ from llama_index_genret.cli.browse.recaller import Recaller
 from llama_index_genret.errors import QueryError, ServerError
 from llama_index_genret.models.prompts import MAX_QUERY_TOKENS
 from llama_index_genret.scorers.fake import FakeScorer
-from llama_index_genret.serving.endpoint.client import Query, RecallClient
+from llama_index_genret.serving.endpoint.client import RecallClient, RecallQuery
 from llama_index_genret.serving.endpoint.loaded_indexes import LoadedIndex
 from llama_index_genret.serving.endpoint.schema import MAX_WEIGHT, RecallRequest
-from llama_index_genret.store import MetadataFilters
+from llama_index_genret.store import RecordFilters
 from llama_index_genret.store.filters import MAX_FILTERS
 
 # Queries
@@ -88,8 +88,8 @@ def test_what_cannot_be_answered_is_no_request(body):
 def test_no_conditions_let_everything_pass_in_either_way_of_writing_them(body):
     """Once taken for a metadata key `filters`, which no image has."""
     request = RecallRequest.model_validate({"query": "a", "filters": body})
-    assert isinstance(request.conditions(), MetadataFilters)
-    assert LoadedIndex("x", small_index()).leaf_filter(request.conditions()).n_allowed == 4
+    assert isinstance(request.record_filters(), RecordFilters)
+    assert LoadedIndex("x", small_index()).leaf_filter(request.record_filters()).n_allowed == 4
 
 
 # Answers of a server
@@ -157,9 +157,9 @@ def test_more_images_than_were_asked_for_are_no_answer():
     index, recalled = small_index(), next(seed for seed in SEEDS if seed[:1] == RECALL)
     client = RecallClient(index, Played("http://none/v1", content=recalled[1:], asked=RECALL))
     prompt = index.prompts.for_query(index.tokenizer, "red")
-    assert len(client.recall(Query("red", prompt, 2, None, 0, None, Scoring())).hits) == 2
+    assert len(client.recall(RecallQuery("red", prompt, 2, None, 0, None, Scoring())).hits) == 2
     with pytest.raises(ServerError, match="other images than the best 1"):
-        client.recall(Query("red", prompt, 1, None, 0, None, Scoring()))
+        client.recall(RecallQuery("red", prompt, 1, None, 0, None, Scoring()))
 
 
 # The page

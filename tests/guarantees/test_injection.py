@@ -15,6 +15,7 @@ from llama_index.core.query_engine import CitationQueryEngine, RetrieverQueryEng
 
 from llama_index_genret import FakeScorer, GenerativeImageRetriever, ReadablePictures, genret_llm, image_query_engine
 from llama_index_genret.models.prompts import Prompt
+from llama_index_genret.scorers.rerank import describing_prompt
 from llama_index_genret.store import Scoring
 from tests.openai_server import OpenAIServer, running
 
@@ -110,15 +111,9 @@ def test_a_description_is_asked_of_the_identifier_and_not_of_the_caption(hostile
     """What ranks hits anew is told no caption: hostile ones change no score."""
     for by in ("identifier", "image"):
         for row in range(3):
-            hit = _hit(hostile, row)
-            assert _tokens(hostile.describing_prompt(hit, by)) == _tokens(untrained_index.describing_prompt(hit, by))
+            prompt = describing_prompt(hostile, row, by)
+            assert _tokens(prompt) == _tokens(describing_prompt(untrained_index, row, by))
     assert Scoring().rerank == 0
-
-
-def _hit(index, row):
-    from llama_index_genret.search import Hit
-
-    return Hit(row, row, index.token_ids(row), 0.0)
 
 
 def _tokens(prompt: Prompt):

@@ -27,7 +27,7 @@ from llama_index_genret.cli.browse.app import make_app
 from llama_index_genret.cli.browse.recaller import Recaller
 from llama_index_genret.errors import FilterError, ServerError, UnknownImage
 from llama_index_genret.llamaindex.nodes import node_of
-from llama_index_genret.scorers.closed_book import Asked, ImageMemory
+from llama_index_genret.scorers.closed_book import ImageMemory, QuestionPrompts
 from llama_index_genret.scorers.vllm_http import VllmScorer
 from llama_index_genret.serving.endpoint.client import RecallClient
 from llama_index_genret.store import load_index, remove_images
@@ -96,7 +96,7 @@ def ids(nodes):
 
 def fused(index, scorer, filters, k):
     ours = GenerativeImageRetriever(index, scorer, filters=filters, similarity_top_k=k)
-    nodes = ours.searched_nodes()
+    nodes = ours.candidate_nodes()
     partners = [BM25Retriever.from_defaults(nodes=nodes, similarity_top_k=20)] if nodes else []
     retrievers = [ours, *partners]
     return QueryFusionRetriever(retrievers, llm=MockLLM(), num_queries=1, mode="reciprocal_rerank", similarity_top_k=50)
@@ -276,7 +276,7 @@ def test_filters_changed_by_one_thread_while_another_edits_are_not_lost(index, s
     try:
         for number in range(300):
             retriever.filters = MetadataFilters(filters=[leaf("tenant", "==", TENANTS[number % 2])])
-            assert retriever._source.conditions.filters[0].value == TENANTS[number % 2]
+            assert retriever._source.filters.filters[0].value == TENANTS[number % 2]
     finally:
         stop = True
         editing.join()
@@ -353,7 +353,7 @@ class Listening:
     """A speaker that notes what it is asked."""
 
     def __init__(self):
-        self.asked: list[Asked] = []
+        self.asked: list[QuestionPrompts] = []
 
     def say(self, asked, max_tokens):
         self.asked.append(asked)

@@ -22,7 +22,7 @@ from llama_index_genret.errors import GenretError, ImageError
 from llama_index_genret.scorers.http_client import Server, json_object
 from llama_index_genret.scorers.vllm_http import VllmScorer
 from llama_index_genret.serving.endpoint.schema import RecallRequest
-from llama_index_genret.serving.launch import shown_command
+from llama_index_genret.serving.launch import printable_command
 from tests.openai_server import OpenAIServer, running
 from tests.scripted_server import ScriptedServer, response
 
@@ -203,7 +203,17 @@ def test_no_error_holds_a_picture(untrained_index):
 
 def test_a_logged_command_holds_no_key():
     command = ["vllm", "serve", "m", "--api-key", KEY, HEADER, "--port", "1", f"--hf-token={PASSWORD}"]
-    assert shown_command(command) == ["vllm", "serve", "m", "--api-key", "***", "***", "--port", "1", "--hf-token=***"]
+    assert printable_command(command) == [
+        "vllm",
+        "serve",
+        "m",
+        "--api-key",
+        "***",
+        "***",
+        "--port",
+        "1",
+        "--hf-token=***",
+    ]
 
 
 def test_a_key_reaches_the_server_and_no_other():

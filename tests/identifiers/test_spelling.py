@@ -18,11 +18,12 @@ from llama_index_genret.models.tokenizer import IndexTokenizer
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import load_index
-from llama_index_genret.store.build import build_index, name_new_images
+from llama_index_genret.store.build import assign_identifiers, build_index
 from llama_index_genret.store.model_loading import load_trained
+from llama_index_genret.store.model_state import adapter_folder, new_token_ids
 from llama_index_genret.training.collator import ExampleTensors
 from llama_index_genret.training.recipe import TrainOptions, train
-from llama_index_genret.training.tasks import Interleaved, examples_of
+from llama_index_genret.training.tasks import InterleavedExamples, examples_of
 from tests.identifiers.test_schemes import captions, random_features
 from tests.tiny_model import WORDY_TEXT, make_wordy_model
 
@@ -204,9 +205,9 @@ def test_an_index_on_existing_words_trains_a_plain_adapter_and_recalls(pictures,
     index = build_index(read_corpus(pictures), tmp_path / "index", wordy_mllm, alphabet="existing")
     assert index.manifest.alphabet == "existing"
     assert index.tokenizer.fingerprint == index.manifest.model.base_tokenizer
-    assert index.new_token_ids() == []
+    assert new_token_ids(index) == []
     index = train(index, TrainOptions(max_steps=2, lora_rank=2), device="cpu", show_progress=False)
-    config = json.loads((index.adapter_folder() / "adapter_config.json").read_text())
+    config = json.loads((adapter_folder(index) / "adapter_config.json").read_text())
     assert not config["trainable_token_indices"]
     assert not config["modules_to_save"]
     scorer = TransformersScorer(load_trained(index, device="cpu"))
@@ -222,10 +223,10 @@ def test_to_describe_an_image_the_prompt_holds_the_very_tokens_of_its_identifier
 ):
     index = build_index(read_corpus(pictures), tmp_path / "index", wordy_mllm, **options)
     describe = {"describe": examples_of(index)["describe"]}
-    tensors = ExampleTensors(index, wordy_mllm, Interleaved(describe, 20, seed=0))
+    tensors = ExampleTensors(index, wordy_mllm, InterleavedExamples(describe, 20, seed=0))
     before = index.tokenizer.encode_markup(index.prompts.describe.before)
     for i in range(20):
-        ids = list(index.token_ids(Interleaved(describe, 20, seed=0)[i].row))
+        ids = list(index.token_ids(InterleavedExamples(describe, 20, seed=0)[i].row))
         assert tensors[i]["input_ids"].tolist()[: len(before) + len(ids)] == before + ids
 
 
@@ -240,7 +241,7 @@ def test_an_index_of_words_shows_words(pictures, tiny_mllm, tmp_path):
 @pytest.mark.parametrize(("scheme", "alphabet"), [("structured", "new"), ("structured", "existing"), ("atomic", "new")])
 def test_images_that_join_an_index_get_names_of_their_own(pictures, wordy_mllm, tmp_path, scheme, alphabet):
     index = build_index(read_corpus(pictures), tmp_path / "index", wordy_mllm, scheme=scheme, alphabet=alphabet)
-    names = name_new_images(load_index(tmp_path / "index"), index.records[:5], wordy_mllm)
+    names = assign_identifiers(load_index(tmp_path / "index"), index.records[:5], wordy_mllm)
     assert not set(names.identifiers) & set(index.identifiers)
     assert len(set(names.identifiers)) == 5
     if scheme == "structured":

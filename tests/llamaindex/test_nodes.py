@@ -14,7 +14,7 @@ from PIL import Image
 
 from llama_index_genret import GenretImageNode, ReadablePictures
 from llama_index_genret.errors import ImageError
-from llama_index_genret.llamaindex.model_images import shown_picture
+from llama_index_genret.llamaindex.model_images import model_image
 from llama_index_genret.llamaindex.query_engine import LookAndAnswer
 
 
@@ -96,12 +96,12 @@ def test_a_large_picture_is_scaled_down_in_proportion(tmp_path, size, most, show
 
 def test_a_picture_is_scaled_once_and_again_when_its_file_has_changed(tmp_path):
     path = draw(tmp_path / "a.png", size=(200, 200))
-    first = shown_picture(path, max_pixels=100)
+    first = model_image(path, max_pixels=100)
     written = first.path.stat().st_mtime_ns
-    again = shown_picture(path, max_pixels=100)
+    again = model_image(path, max_pixels=100)
     assert (again, again.path.stat().st_mtime_ns) == (first, written)
     draw(path, size=(300, 200))
-    assert shown_picture(path, max_pixels=100).path != first.path
+    assert model_image(path, max_pixels=100).path != first.path
 
 
 def test_any_size_is_shown_where_it_is_asked_for(tmp_path):
@@ -161,7 +161,7 @@ def test_a_picture_of_too_many_pixels_leaves_a_text(tmp_path, monkeypatch):
 def test_nothing_is_fetched_from_an_address():
     node = GenretImageNode(id_="far", image_url="http://127.0.0.1:9/cat.png")
     with pytest.raises(ImageError, match="Download it"):
-        node.shown()
+        node.model_image()
     assert kinds(node.get_content_blocks()) == ["text"]
 
 
@@ -223,4 +223,4 @@ def test_engines_that_open_the_file_themselves_get_one_that_they_can_open(tmp_pa
 
 def test_a_limit_that_leaves_no_picture_is_an_error(tmp_path):
     with pytest.raises(ImageError, match="max_image_pixels=0"):
-        shown_picture(draw(tmp_path / "a.png"), max_pixels=0)
+        model_image(draw(tmp_path / "a.png"), max_pixels=0)

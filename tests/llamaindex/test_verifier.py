@@ -82,7 +82,7 @@ def test_scores_are_the_log_odds_of_the_search_and_what_query_and_image_tell_of_
 
 
 def test_the_signals_are_what_their_names_say(retriever, trained_index, trained_mllm):
-    signals = RecallVerifier(retriever)._measured(retriever, QUERY)
+    signals = RecallVerifier(retriever)._signals(retriever, QUERY)
     nodes = retriever.retrieve(QUERY)
     scores = [node.score for node in nodes]
     odds = [math.log(p / (1 - p)) for p in scores]
@@ -187,7 +187,7 @@ def test_calibration_loses_no_more_known_queries_than_allowed(fake):
     lost = sum(not verifier.postprocess_nodes(fake.retrieve(query), query_str=query) for query in known)
     assert lost == 2
     plain = RecallVerifier(fake)
-    signals = [[plain._measured(fake, query) for query in kind] for kind in (known, unknown)]
+    signals = [[plain._signals(fake, query) for query in kind] for kind in (known, unknown)]
     assert verifier.abstention == fit_abstention(*signals, lost=0.1)
     assert plain.abstention is None
 

@@ -18,10 +18,11 @@ from llama_index_genret.search import Normalise, Row, Rows
 from llama_index_genret.store import store_adapter
 from llama_index_genret.store.build import add_to_index, build_index
 from llama_index_genret.store.model_loading import _set_new_rows
+from llama_index_genret.store.model_state import stored_new_rows
 from llama_index_genret.training.collator import IGNORED, ExampleTensors, collate
 from llama_index_genret.training.feature_cache import cached_tower
 from llama_index_genret.training.recipe import TrainOptions, _adapted, _fast_symbol_rows, _summed_loss
-from llama_index_genret.training.tasks import Interleaved, examples_of
+from llama_index_genret.training.tasks import InterleavedExamples, examples_of
 from tests.conftest import draw_pictures
 from tests.tiny_qwen import FAMILIES, IMAGE, SIZES, resize_pictures, tiny_qwen, tiny_qwen_processor
 from tests.training.test_recipe import loss_and_gradients
@@ -76,7 +77,7 @@ def test_images_of_any_size_and_then_text_are_scored_like_plain_forward_passes(q
     """The text after a picture stands where the picture's longer side ends, not where its last token does."""
     paths = {load_image(record.path).size: record.path for record in index.records}
     prompts = [index.prompts.for_image(index.tokenizer, paths[size]) for size in SIZES]
-    inputs = [qwen.processed([prompt.text], [load_image(prompt.image)]) for prompt in prompts]
+    inputs = [qwen.process([prompt.text], [load_image(prompt.image)]) for prompt in prompts]
     assert_scores_equal_plain_passes(qwen, prompts, inputs)
     texts = [index.prompts.for_query(index.tokenizer, text) for text in ("red circle", "the blue bar on the table")]
     assert_scores_equal_plain_passes(qwen, texts, [{"input_ids": torch.tensor([p.token_ids])} for p in texts])
@@ -100,14 +101,14 @@ def test_pictures_encoded_together_get_the_features_that_each_gets_alone(qwen, i
 
 def test_the_loss_of_a_batch_is_that_of_plain_forward_passes(qwen, index):
     """Positions are those of recall, padding and other pictures in the batch notwithstanding."""
-    examples = Interleaved(examples_of(index), 60, seed=0)
+    examples = InterleavedExamples(examples_of(index), 60, seed=0)
     named = [i for i in range(60) if examples[i].task == "memorise"]
     tensors = ExampleTensors(index, qwen, examples)
     items, expected = [tensors[i] for i in named], 0.0
     assert len({len(item["input_ids"]) for item in items}) == len(SIZES)
     for i, item in zip(named, items, strict=True):
         target = [int(token) for token in item["labels"] if token != IGNORED]
-        inputs = qwen.processed([index.prompts.memorise], [load_image(index.records[examples[i].row].path)])
+        inputs = qwen.process([index.prompts.memorise], [load_image(index.records[examples[i].row].path)])
         steps = [plain_log_probs(qwen, inputs, target[:n])[token] for n, token in enumerate(target)]
         expected -= sum(steps)
     symbols = torch.from_numpy(tensors.paths.token_ids)
@@ -118,7 +119,7 @@ def test_the_loss_of_a_batch_is_that_of_plain_forward_passes(qwen, index):
 
 def test_what_was_trained_is_what_is_loaded_with_a_tied_head_or_its_own(fresh, index, tmp_path):
     """The rows of new symbols are learned wherever the model has any: where they are read, and where they are said."""
-    examples = Interleaved(examples_of(index), 20, seed=0)
+    examples = InterleavedExamples(examples_of(index), 20, seed=0)
     tensors = ExampleTensors(index, fresh, examples)
     batch = collate([tensors[i] for i in range(20)], pad=0)
     tied = fresh.model.lm_head.weight is fresh.model.get_input_embeddings().weight
@@ -152,7 +153,7 @@ def test_rows_of_added_symbols_are_set_wherever_the_model_has_rows(qwen, fresh, 
     modules = {"embed_tokens": loaded.get_input_embeddings(), "lm_head": loaded.get_output_embeddings()}
     if modules["lm_head"].weight is modules["embed_tokens"].weight:
         del modules["lm_head"]
-    new = grown.new_rows()
+    new = stored_new_rows(grown)
     assert new.rows.keys() == modules.keys()
     assert new.token_ids.tolist() == [grown.token_ids(row)[0] for row in (18, 19)]
     for name, module in modules.items():
@@ -162,7 +163,7 @@ def test_rows_of_added_symbols_are_set_wherever_the_model_has_rows(qwen, fresh, 
 
 def test_cached_features_and_fast_rows_change_neither_loss_nor_gradients(fresh, index):
     model = _adapted(index, fresh, TrainOptions(lora_rank=2))
-    examples = Interleaved(examples_of(index), 20, seed=0)
+    examples = InterleavedExamples(examples_of(index), 20, seed=0)
     tensors = ExampleTensors(index, fresh, examples)
     batch = collate([tensors[i] for i in range(20)], pad=0)
     encoded = []
@@ -186,7 +187,7 @@ def test_the_same_patches_in_another_grid_are_another_image(qwen):
     lying, standing = Image.new("RGB", (32, 16)), Image.new("RGB", (16, 32))
     lying.paste("white", (16, 0, 32, 16))
     standing.paste("white", (0, 16, 16, 32))
-    lying, standing = (qwen.processed([IMAGE], [picture]) for picture in (lying, standing))
+    lying, standing = (qwen.process([IMAGE], [picture]) for picture in (lying, standing))
     assert torch.equal(lying["pixel_values"], standing["pixel_values"])
     qwen.model.requires_grad_(False)
     tower = qwen.model.get_encoder("image")

@@ -15,7 +15,7 @@ from llama_index_genret.models.prompts import LOOK
 from llama_index_genret.scorers.closed_book import ImageMemory, InProcessSpeaker, MemoryAnswer, ServerSpeaker
 from llama_index_genret.scorers.http_client import Server
 from llama_index_genret.training.collator import ExampleTensors
-from llama_index_genret.training.tasks import MIX, Interleaved, examples_of, read_mix
+from llama_index_genret.training.tasks import MIX, InterleavedExamples, examples_of, read_mix
 
 QUESTION = "What is its main color?"
 
@@ -49,7 +49,7 @@ def by_heart(index, mllm, row, text):
 
 def seen(index, mllm, row, text):
     blank = index.prompts.answer
-    inputs = mllm.processed([f"{blank.before}{text}{blank.after}"], [load_image(index.records[row].path)])
+    inputs = mllm.process([f"{blank.before}{text}{blank.after}"], [load_image(index.records[row].path)])
     return greedy(mllm, inputs, 5)
 
 
@@ -153,10 +153,10 @@ def test_a_server_that_answers_nonsense_is_an_error(server, trained_index, spoil
 
 def test_the_task_remember_asks_what_answer_asks_of_the_identifier(untrained_index, tiny_mllm):
     tasks = {"remember": examples_of(untrained_index)["remember"]}
-    tensors = ExampleTensors(untrained_index, tiny_mllm, Interleaved(tasks, 20, seed=0, mix={"remember": 1}))
+    tensors = ExampleTensors(untrained_index, tiny_mllm, InterleavedExamples(tasks, 20, seed=0, mix={"remember": 1}))
     asked = [(e.row, e.text, e.target) for e in examples_of(untrained_index)["answer"]]
     assert [(e.row, e.text, e.target) for e in tasks["remember"]] == asked
-    for i, example in enumerate(Interleaved(tasks, 20, seed=0, mix={"remember": 1})):
+    for i, example in enumerate(InterleavedExamples(tasks, 20, seed=0, mix={"remember": 1})):
         name = untrained_index.token_ids(example.row)
         prompt = untrained_index.prompts.about_identifier(untrained_index.tokenizer, name, example.text)
         item, n = tensors[i], len(prompt.token_ids)
@@ -171,6 +171,6 @@ def test_the_default_stream_is_what_it_was_before_there_was_the_task(untrained_i
     tasks = examples_of(untrained_index)
     before = {task: examples for task, examples in tasks.items() if task != "remember"}
     mix = {task: count for task, count in MIX.items() if task != "remember"}
-    assert list(Interleaved(tasks, 300, seed=1)) == list(Interleaved(before, 300, seed=1, mix=mix))
-    told = Interleaved(tasks, 300, seed=1, mix=read_mix("retrieve=2,remember=1"))
+    assert list(InterleavedExamples(tasks, 300, seed=1)) == list(InterleavedExamples(before, 300, seed=1, mix=mix))
+    told = InterleavedExamples(tasks, 300, seed=1, mix=read_mix("retrieve=2,remember=1"))
     assert sum(example.task == "remember" for example in told) == 100

@@ -35,7 +35,7 @@ def plain_log_likelihood(mllm, one):
     if prompt.image is None:
         inputs = {"input_ids": torch.tensor([[*prompt.token_ids, *one.token_ids]])}
     else:
-        inputs = mllm.processed([prompt.text], [load_image(prompt.image)], [(*prompt.rest, *one.token_ids)])
+        inputs = mllm.process([prompt.text], [load_image(prompt.image)], [(*prompt.rest, *one.token_ids)])
     with torch.no_grad():
         log_probs = mllm.model(**inputs).logits[0].double().log_softmax(-1)
     return sum(float(log_probs[-n - 1 + place, token]) for place, token in enumerate(one.token_ids))

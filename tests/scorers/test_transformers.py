@@ -26,7 +26,7 @@ def scorer(tiny_mllm):
 def plain_log_probs(mllm, prompt, prefix):
     """(vocabulary,) log-probabilities by one forward pass without any cache."""
     if prompt.image:
-        inputs = mllm.processed([prompt.text], [load_image(prompt.image)])
+        inputs = mllm.process([prompt.text], [load_image(prompt.image)])
         ids = torch.cat([inputs["input_ids"], torch.tensor([prefix], dtype=torch.long)], 1)
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     else:

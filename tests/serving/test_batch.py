@@ -7,7 +7,7 @@ import pytest
 from llama_index_genret import FakeScorer
 from llama_index_genret.errors import BatchError, CorpusError, FilterError, QueryError
 from llama_index_genret.scorers.base import recall
-from llama_index_genret.serving.batch import open_batch
+from llama_index_genret.serving.batch import hit_to_json, open_batch
 from tests.cli.test_commands import genret
 
 ROWS = [
@@ -70,7 +70,7 @@ def test_each_query_has_a_line_in_its_place_with_the_hits_that_it_gets_alone(
         assert line.keys() - row.keys() == ({"error"} if place in REFUSED else {"hits", "exact"})
         if place not in REFUSED:
             (ranking,) = recall(scorer, index.trie, [index.prompts.for_query(index.tokenizer, row["query"])], k=3)
-            assert line["hits"] == [index.hit_to_json(hit) for hit in ranking.hits]
+            assert line["hits"] == [hit_to_json(index, hit) for hit in ranking.hits]
             assert line["exact"] == ranking.exact
     assert (summary.queries, summary.refused, summary.kept) == (len(ROWS), len(REFUSED), 0)
     assert beside(out) == ["hits.jsonl"]

@@ -16,6 +16,7 @@ from llama_index_genret import FakeScorer, GenerativeImageRetriever
 from llama_index_genret.errors import ServerError
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
+from llama_index_genret.serving.batch import hit_to_json
 from llama_index_genret.serving.endpoint.schema import RecallRequest
 from llama_index_genret.store import load_index, remove_images
 
@@ -66,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
         prompt = index.prompts.for_query(index.tokenizer, request.query)
         (ranking,) = recall(self.server.table, index.trie, [prompt], k=request.k, width=request.beam_width)
         hits = [
-            {**index.hit_to_json(hit), "caption": "", "metadata": {}, "image_id": index.record_of(hit).image_id}
+            {**hit_to_json(index, hit), "caption": "", "metadata": {}, "image_id": index.record_of(hit).image_id}
             for hit in ranking.hits
         ]
         result = {"query": request.query, "hits": hits, "exact": ranking.exact, "nodes_expanded": 1}

@@ -20,7 +20,7 @@ from llama_index_genret.serving.endpoint.limits import Admission, Limits, TooBus
 from llama_index_genret.serving.endpoint.loaded_indexes import Registry
 from llama_index_genret.serving.endpoint.schema import INDEXES_VARIABLE
 from llama_index_genret.serving.launch import free_port, running_server
-from llama_index_genret.store import MetadataFilters, load_index, remove_images
+from llama_index_genret.store import RecordFilters, load_index, remove_images
 
 STUBBORN = """
 import signal, subprocess, sys
@@ -146,7 +146,7 @@ def test_an_older_version_goes_with_its_last_search_and_needs_no_collection_of_g
     try:
         registry = Registry({"index": folder})
         searched = registry.get("index")
-        filters = MetadataFilters.model_validate({"filters": [{"key": "color", "operator": "!=", "value": "x"}]})
+        filters = RecordFilters.model_validate({"filters": [{"key": "color", "operator": "!=", "value": "x"}]})
         leaves = searched.leaf_filter(filters)
         scorer = FakeScorer(searched.index.tokenizer.vocab_size)
         assert recall(scorer, searched.index.trie, [Prompt((5,))], k=3, allowed=leaves)

@@ -16,12 +16,13 @@ from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import DuplicateImage, IdentifierError, TrainingError, UnknownImage
 from llama_index_genret.identifiers import ImageFacts
 from llama_index_genret.identifiers.structured import StructuredScheme
-from llama_index_genret.models.encoder import TextEncoder, placed_by_captions
+from llama_index_genret.models.encoder import TextEncoder, embed_by_captions
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
-from llama_index_genret.store import MetadataFilters, load_index, remove_images
+from llama_index_genret.store import RecordFilters, load_index, remove_images
 from llama_index_genret.store.build import add_to_index, build_index, needs_features
+from llama_index_genret.store.model_state import new_token_ids, stored_new_rows
 from tests.conftest import draw_pictures
 
 
@@ -107,7 +108,7 @@ def test_removing_and_adding_again_in_any_order_gives_an_index_that_holds_what_i
     index = add_to_index(index, [everything["red-circle"]], tiny_mllm)
     expected = everything.keys() | {"plain-0", "plain-1", "plain-2"}
     assert recalled(index).keys() == expected == index.rows_by_id.keys()
-    allowed = index.leaf_filter(index.text_filter({"color": "red"}))
+    allowed = index.leaf_filter(RecordFilters.equal({"color": "red"}))
     (ranking,) = recall(FakeScorer(400), index.trie, [Prompt((1,))], k=9, allowed=allowed)
     assert {index.record_of(hit).metadata["color"] for hit in ranking.hits} == {"red"}
     assert len(ranking.hits) == 4
@@ -116,7 +117,7 @@ def test_removing_and_adding_again_in_any_order_gives_an_index_that_holds_what_i
 def test_the_last_image_may_be_removed_and_an_empty_index_finds_nothing(index, tiny_mllm, more_pictures):
     empty = remove_images(index, list(index.rows_by_id))
     assert recalled(empty) == {}
-    assert empty.leaf_filter(MetadataFilters(filters=[])).n_allowed == 0
+    assert empty.leaf_filter(RecordFilters(filters=[])).n_allowed == 0
     grown = add_to_index(empty, read_corpus(more_pictures).records, tiny_mllm)
     assert recalled(grown).keys() == {"twin", "plain-0", "plain-1", "plain-2"}
 
@@ -136,7 +137,7 @@ def test_codes_of_captions_are_frozen_and_need_an_encoder_but_no_model(pictures,
     """An image whose captions mean what those of another do gets its codes, however it looks."""
     corpus = read_corpus(pictures)
     index = build_index(corpus, tmp_path / "index", tiny_mllm, scheme_options={"encoder": encoder, "sizes": [5, 4]})
-    placed, _ = placed_by_captions(TextEncoder(encoder, device="cpu"), [record.captions for record in corpus.records])
+    placed, _ = embed_by_captions(TextEncoder(encoder, device="cpu"), [record.captions for record in corpus.records])
     codes = StructuredScheme(sizes=[5, 4], encoder=encoder).fit(ImageFacts(len(placed), placed), seed=0)
     assert [name[:2] for name in index.identifiers] == [name[:2] for name in codes]
     assert not needs_features(index)
@@ -157,12 +158,12 @@ def test_codes_of_captions_are_frozen_and_need_an_encoder_but_no_model(pictures,
 
 def test_one_symbol_per_image_grows_the_vocabulary(pictures, more_pictures, tiny_mllm, tmp_path):
     index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm, scheme="atomic")
-    names, symbols = identifiers_of(index), index.new_token_ids()
+    names, symbols = identifiers_of(index), new_token_ids(index)
     grown = add_to_index(index, read_corpus(more_pictures).records)
     assert recalled(grown).keys() == grown.rows_by_id.keys()
     assert {image_id: identifiers_of(grown)[image_id] for image_id in names} == names
-    assert grown.new_token_ids() == [*symbols, *range(symbols[-1] + 1, symbols[-1] + 5)]
-    assert grown.new_rows() is None  # the training will give them
+    assert new_token_ids(grown) == [*symbols, *range(symbols[-1] + 1, symbols[-1] + 5)]
+    assert stored_new_rows(grown) is None  # the training will give them
 
 
 @pytest.mark.parametrize("point", ["write_records", "save_trie", "sync_tree", "replace", "_remove_unnamed"])

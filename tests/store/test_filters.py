@@ -11,7 +11,7 @@ from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 from pydantic import ValidationError
 
 from llama_index_genret.errors import FilterError
-from llama_index_genret.store.filters import MAX_DEPTH, Columns, MetadataFilter, MetadataFilters
+from llama_index_genret.store.filters import MAX_DEPTH, Columns, RecordFilter, RecordFilters
 
 OPERATORS = [operator.value for operator in llama_index_types.FilterOperator]
 WORDS = st.sampled_from(["red", "Red", "re", "blue", "", "2024"])
@@ -66,19 +66,19 @@ def refuse_mistakes(leaf, known):
 def test_every_operator_means_what_it_means_in_llama_index(rows, leaf):
     filters = {"filters": [leaf], "condition": "and"}
     theirs = llama_index_types.MetadataFilters.model_validate(filters)
-    ours = MetadataFilters.model_validate(theirs.model_dump(mode="json"))
+    ours = RecordFilters.model_validate(theirs.model_dump(mode="json"))
     if not any(leaf["key"] in row for row in rows):
         with pytest.raises(FilterError, match="knows"):
-            Columns(rows).passing(ours)
+            Columns(rows).record_mask(ours)
         return
     try:
         refuse_mistakes(leaf, [row.get(leaf["key"]) for row in rows])
         expected = by_llama_index(theirs, rows)
     except TypeError:
         with pytest.raises(FilterError, match="does not apply"):
-            Columns(rows).passing(ours)
+            Columns(rows).record_mask(ours)
         return
-    assert Columns(rows).passing(ours).tolist() == expected
+    assert Columns(rows).record_mask(ours).tolist() == expected
 
 
 def says_nothing(tree):
@@ -105,24 +105,24 @@ def test_nested_conditions_hold_as_in_llama_index(rows, tree):
     theirs = llama_index_types.MetadataFilters.model_validate({"filters": [tree]})
     if says_nothing(tree):
         with pytest.raises(ValidationError, match="of no filters says nothing"):
-            MetadataFilters.model_validate(theirs.model_dump(mode="json"))
+            RecordFilters.model_validate(theirs.model_dump(mode="json"))
         return
-    ours = MetadataFilters.model_validate(theirs.model_dump(mode="json"))
-    assert Columns(rows).passing(ours).tolist() == by_llama_index(theirs, rows)
+    ours = RecordFilters.model_validate(theirs.model_dump(mode="json"))
+    assert Columns(rows).record_mask(ours).tolist() == by_llama_index(theirs, rows)
 
 
 def test_equal_takes_a_value_or_several():
     rows = [{"color": color, "n": n} for n, color in enumerate(["red", "blue", "green", "red"])]
-    wanted = MetadataFilters.equal({"color": ["red", "green"], "n": 3})
-    assert Columns(rows).passing(wanted).tolist() == [False, False, False, True]
+    wanted = RecordFilters.equal({"color": ["red", "green"], "n": 3})
+    assert Columns(rows).record_mask(wanted).tolist() == [False, False, False, True]
 
 
 def test_what_does_not_apply_names_the_filter_and_the_known_keys():
     columns = Columns([{"color": "red"}])
     with pytest.raises(FilterError, match=r"color > 3 does not apply"):
-        columns.passing(MetadataFilters(filters=[MetadataFilter(key="color", value=3, operator=">")]))
+        columns.record_mask(RecordFilters(filters=[RecordFilter(key="color", value=3, operator=">")]))
     with pytest.raises(FilterError, match=r"'size'; the index knows \['color'\]"):
-        columns.passing(MetadataFilters.equal({"size": 1}))
+        columns.record_mask(RecordFilters.equal({"size": 1}))
 
 
 @pytest.mark.parametrize(("depth", "taken"), [(MAX_DEPTH, True), (MAX_DEPTH + 1, False), (200, False)])
@@ -131,11 +131,11 @@ def test_filters_that_lie_too_deep_are_refused_and_the_others_can_be_written_aga
     for _ in range(depth):
         nested = {"filters": [nested]}
     with nullcontext() if taken else pytest.raises(ValidationError, match=f"at most {MAX_DEPTH} deep"):
-        filters = MetadataFilters.model_validate(nested)
-        assert MetadataFilters.model_validate_json(filters.model_dump_json()) == filters
-        assert Columns([{"color": "red"}]).passing(filters).tolist() == [True]
+        filters = RecordFilters.model_validate(nested)
+        assert RecordFilters.model_validate_json(filters.model_dump_json()) == filters
+        assert Columns([{"color": "red"}]).record_mask(filters).tolist() == [True]
 
 
 def test_an_index_without_records_lets_nothing_pass():
-    assert Columns([]).passing(MetadataFilters.equal({"size": 1})).dtype == np.bool_
-    assert len(Columns([]).passing(MetadataFilters.equal({"size": 1}))) == 0
+    assert Columns([]).record_mask(RecordFilters.equal({"size": 1})).dtype == np.bool_
+    assert len(Columns([]).record_mask(RecordFilters.equal({"size": 1}))) == 0

@@ -23,8 +23,9 @@ from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.models.tokenizer import IndexTokenizer
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
-from llama_index_genret.store import check_free, load_index
+from llama_index_genret.store import RecordFilters, check_free, load_index
 from llama_index_genret.store.manifest import FORMAT_VERSION
+from llama_index_genret.store.model_state import check_tokenizer
 
 
 @pytest.fixture
@@ -104,17 +105,17 @@ def test_a_broken_manifest_is_an_error_that_names_it(copied, content):
 def test_another_tokenizer_is_an_error_that_says_which_differs(untrained_index):
     other = untrained_index.tokenizer.with_symbols(["<other>"])
     with pytest.raises(ModelMismatch, match="tokenizer of over there"):
-        untrained_index.check_tokenizer(other, "over there")
+        check_tokenizer(untrained_index, other, "over there")
     base = IndexTokenizer.from_file(Path(untrained_index.manifest.model.name_or_path) / "tokenizer.json")
-    untrained_index.check_tokenizer(base, "here")
+    check_tokenizer(untrained_index, base, "here")
 
 
 def test_metadata_filters_leave_the_matching_images_and_unknown_keys_are_errors(untrained_index):
-    allowed = untrained_index.leaf_filter(untrained_index.text_filter({"color": "red"}))
+    allowed = untrained_index.leaf_filter(RecordFilters.equal({"color": "red"}))
     kept = [untrained_index.records[int(row)].metadata["color"] for row in untrained_index.trie.keys]
     assert allowed.n_allowed == 4 == kept.count("red")
     with pytest.raises(FilterError, match=r"'size'.*color"):
-        untrained_index.text_filter({"size": "1"})
+        untrained_index.leaf_filter(RecordFilters.equal({"size": "1"}))
 
 
 def test_an_index_is_replaced_only_when_asked_and_nothing_else_ever(untrained_index, copied, tmp_path):
@@ -154,7 +155,7 @@ def test_killed_at_any_point_of_a_save_the_old_index_or_the_new_one_loads(copied
         points = {{"write": (store.save_weights.shutil, "copytree"), "replace": (Path, "replace")}}
         owner, name = points.get({point!r}, (store.manifest, {point!r}))
         setattr(owner, name, lambda *_, **__: os._exit(9))
-        store.index.verify = lambda *_: None
+        store.open.verify = lambda *_: None
         store.store_adapter(index, Path({str(adapter)!r}), {{"steps": 1}})
     """
     before = recalled(load_index(copied))

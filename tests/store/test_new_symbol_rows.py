@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import IdentifierError, StoreError, TrainingError
-from llama_index_genret.models.encoder import TextEncoder, placed_by_captions
+from llama_index_genret.models.encoder import TextEncoder, embed_by_captions
 from llama_index_genret.models.features import vision_features
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
@@ -17,6 +17,7 @@ from llama_index_genret.serving.endpoint.loaded_indexes import Registry
 from llama_index_genret.store import drop_update, load_index, remove_images, store_adapter
 from llama_index_genret.store.build import add_to_index, build_index, needs_features
 from llama_index_genret.store.model_loading import load_trained
+from llama_index_genret.store.model_state import adapter_folder, stored_new_rows, unseen_rows
 from llama_index_genret.store.new_symbol_rows import RowRegression
 from llama_index_genret.training.recipe import TrainOptions, train
 
@@ -42,7 +43,7 @@ def trained(pictures, records, truth, tiny_mllm, tmp_path_factory):
     folder, corpus = tmp_path_factory.mktemp("atomic"), read_corpus(pictures)
     index = build_index(replace(corpus, records=records[:OLD]), folder / "index", tiny_mllm, scheme="atomic")
     index = train(index, OPTIONS, device="cpu", show_progress=False)
-    adapter = shutil.copytree(index.adapter_folder(), folder / "adapter")
+    adapter = shutil.copytree(adapter_folder(index), folder / "adapter")
     tensors = load_file(adapter / "adapter_model.safetensors")
     (name,) = (name for name in tensors if name.endswith("trainable_tokens_delta"))
     save_file(tensors | {name: truth[:OLD]}, adapter / "adapter_model.safetensors")
@@ -124,7 +125,7 @@ def test_an_added_image_with_captions_has_a_row_like_images_whose_captions_are_l
     """By the teacher of the training, or another; one without captions by how it looks, as all do without a teacher."""
     reader = TextEncoder(encoder, device="cpu")
     mute = [*records[OLD:19], replace(records[19], captions=())]
-    placed, _ = placed_by_captions(reader, [record.captions for record in [*records[:OLD], *mute]])
+    placed, _ = embed_by_captions(reader, [record.captions for record in [*records[:OLD], *mute]])
     looks = rows_of(add_to_index(copy_of(trained, tmp_path), mute, tiny_mllm))
     expected = RowRegression.fit(placed[:OLD], looks[:OLD]).guess(placed[OLD:19])
     (tmp_path / "left").mkdir()
@@ -134,9 +135,7 @@ def test_an_added_image_with_captions_has_a_row_like_images_whose_captions_are_l
         teacher = encoder if way in ("chosen", "all told") else None
         if way in ("of the training", "gone"):
             described = {"teacher": encoder if way == "of the training" else str(tmp_path / "none")}
-            index = store_adapter(
-                index, shutil.copytree(index.adapter_folder(), tmp_path / f"{way} adapter"), described
-            )
+            index = store_adapter(index, shutil.copytree(adapter_folder(index), tmp_path / f"{way} adapter"), described)
         added = mute[:-1] if way == "all told" else mute
         grown = add_to_index(index, added, tiny_mllm, teacher=teacher)
         found = rows_of(grown)[OLD:]
@@ -147,7 +146,7 @@ def test_an_added_image_with_captions_has_a_row_like_images_whose_captions_are_l
         np.testing.assert_allclose(found[:3], expected, atol=1e-4)
         assert np.abs(expected - looks[OLD:19]).max() > 0.1
         if way == "all told":  # no picture was looked at: the next image is the first
-            assert not grown.new_rows().regressions
+            assert not stored_new_rows(grown).regressions
             old = [record.image_id for record in records[:OLD]]
             left = remove_images(copy_of(grown, tmp_path / "left"), old)  # how captions tell of rows is stored
             again = add_to_index(
@@ -168,7 +167,7 @@ def test_it_is_recalled_at_once_and_the_weights_have_another_name(trained, grown
     assert recalled(grown).keys() == {record.image_id for record in records}
     assert sum(np.exp(list(recalled(grown).values()))) == pytest.approx(1, abs=1e-4)
     assert grown.weights_id != trained.weights_id
-    assert grown.unseen_rows() == list(range(OLD, 20))
+    assert unseen_rows(grown) == list(range(OLD, 20))
     loaded = load_index(grown.folder)
     assert loaded.tokenizer.vocab_size == trained.tokenizer.vocab_size + 4
 
@@ -207,10 +206,10 @@ def test_an_update_trains_the_guessed_rows_and_dropped_gives_them_back(grown, tm
 def test_a_training_takes_the_guessed_rows_over(grown, trained, tmp_path):
     index = copy_of(grown, tmp_path)
     anew = train(index, OPTIONS, device="cpu", show_progress=False)
-    assert anew.new_rows() is None
-    assert anew.unseen_rows() == []
+    assert stored_new_rows(anew) is None
+    assert unseen_rows(anew) == []
     with pytest.raises(StoreError, match="symbols of their own while it was trained"):
-        store_adapter(replace(anew, manifest=trained.manifest), anew.adapter_folder(), {})
+        store_adapter(replace(anew, manifest=trained.manifest), adapter_folder(anew), {})
 
 
 def test_a_running_server_stays_with_the_weights_that_it_has(trained, records, tiny_mllm, tmp_path):

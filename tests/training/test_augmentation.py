@@ -11,12 +11,12 @@ from llama_index_genret.corpus import read_corpus
 from llama_index_genret.corpus.images import load_image
 from llama_index_genret.store.build import build_index
 from llama_index_genret.training import collator, feature_cache
-from llama_index_genret.training.augmentation import LARGEST_SIDE, redrawn
+from llama_index_genret.training.augmentation import LARGEST_SIDE, redraw
 from llama_index_genret.training.collator import IGNORED, ExampleTensors
 from llama_index_genret.training.feature_cache import cached_tower
 from llama_index_genret.training.recipe import TrainOptions, train
 from llama_index_genret.training.tasks import examples_of
-from llama_index_genret.training.vision_teacher import SHRINKAGE, Looks
+from llama_index_genret.training.vision_teacher import SHRINKAGE, VisionTeacher
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def circle(pictures):
 
 def test_the_same_seed_draws_the_same_picture_and_another_seed_another(circle):
     before = circle.tobytes()
-    drawn = [redrawn(circle, seed=(1, version)).tobytes() for version in range(20)]
-    assert drawn == [redrawn(circle, seed=(1, version)).tobytes() for version in range(20)]
+    drawn = [redraw(circle, seed=(1, version)).tobytes() for version in range(20)]
+    assert drawn == [redraw(circle, seed=(1, version)).tobytes() for version in range(20)]
     assert len(set(drawn)) == 20
     assert circle.tobytes() == before
 
@@ -35,7 +35,7 @@ def test_the_same_seed_draws_the_same_picture_and_another_seed_another(circle):
 def test_what_is_drawn_stays_in_the_picture_on_its_ground(circle):
     circle = circle.resize((224, 224))
     for version in range(100):
-        pixels = np.asarray(redrawn(circle, seed=(version,)), np.int16)
+        pixels = np.asarray(redraw(circle, seed=(version,)), np.int16)
         corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]]
         assert corners.min() > 200, version
         drawn = (np.abs(pixels - corners[0]).sum(-1) > 60).mean()
@@ -44,7 +44,7 @@ def test_what_is_drawn_stays_in_the_picture_on_its_ground(circle):
 
 def test_a_photograph_is_redrawn_small_and_in_rgb():
     photo = Image.effect_noise((3000, 1000), 80)
-    small = redrawn(photo, seed=(0,))
+    small = redraw(photo, seed=(0,))
     assert (small.mode, small.width) == ("RGB", LARGEST_SIDE)
     assert photo.size == (3000, 1000)
 
@@ -52,7 +52,7 @@ def test_a_photograph_is_redrawn_small_and_in_rgb():
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 300), (3, 1), (500, 2)])
 def test_pictures_of_a_pixel_or_a_line_are_redrawn_too(size):
     for version in range(20):
-        assert redrawn(Image.new("RGB", size, "red"), seed=(0, version)).size == size
+        assert redraw(Image.new("RGB", size, "red"), seed=(0, version)).size == size
 
 
 def test_every_version_is_memorised_and_only_others_than_the_first_are_redrawn(untrained_index, tiny_mllm):
@@ -107,8 +107,8 @@ def styled(n_images, n_versions, *, seed=0):
 def test_looks_go_by_what_redrawing_leaves_as_it_is():
     drawn = styled(200, 6)
     features, again = drawn[:, :5], drawn[:, 5]
-    looks = Looks.learnt(features, temperature=0.1)
-    found = (looks.placed(again) @ looks.images.T).argmax(1)
+    looks = VisionTeacher.fit(features, temperature=0.1)
+    found = (looks.project(again) @ looks.images.T).argmax(1)
     plain = features.mean(1) - features.mean((0, 1))
     nearest = (again @ (plain / np.linalg.norm(plain, axis=1, keepdims=True)).T).argmax(1)
     assert (found == np.arange(200)).mean() > 0.9
@@ -124,7 +124,7 @@ def test_looks_are_whitened_by_the_covariance_within_images():
             apart = version - image.mean(0)
             within += np.outer(apart, apart) / (30 * 4)
     within += (SHRINKAGE * np.trace(within) / 20 + 1e-12) * np.eye(20)
-    looks = Looks.learnt(features.astype(np.float32), temperature=0.1)
+    looks = VisionTeacher.fit(features.astype(np.float32), temperature=0.1)
     a, b = features[3, 1], features[7].mean(0)
     centre = features.mean((0, 1))
     inner = [(x - centre) @ np.linalg.inv(within) @ (y - centre) for x, y in ((a, b), (a, a), (b, b))]
@@ -137,7 +137,7 @@ def test_looks_are_whitened_by_the_covariance_within_images():
 def test_memorising_a_version_imitates_its_looks(untrained_index, tiny_mllm):
     """The soft targets along a drawn identifier multiply to the probability of its image."""
     n = len(untrained_index.records)
-    looks = Looks.learnt(styled(n, 3), temperature=0.2)
+    looks = VisionTeacher.fit(styled(n, 3), temperature=0.2)
     examples = examples_of(untrained_index, redrawn=2)["memorise"]
     tensors = ExampleTensors(untrained_index, tiny_mllm, examples, looks=looks)
     for i, example in enumerate(examples):

@@ -14,15 +14,16 @@ from llama_index_genret.cli import app
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import BatchError, CorpusError
 from llama_index_genret.evaluation.baselines import baseline
-from llama_index_genret.evaluation.evaluate import n_written_by_a_model
-from llama_index_genret.evaluation.queries import Query
+from llama_index_genret.evaluation.evaluate import count_pseudo_queries
+from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.store import PSEUDO_QUERIES, PseudoQuery, load_index, remove_images, text_key
 from llama_index_genret.store.build import add_to_index, build_index
+from llama_index_genret.store.model_state import new_token_ids
 from llama_index_genret.training.pseudo_queries import (
-    Answer,
-    Request,
     Sampling,
     WriteOptions,
+    WriterReply,
+    WriterRequest,
     open_writing,
     read_samples,
 )
@@ -35,7 +36,7 @@ from llama_index_genret.training.pseudo_queries.filtering import (
     query_in,
 )
 from llama_index_genret.training.pseudo_queries.transformers_writer import InProcessWriter
-from llama_index_genret.training.pseudo_queries.writer import KINDS, SHOWN_SAMPLES, instruction
+from llama_index_genret.training.pseudo_queries.writer import KINDS, SAMPLES_PER_PROMPT, instruction
 from llama_index_genret.training.recipe import TrainOptions, train
 from llama_index_genret.training.tasks import examples_of
 from tests.conftest import draw_pictures
@@ -87,7 +88,7 @@ def test_cleaning_twice_is_cleaning_once(line):
     ],
 )
 def test_an_answer_gives_one_whole_query_or_the_reason_why_not(text, ended, query, reason):
-    assert query_in(Answer(text, ended)) == (query, reason)
+    assert query_in(WriterReply(text, ended)) == (query, reason)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_being_nearly_the_same_has_no_order(one, other):
 def test_the_queries_of_an_image_differ_from_one_another_its_captions_and_the_samples(
     scenes, objects, captions, samples
 ):
-    answers = {"scene": [Answer(t, True) for t in scenes], "object": [Answer(t, True) for t in objects]}
+    answers = {"scene": [WriterReply(t, True) for t in scenes], "object": [WriterReply(t, True) for t in objects]}
     found = candidates_of(answers, captions=captions, samples={text_key(s) for s in samples})
     keys = [text_key(query.text) for query in found.queries]
     known = [*map(text_key, captions), *keys]
@@ -142,7 +143,7 @@ def test_of_an_image_are_chosen_so_many_as_wanted_of_each_kind_alike_and_none_th
 def test_a_prompt_shows_some_of_the_samples_by_its_seed_and_without_samples_none():
     samples = [f"sample {number}" for number in range(40)]
     shown = [[s for s in samples if f"- {s}\n" in f"{instruction('scene', samples, seed)}\n"] for seed in range(30)]
-    assert {len(some) for some in shown} == {SHOWN_SAMPLES}
+    assert {len(some) for some in shown} == {SAMPLES_PER_PROMPT}
     assert len({tuple(some) for some in shown}) > 20
     assert instruction("scene", samples, 3) == instruction("scene", samples, 3)
     assert len({instruction(kind, (), 0) for kind in KINDS}) == len(KINDS)
@@ -190,7 +191,7 @@ class Table:
         texts = self.says.get(name) or [
             hashlib.sha256(f"{kind} {number} {name} {request.seed}".encode()).hexdigest()[:16] for number in range(n)
         ]
-        return [Answer(text, True) for text in texts]
+        return [WriterReply(text, True) for text in texts]
 
 
 @pytest.fixture(scope="session")
@@ -374,14 +375,14 @@ def test_they_are_trained_on_as_queries_and_alone_are_enough_to_train(bare):
 
 
 def test_evaluation_leaves_them_out_and_says_which_of_its_queries_they_are(bare):
-    zebra = Query("A zebra", frozenset({"red-bar"}))
-    bus = Query("the bus", frozenset({"red-bar"}))
+    zebra = EvaluationQuery("A zebra", frozenset({"red-bar"}))
+    bus = EvaluationQuery("the bus", frozenset({"red-bar"}))
     before = baseline("tfidf", load_captions(bare), [zebra, bus]).figures()
     write(bare, Table({"red-bar": ["a zebra"], "blue-bar": ["the bus"]}))
     index = load_index(bare.folder)
     assert baseline("tfidf", load_captions(index), [zebra, bus]).figures() == before
     assert [record.captions for record in index.records] == [()] * 20
-    assert n_written_by_a_model(index, [zebra, bus]) == 1
+    assert count_pseudo_queries(index, [zebra, bus]) == 1
 
 
 def load_captions(index):
@@ -400,12 +401,12 @@ def in_process(bare_index):
 
 def test_the_model_in_this_process_answers_a_batch_as_each_request_alone(bare_index, in_process):
     texts = ["What is it?", "Find a picture of a red thing, please.", "Find: <image> <|im_end|>"]
-    requests = [Request(bare_index.records[4 * i].path, text, 7) for i, text in enumerate(texts)]
+    requests = [WriterRequest(bare_index.records[4 * i].path, text, 7) for i, text in enumerate(texts)]
     greedy = Sampling(n=2, temperature=1e-4, max_tokens=6)
     together = in_process.write(requests, greedy)
     assert together == [in_process.write([request], greedy)[0] for request in requests]
     assert all(len(answers) == 2 and answers[0] == answers[1] for answers in together)
-    other = Request(bare_index.records[1].path, texts[0], 7)
+    other = WriterRequest(bare_index.records[1].path, texts[0], 7)
     assert len({in_process.write([request], greedy)[0][0].text for request in (requests[0], other)}) == 2
 
 
@@ -414,9 +415,9 @@ def test_it_says_no_symbol_of_the_index_however_probable_their_untrained_rows_ma
 
     mllm = load_base(bare_index, device="cpu")
     writer, greedy = InProcessWriter(bare_index, mllm), Sampling(n=1, temperature=1e-4, max_tokens=6)
-    requests = [Request(record.path, "What is it?", 7) for record in bare_index.records[:3]]
+    requests = [WriterRequest(record.path, "What is it?", 7) for record in bare_index.records[:3]]
     before = writer.write(requests, greedy)
-    first, second, *_ = bare_index.new_token_ids()
+    first, second, *_ = new_token_ids(bare_index)
     rows = mllm.model.get_output_embeddings().weight.data
     rows[first], rows[second] = 100.0, -100.0  # one of them has the largest logit of all
     assert writer.write(requests, greedy) == before
@@ -424,7 +425,7 @@ def test_it_says_no_symbol_of_the_index_however_probable_their_untrained_rows_ma
 
 def test_it_samples_by_the_seed(bare_index, in_process):
     def answers(seed):
-        request = Request(bare_index.records[0].path, "What is it?", seed)
+        request = WriterRequest(bare_index.records[0].path, "What is it?", seed)
         return in_process.write([request], Sampling(n=30, temperature=5.0, max_tokens=24))[0]
 
     assert answers(1) == answers(1) != answers(2)

@@ -32,7 +32,7 @@ from llama_index_genret.training.recipe import (
     _summed_loss,
     train,
 )
-from llama_index_genret.training.tasks import MIX, Interleaved, examples_of, read_mix
+from llama_index_genret.training.tasks import MIX, InterleavedExamples, examples_of, read_mix
 from tests.conftest import draw_pictures
 from tests.tiny_model import make_tiny_model
 
@@ -44,7 +44,7 @@ def fresh_index(pictures, tiny_mllm, tmp_path):
 
 def test_every_block_holds_each_task_in_its_share_and_every_pass_each_example_once(untrained_index):
     tasks = examples_of(untrained_index)
-    stream = Interleaved(tasks, 4000, seed=3)
+    stream = InterleavedExamples(tasks, 4000, seed=3)
     shares = {task: count for task, count in MIX.items() if task in tasks}
     block = sum(shares.values())
     for start in (0, 7 * block):
@@ -55,9 +55,9 @@ def test_every_block_holds_each_task_in_its_share_and_every_pass_each_example_on
 
 def test_an_example_depends_on_the_seed_and_its_number_alone(untrained_index):
     tasks = examples_of(untrained_index)
-    short, long = Interleaved(tasks, 100, seed=3), Interleaved(tasks, 4000, seed=3)
+    short, long = InterleavedExamples(tasks, 100, seed=3), InterleavedExamples(tasks, 4000, seed=3)
     assert [short[i] for i in range(100)] == [long[i] for i in range(100)]
-    assert [Interleaved(tasks, 100, seed=4)[i] for i in range(100)] != list(short)
+    assert [InterleavedExamples(tasks, 100, seed=4)[i] for i in range(100)] != list(short)
 
 
 def test_an_index_without_captions_cannot_be_trained_and_says_why(pictures, tiny_mllm, tmp_path):
@@ -72,9 +72,9 @@ def test_an_index_without_captions_cannot_be_trained_and_says_why(pictures, tiny
 
 def test_only_the_target_and_the_end_of_the_turn_are_learned(untrained_index, tiny_mllm):
     index = untrained_index
-    tensors = ExampleTensors(index, tiny_mllm, Interleaved(examples_of(index), 60, seed=0))
+    tensors = ExampleTensors(index, tiny_mllm, InterleavedExamples(examples_of(index), 60, seed=0))
     for i in range(60):
-        item, example = tensors[i], Interleaved(examples_of(index), 60, seed=0)[i]
+        item, example = tensors[i], InterleavedExamples(examples_of(index), 60, seed=0)[i]
         target = [int(t) for t in item["labels"] if t != IGNORED]
         named = "".join(index.identifiers[example.row]) if example.target is None else example.target
         assert index.tokenizer.decode(target) == named + "<|im_end|>"
@@ -83,8 +83,8 @@ def test_only_the_target_and_the_end_of_the_turn_are_learned(untrained_index, ti
 
 def test_what_is_trained_as_a_query_is_what_is_asked_as_one(untrained_index, tiny_mllm):
     index = untrained_index
-    tensors = ExampleTensors(index, tiny_mllm, Interleaved(examples_of(index), 60, seed=0))
-    stream = Interleaved(examples_of(index), 60, seed=0)
+    tensors = ExampleTensors(index, tiny_mllm, InterleavedExamples(examples_of(index), 60, seed=0))
+    stream = InterleavedExamples(examples_of(index), 60, seed=0)
     i = next(i for i in range(60) if stream[i].task == "retrieve")
     prompt = index.prompts.for_query(index.tokenizer, stream[i].text)
     assert tensors[i]["input_ids"].tolist()[: len(prompt.token_ids)] == list(prompt.token_ids)
@@ -92,7 +92,7 @@ def test_what_is_trained_as_a_query_is_what_is_asked_as_one(untrained_index, tin
 
 def test_the_loss_of_a_padded_batch_is_the_sum_of_the_losses_alone(fresh_index):
     mllm = load_base(fresh_index, device="cpu")
-    tensors = ExampleTensors(fresh_index, mllm, Interleaved(examples_of(fresh_index), 20, seed=0))
+    tensors = ExampleTensors(fresh_index, mllm, InterleavedExamples(examples_of(fresh_index), 20, seed=0))
     items = [tensors[i] for i in range(20)]
     symbols = torch.from_numpy(tensors.paths.token_ids)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def loss_and_gradients(model, batch):
 def test_cached_features_and_fast_rows_change_neither_loss_nor_gradients(fresh_index):
     mllm = load_base(fresh_index, device="cpu")
     model = _adapted(fresh_index, mllm, TrainOptions(lora_rank=2))
-    tensors = ExampleTensors(fresh_index, mllm, Interleaved(examples_of(fresh_index), 20, seed=0))
+    tensors = ExampleTensors(fresh_index, mllm, InterleavedExamples(examples_of(fresh_index), 20, seed=0))
     batch = collate([tensors[i] for i in range(20)], pad=0)
 
     plain_loss, plain = loss_and_gradients(model, batch)

@@ -17,13 +17,14 @@ from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store.build import build_index
 from llama_index_genret.store.model_loading import load_base, load_trained
+from llama_index_genret.store.model_state import adapter_folder
 from llama_index_genret.training.collator import ExampleTensors, collate
 from llama_index_genret.training.feature_cache import cached_layers
 from llama_index_genret.training.recipe import TrainOptions, _adapted, _fast_symbol_rows, _summed_loss, train
 from llama_index_genret.training.soft_targets import Paths
 from llama_index_genret.training.symbol_init import fitted_projection, start_rows, teachers
-from llama_index_genret.training.tasks import Example, Interleaved, examples_of
-from llama_index_genret.training.text_teacher import Teacher, teach
+from llama_index_genret.training.tasks import Example, InterleavedExamples, examples_of
+from llama_index_genret.training.text_teacher import TextTeacher, teach
 
 
 def taught(encoder, captions, **chosen):
@@ -103,7 +104,7 @@ def table_teacher(index):
     n_images = len(index.records)
     queries = np.eye(16, dtype=np.float32)[:4]
     images = np.random.default_rng(1).random((n_images, 16)).astype(np.float32)
-    return Teacher(
+    return TextTeacher(
         ("red thing", "blue thing", "a bar", "some wide and long and very wordy query"), queries, images, 1.0
     )
 
@@ -209,7 +210,7 @@ def test_imitation_teaches_queries_that_no_caption_has(pictures, tiny_mllm, tmp_
 def test_examples_to_imitate_stand_in_the_stream_only_with_a_teacher(untrained_index):
     assert "imitate" not in examples_of(untrained_index)
     tasks = examples_of(untrained_index, ["one", "two"])
-    stream = Interleaved(tasks, 40, seed=0, mix={"imitate": 3, "retrieve": 1})
+    stream = InterleavedExamples(tasks, 40, seed=0, mix={"imitate": 3, "retrieve": 1})
     assert [example.task for example in stream].count("imitate") == 30
 
 
@@ -282,7 +283,7 @@ def test_only_the_last_layers_are_trained_if_so_many_are_named(pictures, tiny_ml
     fresh_index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm)
     quick = {"max_steps": 1, "batch_size": 4, "mix": {"retrieve": 1}}
     trained = train(fresh_index, TrainOptions(**quick, layers=1), device="cpu", show_progress=False)
-    names = load_file(trained.adapter_folder() / "adapter_model.safetensors")
+    names = load_file(adapter_folder(trained) / "adapter_model.safetensors")
     numbers = {int(n) for name in names for n in re.findall(r"layers\.(\d+)\.", name)}
     n_layers = len(load_base(trained, device="cpu").model.get_decoder().layers)
     assert n_layers > 1
@@ -295,7 +296,7 @@ def test_frozen_layers_see_a_text_once_and_change_neither_loss_nor_gradients(unt
     mllm = load_base(untrained_index, device="cpu")
     options = TrainOptions(layers=1, lora_rank=2)
     model = _adapted(untrained_index, mllm, options)
-    examples = Interleaved(examples_of(untrained_index), 24, seed=0, mix={"retrieve": 3, "memorise": 1})
+    examples = InterleavedExamples(examples_of(untrained_index), 24, seed=0, mix={"retrieve": 3, "memorise": 1})
     tensors = ExampleTensors(untrained_index, mllm, examples)
     batch = collate([tensors[i] for i in range(24)], pad=0)
     calls = []

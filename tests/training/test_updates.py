@@ -24,13 +24,14 @@ from llama_index_genret.store import drop_update, load_index, remove_images, sto
 from llama_index_genret.store.build import add_to_index, build_index
 from llama_index_genret.store.manifest import MANIFEST, manifest_text
 from llama_index_genret.store.model_loading import load_base, load_trained
+from llama_index_genret.store.model_state import adapter_folder, has_update, unseen_rows, update_folder
 from llama_index_genret.training import recipe
 from llama_index_genret.training.recipe import TrainOptions, train
 from llama_index_genret.training.schedule import (
     MORE_PASSES,
     SMALLER_STEPS,
     by_age,
-    drawn_in_turns,
+    replay_distribution,
     stream,
     update_options,
 )
@@ -89,15 +90,15 @@ def rankings(index):
 
 
 def test_the_index_knows_which_images_its_weights_have_not_seen(grown, updated, untrained_index, tmp_path):
-    assert grown.unseen_rows() == NEW
-    assert updated.unseen_rows() == []
-    assert updated.unseen_rows(update=False) == NEW
-    assert untrained_index.unseen_rows() is None
+    assert unseen_rows(grown) == NEW
+    assert unseen_rows(updated) == []
+    assert unseen_rows(updated, update=False) == NEW
+    assert unseen_rows(untrained_index) is None
     first = updated.records[0]
     other = remove_images(copy_of(updated, tmp_path), [first.image_id])
-    assert other.unseen_rows() == []
+    assert unseen_rows(other) == []
     other = add_to_index(other, [replace(first, sha256="0" * 64)], load_base(other, device="cpu"))
-    assert other.unseen_rows() == [19]  # another picture under the same id
+    assert unseen_rows(other) == [19]  # another picture under the same id
 
 
 def test_every_other_example_is_of_a_new_image_and_both_halves_hold_the_tasks_in_their_shares(grown):
@@ -114,7 +115,7 @@ def test_every_other_example_is_of_a_new_image_and_both_halves_hold_the_tasks_in
 def test_how_often_an_image_is_drawn_is_known(grown):
     seen = stream(grown, TrainOptions(max_steps=200, mix={"retrieve": 1}), new=NEW)
     counts = Counter(example.row for example in seen)
-    drawn = drawn_in_turns(len(grown.records), NEW)
+    drawn = replay_distribution(len(grown.records), NEW)
     assert drawn.sum() == pytest.approx(1)
     assert sum(counts[row] for row in NEW) / len(seen) == pytest.approx(drawn[NEW].sum())
     for row, share in enumerate(drawn):
@@ -183,7 +184,7 @@ def test_a_killed_update_goes_on_and_ends_as_if_it_had_not_been_killed(grown, up
         patched.setattr(recipe._LabelTrainer, "compute_loss", killed)
         with pytest.raises(KeyboardInterrupt):
             updated_index(index)
-    assert not load_index(index.folder).has_update
+    assert not has_update(load_index(index.folder))
     resumed = updated_index(load_index(index.folder))
     assert resumed.manifest.update["resumed_at_step"] == 2
     assert updated.manifest.update["resumed_at_step"] == 0
@@ -229,28 +230,28 @@ def without_notes(index):
 
 def test_when_no_old_image_is_left_there_is_nothing_to_replay(grown, tmp_path):
     left = remove_images(copy_of(grown, tmp_path), [record.image_id for record in grown.records[:OLD]])
-    examples = stream(left, TrainOptions(max_steps=2), new=left.unseen_rows(update=False))
+    examples = stream(left, TrainOptions(max_steps=2), new=unseen_rows(left, update=False))
     assert {example.row for example in examples} == {0, 1, 2, 3}
 
 
 def test_a_training_drops_the_update(updated, tmp_path):
     index = copy_of(updated, tmp_path)
-    anew = store_adapter(index, index.adapter_folder(), {"steps": 1})
-    assert not anew.has_update
+    anew = store_adapter(index, adapter_folder(index), {"steps": 1})
+    assert not has_update(anew)
     assert anew.manifest.update is None
-    assert anew.unseen_rows() == []
+    assert unseen_rows(anew) == []
 
 
 def test_what_was_added_and_removed_while_an_update_was_trained_stays_so(grown, updated, tmp_path):
     index = copy_of(grown, tmp_path)
     remove_images(index, [index.records[0].image_id, index.records[17].image_id])
-    stored = store_update(index, updated.update_folder(), {})
+    stored = store_update(index, update_folder(updated), {})
     assert len(stored.records) == 18
     assert stored.weights_id == updated.weights_id
-    anew = store_adapter(stored, shutil.copytree(updated.update_folder(), tmp_path / "other"), {})
+    anew = store_adapter(stored, shutil.copytree(update_folder(updated), tmp_path / "other"), {})
     with pytest.raises(StoreError, match="trained again"):
-        store_update(stored, updated.update_folder(), {})
-    assert not load_index(anew.folder).has_update
+        store_update(stored, update_folder(updated), {})
+    assert not has_update(load_index(anew.folder))
 
 
 def test_from_the_command_line(grown, tmp_path, capsys):
@@ -299,16 +300,16 @@ def test_an_updated_index_is_served_by_one_adapter_of_both_ranks(plain):
     assert f"genret-{plain.weights_id}={folder}" in command
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     below = drop_update(load_index(shutil.copytree(plain.folder, plain.folder.parent / "dropped")))
-    assert served_adapter(below) == below.adapter_folder()
+    assert served_adapter(below) == adapter_folder(below)
 
 
 def test_adapters_that_hold_more_than_lora_or_adapt_other_modules_are_not_joined(updated, plain, tmp_path):
     with pytest.raises(ModelMismatch, match="no plain LoRA"):
-        join_adapters(updated.adapter_folder(), updated.update_folder(), tmp_path / "out")
-    other = shutil.copytree(plain.update_folder(), tmp_path / "other")
+        join_adapters(adapter_folder(updated), update_folder(updated), tmp_path / "out")
+    other = shutil.copytree(update_folder(plain), tmp_path / "other")
     tensors = load_file(other / "adapter_model.safetensors")
     tensors.popitem()
     save_file(tensors, other / "adapter_model.safetensors")
     with pytest.raises(ModelMismatch, match="other modules"):
-        join_adapters(plain.adapter_folder(), other, tmp_path / "out")
+        join_adapters(adapter_folder(plain), other, tmp_path / "out")
     assert not (tmp_path / "out").exists()

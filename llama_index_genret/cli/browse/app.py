@@ -46,7 +46,7 @@ MAX_VALUES = 200
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class Asked(BaseModel):
+class BrowseQuery(BaseModel):
     """What the page sends. filters: metadata keys, and the values of which an image must have one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,7 +55,7 @@ class Asked(BaseModel):
     filters: Annotated[dict[Text, list[Value]], Field(max_length=MAX_FILTERS)] = {}
 
 
-class RecallAsked(Asked):
+class BrowseImageQuery(BrowseQuery):
     """image: a `data:` URL."""
 
     image: str | None = None
@@ -90,13 +90,13 @@ def make_app(recaller: Recaller) -> Starlette:
         return Response(content, media_type="image/webp", headers=headers)
 
     async def recall(request: Request) -> Response:
-        asked = await _body(request, RecallAsked)
+        asked = await _body(request, BrowseImageQuery)
         image = from_data_url(asked.image) if asked.image else None
         found = await run_in_threadpool(recaller.recall, asked.text, image, k=asked.k, filters=asked.filters)
         return JSONResponse(asdict(found))
 
     async def answer(request: Request) -> Response:
-        asked = await _body(request, Asked)
+        asked = await _body(request, BrowseQuery)
         given = await run_in_threadpool(recaller.answer, asked.text, k=asked.k, filters=asked.filters)
         return JSONResponse(asdict(given))
 

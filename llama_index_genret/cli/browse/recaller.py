@@ -11,17 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llama_index.core.llms import LLM
-from llama_index.core.vector_stores.types import MetadataFilters as LlamaFilters
+from llama_index.core.vector_stores.types import MetadataFilters
 
-from llama_index_genret.cli.browse.trace import Level, probabilities, spelled
+from llama_index_genret.cli.browse.trace import Level, identifier_levels, probabilities
 from llama_index_genret.llamaindex.query_engine import image_query_engine
 from llama_index_genret.llamaindex.retriever import GenerativeImageRetriever
 from llama_index_genret.scorers.base import Scorer, recall
-from llama_index_genret.scorers.recording import WatchingScorer
+from llama_index_genret.scorers.recording import RecordingScorer
 from llama_index_genret.scorers.rerank import ranking_options
 from llama_index_genret.search import Hit
-from llama_index_genret.serving.endpoint.client import Query, RecallClient
-from llama_index_genret.store import Index, MetadataFilters, Scoring
+from llama_index_genret.serving.endpoint.client import RecallClient, RecallQuery
+from llama_index_genret.store import Index, RecordFilters, Scoring
 from llama_index_genret.store.filters import Value
 
 Chosen = Mapping[str, list[Value]]
@@ -29,7 +29,7 @@ Chosen = Mapping[str, list[Value]]
 
 
 @dataclass(frozen=True)
-class Found:
+class BrowseHit:
     """One image. levels: how its identifier was spelled; none where a server recalled it in one request."""
 
     image_id: str
@@ -42,10 +42,10 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Recalled:
+class BrowseRanking:
     """Images, best first, and how they were found; see `search.Ranking`."""
 
-    hits: tuple[Found, ...]
+    hits: tuple[BrowseHit, ...]
     exact: bool
     nodes_expanded: int
     seconds: float
@@ -53,11 +53,11 @@ class Recalled:
 
 
 @dataclass(frozen=True)
-class Answered:
+class BrowseAnswer:
     """An answer, and the images that the model looked at for it, best first."""
 
     answer: str
-    sources: tuple[Found, ...]
+    sources: tuple[BrowseHit, ...]
     seconds: float
 
 
@@ -73,7 +73,7 @@ class Recaller:
         self._scorer, self._llm, self._endpoint = scorer, llm, endpoint
         self._lock = threading.Lock()
 
-    def recall(self, text: str, image: bytes | None, *, k: int, filters: Chosen) -> Recalled:
+    def recall(self, text: str, image: bytes | None, *, k: int, filters: Chosen) -> BrowseRanking:
         """The best `k` for a text, for a picture, or for both, by a beam.
 
         Raises:
@@ -83,25 +83,26 @@ class Recaller:
         prompts, tokenizer = index.prompts, index.tokenizer
         prompt = prompts.for_query(tokenizer, text) if image is None else prompts.for_image(tokenizer, image, text)
         scoring = index.scoring(pictured=image is not None)
-        conditions = MetadataFilters.equal(filters) if filters else None
+        conditions = RecordFilters.equal(filters) if filters else None
         allowed = index.leaf_filter(conditions) if conditions else None
         with self._lock:
-            query = Query(text, prompt, k, None, 0, conditions, scoring)
+            query = RecallQuery(text, prompt, k, None, 0, conditions, scoring)
             ranking = self._endpoint.recall(query) if self._endpoint and image is not None else None
-            watching = WatchingScorer(self._scorer)
+            watching = RecordingScorer(self._scorer)
             if ranking is None:
                 options = ranking_options(index, scoring)
                 (ranking,) = recall(watching, index.trie, [prompt], k=k, allowed=allowed, **options)
         expanded = probabilities(watching.steps)
         hits = tuple(
-            self._found(hit, spelled(index, hit, expanded, allowed) if expanded else ()) for hit in ranking.hits
+            self._found(hit, identifier_levels(index, hit, expanded, allowed) if expanded else ())
+            for hit in ranking.hits
         )
-        return Recalled(hits, ranking.exact, ranking.nodes_expanded, time.monotonic() - began, scoring)
+        return BrowseRanking(hits, ranking.exact, ranking.nodes_expanded, time.monotonic() - began, scoring)
 
-    def answer(self, question: str, *, k: int, filters: Chosen) -> Answered:
+    def answer(self, question: str, *, k: int, filters: Chosen) -> BrowseAnswer:
         """Recall images for the question, look at them, answer. Errors as of `recall`."""
         began = time.monotonic()
-        wanted = LlamaFilters.model_validate(MetadataFilters.equal(filters).model_dump()) if filters else None
+        wanted = MetadataFilters.model_validate(RecordFilters.equal(filters).model_dump()) if filters else None
         retriever = GenerativeImageRetriever(
             self.index, self._scorer, similarity_top_k=k, filters=wanted, endpoint=self._endpoint
         )
@@ -113,15 +114,15 @@ class Recaller:
             caption = record.captions[0] if record.captions else ""
             scores = node.score or 0.0, node.node.metadata["genret_log_prob"]
             name = node.node.metadata["genret_identifier"]
-            sources.append(Found(record.image_id, record.file_name, caption, *scores, name))
-        return Answered(str(response), tuple(sources), time.monotonic() - began)
+            sources.append(BrowseHit(record.image_id, record.file_name, caption, *scores, name))
+        return BrowseAnswer(str(response), tuple(sources), time.monotonic() - began)
 
     def filters(self) -> dict[str, Sequence[Value]]:
         """The values of every metadata key, in the order of the images."""
         return {key: self.index.columns.distinct(key) for key in self.index.columns.keys}
 
-    def _found(self, hit: Hit, levels: tuple[Level, ...]) -> Found:
+    def _found(self, hit: Hit, levels: tuple[Level, ...]) -> BrowseHit:
         record = self.index.record_of(hit)
         caption = record.captions[0] if record.captions else ""
         names = record.image_id, record.file_name, caption
-        return Found(*names, hit.score, hit.log_prob, self.index.identifier_of(hit), levels)
+        return BrowseHit(*names, hit.score, hit.log_prob, self.index.identifier_of(hit), levels)

@@ -1,6 +1,6 @@
 """How a search spelled an identifier: at each level the children that it considered, with their probabilities.
 
-Knows indexes and what a `WatchingScorer` noted; nothing of models or HTTP.
+Knows indexes and what a `RecordingScorer` noted; nothing of models or HTTP.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ def probabilities(steps: Sequence[Step]) -> dict[Prefix, NDArray[np.float64]]:
     return found
 
 
-def spelled(
-    index: Index, hit: Hit, expanded: dict[Prefix, NDArray[np.float64]], allowed: LeafFilter | None
+def identifier_levels(
+    index: Index, hit: Hit, expanded: dict[Prefix, NDArray[np.float64]], leaf_filter: LeafFilter | None
 ) -> tuple[Level, ...]:
     """The levels of a hit's identifier, first symbol first.
 
     Args:
         expanded: of `probabilities`, of the search that found the hit.
-        allowed: the leaves that pass the query's filters; None for all.
+        leaf_filter: the leaves that pass the query's filters; None for all.
     """
     trie, nodes, levels = index.trie, index.trie.roots(1), []
     for depth, token in enumerate(hit.token_ids):
@@ -85,7 +85,7 @@ def spelled(
         choices = []
         for entry in shown:
             below = leaves_below(trie, children.take(np.array([entry])))
-            passing = below if allowed is None else below[allowed.contains(below)]
+            passing = below if leaf_filter is None else below[leaf_filter.contains(below)]
             examples = tuple(index.records[row].image_id for row in trie.key(passing[:EXAMPLES]).tolist())
             symbol = _read(index, int(children.token_ids[entry]))
             counts = len(below), len(passing)

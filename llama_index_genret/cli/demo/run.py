@@ -6,6 +6,7 @@ Every figure is measured on what a user would call: the retriever, and LlamaInde
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,8 +25,8 @@ from llama_index_genret.evaluation.baselines import baseline
 from llama_index_genret.evaluation.evaluate import Evaluation, evaluation_of, recall_in_batches
 from llama_index_genret.evaluation.html_page import Cell, ReportAnswer, Table
 from llama_index_genret.evaluation.metrics import recall_at
-from llama_index_genret.evaluation.queries import Query, read_queries
-from llama_index_genret.evaluation.report import shown_hit, write_evaluation_report
+from llama_index_genret.evaluation.queries import EvaluationQuery, read_queries
+from llama_index_genret.evaluation.report import report_hit, write_evaluation_report
 from llama_index_genret.llamaindex.llms import InProcessLLM, genret_llm
 from llama_index_genret.llamaindex.query_engine import image_query_engine
 from llama_index_genret.llamaindex.retriever import GenerativeImageRetriever
@@ -73,7 +74,7 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Answer:
+class DemoAnswer:
     """One question to the query engine, with the image ids that it looked at."""
 
     question: str
@@ -88,7 +89,7 @@ class DemoResult:
     index: Index
     figures: Figures
     evaluation: Evaluation
-    answer: Answer
+    answer: DemoAnswer
     report: Path
 
 
@@ -125,22 +126,28 @@ def run_demo(
 def _server(index: Index, log: Path) -> Iterator[tuple[Scorer, LLM]]:
     port = free_port()
     command = serve_command([index], host="127.0.0.1", port=port, vllm_flags=CPU_FLAGS)
-    environment = serve_environment([index])
+    environment = serve_environment([index], os.environ)
     with running_server(command, host="127.0.0.1", port=port, log=log, environment=environment) as served:
         yield VllmScorer(served.api_base, weights_id=index.weights_id), genret_llm(served.api_base, model=served.model)
 
 
-def _captions(records: Sequence[Record]) -> list[Query]:
-    return [Query(caption, frozenset([r.image_id]), "caption") for r in records for caption in r.captions]
+def _captions(records: Sequence[Record]) -> list[EvaluationQuery]:
+    return [EvaluationQuery(caption, frozenset([r.image_id]), "caption") for r in records for caption in r.captions]
 
 
-def _recall(index: Index, scorer: Scorer, queries: Sequence[Query]) -> list[tuple[Hit, ...]]:
+def _recall(index: Index, scorer: Scorer, queries: Sequence[EvaluationQuery]) -> list[tuple[Hit, ...]]:
     prompts = [index.prompts.for_query(index.tokenizer, query.text) for query in queries]
     return recall_in_batches(index, scorer, prompts)
 
 
 def _measure(
-    index: Index, scorer: Scorer, llm: LLM, queries: list[Query], out: Path, *, images_by: Scorer | None = None
+    index: Index,
+    scorer: Scorer,
+    llm: LLM,
+    queries: list[EvaluationQuery],
+    out: Path,
+    *,
+    images_by: Scorer | None = None,
 ) -> DemoResult:
     """All figures with one scorer. images_by: the scorer of image queries, where `scorer` takes none."""
     evaluation = evaluation_of(index, queries, _recall(index, scorer, queries))
@@ -161,7 +168,9 @@ def _measure(
         answers_follow_the_swapped_picture=follows,
     )
     response = engine.query(QUESTION)
-    answer = Answer(QUESTION, str(response), tuple(node.node.metadata["image_id"] for node in response.source_nodes))
+    answer = DemoAnswer(
+        QUESTION, str(response), tuple(node.node.metadata["image_id"] for node in response.source_nodes)
+    )
     return _reported(DemoResult(index, figures, evaluation, answer, out / "report.html"))
 
 
@@ -228,7 +237,7 @@ def _reported(result: DemoResult) -> DemoResult:
     records = result.index.records
     rows = [result.index.rows_by_id[image_id] for image_id in result.answer.sources]
     figures = tuple(tuple(map(Cell, row)) for row in figure_rows(result.figures))
-    sources = tuple(shown_hit(records[row], 1.0, result.answer.sources) for row in rows)
+    sources = tuple(report_hit(records[row], 1.0, result.answer.sources) for row in rows)
     write_evaluation_report(
         result.report,
         result.index,

@@ -37,7 +37,7 @@ from llama_index_genret.scorers.vllm_http import served_name
 from llama_index_genret.search import Ranking
 from llama_index_genret.serving.endpoint.connection_timeouts import guard
 from llama_index_genret.serving.endpoint.engine_scorer import EngineScorer, EngineStopped
-from llama_index_genret.serving.endpoint.limits import Admission, Limits, TooBusy, TooSlow
+from llama_index_genret.serving.endpoint.limits import LIMITS_VARIABLE, Admission, Limits, TooBusy, TooSlow
 from llama_index_genret.serving.endpoint.loaded_indexes import LoadedIndex, Registry
 from llama_index_genret.serving.endpoint.request_bodies import App, Bodies, Receive, Scope, Send, refusal
 from llama_index_genret.serving.endpoint.schema import (
@@ -45,12 +45,12 @@ from llama_index_genret.serving.endpoint.schema import (
     INDEXES_VARIABLE,
     IndexCard,
     IndexList,
+    RecallErrorResponse,
     RecallHit,
     RecallRequest,
     RecallResponse,
     RecallResult,
-    Refused,
-    Unread,
+    UnreadableBody,
 )
 from llama_index_genret.store import Index
 
@@ -81,13 +81,16 @@ def _digest(text: str) -> bytes:
 router = APIRouter(dependencies=[Depends(_with_key)])
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "The request, its query, image or filters cannot be read", "model": Refused | Unread},
+    400: {
+        "description": "The request, its query, image or filters cannot be read",
+        "model": RecallErrorResponse | UnreadableBody,
+    },
     401: {"description": "The API key is missing or wrong"},
-    404: {"description": "There is no such index, or not in that version", "model": Refused},
-    408: {"description": "The body did not arrive in time", "model": Refused},
-    413: {"description": "The body is too large", "model": Refused},
-    503: {"description": "Too much to do, or the engine has died", "model": Refused},
-    504: {"description": "The recall took too long, and was ended", "model": Refused},
+    404: {"description": "There is no such index, or not in that version", "model": RecallErrorResponse},
+    408: {"description": "The body did not arrive in time", "model": RecallErrorResponse},
+    413: {"description": "The body is too large", "model": RecallErrorResponse},
+    503: {"description": "Too much to do, or the engine has died", "model": RecallErrorResponse},
+    504: {"description": "The recall took too long, and was ended", "model": RecallErrorResponse},
 }
 """What the description tells beside an answer."""
 
@@ -97,13 +100,13 @@ class RecallMiddleware:
 
     def __init__(self, app: App) -> None:
         self.app = app
-        self.bodies = Bodies(Limits.from_environment())
+        self.bodies = Bodies(Limits.from_text(os.environ.get(LIMITS_VARIABLE, "")))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         app: FastAPI = scope["app"]
         if not hasattr(app.state, "genret"):
-            app.state.genret = Registry(_configured(os.environ.get(INDEXES_VARIABLE, "")))
+            app.state.genret = Registry(_index_folders(os.environ.get(INDEXES_VARIABLE, "")))
             app.state.genret_admission = Admission(self.bodies.limits)
             app.include_router(router)
             if hasattr(app.state, "server"):
@@ -114,7 +117,7 @@ class RecallMiddleware:
             await self.app(scope, receive, send)
 
 
-def _configured(text: str) -> dict[str, Path]:
+def _index_folders(text: str) -> dict[str, Path]:
     pairs = (line.partition("=") for line in text.splitlines() if line.strip())
     return {name: Path(folder) for name, _, folder in pairs}
 
@@ -126,7 +129,7 @@ async def recall_images(request: RecallRequest, raw: Request) -> Response:
     admission: Admission = raw.app.state.genret_admission
     try:
         with admission.of(len(request.texts())):
-            answer = await _unless_gone(_answer(request, raw.app), raw, admission.limits.recall_s)
+            answer = await _cancel_on_disconnect(_answer(request, raw.app), raw, admission.limits.recall_s)
         if answer is None:
             REQUESTS.labels("cancelled").inc()
             return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -139,7 +142,7 @@ async def recall_images(request: RecallRequest, raw: Request) -> Response:
     return response
 
 
-async def _unless_gone(
+async def _cancel_on_disconnect(
     answering: Coroutine[Any, Any, RecallResponse], raw: Request, limit_s: float
 ) -> RecallResponse | None:
     """What it returns, or None where the client leaves before. Either way nothing of it goes on.
@@ -149,7 +152,7 @@ async def _unless_gone(
         EngineStopped: the server stops meanwhile. What it had asked of its engine may then never be answered.
     """
     server = getattr(raw.app.state, "server", None)
-    work, gone = asyncio.create_task(answering), asyncio.create_task(_disconnected(raw))
+    work, gone = asyncio.create_task(answering), asyncio.create_task(_wait_for_disconnect(raw))
     end = time.monotonic() + limit_s
     try:
         while not (work.done() or gone.done()):
@@ -186,7 +189,7 @@ async def list_indexes(raw: Request) -> IndexList:
 
 async def _answer(request: RecallRequest, app: FastAPI) -> RecallResponse:
     registry: Registry = app.state.genret
-    loaded = await _asked_for(registry, request)
+    loaded = await _find_index(registry, request)
     index = loaded.index
     engine, adapters = app.state.engine_client, app.state.openai_serving_models.lora_requests
     lora = adapters.get(served_name(index.weights_id or ""))
@@ -199,7 +202,7 @@ async def _answer(request: RecallRequest, app: FastAPI) -> RecallResponse:
             _prompts(request, index),
             k=request.k,
             width=request.beam_width,
-            allowed=loaded.leaf_filter(request.conditions()),
+            allowed=loaded.leaf_filter(request.record_filters()),
             budget=request.budget if request.mode == "exact" else 0,
             **ranking_options(index, scoring),
         )
@@ -209,7 +212,7 @@ async def _answer(request: RecallRequest, app: FastAPI) -> RecallResponse:
     return RecallResponse(index=loaded.name, version=loaded.version, scoring=scoring, results=results)
 
 
-async def _asked_for(registry: Registry, request: RecallRequest) -> LoadedIndex:
+async def _find_index(registry: Registry, request: RecallRequest) -> LoadedIndex:
     """By its version, if that is asked for, else by its name."""
     if request.version is None:
         return await registry.current(registry.name_of(request.index))
@@ -266,7 +269,7 @@ def _outcome(status: int) -> str:
     return "refused" if status < 500 else "turned_away" if status == 503 else "failed"
 
 
-async def _disconnected(raw: Request) -> None:
+async def _wait_for_disconnect(raw: Request) -> None:
     """Return when the client has left."""
     while (await raw.receive())["type"] != "http.disconnect":
         pass

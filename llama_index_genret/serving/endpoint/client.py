@@ -17,13 +17,13 @@ from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.http_client import Server, json_object, said_by
 from llama_index_genret.search import Hit, Ranking
 from llama_index_genret.serving.endpoint.schema import EXACT_BUDGET, RecallRequest, RecallResponse, RecallResult
-from llama_index_genret.store import Index, MetadataFilters, Scoring
+from llama_index_genret.store import Index, RecordFilters, Scoring
 
 RECALL = "/recall"
 
 
 @dataclass(frozen=True)
-class Query:
+class RecallQuery:
     """What one recall asks.
 
     prompt: of `text` or of an image. scoring: how hits are ranked. The other arguments are those of `search.search`.
@@ -34,7 +34,7 @@ class Query:
     k: int
     width: int | None
     budget: int | None
-    filters: MetadataFilters | None
+    filters: RecordFilters | None
     scoring: Scoring
 
 
@@ -46,7 +46,7 @@ class RecallClient:
         self._server = server
         self._is_served = True  # until the server says that it is not
 
-    def recall(self, query: Query) -> Ranking | None:
+    def recall(self, query: RecallQuery) -> Ranking | None:
         """The best `k` images, or None where the server does not serve this version of the index, or not so many.
 
         Raises:
@@ -59,7 +59,7 @@ class RecallClient:
         with self._server.connection() as connection:
             return self._ranking(connection.request("POST", RECALL, body), query)
 
-    async def arecall(self, query: Query) -> Ranking | None:
+    async def arecall(self, query: RecallQuery) -> Ranking | None:
         """The same for an event loop."""
         body = self._body(query) if self._is_served else None
         if body is None:
@@ -67,7 +67,7 @@ class RecallClient:
         async with self._server.async_connection() as connection:
             return self._ranking(await connection.request("POST", RECALL, body), query)
 
-    def _body(self, query: Query) -> dict[str, Any] | None:
+    def _body(self, query: RecallQuery) -> dict[str, Any] | None:
         """None where it is beyond the limits of the endpoint."""
         most = EXACT_BUDGET if query.budget is None else query.budget
         mode: dict[str, Any] = {"mode": "beam"} if query.budget == 0 else {"mode": "exact", "budget": most}
@@ -81,12 +81,12 @@ class RecallClient:
                 return None
             raise QueryError(f"the server's endpoint does not take this query: {error}") from None
 
-    def _ranking(self, answer: httpx.Response, query: Query) -> Ranking | None:
+    def _ranking(self, answer: httpx.Response, query: RecallQuery) -> Ranking | None:
         """None too where the result must be certain, and the server's budget did not suffice."""
         if answer.status_code == 404:  # a stock server, or one that has another version
             self._is_served = False
             return None
-        response = _validated(RecallResponse, answer)
+        response = _validate(RecallResponse, answer)
         if len(response.results) != 1 or len(response.results[0].hits) > query.k:
             raise ServerError(f"{said_by(answer)} answered other images than the best {query.k} of one query.")
         result = response.results[0]
@@ -102,7 +102,7 @@ class RecallClient:
         return [Hit(row, row, self._index.token_ids(row), min(hit.log_prob, 0.0), hit.ranked_by) for row, hit in pairs]
 
 
-def _validated(model: Any, answer: httpx.Response) -> Any:
+def _validate(model: Any, answer: httpx.Response) -> Any:
     body = json_object(answer)
     try:
         return model.model_validate(body)

@@ -21,7 +21,7 @@ from llama_index_genret.errors import GenretError, QueryError
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores
 from llama_index_genret.scorers.rerank import Continuation, Float64
-from llama_index_genret.scorers.vllm_http import ROOM_FOR_IDENTIFIER, Part, parts_of
+from llama_index_genret.scorers.vllm_http import ROOM_FOR_IDENTIFIER, RowSlice, row_slices
 from llama_index_genret.scorers.vllm_request import likelihood, log_likelihood, scores, scoring
 from llama_index_genret.search import Normalise, Rows
 
@@ -50,9 +50,9 @@ class EngineScorer:
         Raises:
             QueryError: a prompt leaves no room for an identifier in the served context.
         """
-        yield _EngineSession(self, await self.rendered(prompts, room=ROOM_FOR_IDENTIFIER))
+        yield _EngineSession(self, await self.render(prompts, room=ROOM_FOR_IDENTIFIER))
 
-    async def rendered(self, prompts: Sequence[Prompt], *, room: int) -> list[Any]:
+    async def render(self, prompts: Sequence[Prompt], *, room: int) -> list[Any]:
         """What the engine takes of prompts, made once: an image is processed here, and no more for each beam.
 
         Args:
@@ -60,7 +60,7 @@ class EngineScorer:
         Raises:
             QueryError: the served context has no room for them. ImageError: see `load_image`.
         """
-        rendered = await asyncio.gather(*map(self._rendered, prompts))
+        rendered = await asyncio.gather(*map(self._render, prompts))
         longest = max((len(prompt["prompt_token_ids"]) for prompt in rendered), default=0)
         if longest > self._max_model_len - room:
             raise QueryError(
@@ -69,7 +69,7 @@ class EngineScorer:
             )
         return rendered
 
-    async def _rendered(self, prompt: Prompt) -> Any:
+    async def _render(self, prompt: Prompt) -> Any:
         if prompt.image is None:
             return tokens_input(list(prompt.token_ids))
         image = await asyncio.to_thread(load_image, prompt.image)
@@ -77,7 +77,7 @@ class EngineScorer:
         (rendered,) = await self._engine.renderer.render_cmpl_async([asked])
         return rendered
 
-    async def ask(self, rendered: Any, part: Part) -> list[float]:
+    async def ask(self, rendered: Any, part: RowSlice) -> list[float]:
         """Log-probabilities of the part's tokens after a rendered prompt."""
         prompt = {**rendered, "prompt_token_ids": [*rendered["prompt_token_ids"], *part.prefix]}
         return scores(await self._generate(prompt, scoring(part)), part)
@@ -104,14 +104,14 @@ class _EngineSession:
 
     async def score(self, rows: Rows) -> Scores:
         self.scorer.steps += 1
-        asked = [self.scorer.ask(self.rendered[part.query], part) for part in parts_of(rows)]
+        asked = [self.scorer.ask(self.rendered[part.query], part) for part in row_slices(rows)]
         return np.concatenate(await _all(asked))
 
     async def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
         self.scorer.steps += 1
         prompts = list(dict.fromkeys(one.prompt for one in continuations))
         room = max(len(one.token_ids) for one in continuations) + 1  # vLLM makes one more
-        rendered = dict(zip(prompts, await self.scorer.rendered(prompts, room=room), strict=True))
+        rendered = dict(zip(prompts, await self.scorer.render(prompts, room=room), strict=True))
         asked = [self.scorer.ask_likelihood(rendered[one.prompt], one.token_ids) for one in continuations]
         return np.array(await _all(asked))
 

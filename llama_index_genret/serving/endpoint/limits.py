@@ -7,7 +7,6 @@ Depends on numbers and their names; independent of HTTP.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -54,11 +53,6 @@ class Limits:
                 f"of {sorted(known)}."
             )
         return cls(**{name: int(value) for name, value in given.items()})
-
-    @classmethod
-    def from_environment(cls) -> Limits:
-        """Of this process; see `from_text`."""
-        return cls.from_text(os.environ.get(LIMITS_VARIABLE, ""))
 
 
 def _is_positive(text: str) -> bool:

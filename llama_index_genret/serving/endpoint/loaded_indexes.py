@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from llama_index_genret.errors import GenretError, IndexNotFound, ModelMismatch
-from llama_index_genret.store import Index, MetadataFilters, load_index
+from llama_index_genret.store import Index, RecordFilters, load_index
 from llama_index_genret.store.manifest import MANIFEST
 from llama_index_genret.trie import LeafFilter
 
@@ -36,7 +36,7 @@ class LoadedIndex:
         """See `Index.version`."""
         return self.index.version
 
-    def leaf_filter(self, filters: MetadataFilters | None) -> LeafFilter | None:
+    def leaf_filter(self, filters: RecordFilters | None) -> LeafFilter | None:
         """See `Index.leaf_filter`."""
         return None if filters is None else self._leaves(filters.model_dump_json())
 
@@ -125,13 +125,13 @@ class Registry:
                 "trained, or got images with symbols of their own. Restart `genret serve` on it."
             )
         loaded = LoadedIndex(name, index)
-        loaded.leaf_filter(MetadataFilters(filters=[]))  # reads the metadata now, in the thread that loads
+        loaded.leaf_filter(RecordFilters(filters=[]))  # reads the metadata now, in the thread that loads
         _ = index.prior  # the same of the prior of every node
         return loaded
 
 
 def _leaf_filter(index: Index, filters: str) -> LeafFilter:
-    return index.leaf_filter(MetadataFilters.model_validate_json(filters))
+    return index.leaf_filter(RecordFilters.model_validate_json(filters))
 
 
 def _stamp(folder: Path) -> tuple[int, int, int]:

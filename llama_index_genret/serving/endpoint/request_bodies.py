@@ -15,7 +15,7 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
 from llama_index_genret.serving.endpoint.limits import Limits
-from llama_index_genret.serving.endpoint.schema import Problem, Refused
+from llama_index_genret.serving.endpoint.schema import RecallErrorDetail, RecallErrorResponse
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -123,6 +123,6 @@ class _Body:
 
 def refusal(status: int, kind: str, words: str) -> JSONResponse:
     """In the shape of the OpenAI API's errors. One of 503 says when to come again."""
-    body = Refused(error=Problem(message=words, type=kind, code=status)).model_dump()
+    body = RecallErrorResponse(error=RecallErrorDetail(message=words, type=kind, code=status)).model_dump()
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
     return JSONResponse(body, status_code=status, headers=headers)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from llama_index_genret.corpus import Scalar
-from llama_index_genret.store import MetadataFilters, Scoring, ScoringChoice
+from llama_index_genret.store import RecordFilters, Scoring, ScoringChoice
 from llama_index_genret.store.filters import MAX_FILTERS, Text, Value
 from llama_index_genret.store.scoring import RerankBy
 
@@ -66,7 +66,7 @@ class RecallRequest(BaseModel):
     queries: list[Text] | None = Field(default=None, min_length=1, max_length=MAX_QUERIES)
     image: str | None = Field(default=None, max_length=MAX_IMAGE_CHARACTERS)
     k: int = Field(default=5, ge=1, le=MAX_K)
-    filters: MetadataFilters | Equal | None = Field(default=None, union_mode="left_to_right")
+    filters: RecordFilters | Equal | None = Field(default=None, union_mode="left_to_right")
     beam_width: int | None = Field(default=None, ge=1, le=MAX_K)
     mode: Literal["beam", "exact"] = "beam"
     budget: int = Field(default=EXACT_BUDGET, ge=0)
@@ -93,9 +93,9 @@ class RecallRequest(BaseModel):
         """How the hits are to be ranked."""
         return ScoringChoice(self.eta, self.rerank, self.rerank_weight, self.rerank_by)
 
-    def conditions(self) -> MetadataFilters | None:
+    def record_filters(self) -> RecordFilters | None:
         """The filters, None where there are none."""
-        return MetadataFilters.equal(self.filters) if isinstance(self.filters, dict) else self.filters
+        return RecordFilters.equal(self.filters) if isinstance(self.filters, dict) else self.filters
 
 
 class RecallHit(BaseModel):
@@ -132,7 +132,7 @@ class RecallResponse(BaseModel):
     results: list[RecallResult]
 
 
-class Problem(BaseModel):
+class RecallErrorDetail(BaseModel):
     """Why a request is not answered. code: the HTTP status. param: the field that is wrong, where it is known."""
 
     message: str
@@ -141,13 +141,13 @@ class Problem(BaseModel):
     code: int
 
 
-class Refused(BaseModel):
+class RecallErrorResponse(BaseModel):
     """An error, in the shape of the OpenAI API's."""
 
-    error: Problem
+    error: RecallErrorDetail
 
 
-class Unread(BaseModel):
+class UnreadableBody(BaseModel):
     """FastAPI's own answer to a body that it cannot read as JSON."""
 
     detail: str

@@ -12,16 +12,16 @@ generative retrieval, DSI-QG (arXiv:2206.10128).
 
 from llama_index_genret.training.pseudo_queries.generate import WriteRun, WriteSummary, open_writing
 from llama_index_genret.training.pseudo_queries.run_file import WriteOptions
-from llama_index_genret.training.pseudo_queries.writer import Answer, Request, Sampling, Writer, read_samples
+from llama_index_genret.training.pseudo_queries.writer import Sampling, Writer, WriterReply, WriterRequest, read_samples
 
 __all__ = [
-    "Answer",
-    "Request",
     "Sampling",
     "WriteOptions",
     "WriteRun",
     "WriteSummary",
     "Writer",
+    "WriterReply",
+    "WriterRequest",
     "open_writing",
     "read_samples",
 ]

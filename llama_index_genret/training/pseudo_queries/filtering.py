@@ -14,7 +14,7 @@ from difflib import SequenceMatcher
 from itertools import chain, zip_longest
 
 from llama_index_genret.store import PseudoQuery, text_key
-from llama_index_genret.training.pseudo_queries.writer import MAX_CHARACTERS, Answer
+from llama_index_genret.training.pseudo_queries.writer import MAX_CHARACTERS, WriterReply
 
 MAX_IMAGES = 3
 """Images that may share a query. Of a query of s images the best possible recall@1 is 1/s, and what fits hundreds
@@ -60,7 +60,7 @@ def clean(line: str) -> str:
     return text
 
 
-def query_in(answer: Answer) -> tuple[str, str]:
+def query_in(answer: WriterReply) -> tuple[str, str]:
     """The query that an answer begins with and "", or "" and why there is none.
 
     Of an answer that did not end, only whole lines and sentences count: nothing is cut within one.
@@ -83,7 +83,7 @@ def query_in(answer: Answer) -> tuple[str, str]:
 
 
 def candidates_of(
-    answers: Mapping[str, Sequence[Answer]],
+    answers: Mapping[str, Sequence[WriterReply]],
     *,
     captions: Collection[str] = (),
     samples: Collection[str] = (),

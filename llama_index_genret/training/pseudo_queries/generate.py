@@ -18,9 +18,9 @@ from llama_index_genret.errors import BatchError
 from llama_index_genret.files import difference, locked, size
 from llama_index_genret.models.tokenizer import IndexTokenizer
 from llama_index_genret.store import (
+    ImagePseudoQueries,
     Index,
     Provenance,
-    WrittenQueries,
     load_index,
     store_pseudo_queries,
     text_key,
@@ -28,18 +28,25 @@ from llama_index_genret.store import (
 from llama_index_genret.training.pseudo_queries.filtering import candidates_of, choose
 from llama_index_genret.training.pseudo_queries.run_file import (
     PART,
-    Asked,
     Batch,
+    ImageCandidates,
+    WriteHeader,
     WriteOptions,
-    WrittenOfImage,
-    read_asked,
     read_batches,
+    read_header,
     write_line,
 )
-from llama_index_genret.training.pseudo_queries.writer import KINDS, Request, Sampling, Writer, instruction, seed_of
+from llama_index_genret.training.pseudo_queries.writer import (
+    KINDS,
+    Sampling,
+    Writer,
+    WriterRequest,
+    instruction,
+    seed_of,
+)
 
-ASKED_FOR_ONE_KEPT = 1.5
-"""Answers asked of a model for each query that is wanted: some are empty, cut off or said twice."""
+REPLIES_PER_QUERY = 1.5
+"""Replies that a model gives for each query that is wanted: some are empty, cut off or repeated."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class WriteRun:
 
     index: Index
     records: tuple[Record, ...]
-    asked: Asked
+    header: WriteHeader
     samples: tuple[str, ...]
     part: BinaryIO
 
@@ -97,23 +104,23 @@ class WriteRun:
 
     def _write(self, writer: Writer, records: Sequence[Record], progress: Callable[[int], None]) -> Iterator[Batch]:
         if not size(self.part):
-            write_line(self.part, self.asked)
-        for start in range(0, len(records), self.asked.batch_size):
-            batch = self._batch(writer, records[start : start + self.asked.batch_size])
+            write_line(self.part, self.header)
+        for start in range(0, len(records), self.header.batch_size):
+            batch = self._batch(writer, records[start : start + self.header.batch_size])
             write_line(self.part, batch)
             progress(start + len(batch.images))
             yield batch
 
     def _batch(self, writer: Writer, records: Sequence[Record]) -> Batch:
-        """What the model writes of some images: each is asked for every kind, all at once."""
-        tokenizer, asked = self.index.tokenizer, self.asked
+        """Let the model write queries of every kind for some images, all at once."""
+        tokenizer, header = self.index.tokenizer, self.header
         requests = []
         for record in records:
             for kind in KINDS:
-                seed = seed_of(asked.seed, record.sha256, kind)
-                requests.append(Request(record.path, instruction(kind, self.samples, seed), seed))
-        n = math.ceil(asked.per_image * ASKED_FOR_ONE_KEPT / len(KINDS))
-        answers = writer.write(requests, Sampling(n=n, temperature=asked.temperature))
+                seed = seed_of(header.seed, record.sha256, kind)
+                requests.append(WriterRequest(record.path, instruction(kind, self.samples, seed), seed))
+        n = math.ceil(header.per_image * REPLIES_PER_QUERY / len(KINDS))
+        answers = writer.write(requests, Sampling(n=n, temperature=header.temperature))
         copies = frozenset(map(text_key, self.samples))
         images = []
         for place, record in enumerate(records):
@@ -125,13 +132,13 @@ class WriteRun:
                 is_plain=lambda text: _is_plain(tokenizer, text),
             )
             names = {"image_id": record.image_id, "sha256": record.sha256}
-            images.append(WrittenOfImage(**names, queries=found.queries, refused=dict(found.refused)))
+            images.append(ImageCandidates(**names, queries=found.queries, refused=dict(found.refused)))
         return Batch(model=writer.model, fingerprint=writer.fingerprint, images=images)
 
     def _store(self, batches: Sequence[Batch], kept: int) -> WriteSummary:
         """Choose among what was written, now that all of it is there, and store it with what was stored of others."""
         index = load_index(self.index.folder)
-        wanted = {_picture(record): _wanted(record, self.asked) for record in self.records}
+        wanted = {_picture(record): _wanted(record, self.header) for record in self.records}
         here = {_picture(record) for record in index.records} & wanted.keys()
         pairs = [(batch, image) for batch in batches for image in batch.images if _picture(image) in here]
         new = {image.image_id for _, image in pairs}
@@ -143,7 +150,7 @@ class WriteRun:
             unshared = choose(image.queries, len(image.queries), n_images)
             refused.update(image.refused)
             refused["shared by too many images"] += len(image.queries) - len(unshared)
-            line = WrittenQueries(
+            line = ImagePseudoQueries(
                 image_id=image.image_id,
                 sha256=image.sha256,
                 wanted=wanted[_picture(image)],
@@ -163,14 +170,14 @@ class WriteRun:
         )
 
     def _provenance(self, batch: Batch) -> Provenance:
-        asked = self.asked
+        header = self.header
         return Provenance(
             model=batch.model,
             fingerprint=batch.fingerprint,
-            written_by=asked.written_by,
-            seed=asked.seed,
-            temperature=asked.temperature,
-            style=asked.style,
+            written_by=header.written_by,
+            seed=header.seed,
+            temperature=header.temperature,
+            style=header.style,
         )
 
 
@@ -193,42 +200,42 @@ def open_writing(
     options = options or WriteOptions()
     style = hashlib.sha256("\n".join(samples).encode()).hexdigest() if samples else None
     model = index.manifest.model.fingerprint
-    asked = Asked(**options.model_dump(), model=model, style=style, written_by=written_by)
+    header = WriteHeader(**options.model_dump(), model=model, style=style, written_by=written_by)
     path = index.folder / PART
     with locked(path, way_out="make it writable") as part:
-        earlier = read_asked(part)
-        if earlier != asked:
+        earlier = read_header(part)
+        if earlier != header:
             if read_batches(part) and not options.overwrite:
                 way_out = "remove the file, or pass --overwrite to write for all images anew."
-                raise BatchError(difference(path, earlier, asked, way_out=way_out))
+                raise BatchError(difference(path, earlier, header, way_out=way_out))
             part.truncate(0)
         shown = tuple(sample for sample in samples if _is_plain(index.tokenizer, sample))
         try:
-            yield WriteRun(index, tuple(_lacking(index, asked)), asked, shown, part)
+            yield WriteRun(index, tuple(_lacking(index, header)), header, shown, part)
         finally:
             if path.exists() and not size(part):
                 path.unlink()
 
 
-def _lacking(index: Index, asked: Asked) -> Iterator[Record]:
+def _lacking(index: Index, header: WriteHeader) -> Iterator[Record]:
     """The records that need queries, and have not been written for; or all that need some, to write anew."""
     for record in index.records:
         line = index.pseudo_queries.get(record.image_id)
-        wanted = _wanted(record, asked)
-        if wanted > 0 and (asked.overwrite or line is None or line.wanted < wanted):
+        wanted = _wanted(record, header)
+        if wanted > 0 and (header.overwrite or line is None or line.wanted < wanted):
             yield record
 
 
-def _wanted(record: Record, asked: Asked) -> int:
-    return asked.per_image - len(record.captions)
+def _wanted(record: Record, header: WriteHeader) -> int:
+    return header.per_image - len(record.captions)
 
 
-def _picture(of: Record | WrittenOfImage) -> tuple[str, str]:
+def _picture(of: Record | ImageCandidates) -> tuple[str, str]:
     return of.image_id, of.sha256
 
 
 def _images_of_texts(
-    records: Sequence[Record], others: Sequence[WrittenQueries], images: Sequence[WrittenOfImage]
+    records: Sequence[Record], others: Sequence[ImagePseudoQueries], images: Sequence[ImageCandidates]
 ) -> Counter[str]:
     """Of every text, by its key, how many images have it: as a caption, as a stored query, or as a new one."""
     texts = {record.image_id: set(map(text_key, record.captions)) for record in records}

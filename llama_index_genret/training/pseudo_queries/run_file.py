@@ -31,7 +31,7 @@ class WriteOptions(BaseModel):
     overwrite: bool = False
 
 
-class Asked(WriteOptions):
+class WriteHeader(WriteOptions):
     """What decides the texts of a run: one that asks something else does not go on with them.
 
     style: sha256. model: fingerprint of the index's.
@@ -42,7 +42,7 @@ class Asked(WriteOptions):
     written_by: str
 
 
-class WrittenOfImage(BaseModel):
+class ImageCandidates(BaseModel):
     """What a model wrote of one image, before queries of different images are compared."""
 
     image_id: str
@@ -56,20 +56,20 @@ class Batch(BaseModel):
 
     model: str
     fingerprint: str | None
-    images: list[WrittenOfImage]
+    images: list[ImageCandidates]
 
 
-def write_line(part: BinaryIO, line: Asked | Batch) -> None:
+def write_line(part: BinaryIO, line: WriteHeader | Batch) -> None:
     """Add a line at the end, so that it outlives the process."""
     part.write(f"{line.model_dump_json()}\n".encode())
     part.flush()
 
 
-def read_asked(part: BinaryIO) -> Asked | None:
+def read_header(part: BinaryIO) -> WriteHeader | None:
     """What the run asks; None where the file does not say."""
     part.seek(0)
     try:
-        return Asked.model_validate_json(part.readline())
+        return WriteHeader.model_validate_json(part.readline())
     except ValidationError:
         return None
 

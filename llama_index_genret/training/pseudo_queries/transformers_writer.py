@@ -11,7 +11,8 @@ import torch
 
 from llama_index_genret.corpus.images import load_image
 from llama_index_genret.store import Index
-from llama_index_genret.training.pseudo_queries.writer import Answer, Request, Sampling, seed_of
+from llama_index_genret.store.model_state import new_token_ids
+from llama_index_genret.training.pseudo_queries.writer import Sampling, WriterReply, WriterRequest, seed_of
 
 
 class InProcessWriter:
@@ -29,12 +30,12 @@ class InProcessWriter:
         self._ends = sorted({index.end_token, *(end for end in ends if end is not None)})
 
     @torch.inference_mode()
-    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Answer]]:
+    def write(self, requests: Sequence[WriterRequest], sampling: Sampling) -> list[list[WriterReply]]:
         """See `Writer.write`. Sampled with one seed of all requests: the answers are those of the batch."""
         pictures = {request.image: None for request in requests}
         images = {path: load_image(path) for path in pictures}
         prompts = [self._index.prompts.about_image(self._index.tokenizer, r.image, r.text) for r in requests]
-        inputs = self._mllm.processed(
+        inputs = self._mllm.process(
             [prompt.text for prompt in prompts],
             [images[request.image] for request in requests],
             [prompt.rest for prompt in prompts],
@@ -45,7 +46,7 @@ class InProcessWriter:
         said = output[:, inputs["input_ids"].shape[1] :]
         texts = self._mllm.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
         ended = torch.isin(said, torch.tensor(self._ends, device=said.device)).any(1).tolist()
-        answers = [Answer(text, end) for text, end in zip(texts, ended, strict=True)]
+        answers = [WriterReply(text, end) for text, end in zip(texts, ended, strict=True)]
         return [answers[start : start + sampling.n] for start in range(0, len(answers), sampling.n)]
 
     def _generation(self, sampling: Sampling) -> dict[str, Any]:
@@ -59,7 +60,7 @@ class InProcessWriter:
             "top_k": 0,
             "max_new_tokens": sampling.max_tokens,
             "num_return_sequences": sampling.n,
-            "suppress_tokens": self._index.new_token_ids() or None,
+            "suppress_tokens": new_token_ids(self._index) or None,
             "eos_token_id": self._ends,
             "pad_token_id": self._ends[0] if pad is None else pad,
         }

@@ -11,7 +11,7 @@ from llama_index_genret.corpus.images import to_data_url
 from llama_index_genret.errors import ServerError
 from llama_index_genret.scorers.http_client import Connection, Server, json_object
 from llama_index_genret.scorers.vllm_http import VllmScorer
-from llama_index_genret.training.pseudo_queries.writer import Answer, Request, Sampling
+from llama_index_genret.training.pseudo_queries.writer import Sampling, WriterReply, WriterRequest
 
 CONCURRENT = 32
 """Requests that a server has at once; it batches their tokens."""
@@ -39,7 +39,7 @@ class ServerWriter:
         self._server = Server(api_base.rstrip("/"), api_key, TIMEOUT_S)
         self.model = VllmScorer(api_base, model=model, api_key=api_key).served_model()
 
-    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Answer]]:
+    def write(self, requests: Sequence[WriterRequest], sampling: Sampling) -> list[list[WriterReply]]:
         """See `Writer.write`."""
         with self._server.connection() as connection, ThreadPoolExecutor(CONCURRENT) as pool:
             try:
@@ -47,7 +47,7 @@ class ServerWriter:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # after an error the others are not wanted any more
 
-    def _ask(self, connection: Connection, sampling: Sampling, request: Request) -> list[Answer]:
+    def _ask(self, connection: Connection, sampling: Sampling, request: WriterRequest) -> list[WriterReply]:
         picture = {"type": "image_url", "image_url": {"url": to_data_url(request.image)}}
         message = {"role": "user", "content": [picture, {"type": "text", "text": request.text}]}
         body: dict[str, Any] = {
@@ -61,6 +61,6 @@ class ServerWriter:
         answer = connection.request("POST", "/chat/completions", body)
         try:
             choices = json_object(answer)["choices"]
-            return [Answer(c["message"]["content"] or "", c["finish_reason"] == "stop") for c in choices]
+            return [WriterReply(c["message"]["content"] or "", c["finish_reason"] == "stop") for c in choices]
         except (KeyError, TypeError) as error:
             raise ServerError(f"{answer.url} answered no chat completion ({error!r}). Is it a vLLM server?") from error

@@ -11,7 +11,8 @@ from llama_index_genret.errors import MissingExtra, ModelError
 from llama_index_genret.models.tokenizer import IndexTokenizer
 from llama_index_genret.scorers.vllm_offline import start_vllm
 from llama_index_genret.store import Index
-from llama_index_genret.training.pseudo_queries.writer import Answer, Request, Sampling
+from llama_index_genret.store.model_state import check_tokenizer
+from llama_index_genret.training.pseudo_queries.writer import Sampling, WriterReply, WriterRequest
 
 try:
     from vllm import LLM, SamplingParams
@@ -42,12 +43,12 @@ class OfflineWriter:
         """
         model = base or index.manifest.model.name_or_path
         if (Path(model) / "tokenizer.json").is_file():
-            index.check_tokenizer(IndexTokenizer.from_file(Path(model) / "tokenizer.json"), model)
+            check_tokenizer(index, IndexTokenizer.from_file(Path(model) / "tokenizer.json"), model)
         # After a part of a prompt vLLM rewinds the generator of a request with a seed, which torch cannot on a CPU.
         whole = {"enable_chunked_prefill": False} if current_platform.is_cpu() else {}
         return cls(index, start_vllm(model, **{**whole, **options}), model)
 
-    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Answer]]:
+    def write(self, requests: Sequence[WriterRequest], sampling: Sampling) -> list[list[WriterReply]]:
         """See `Writer.write`."""
         images = {path: load_image(path) for path in {request.image for request in requests}}
         prompts = [
@@ -71,7 +72,7 @@ class OfflineWriter:
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         except ValueError as error:
             raise ModelError(f"vLLM refuses a prompt: {error} Raise max_model_len with --vllm-option.") from error
-        return [[Answer(said.text, said.finish_reason == "stop") for said in output.outputs] for output in outputs]
+        return [[WriterReply(said.text, said.finish_reason == "stop") for said in output.outputs] for output in outputs]
 
-    def _prompt(self, request: Request) -> tuple[int, ...]:
+    def _prompt(self, request: WriterRequest) -> tuple[int, ...]:
         return self._index.prompts.about_image(self._index.tokenizer, request.image, request.text).token_ids

@@ -18,7 +18,7 @@ from llama_index_genret.errors import CorpusError
 MAX_CHARACTERS = 160
 """A longer text is no query: a written one is refused, a sample is not shown."""
 
-SHOWN_SAMPLES = 5
+SAMPLES_PER_PROMPT = 5
 """Sample queries in one prompt; others in the next, so that all of a file have their part."""
 
 KINDS = {
@@ -33,7 +33,7 @@ STYLE = "\nIn the style of these queries, which are of other pictures:\n{samples
 
 
 @dataclass(frozen=True)
-class Request:
+class WriterRequest:
     """What is asked of one picture. seed: below 2**31, of the sampling."""
 
     image: Path
@@ -52,7 +52,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Answer:
+class WriterReply:
     """What a model said. ended: by itself, not because it had no tokens left."""
 
     text: str
@@ -65,7 +65,7 @@ class Writer(Protocol):
     model: str
     fingerprint: str | None
 
-    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Answer]]:
+    def write(self, requests: Sequence[WriterRequest], sampling: Sampling) -> list[list[WriterReply]]:
         """Of each request `sampling.n` answers; the same ones for the same requests, but for those of a server."""
 
 
@@ -74,7 +74,7 @@ def instruction(kind: str, samples: Sequence[str], seed: int) -> str:
     order = ORDER.format(task=KINDS[kind])
     if not samples:
         return order
-    shown = random.Random(seed).sample(list(samples), min(SHOWN_SAMPLES, len(samples)))
+    shown = random.Random(seed).sample(list(samples), min(SAMPLES_PER_PROMPT, len(samples)))
     return order + STYLE.format(samples="\n".join(f"- {sample}" for sample in shown))
 
 

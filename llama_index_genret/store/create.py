@@ -1,0 +1,87 @@
+"""Write a new, untrained index: records, identifiers, trie, tokenizer and codebooks in one commit.
+
+Depends on files and numpy; independent of models. `store.build.build_index` makes the identifiers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from llama_index_genret.corpus import Record
+from llama_index_genret.errors import NotWritten
+from llama_index_genret.files import make_folder, writing
+from llama_index_genret.identifiers import Alphabet, Identifier, Scheme
+from llama_index_genret.models.identity import ModelEntry
+from llama_index_genret.models.prompts import PromptSet
+from llama_index_genret.models.tokenizer import IndexTokenizer
+from llama_index_genret.store.index import Index
+from llama_index_genret.store.manifest import FORMAT_VERSION, Manifest, check_free, commit, only_writer_of
+from llama_index_genret.store.open import load_index
+from llama_index_genret.store.records import write_records
+from llama_index_genret.trie import build_trie, close_beginnings, save_trie
+
+
+def create_index(
+    folder: Path,
+    *,
+    images: Path,
+    records: Sequence[Record],
+    identifiers: Sequence[Identifier],
+    scheme: Scheme,
+    tokenizer: IndexTokenizer,
+    model: ModelEntry,
+    prompts: PromptSet,
+    alphabet: Alphabet = "new",
+    overwrite: bool = False,
+) -> Index:
+    """Write a new index, untrained.
+
+    Args:
+        identifiers: as `Spelling.spell` gives them, each symbol one token.
+        tokenizer: with the scheme's symbols added, where the alphabet is new.
+        overwrite: whether an index that is there already may be replaced, its trained weights included.
+    Raises:
+        IndexExists: there is an index in `folder` already, or something else.
+        IndexBusy, NotWritten: somebody else writes it, or nobody can.
+        IdentifierError: identifiers are not unique, or a symbol is not one token.
+    """
+    check_free(folder, overwrite=overwrite)
+    token_ids = [[tokenizer.symbol_id(symbol) for symbol in identifier] for identifier in identifiers]
+    end = tokenizer.encode_markup(prompts.end)[0]
+    trie, order = build_trie(close_beginnings(token_ids, end))
+
+    def write(into: Path) -> None:
+        write_records(into, records, identifiers, [0] * len(records))
+        (into / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        save_trie(trie, into / "trie.bin")
+        np.save(into / "leaf_to_record.npy", order)
+        if scheme.arrays():
+            save_file(dict(scheme.arrays()), into / "codebooks.safetensors")
+
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        folders=[str(images.resolve())],
+        scheme=scheme.name,
+        scheme_options=scheme.options(),
+        alphabet=alphabet,
+        model=model,
+        tokenizer=tokenizer.fingerprint,
+        prompts=prompts,
+        files={},
+    )
+    with writing(folder):
+        make_folder(folder)
+    try:
+        with only_writer_of(folder):
+            check_free(folder, overwrite=overwrite)
+            commit(folder, manifest, write, keep=lambda name: False)
+    except NotWritten:
+        with suppress(OSError):  # pictures, or an older index
+            folder.rmdir()
+        raise
+    return load_index(folder)

@@ -1,0 +1,15 @@
+"""The modules of the package as syntax trees, for tests about the source itself."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import llama_index_genret
+
+PACKAGE = Path(llama_index_genret.__file__).parent
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    """The path of each module below the package, and its tree."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
