@@ -17,6 +17,7 @@ from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.scorers.vllm_http import served_name
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.serving.launch import CPU_FLAGS, free_port, running_server
 from llama_index_genret.store import load_index, remove_images
 from llama_index_genret.store.build import build_index
@@ -68,7 +69,7 @@ def client(server):
 
 
 def in_process(index, scorer, prompt, k=5):
-    (ranking,) = recall(scorer, index.trie, [prompt], k=k)
+    (ranking,) = recall(scorer, index.trie, [prompt], SearchOptions(k=k))
     return [index.record_of(hit).image_id for hit in ranking.hits], [hit.log_prob for hit in ranking.hits]
 
 

@@ -16,7 +16,7 @@ from integration.conftest import GENRET, genret_json
 from llama_index_genret.cli.models import VLLM_ENVIRONMENT
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
-from llama_index_genret.search import Normalise
+from llama_index_genret.search import Normalise, SearchOptions
 from llama_index_genret.store import load_index
 
 OWNER = "GENRET_TEST_OWNER"
@@ -121,7 +121,9 @@ def ranked(index, scorer, *, together):
     images = [index.prompts.for_image(index.tokenizer, record.path) for record in index.records]
     prompts = [prompt for pair in zip(texts, images, strict=True) for prompt in pair]
     batches = [prompts] if together else [[prompt] for prompt in prompts]
-    rankings = [r for n in Normalise for b in batches for r in recall(scorer, index.trie, b, k=5, normalise=n)]
+    rankings = [
+        r for n in Normalise for b in batches for r in recall(scorer, index.trie, b, SearchOptions(k=5, normalise=n))
+    ]
     return [[(hit.leaf, hit.log_prob) for hit in ranking.hits] for ranking in rankings]
 
 

@@ -20,10 +20,11 @@ from llama_index_genret.corpus.images import to_data_url
 from llama_index_genret.errors import ServerError
 from llama_index_genret.evaluation.tuning import tune
 from llama_index_genret.scorers.base import recall
-from llama_index_genret.scorers.rerank import ranking_options
+from llama_index_genret.scorers.rerank import reranking, with_scoring
 from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.serving.launch import CPU_FLAGS, free_port, running_server
-from llama_index_genret.store import Scoring, TunedScoring, load_index, remove_images, store_tuning
+from llama_index_genret.store import Scoring, ScoringChoice, TunedScoring, load_index, remove_images, store_tuning
 from tests.store.test_filters import by_llama_index
 
 TEXTS = ["red circle", "the blue bar", "show me the green frame", "black"]
@@ -76,7 +77,7 @@ def test_a_connection_outlives_the_five_seconds_that_clients_keep_one(endpoint):
 
 def expected(index, scorer, text, **options):
     prompt = index.prompts.for_query(index.tokenizer, text)
-    (ranking,) = recall(scorer, index.trie, [prompt], **options)
+    (ranking,) = recall(scorer, index.trie, [prompt], SearchOptions(**options))
     return (
         [index.record_of(hit).image_id for hit in ranking.hits],
         [hit.log_prob for hit in ranking.hits],
@@ -90,11 +91,11 @@ def assert_same(result, ids, log_probs):
 
 
 def test_one_request_recalls_what_the_model_in_this_process_recalls(client, served_index, local_scorer):
-    for mode, budget in (("beam", 0), ("exact", None)):
+    for mode in ("beam", "exact"):
         answer = client.post("/v1/recall", json={"queries": TEXTS, "k": 4, "mode": mode}).json()
         assert (answer["index"], len(answer["results"])) == ("shapes", 4)
         for text, result in zip(TEXTS, answer["results"], strict=True):
-            ids, log_probs, exact = expected(served_index, local_scorer, text, k=4, budget=budget)
+            ids, log_probs, exact = expected(served_index, local_scorer, text, k=4, mode=mode)
             assert_same(result, ids, log_probs)
             assert (result["query"], result["exact"]) == (text, exact)
             record = served_index.records[served_index.rows_by_id[ids[0]]]
@@ -115,17 +116,18 @@ def test_prior_and_reranking_rank_in_the_server_as_in_this_process(client, endpo
     index, _ = tune(served_index, local_scorer)
     index = store_tuning(index, index.log_prior, TunedScoring(scoring=Scoring(eta=0.8), queries=1))
     for asked, scoring in SCORINGS:
-        posted = client.post("/v1/recall", json={"queries": TEXTS, "k": 4, **asked})
+        posted = client.post("/v1/recall", json={"queries": TEXTS, "k": 4, "scoring": asked})
         assert posted.status_code == 200, posted.text
         answer = posted.json()
         assert answer["scoring"] == asdict(scoring)
         retriever = GenerativeImageRetriever.from_server(
-            index.folder, f"{endpoint}/v1", api_key=KEY, similarity_top_k=4, **asked
+            index.folder, f"{endpoint}/v1", api_key=KEY, similarity_top_k=4, scoring=ScoringChoice(**asked)
         )
-        stock = GenerativeImageRetriever(index, retriever._scorer, similarity_top_k=4, **asked)
+        stock = GenerativeImageRetriever(index, retriever._scorer, similarity_top_k=4, scoring=ScoringChoice(**asked))
         for text, result in zip(TEXTS, answer["results"], strict=True):
             prompt = index.prompts.for_query(index.tokenizer, text)
-            (ranking,) = recall(local_scorer, index.trie, [prompt], k=4, **ranking_options(index, scoring))
+            options, rerank = with_scoring(SearchOptions(k=4), index, scoring), reranking(index, scoring)
+            (ranking,) = recall(local_scorer, index.trie, [prompt], options, rerank=rerank)
             assert_same(
                 result, [index.record_of(hit).image_id for hit in ranking.hits], [h.log_prob for h in ranking.hits]
             )
@@ -136,7 +138,7 @@ def test_prior_and_reranking_rank_in_the_server_as_in_this_process(client, endpo
             for one in by_server + by_steps:
                 assert [node.node.node_id for node in one.retrieve(text)] == [hit["image_id"] for hit in result["hits"]]
     picture = to_data_url(index.records[0].path)
-    refused = client.post("/v1/recall", json={"image": picture, "rerank": 3})
+    refused = client.post("/v1/recall", json={"image": picture, "scoring": {"rerank": 3}})
     assert (refused.status_code, "text queries" in refused.text) == (400, True)
     assert client.post("/v1/recall", json={"image": picture}).json()["scoring"] == asdict(Scoring())
     store_tuning(index, index.log_prior, TunedScoring(scoring=Scoring(), queries=0))
@@ -187,8 +189,9 @@ def test_a_filter_is_kept_by_the_server_whatever_is_asked(client, served_index):
         ({"query": "x" * 1_000_000}, 400, "tokens"),
         ({"query": "a", "index": "nowhere"}, 404, "shapes"),
         ({"query": "a", "filters": {"size": 1}}, 400, "color"),
-        ({"query": "a", "eta": -1}, 400, "eta"),
-        ({"query": "a", "rerank_by": "colour"}, 400, "rerank_by"),
+        ({"query": "a", "scoring": {"eta": -1}}, 400, "eta"),
+        ({"query": "a", "scoring": {"rerank_by": "colour"}}, 400, "rerank_by"),
+        ({"query": "a", "max_expansions": 9}, 400, "mode='exact'"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_in_the_shape_of_the_openai_api(client, body, status, words):
@@ -262,7 +265,7 @@ def test_the_retriever_takes_one_request_and_finds_what_the_stock_protocol_finds
     posted = []
     send = httpx.Client.send
     monkeypatch.setattr(httpx.Client, "send", lambda *a, **k: posted.append(a[1].url.path) or send(*a, **k))
-    for options in ({}, {"filters": filters}, {"search_budget": None}, {"filters": nested}):
+    for options in ({}, {"filters": filters}, {"mode": "exact"}, {"filters": nested}):
         retriever = GenerativeImageRetriever.from_server(
             served_index.folder, f"{endpoint}/v1", api_key=KEY, similarity_top_k=3, **options
         )

@@ -16,7 +16,7 @@ from llama_index_genret.evaluation.evaluate import recall_in_batches
 from llama_index_genret.models.prompts import MAX_QUERY_TOKENS
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.scorers.vllm_http import VllmScorer
-from llama_index_genret.search import Normalise
+from llama_index_genret.search import Normalise, SearchOptions
 from llama_index_genret.serving.launch import free_port
 
 CARRIERS = ("{}", "show me the {}", "where is a {}?", "{} {}")
@@ -69,7 +69,7 @@ def test_a_thousand_hostile_queries_give_valid_identifiers_or_a_clear_refusal(tr
     assert len(prompts) >= 600
     valid = {index.token_ids(row): row for row in range(len(index.records))}
     for scorer in (local_scorer, VllmScorer(server.api_base)):
-        found = recall_in_batches(index, scorer, prompts, k=5)
+        found = recall_in_batches(index, scorer, prompts, SearchOptions(k=5))
         assert len(found) == len(prompts)
         for hits in found:
             assert len({hit.leaf for hit in hits}) == 5
@@ -83,7 +83,7 @@ def test_server_and_process_rank_alike_with_log_probabilities_within_a_thousandt
     texts = [carrier.replace("{}", r.captions[0]) for carrier in CARRIERS for r in trained_index.records]
     prompts = [trained_index.prompts.for_query(trained_index.tokenizer, text) for text in texts]
     ours, theirs = (
-        recall_in_batches(trained_index, scorer, prompts, k=5, normalise=normalise)
+        recall_in_batches(trained_index, scorer, prompts, SearchOptions(k=5, normalise=normalise))
         for scorer in (local_scorer, server_scorer)
     )
     agreement, difference = agreement_of(ours, theirs)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llama_index_genret.scorers.closed_book import ImageMemory, MemoryAnswer
     from llama_index_genret.scorers.fake import FakeScorer
     from llama_index_genret.search import Normalise
-    from llama_index_genret.store import Index, load_index
+    from llama_index_genret.store import Index, ScoringChoice, load_index
 
 _HOME = {
     "Abstention": "scorers.abstention",
@@ -39,6 +39,7 @@ _HOME = {
     "ReadablePictures": "llamaindex.nodes",
     "RecallVerifier": "llamaindex.verifier",
     "Record": "corpus",
+    "ScoringChoice": "store",
     "genret_llm": "llamaindex.llms",
     "image_query_engine": "llamaindex.query_engine",
     "load_images": "llamaindex.documents",
@@ -63,6 +64,7 @@ __all__ = [
     "ReadablePictures",
     "RecallVerifier",
     "Record",
+    "ScoringChoice",
     "genret_llm",
     "image_query_engine",
     "load_images",

@@ -15,7 +15,7 @@ from integration.bench.timing import Report, options
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
-from llama_index_genret.search import Ranking
+from llama_index_genret.search import Ranking, SearchOptions
 from llama_index_genret.search._reference import rank_all
 from llama_index_genret.trie import Trie, build_trie
 
@@ -50,7 +50,7 @@ def assert_exact(seed: int) -> int:
         identifiers = sorted({tuple(row) for row in random.integers(0, symbols, (40, depth)).tolist()})
         identifiers += [(symbols, *row) for row in identifiers[:5]]
         scorer = FakeScorer(symbols + 1, seed=number, spread=float(random.uniform(0.2, 6)))
-        (ranking,) = recall(scorer, build_trie(identifiers)[0], PROMPTS[:1], k=K, budget=None)
+        (ranking,) = recall(scorer, build_trie(identifiers)[0], PROMPTS[:1], SearchOptions(k=K, mode="exact"))
 
         def logits(prefix: tuple[int, ...], scorer: FakeScorer = scorer) -> list[float]:
             return scorer.logits(PROMPTS[0], prefix).tolist()
@@ -65,8 +65,8 @@ def assert_exact(seed: int) -> int:
 def compare(report: Report, trie: Trie, spread: float, seed: int) -> None:
     """One model's figures, means over the queries."""
     scorer = FakeScorer(1024, seed=seed, spread=spread)
-    beam = recall(scorer, trie, PROMPTS, k=K)
-    exact = recall(scorer, trie, PROMPTS, k=K, budget=None)
+    beam = recall(scorer, trie, PROMPTS, SearchOptions(k=K))
+    exact = recall(scorer, trie, PROMPTS, SearchOptions(k=K, mode="exact"))
     assert all(ranking.exact for ranking in exact)
     assert all(a.hits == b.hits for a, b in zip(beam, exact, strict=True) if a.exact), "a false certificate"
     same = [{h.leaf for h in a.hits} == {h.leaf for h in b.hits} for a, b in zip(beam, exact, strict=True)]

@@ -20,6 +20,7 @@ from integration.bench.agreement import TOLERANCE, Ranked, disagreement
 from integration.bench.served import Site
 from llama_index_genret.corpus import Record
 from llama_index_genret.scorers.base import recall
+from llama_index_genret.search import Mode, SearchOptions
 from llama_index_genret.serving.endpoint.schema import Scalar
 from llama_index_genret.store import Index, add_images, load_index, remove_images
 from llama_index_genret.trie import LeafFilter, Trie, build_trie
@@ -49,12 +50,12 @@ class Question:
     """What is asked, beside the query."""
 
     k: int
-    exact: bool = False
+    mode: Mode = "beam"
     filters: Mapping[str, Scalar | list[Scalar]] = field(default_factory=dict, hash=False)
 
     def body(self) -> dict[str, Any]:
         """As the endpoint reads it."""
-        return {"k": self.k, "mode": "exact" if self.exact else "beam", "filters": dict(self.filters) or None}
+        return {"k": self.k, "mode": self.mode, "filters": dict(self.filters) or None}
 
     def passes(self, known: Mapping[str, Any]) -> bool:
         """Whether an image with this metadata may be returned."""
@@ -63,11 +64,11 @@ class Question:
 
 QUESTIONS: Mapping[str, tuple[Question, ...]] = {
     "beam": (Question(1), Question(5), Question(10), Question(25)),
-    "exact": (Question(5, exact=True), Question(12, exact=True)),
+    "exact": (Question(5, mode="exact"), Question(12, mode="exact")),
     "filtered": (
         Question(5, filters={"color": "red"}),
         Question(10, filters={"color": ["blue", "green"], "year": 2021}),
-        Question(5, exact=True, filters={"shared": True, "color": ["black", "yellow", "red"]}),
+        Question(5, mode="exact", filters={"shared": True, "color": ["black", "yellow", "red"]}),
     ),
 }
 
@@ -96,10 +97,10 @@ class Reference:
 
     def _recall(self, trie: Trie, records: Sequence[Record], question: Question) -> list[list[Ranked]]:
         """One ranking a text. records: in the order of the leaves."""
-        allowed = LeafFilter.from_mask(np.array([question.passes(record.metadata) for record in records]))
+        leaf_filter = LeafFilter.from_mask(np.array([question.passes(record.metadata) for record in records]))
         prompts = [self._site.prompt(text) for text in self._texts]
-        budget = None if question.exact else 0
-        rankings = recall(self._site.scorer, trie, prompts, k=question.k, allowed=allowed, budget=budget)
+        options = SearchOptions(k=question.k, mode=question.mode, leaf_filter=leaf_filter)
+        rankings = recall(self._site.scorer, trie, prompts, options)
         return [[(records[hit.leaf].image_id, hit.log_prob) for hit in ranking.hits] for ranking in rankings]
 
     def problem(self, state: int, text: str, question: Question, result: Mapping[str, Any]) -> str:
@@ -112,7 +113,7 @@ class Reference:
             record = self._index.records[self._index.rows_by_id[name]]
             if hit["metadata"] != dict(record.metadata) or not question.passes(record.metadata):
                 return f"{name} is not of the filter {question.filters}: {hit['metadata']}"
-        if result["query"] != text or (question.exact and not result["exact"]):
+        if result["query"] != text or (question.mode == "exact" and not result["exact"]):
             return f"an answer to {result['query']!r}, exact: {result['exact']}"
         return disagreement(found, self._rankings[state, text, question])
 

@@ -46,7 +46,7 @@ WRONG = (
     *({"queries": "red dog"}, {"queries": []}, {"queries": ["red", 1]}, {"query": "a", "queries": ["b"]}),
     *({"query": "a", "k": "many"}, {"query": "a", "k": 0}, {"query": "a", "k": 10**9}, {"query": "a", "k": 1.5}),
     *({"query": "a", "filters": [1]}, {"query": "a", "filters": {"no such key": 1}}, {"query": "a", "mode": "best"}),
-    *({"query": "a", "budget": -1}, {"query": "a", "beam_width": 0}, {"query": "a", "index": 3}),
+    *({"query": "a", "max_expansions": -1}, {"query": "a", "beam_width": 0}, {"query": "a", "index": 3}),
 )
 ROUTES = ("/v1/recal", "/v1/recall/index", "/v2/recall", "/recall")
 

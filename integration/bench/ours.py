@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from integration.bench.corpus import Corpus, Float32, Int64
-from llama_index_genret.search import Hit, Normalise, search
+from llama_index_genret.search import Hit, Normalise, SearchOptions, search
 from llama_index_genret.trie import LeafFilter, LiveTrie, Nodes, Trie, build_trie
 
 
@@ -67,7 +67,9 @@ class Search:
     ) -> None:
         self.trie = trie
         normalise = Normalise.CHILDREN if over_children else Normalise.VOCABULARY
-        self.steps = search(trie, n_queries=n_queries, k=width, width=width, normalise=normalise, allowed=leaf_filter)
+        self.steps = search(
+            trie, SearchOptions(k=width, width=width, normalise=normalise, leaf_filter=leaf_filter), n_queries=n_queries
+        )
         self.rows = next(self.steps)
         self.hits: list[tuple[Hit, ...]] | None = None
 

@@ -22,7 +22,7 @@ from llama_index_genret.models.mllm import Mllm, load_mllm, render_prompts
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
-from llama_index_genret.search import Hit, Normalise
+from llama_index_genret.search import Hit, Normalise, SearchOptions
 from llama_index_genret.search.logits_processor import TrieLogitsProcessor
 from llama_index_genret.trie import build_trie
 
@@ -126,7 +126,7 @@ def measure(report: Report, mllm: Mllm, prompt: Prompt, corpus: Corpus, first_to
     children = dict_trie_constraint(corpus, first_token, start)
 
     def found(normalise: Normalise) -> tuple[Hit, ...]:
-        return recall(scorer, trie, [prompt], k=WIDTH, width=WIDTH, normalise=normalise)[0].hits
+        return recall(scorer, trie, [prompt], SearchOptions(k=WIDTH, width=WIDTH, normalise=normalise))[0].hits
 
     def with_processor() -> Any:
         return peer.beams(logits_processor=[TrieLogitsProcessor(trie, start, 0)], output_scores=True)

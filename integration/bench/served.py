@@ -24,7 +24,7 @@ from llama_index_genret.models.mllm import Mllm, render_prompts
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, recall
 from llama_index_genret.scorers.transformers import TransformersScorer
-from llama_index_genret.search import Hit, Normalise
+from llama_index_genret.search import Hit, Normalise, SearchOptions
 from llama_index_genret.serving.endpoint.schema import MIDDLEWARE
 from llama_index_genret.serving.launch import (
     CPU_FLAGS,
@@ -109,7 +109,7 @@ class Site:
     def recall_by(self, scorer: Scorer, name: str, text: str, normalise: Normalise = Normalise.CHILDREN) -> list[Hit]:
         """The best WIDTH of one index, by a search in this process."""
         prompts, trie = [self.prompt(text)], self.indexes[name].trie
-        return list(recall(scorer, trie, prompts, k=WIDTH, width=WIDTH, normalise=normalise)[0].hits)
+        return list(recall(scorer, trie, prompts, SearchOptions(k=WIDTH, width=WIDTH, normalise=normalise))[0].hits)
 
     def assert_same(self, found: list[Ranked], name: str, text: str, who: str) -> None:
         """Raise AssertionError unless `found` is what the model in this process finds."""

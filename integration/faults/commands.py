@@ -22,6 +22,7 @@ from llama_index_genret.models import mllm
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.serving.batch import open_batch
 from llama_index_genret.store import load_index, model_loading
 from llama_index_genret.store.manifest import MANIFEST
@@ -170,7 +171,7 @@ def state_of(place: Path) -> State:
     for name in index.manifest.files:
         index.file(name)
     scorer, n = FakeScorer(index.tokenizer.vocab_size), len(index.records)
-    hits = recall(scorer, index.trie, [Prompt((1, 2))], k=n + 1)[0].hits
+    hits = recall(scorer, index.trie, [Prompt((1, 2))], SearchOptions(k=n + 1))[0].hits
     assert sorted(hit.key for hit in hits) == list(range(n)), "an image is lost, or found twice"
     assert index.log_prior is None or len(index.log_prior) == n
     return state | {

@@ -17,8 +17,10 @@ from llama_index_genret.serving.endpoint.schema import RecallRequest
 
 PIXEL = b"data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 SEEDS = (
-    b'{"query": "red", "k": 3, "filters": {"shape": ["bar", "frame"], "year": 1999}, "eta": 0.5, "rerank": 2}',
-    b'{"queries": ["a", "b"], "beam_width": 5, "mode": "exact", "budget": 9, "rerank_by": "image", "index": "x"}',
+    b'{"query": "red", "k": 3, "filters": {"shape": ["bar", "frame"], "year": 1999}, '
+    b'"scoring": {"eta": 0.5, "rerank": 2}}',
+    b'{"queries": ["a", "b"], "beam_width": 5, "mode": "exact", "max_expansions": 9, '
+    b'"scoring": {"rerank_by": "image"}, "index": "x"}',
     b'{"query": "a", "filters": {"filters": [{"key": "year", "value": 7, "operator": ">"}, '
     b'{"filters": [{"key": "shape", '
     b'"operator": "is_empty"}], "condition": "not"}], "condition": "or"}, "version": "0"}',
@@ -60,3 +62,6 @@ def one(data: bytes) -> None:
     with suppress(GenretError):
         scoring = index.scoring(request.choice())
         assert scoring.eta >= 0
+    with suppress(GenretError):
+        options = request.options(None)
+        assert (options.mode == "exact") == (options.max_expansions is not None)

@@ -17,7 +17,7 @@ from llama_index_genret.errors import QueryError, ServerError
 from llama_index_genret.scorers.http_client import Server
 from llama_index_genret.scorers.rerank import Continuation
 from llama_index_genret.scorers.vllm_http import VllmScorer
-from llama_index_genret.search import Normalise, Row, Rows
+from llama_index_genret.search import Normalise, Row, Rows, SearchOptions
 from llama_index_genret.serving.endpoint.client import RecallClient, RecallQuery
 from llama_index_genret.store import Scoring
 
@@ -122,7 +122,7 @@ def _score(server: Played) -> None:
 
 def _recall(server: Played) -> None:
     index = small_index()
-    ranking = RecallClient(index, server).recall(RecallQuery("red", _prompt(), 2, None, 0, None, Scoring()))
+    ranking = RecallClient(index, server).recall(RecallQuery("red", _prompt(), SearchOptions(k=2), None, Scoring()))
     assert ranking is not None
     assert len(ranking.hits) <= 2
     assert len({hit.key for hit in ranking.hits}) == len(ranking.hits)

@@ -16,7 +16,7 @@ from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer
 from llama_index_genret.scorers.recording import RecordingScorer
-from llama_index_genret.search import Hit
+from llama_index_genret.search import Hit, Mode, SearchOptions
 from llama_index_genret.store import Index
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -48,11 +48,11 @@ def recall_queries(
     queries: Sequence[EvaluationQuery],
     *,
     k: int = 10,
-    exact: bool = False,
+    mode: Mode = "beam",
     batch: int = 32,
     progress: Progress = iter,
 ) -> Recalled:
-    """The best `k` of every query, by a beam as wide, or certain to be the best if `exact`."""
+    """The best `k` of every query, by a beam as wide, or exactly."""
     prompts: list[Prompt | None] = []
     for query in queries:
         try:
@@ -60,8 +60,8 @@ def recall_queries(
         except QueryError:
             prompts.append(None)
     asked = [prompt for prompt in prompts if prompt]
-    budget = None if exact else 0
-    found = iter(recall_in_batches(index, scorer, asked, k=k, batch=batch, budget=budget, progress=progress))
+    options = SearchOptions(k=k, mode=mode)
+    found = iter(recall_in_batches(index, scorer, asked, options, batch=batch, progress=progress))
     return Recalled(index, tuple(queries), tuple(next(found) if prompt else () for prompt in prompts))
 
 

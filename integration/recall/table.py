@@ -91,7 +91,7 @@ def measure(
     test = read_queries(queries / f"{asked.name}-test.jsonl", index.records)
     beam = recall_queries(index, scorer, test, progress=bar)
     # Identifiers of one symbol are all scored in the one step that there is.
-    exact = recall_queries(index, scorer, test, exact=True, progress=bar) if _is_tree(index) else beam
+    exact = recall_queries(index, scorer, test, mode="exact", progress=bar) if _is_tree(index) else beam
     rows = {BEAM: beam.evaluation(), EXACT: exact.evaluation()}
     note = ""
     if hybrid and not asked.shows_images:

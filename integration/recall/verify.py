@@ -36,7 +36,7 @@ from llama_index_genret.scorers.abstention import Abstention, Signals, fit_abste
 from llama_index_genret.scorers.base import Scorer, recall
 from llama_index_genret.scorers.evidence import Evidence, Inquiry, inquired
 from llama_index_genret.scorers.transformers import TransformersScorer
-from llama_index_genret.search import Hit
+from llama_index_genret.search import Hit, SearchOptions
 from llama_index_genret.store import Index, load_index
 from llama_index_genret.store.model_loading import load_trained
 from llama_index_genret.store.scoring import RerankBy
@@ -105,7 +105,7 @@ def verified(
     for start in tqdm(range(0, len(queries), BATCH), file=sys.stderr, desc="Verifying"):
         part = queries[start : start + BATCH]
         prompts = [query.prompt(index) for query in part]
-        rankings = recall(scorer, index.trie, prompts, k=DEPTH, allowed=allowed)
+        rankings = recall(scorer, index.trie, prompts, SearchOptions(k=DEPTH, leaf_filter=allowed))
         inquiries = [
             Inquiry(index, prompt, tuple(hit.key for hit in ranking.hits), by, tuple(drawn.tolist()))
             for prompt, ranking in zip(prompts, rankings, strict=True)

@@ -14,17 +14,13 @@ from llama_index_genret.cli.options import (
     ApiKey,
     BaseModel,
     Device,
-    Eta,
     IndexDir,
     Json,
     Reranked,
-    RerankedBy,
-    RerankWeight,
     Server,
-    scoring_choice,
 )
 from llama_index_genret.cli.output import bar, emit, log, n_pseudo_queries, new_table
-from llama_index_genret.store import load_index
+from llama_index_genret.store import ScoringChoice, load_index
 
 
 def evaluate(
@@ -35,10 +31,7 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option(help="Write one HTML page: figures, charts, pictures. Needs [eval].")
     ] = None,
-    eta: Eta = None,
     rerank: Reranked = None,
-    rerank_weight: RerankWeight = None,
-    rerank_by: RerankedBy = None,
     api_key: ApiKey = "EMPTY",
     model: BaseModel = None,
     device: Device = "auto",
@@ -60,10 +53,10 @@ def evaluate(
     if seen:
         log.print(f"{seen} of the queries are pseudo-queries of the index, and not held out", style="yellow")
     written = {"pseudo_queries": n_pseudo_queries(loaded), "queries_among_them": seen}
-    scoring = loaded.scoring(scoring_choice(eta, rerank, rerank_weight, rerank_by))
+    scoring = ScoringChoice(rerank=rerank)
     scorer = open_scorer(loaded, server, api_key, model, device)
     evaluation = evaluate(loaded, scorer, wanted, progress=bar("Recalling"), scoring=scoring)
-    figures = {**evaluation.figures(), "scoring": dataclasses.asdict(scoring)}
+    figures = {**evaluation.figures(), "scoring": dataclasses.asdict(loaded.scoring(scoring))}
     table = new_table("", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", title=f"{figures['n']} queries")
     for name, row in {"generative": figures, **{n: p.figures() for n, p in peers.items()}}.items():
         bounds = {column: " [{:.3f}, {:.3f}]".format(*interval) for column, interval in row["interval"].items()}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
 from llama_index_genret.errors import FilterError
-from llama_index_genret.store import ScoringChoice
+from llama_index_genret.search import Mode
+from llama_index_genret.store.scoring import RerankBy
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"
 
@@ -30,9 +31,17 @@ VllmOption = Annotated[
     list[str] | None,
     typer.Option(help="key=value of vllm.LLM, the value in JSON: tensor_parallel_size=2, max_model_len=4096."),
 ]
-Eta = Annotated[
-    float | None,
-    typer.Option(help="How much of the images' prior is taken off; as tuned if not given.", show_default=False, min=0),
+SearchMode = Annotated[
+    Mode, typer.Option("--mode", help="exact: search until the best are certain, instead of with a beam.")
+]
+MaxExpansions = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Prefixes that --mode exact expands before it continues as a beam; no limit if not given.",
+        show_default=False,
+    ),
 ]
 Reranked = Annotated[
     int | None,
@@ -40,22 +49,11 @@ Reranked = Annotated[
         help="Best hits ranked anew by log p(query | image); as tuned if not given.", show_default=False, min=0
     ),
 ]
-RerankWeight = Annotated[float | None, typer.Option(help="Of that log p.", show_default=False, min=0)]
 RerankedBy = Annotated[
-    str | None,
+    RerankBy | None,
     typer.Option(help="What the model is given of an image: its identifier, or the image.", show_default=False),
 ]
 TopK = Annotated[int, typer.Option("-k", min=1, help="Images wanted.")]
-
-
-def scoring_choice(
-    eta: float | None = None,
-    rerank: int | None = None,
-    rerank_weight: float | None = None,
-    rerank_by: str | None = None,
-) -> ScoringChoice:
-    """The options of scoring as given; the index refuses nonsense."""
-    return ScoringChoice(eta, rerank, rerank_weight, cast(Any, rerank_by))
 
 
 def parse_filters(filters: list[str]) -> dict[str, str]:

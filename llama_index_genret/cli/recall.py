@@ -14,23 +14,22 @@ from llama_index_genret.cli.options import (
     ApiKey,
     BaseModel,
     Device,
-    Eta,
     Filters,
     IndexDir,
     Json,
+    MaxExpansions,
     Offline,
     Reranked,
-    RerankedBy,
-    RerankWeight,
+    SearchMode,
     Server,
     TopK,
     VllmOption,
     parse_filters,
     parse_options,
-    scoring_choice,
 )
 from llama_index_genret.cli.output import counting_bar, emit, log, new_table
-from llama_index_genret.store import load_index
+from llama_index_genret.search import SearchOptions
+from llama_index_genret.store import ScoringChoice, load_index
 
 
 def query(
@@ -39,11 +38,9 @@ def query(
     image: Annotated[Path | None, typer.Option(help="A picture to recall, alone or with a text.")] = None,
     k: TopK = 5,
     filters: Filters = None,
-    exact: Annotated[bool, typer.Option(help="Search until the best are certain, instead of with a beam.")] = False,
-    eta: Eta = None,
+    mode: SearchMode = "beam",
+    max_expansions: MaxExpansions = None,
     rerank: Reranked = None,
-    rerank_weight: RerankWeight = None,
-    rerank_by: RerankedBy = None,
     server: Server = None,
     api_key: ApiKey = "EMPTY",
     model: BaseModel = None,
@@ -52,7 +49,7 @@ def query(
 ) -> None:
     """Recall images for a text, for a picture, or for both."""
     from llama_index_genret.scorers.base import recall
-    from llama_index_genret.scorers.rerank import ranking_options
+    from llama_index_genret.scorers.rerank import reranking, with_scoring
     from llama_index_genret.serving.batch import hit_to_json, text_filters
     from llama_index_genret.serving.endpoint.client import RecallQuery
 
@@ -60,14 +57,15 @@ def query(
     conditions = text_filters(loaded, parse_filters(filters)) if filters else None
     prompts, tokenizer = loaded.prompts, loaded.tokenizer
     prompt = prompts.for_image(tokenizer, image, text) if image else prompts.for_query(tokenizer, text)
-    scoring = loaded.scoring(scoring_choice(eta, rerank, rerank_weight, rerank_by), pictured=image is not None)
-    scorer, budget = open_scorer(loaded, server, api_key, model, device), None if exact else 0
+    scoring = loaded.scoring(ScoringChoice(rerank=rerank), pictured=image is not None)
+    leaf_filter = loaded.leaf_filter(conditions) if conditions else None
+    options = SearchOptions(k=k, mode=mode, max_expansions=max_expansions, leaf_filter=leaf_filter)
+    scorer = open_scorer(loaded, server, api_key, model, device)
     endpoint = open_endpoint(loaded, scorer) if server else None
-    ranking = endpoint.recall(RecallQuery(text, prompt, k, None, budget, conditions, scoring)) if endpoint else None
+    ranking = endpoint.recall(RecallQuery(text, prompt, options, conditions, scoring)) if endpoint else None
     if ranking is None:
-        allowed = loaded.leaf_filter(conditions) if conditions else None
-        options = ranking_options(loaded, scoring)
-        (ranking,) = recall(scorer, loaded.trie, [prompt], k=k, allowed=allowed, budget=budget, **options)
+        options, rerank_best = with_scoring(options, loaded, scoring), reranking(loaded, scoring)
+        (ranking,) = recall(scorer, loaded.trie, [prompt], options, rerank=rerank_best)
     table = new_table("image", "caption", "score", "log p", "identifier", title=text)
     rows = []
     for hit in ranking.hits:
@@ -120,12 +118,10 @@ def batch(
     queries: Annotated[Path, typer.Argument(metavar="QUERIES.jsonl", help='{"query": "..."} a line, and any keys.')],
     out: Annotated[Path, typer.Option(metavar="HITS.jsonl", help="One line for each query, in their order.")],
     k: TopK = 10,
-    exact: Annotated[bool, typer.Option(help="Search until the best are certain, instead of with a beam.")] = False,
+    mode: SearchMode = "beam",
+    max_expansions: MaxExpansions = None,
     filters: Filters = None,
-    eta: Eta = None,
     rerank: Reranked = None,
-    rerank_weight: RerankWeight = None,
-    rerank_by: RerankedBy = None,
     server: Server = None,
     offline: Offline = False,
     vllm_option: VllmOption = None,
@@ -147,8 +143,8 @@ def batch(
     loaded, wanted = load_index(index_dir), parse_filters(filters or [])
     kind = "vllm.LLM" if offline else "server" if server else f"transformers on {device}"
     began = time.monotonic()
-    asked: dict[str, Any] = {"k": k, "exact": exact, "filters": wanted, "scored_by": kind}
-    asked["scoring"] = loaded.scoring(scoring_choice(eta, rerank, rerank_weight, rerank_by))
+    asked: dict[str, Any] = {"k": k, "mode": mode, "max_expansions": max_expansions, "filters": wanted}
+    asked |= {"scoring": ScoringChoice(rerank=rerank), "scored_by": kind}
     with open_batch(loaded, queries, out, overwrite=overwrite, **asked) as run:
         scorer = (
             open_offline_scorer(loaded, vllm_options)

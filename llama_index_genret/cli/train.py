@@ -21,7 +21,6 @@ from llama_index_genret.cli.options import (
     Server,
     VllmOption,
     parse_options,
-    scoring_choice,
 )
 from llama_index_genret.cli.output import (
     bar,
@@ -187,6 +186,16 @@ def tune(
         int, typer.Option(min=0, help="Try to rank so many of the best anew, by log p(query | image).")
     ] = 0,
     rerank_by: RerankedBy = None,
+    etas: Annotated[
+        list[float] | None,
+        typer.Option("--eta", min=0, help="Try only this weight of the prior; repeat for several.", show_default=False),
+    ] = None,
+    rerank_weights: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--rerank-weight", min=0, help="Try only this weight of --rerank; repeat for several.", show_default=False
+        ),
+    ] = None,
     server: Server = None,
     api_key: ApiKey = "EMPTY",
     model: BaseModel = None,
@@ -195,13 +204,21 @@ def tune(
 ) -> None:
     """Compute the prior of the images, and choose on held-out queries how much of it is taken off their scores."""
     from llama_index_genret.evaluation.queries import read_queries
-    from llama_index_genret.evaluation.tuning import tune
+    from llama_index_genret.evaluation.tuning import ETAS, RERANK_WEIGHTS, tune
 
     loaded = load_index(index_dir)
-    by = loaded.scoring(scoring_choice(rerank_by=rerank_by)).rerank_by
     wanted = read_queries(queries, loaded.records) if queries else []
     scorer = open_scorer(loaded, server, api_key, model, device)
-    tuned, trials = tune(loaded, scorer, wanted, rerank=rerank, rerank_by=by, progress=bar("Tuning"))
+    tuned, trials = tune(
+        loaded,
+        scorer,
+        wanted,
+        etas=etas or ETAS,
+        rerank=rerank,
+        rerank_by=rerank_by or loaded.scoring().rerank_by,
+        rerank_weights=rerank_weights or RERANK_WEIGHTS,
+        progress=bar("Tuning"),
+    )
     chosen = tuned.scoring()
     table = new_table("eta", "rerank weight", *TUNED_FIGURES, title=f"{len(wanted)} queries; chosen: {chosen}")
     best_last = sorted(trials, key=lambda trial: (trial.figures["mrr"], -trial.scoring.rerank_weight))

@@ -29,12 +29,14 @@ from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, recall
 from llama_index_genret.scorers.recording import Prefix, RecordingScorer
-from llama_index_genret.scorers.rerank import ranking_options
-from llama_index_genret.search import Hit, Normalise
-from llama_index_genret.store import Index, Scoring, text_key
+from llama_index_genret.scorers.rerank import reranking, with_scoring
+from llama_index_genret.search import Hit, SearchOptions
+from llama_index_genret.store import Index, ScoringChoice, text_key
 
 DEPTH = 10
 """Results looked at for each query."""
+
+TOP_10 = SearchOptions(k=DEPTH)
 
 
 @dataclass(frozen=True)
@@ -118,27 +120,28 @@ def evaluate(
     index: Index,
     scorer: Scorer,
     queries: Sequence[EvaluationQuery],
+    options: SearchOptions = TOP_10,
     *,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-    width: int | None = None,
-    normalise: Normalise = Normalise.CHILDREN,
-    scoring: Scoring | None = None,
+    scoring: ScoringChoice | None = None,
 ) -> Evaluation:
     """Recall every query, one at a time, time each, and watch which prefixes are kept.
 
     A query that is refused has no results: a miss.
 
     Args:
-        scoring: how hits are ranked, as the index was tuned if not given.
+        options: of the search, whose prior and eta `scoring` sets; `k` is how deep MRR looks. A beam if not given.
+        scoring: how hits are ranked; None, and None in it: the value chosen by `genret tune`.
     """
-    options = ranking_options(index, index.scoring() if scoring is None else scoring)
+    chosen = index.scoring(scoring)
+    options, rerank = with_scoring(options, index, chosen), reranking(index, chosen)
     watching = RecordingScorer(scorer)
     found, latency_ms, kept = [], [], []
     for query in progress(queries):
         start = time.perf_counter()
         try:
             prompt = query.prompt(index)
-            (ranking,) = recall(watching, index.trie, [prompt], k=DEPTH, width=width, normalise=normalise, **options)
+            (ranking,) = recall(watching, index.trie, [prompt], options, rerank=rerank)
             hits = ranking.hits
         except QueryError:
             hits = ()
@@ -192,17 +195,14 @@ def recall_in_batches(
     index: Index,
     scorer: Scorer,
     prompts: Sequence[Prompt],
+    options: SearchOptions = TOP_10,
     *,
-    k: int = DEPTH,
     batch: int = 32,
-    normalise: Normalise = Normalise.CHILDREN,
-    budget: int | None = 0,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> list[tuple[Hit, ...]]:
-    """Hits of many prompts, `batch` at a time in one search; `budget` as of `search.search`."""
+    """Return the hits of many prompts, `batch` of them in one search."""
     hits: list[tuple[Hit, ...]] = []
     for start in progress(range(0, len(prompts), batch)):
         asked = prompts[start : start + batch]
-        rankings = recall(scorer, index.trie, asked, k=k, normalise=normalise, budget=budget)
-        hits += [ranking.hits for ranking in rankings]
+        hits += [ranking.hits for ranking in recall(scorer, index.trie, asked, options)]
     return hits

@@ -21,8 +21,8 @@ from llama_index_genret.evaluation.evaluate import DEPTH, evaluation_of
 from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, recall
-from llama_index_genret.scorers.rerank import Continuation, describing_prompt, ranking_options, rescored
-from llama_index_genret.search import Hit, Normalise, Row, Rows, search
+from llama_index_genret.scorers.rerank import Continuation, describing_prompt, rescored, with_scoring
+from llama_index_genret.search import Hit, Normalise, Row, Rows, SearchOptions, search
 from llama_index_genret.store import Index, Scoring, TunedScoring, store_tuning
 from llama_index_genret.store.scoring import RerankBy
 
@@ -57,7 +57,7 @@ def image_prior(index: Index, scorer: Scorer, *, progress: Progress = iter) -> N
     n, prompt = index.trie.n_live, index.prompts.for_no_query(index.tokenizer)
     if not n:
         return log_prior
-    steps = search(index.trie, n_queries=1, k=n, width=n)
+    steps = search(index.trie, SearchOptions(k=n, width=n), n_queries=1)
     answer: Any = None
     while True:
         try:
@@ -133,8 +133,8 @@ def trials_of(
     for eta, start in progress(list(product(usable, range(0, len(prompts), BATCH)))):
         part = prompts[start : start + BATCH]
         asked = [prompt for prompt in part if prompt is not None]
-        options = ranking_options(index, Scoring(eta=eta))
-        rankings = iter(recall(scorer, index.trie, asked, k=max(DEPTH, rerank), **options) if asked else [])
+        options = with_scoring(SearchOptions(k=max(DEPTH, rerank)), index, Scoring(eta=eta))
+        rankings = iter(recall(scorer, index.trie, asked, options) if asked else [])
         hits = [() if prompt is None else next(rankings).hits for prompt in part]
         found[eta] = found.get(eta, []) + hits
         if rerank:

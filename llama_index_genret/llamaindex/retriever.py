@@ -31,12 +31,11 @@ from llama_index_genret.llamaindex.model_images import MAX_IMAGE_PIXELS
 from llama_index_genret.llamaindex.nodes import hit_node, node_of, still_passes
 from llama_index_genret.llamaindex.search_scope import SearchScope
 from llama_index_genret.scorers.base import Scorer, arecall, recall
-from llama_index_genret.scorers.rerank import ranking_options
+from llama_index_genret.scorers.rerank import reranking, with_scoring
 from llama_index_genret.scorers.vllm_http import SERVED_NAME, VllmScorer
-from llama_index_genret.search import Hit, Normalise, Ranking
+from llama_index_genret.search import Hit, Mode, Normalise, Ranking, SearchOptions
 from llama_index_genret.serving.endpoint.client import RecallClient, RecallQuery
 from llama_index_genret.store import Index, RecordFilters, ScoringChoice, load_index
-from llama_index_genret.store.scoring import RerankBy
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +64,10 @@ class GenerativeImageRetriever(BaseRetriever):
             to change them.
         beam_width: beams kept after each step, 10 if not given.
         normalise: which of the two scores; see `search.Normalise`.
-        search_budget: 0 for a beam search; None until the best are certain; a number for at most about so many
-            expanded prefixes before it goes on as a beam. `genret_exact` in the metadata says which came out.
-        eta: how much of the prior of the images is taken off their score; needs `genret tune`. 0 for nothing.
-        rerank: how many of the best are ranked anew by log p(query | image), of text queries only. 0 for none.
-        rerank_weight, rerank_by: see `store.Scoring`. What is None of these four is as `genret tune` chose it for text
-            queries; where it did not run, and for pictures, eta and rerank are 0.
+        mode, max_expansions: "beam", or "exact" with an optional limit; see `search.SearchOptions`. `genret_exact` in
+            the metadata says whether the result is exact.
+        scoring: how hits are ranked; see `store.Scoring`. None, and None in it: the value chosen by `genret tune`,
+            which holds for text queries only. `eta` needs `genret tune`; image queries are never re-ranked.
         endpoint: recalls in one request what it can; the scorer does the rest. `from_server` sets it.
         docstore: nodes of yours, found in it by image id, come back in place of those made from the records; an image
             that it does not have comes back as its record has it, with a warning in the log. A node whose own metadata
@@ -89,11 +86,9 @@ class GenerativeImageRetriever(BaseRetriever):
         filters: MetadataFilters | None = None,
         beam_width: int | None = None,
         normalise: Normalise = Normalise.CHILDREN,
-        search_budget: int | None = 0,
-        eta: float | None = None,
-        rerank: int | None = None,
-        rerank_weight: float | None = None,
-        rerank_by: RerankBy | None = None,
+        mode: Mode = "beam",
+        max_expansions: int | None = None,
+        scoring: ScoringChoice | None = None,
         endpoint: RecallClient | None = None,
         docstore: BaseDocumentStore | None = None,
         image_ids: Collection[str] | None = None,
@@ -106,8 +101,10 @@ class GenerativeImageRetriever(BaseRetriever):
         self.llm_metadata_keys = llm_metadata_keys
         chosen = None if image_ids is None else frozenset(image_ids)
         self._docstore, self._max_image_pixels = docstore, max_image_pixels
-        self._width, self._budget, self._normalise = beam_width, search_budget, normalise
-        self._choice = ScoringChoice(eta, rerank, rerank_weight, rerank_by)
+        self._search = SearchOptions(
+            k=similarity_top_k, width=beam_width, mode=mode, max_expansions=max_expansions, normalise=normalise
+        )
+        self._choice = scoring or ScoringChoice()
         self._template: BasePromptTemplate = PromptTemplate("{query_str}")
         self._filters, self._replacing = copy.deepcopy(filters), threading.Lock()
         record_filters = None if filters is None else _record_filters(filters)
@@ -121,7 +118,7 @@ class GenerativeImageRetriever(BaseRetriever):
             self._source = replace(self._source, index=index, scorer=scorer, endpoint=served)
 
     def _usable_endpoint(self, endpoint: RecallClient | None, image_ids: frozenset[str] | None) -> RecallClient | None:
-        return endpoint if self._normalise is Normalise.CHILDREN and image_ids is None else None
+        return endpoint if self._search.normalise is Normalise.CHILDREN and image_ids is None else None
 
     @property
     def filters(self) -> MetadataFilters | None:
@@ -232,7 +229,9 @@ class GenerativeImageRetriever(BaseRetriever):
         if ranking is None and source.endpoint:
             ranking = source.check_ranking(source.endpoint.recall(query))
         if ranking is None:
-            (ranking,) = recall(source.scorer, source.index.trie, [query.prompt], **self._options(source, query))
+            options = with_scoring(query.options, source.index, query.scoring)
+            rerank = reranking(source.index, query.scoring)
+            (ranking,) = recall(source.scorer, source.index.trie, [query.prompt], options, rerank=rerank)
         return self._nodes(source, ranking)
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
@@ -242,8 +241,9 @@ class GenerativeImageRetriever(BaseRetriever):
         if ranking is None and source.endpoint:
             ranking = source.check_ranking(await source.endpoint.arecall(query))
         if ranking is None:
-            options = self._options(source, query)
-            (ranking,) = await arecall(source.scorer, source.index.trie, [query.prompt], **options)
+            options = with_scoring(query.options, source.index, query.scoring)
+            rerank = reranking(source.index, query.scoring)
+            (ranking,) = await arecall(source.scorer, source.index.trie, [query.prompt], options, rerank=rerank)
         return await asyncio.to_thread(self._nodes, source, ranking)  # it reads files, and the docstore
 
     def _query(self, source: SearchScope, bundle: QueryBundle) -> RecallQuery:
@@ -256,16 +256,8 @@ class GenerativeImageRetriever(BaseRetriever):
         pictured = prompt.image is not None
         choice = replace(self._choice, rerank=None) if pictured else self._choice
         scoring = index.scoring(choice, pictured=pictured)
-        return RecallQuery(text, prompt, self.similarity_top_k, self._width, self._budget, source.filters, scoring)
-
-    def _options(self, source: SearchScope, query: RecallQuery) -> dict[str, Any]:
-        search = {
-            "width": self._width,
-            "budget": self._budget,
-            "normalise": self._normalise,
-            "allowed": source.leaf_filter,
-        }
-        return {"k": query.k, **search, **ranking_options(source.index, query.scoring)}
+        options = replace(self._search, k=self.similarity_top_k, leaf_filter=source.leaf_filter)
+        return RecallQuery(text, prompt, options, source.filters, scoring)
 
     def candidate_nodes(self) -> list[ImageNode]:
         """Every node that may come back: what a partner in a fusion is to be made from, where there are filters.

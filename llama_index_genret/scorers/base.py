@@ -9,7 +9,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.rerank import Continuation, Float64, Rerank
-from llama_index_genret.search import Normalise, Ranking, Rows, search
-from llama_index_genret.trie import LeafFilter, LiveTrie, Trie, TriePrior
+from llama_index_genret.search import Normalise, Ranking, Rows, SearchOptions, Steps, search
+from llama_index_genret.trie import LiveTrie, Trie
 
 Scores = NDArray[np.floating]
 
@@ -92,35 +92,20 @@ def recall(
     scorer: Scorer,
     trie: Trie | LiveTrie,
     prompts: Sequence[Prompt],
+    options: SearchOptions,
     *,
-    k: int,
-    width: int | None = None,
-    normalise: Normalise = Normalise.CHILDREN,
-    allowed: LeafFilter | None = None,
-    budget: int | None = 0,
-    prior: TriePrior | None = None,
-    eta: float = 0.0,
     rerank: Rerank | None = None,
 ) -> list[Ranking]:
-    """The best `k` identifiers for each prompt; arguments and errors of `search.search`.
+    """Return the best `k` identifiers for each prompt. Errors are those of `search.search`.
 
     Args:
-        rerank: how the best are ranked anew. `Ranking.exact` then tells of the candidates.
+        options: of the search; `scorers.rerank.with_scoring` adds the prior of an index.
+        rerank: re-ranks the best hits, None for none. `Ranking.exact` then describes the candidates.
     Raises:
         QueryError: a prompt that is re-ranked has no words.
     """
-    steps = search(
-        trie,
-        n_queries=len(prompts),
-        k=max(k, rerank.candidates) if rerank else k,
-        width=width,
-        normalise=normalise,
-        allowed=allowed,
-        budget=budget,
-        prior=prior,
-        eta=eta,
-    )
-    with scorer.session(prompts, normalise) as session:
+    steps = _steps(trie, len(prompts), options, rerank)
+    with scorer.session(prompts, options.normalise) as session:
         answer: Any = None
         try:
             while True:
@@ -130,36 +115,20 @@ def recall(
         if rerank is None:
             return rankings
         asked = rerank.asked(prompts, rankings)
-        return rerank.ranked(rankings, session.log_likelihoods(asked) if asked else np.zeros(0), k)
+        return rerank.ranked(rankings, session.log_likelihoods(asked) if asked else np.zeros(0), options.k)
 
 
 async def arecall(
     scorer: AsyncScorer,
     trie: Trie | LiveTrie,
     prompts: Sequence[Prompt],
+    options: SearchOptions,
     *,
-    k: int,
-    width: int | None = None,
-    normalise: Normalise = Normalise.CHILDREN,
-    allowed: LeafFilter | None = None,
-    budget: int | None = 0,
-    prior: TriePrior | None = None,
-    eta: float = 0.0,
     rerank: Rerank | None = None,
 ) -> list[Ranking]:
-    """`recall` for an event loop: the same steps, each awaited."""
-    steps = search(
-        trie,
-        n_queries=len(prompts),
-        k=max(k, rerank.candidates) if rerank else k,
-        width=width,
-        normalise=normalise,
-        allowed=allowed,
-        budget=budget,
-        prior=prior,
-        eta=eta,
-    )
-    async with scorer.async_session(prompts, normalise) as session:
+    """Run `recall` in an event loop: the same steps, each awaited."""
+    steps = _steps(trie, len(prompts), options, rerank)
+    async with scorer.async_session(prompts, options.normalise) as session:
         answer: Any = None
         while True:
             try:
@@ -171,4 +140,10 @@ async def arecall(
         if rerank is None:
             return rankings
         asked = rerank.asked(prompts, rankings)
-        return rerank.ranked(rankings, await session.log_likelihoods(asked) if asked else np.zeros(0), k)
+        return rerank.ranked(rankings, await session.log_likelihoods(asked) if asked else np.zeros(0), options.k)
+
+
+def _steps(trie: Trie | LiveTrie, n_queries: int, options: SearchOptions, rerank: Rerank | None) -> Steps:
+    """Search for as many hits as the re-ranking takes."""
+    k = max(options.k, rerank.candidates) if rerank else options.k
+    return search(trie, replace(options, k=k), n_queries=n_queries)

@@ -1,7 +1,7 @@
 """Rerank the best hits of a search by log p(query | image), the probability of the query given each image.
 
 The model scores the words of the query after a prompt that either names the image by its identifier or shows it.
-`ranking_options` turns the `Scoring` of an index into the arguments of `recall`.
+`with_scoring` and `reranking` turn the `Scoring` of an index into the arguments of `recall`.
 
 Depends on the index; independent of models: `scorers.base` queries the session in between.
 Source: reverse re-ranking of TIGeR (arXiv:2406.05814), with the model's own describe and answer prompts.
@@ -11,17 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.errors import NotANumber, QueryError
 from llama_index_genret.models.prompts import Prompt
-from llama_index_genret.search import Hit, Ranking
+from llama_index_genret.search import Hit, Ranking, SearchOptions
 from llama_index_genret.store import Index, Scoring
 from llama_index_genret.store.scoring import RerankBy
-from llama_index_genret.trie import TriePrior
 
 Float64 = NDArray[np.float64]
 
@@ -120,22 +118,19 @@ def describing_prompt(index: Index, row: int, by: RerankBy) -> Prompt:
     return index.prompts.for_identifier(index.tokenizer, index.token_ids(row))
 
 
-class RankingOptions(TypedDict):
-    """Arguments of `recall` and `arecall`."""
+def with_scoring(options: SearchOptions, index: Index, scoring: Scoring) -> SearchOptions:
+    """Return the options with the `eta` of the scoring, and the index's prior unless `eta` is 0.
 
-    prior: TriePrior | None
-    eta: float
-    rerank: Rerank | None
+    Raises:
+        SearchError: the index has no prior.
+    """
+    return replace(options, prior=index.prior if scoring.eta else None, eta=scoring.eta)
 
 
-def ranking_options(index: Index, scoring: Scoring) -> RankingOptions:
-    """The arguments with which `recall` ranks so; without a prior where `eta` is 0."""
+def reranking(index: Index, scoring: Scoring) -> Rerank | None:
+    """Return the re-ranking of the scoring, None where it re-ranks no hits."""
 
     def prompt_of(hit: Hit) -> Prompt:
         return describing_prompt(index, hit.key, scoring.rerank_by)
 
-    return {
-        "prior": index.prior if scoring.eta else None,
-        "eta": scoring.eta,
-        "rerank": Rerank(scoring.rerank, scoring.rerank_weight, prompt_of) if scoring.rerank else None,
-    }
+    return Rerank(scoring.rerank, scoring.rerank_weight, prompt_of) if scoring.rerank else None

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_index_genret.errors import SearchError
 from llama_index_genret.search.beams import (
     BOUND,
     SCORE,
@@ -37,67 +36,51 @@ from llama_index_genret.search.beams import (
     cut,
     roots,
 )
-from llama_index_genret.search.protocol import Float64, Hit, Int64, Normalise, Ranking, Rows, Steps
+from llama_index_genret.search.protocol import Float64, Hit, Int64, Normalise, Ranking, Rows, SearchOptions, Steps
 from llama_index_genret.search.scores import best, checked, row_constants
-from llama_index_genret.trie import Expansion, LeafFilter, LiveTrie, Trie, TriePrior
+from llama_index_genret.trie import Expansion, LiveTrie, Trie
 
 
-def search(
-    trie: Trie | LiveTrie,
-    *,
-    n_queries: int,
-    k: int,
-    width: int | None = None,
-    normalise: Normalise = Normalise.CHILDREN,
-    allowed: LeafFilter | None = None,
-    budget: int | None = 0,
-    prior: TriePrior | None = None,
-    eta: float = 0.0,
-) -> Steps:
+def search(trie: Trie | LiveTrie, options: SearchOptions, *, n_queries: int) -> Steps:
     """Rank the identifiers of `trie` for `n_queries` prompts.
 
     Yields the rows of one step over all queries (none is ever a finished identifier). Expects (m,) float scores of
-    their `token_ids`: natural-log probabilities over the vocabulary if `normalise` is VOCABULARY; else anything that
+    their `token_ids`: natural-log probabilities over the vocabulary if the options say VOCABULARY; else anything that
     differs from them by a constant per row, such as raw logits.
 
-    Args:
-        k: results wanted for each query; fewer come back only where fewer identifiers are allowed.
-        width: prefixes that are expanded together for each query; never less than `k`, 10 if not given.
-        allowed: leaves that may be returned. It prunes, and leaves the scores of the others unchanged.
-        budget: for each query, prefixes to expand before all but the best `width` are dropped. 0: a beam search.
-            None: never, the result is exact.
-        prior: of `trie`. eta: how much of its logarithm is taken off, 0 for nothing.
     Returns:
         One ranking for each query.
     Raises:
-        SearchError: k < 1, width < 1, budget < 0, eta < 0 or without a prior, or a score that is not a number.
-        FilterError: `allowed` was made for another trie.
+        SearchError: the scores are not as many as the tokens. NotANumber: a score is NaN or +inf.
+        FilterError: the leaf filter was made for another trie.
     """
-    width, discount = _width(k, width, budget), _discount(prior, eta)
+    discount = Discount(options.prior, options.eta) if options.eta and options.prior else None
     live = trie if isinstance(trie, LiveTrie) else LiveTrie(trie)
-    allowed = None if allowed is None else live.restrict(allowed)
-    most = live.n_live if allowed is None else allowed.n_allowed
+    leaf_filter = None if options.leaf_filter is None else live.restrict(options.leaf_filter)
+    most = live.n_live if leaf_filter is None else leaf_filter.n_allowed
     if most == 0:
         return [Ranking((), exact=True, nodes_expanded=0)] * n_queries
-    k, width = min(k, most), min(width, most)  # there are no more to find, and no more prefixes of them
+    width = max(options.k, 10 if options.width is None else options.width)
+    k, width = min(options.k, most), min(width, most)  # there are no more to find, and no more prefixes of them
+    max_expansions = 0 if options.mode == "beam" else options.max_expansions
     pool, finished = roots(live, n_queries, discount), Finished(roots(live, 0, discount), n_queries, k)
     expanded, dropped = np.zeros(n_queries, np.int64), Dropped(n_queries)
     while len(pool.query):
-        spent = np.zeros(n_queries, np.bool_) if budget is None else expanded >= budget
+        spent = np.zeros(n_queries, np.bool_) if max_expansions is None else expanded >= max_expansions
         if discount:  # a beam is ordered by its scores, an exact search by its bounds
             pool = pool.ranked(live, np.where(spent[pool.query], pool.score, pool.bound))
         pool = finished.unbeaten(live, finished.set_aside(live, cut(live, pool, width, spent, dropped)))
         chosen, rest = (pool, None) if spent.all() else best_of_each(pool, width)
         expansion = live.expand(chosen.nodes)
-        if normalise is Normalise.CHILDREN:
+        if options.normalise is Normalise.CHILDREN:
             chosen, expansion = _follow_forced_moves(live, chosen, expansion, finished)
         if not len(chosen.query):
             pool = chosen if rest is None else rest
             continue
         scores = checked((yield Rows(chosen.query, chosen.prefixes, expansion)), expansion.offsets)
-        constant = row_constants(scores, expansion.offsets, chosen.log_prob, normalise)
+        constant = row_constants(scores, expansion.offsets, chosen.log_prob, options.normalise)
         expanded += np.bincount(chosen.query, minlength=n_queries)
-        entries = None if allowed is None else np.flatnonzero(expansion.allowed(allowed))
+        entries = None if leaf_filter is None else np.flatnonzero(expansion.allowed(leaf_filter))
         wanted = np.where(spent, width + 1, -1)
         if discount:
             children = _discounted_children(chosen, expansion, entries, scores, constant, wanted, discount, dropped)
@@ -109,20 +92,6 @@ def search(
         pool = children if rest is None else children + rest
         pool = pool.ranked(live, pool.log_prob)
     return _rankings(live, finished, dropped, expanded)
-
-
-def _width(k: int, width: int | None, budget: int | None) -> int:
-    if k < 1 or (width is not None and width < 1) or (budget is not None and budget < 0):
-        raise SearchError(f"k={k} and width={width} must be at least 1, budget={budget} at least 0.")
-    return max(k, 10 if width is None else width)
-
-
-def _discount(prior: TriePrior | None, eta: float) -> Discount | None:
-    if not 0.0 <= eta < np.inf:
-        raise SearchError(f"eta={eta} must be at least 0, and finite.")
-    if eta and prior is None:
-        raise SearchError(f"eta={eta} needs the prior of the images, which is not there: run `genret tune INDEX`.")
-    return Discount(prior, eta) if eta and prior else None
 
 
 def _follow_forced_moves(

@@ -119,7 +119,7 @@ class Dropped:
 
 
 def cut(trie: LiveTrie, pool: Beams, width: int, spent: NDArray[np.bool_], dropped: Dropped) -> Beams:
-    """The best `width` of each query that has spent its budget, and all of the others."""
+    """The best `width` of each query that has spent its expansions, and all of the others."""
     place = pool.place()
     beyond = (place >= width) & spent[pool.query]
     if not beyond.any():

@@ -1,6 +1,6 @@
-"""What a search asks of a scorer, and what it gives: rows, hits, rankings.
+"""Define the options of a search, the rows that it sends to a scorer, and its results.
 
-Knows token ids and numbers only.
+Depends on the trie's filters and priors; independent of text and models.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol, overload
+from typing import Literal, NamedTuple, Protocol, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+from llama_index_genret.errors import SearchError
+from llama_index_genret.trie import LeafFilter, TriePrior
 
 Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
@@ -30,6 +33,59 @@ class Normalise(str, Enum):
 
     CHILDREN = "children"
     VOCABULARY = "vocabulary"
+
+
+Mode = Literal["beam", "exact"]
+"""How a search prunes; see `SearchOptions`."""
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Hold the options of a search, which are checked when they are made and apply to each query alone.
+
+    Args:
+        k: results wanted; fewer come back only where `leaf_filter` allows fewer identifiers.
+        width: prefixes that are expanded together; never less than `k`, 10 if not given.
+        mode: "beam" drops all but the best `width` prefixes after each step. "exact" expands the best prefixes first,
+            and drops none until the best `k` identifiers are certain.
+        max_expansions: limits the prefixes that mode "exact" expands before it continues as a beam of `width`, from 1.
+            `Ranking.exact` is then False unless the result is certain all the same. None, which is the default and
+            the only value for mode "beam": no limit, and mode "exact" always returns the exact result.
+        normalise: the tokens over which probabilities sum to one.
+        leaf_filter: leaves that may be returned. It prunes, and leaves the scores of the others unchanged.
+        prior: log-priors of the images in the searched trie; needed where `eta` is not 0.
+        eta: weight of the log-prior that is subtracted from log p, 0 for none.
+    Raises:
+        SearchError: k, width or max_expansions is less than 1, the mode is unknown, mode "beam" has max_expansions,
+            or eta is negative, not finite, or without a prior.
+    """
+
+    k: int
+    width: int | None = None
+    mode: Mode = "beam"
+    max_expansions: int | None = None
+    normalise: Normalise = Normalise.CHILDREN
+    leaf_filter: LeafFilter | None = None
+    prior: TriePrior | None = None
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("k", "width", "max_expansions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SearchError(f"{name}={value} must be at least 1.")
+        if self.mode not in get_args(Mode):
+            raise SearchError(f"unknown mode {self.mode!r}; choose from: {', '.join(get_args(Mode))}.")
+        if self.mode == "beam" and self.max_expansions is not None:
+            raise SearchError(
+                f"max_expansions={self.max_expansions} is for mode='exact', got mode='beam': leave one of them out."
+            )
+        if not 0.0 <= self.eta < math.inf:
+            raise SearchError(f"eta={self.eta} must be at least 0, and finite.")
+        if self.eta and self.prior is None:
+            raise SearchError(
+                f"eta={self.eta} needs the prior of the images, which is not there: run `genret tune INDEX`."
+            )
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,10 @@ from llama_index_genret.errors import BatchError, CorpusError, QueryError
 from llama_index_genret.files import difference, locked, size, sync
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, recall
-from llama_index_genret.scorers.rerank import ranking_options
-from llama_index_genret.search import Hit, Ranking
-from llama_index_genret.store import Index, RecordFilters, Scoring
+from llama_index_genret.scorers.rerank import Rerank, reranking, with_scoring
+from llama_index_genret.search import Hit, Mode, Ranking, SearchOptions
+from llama_index_genret.store import Index, RecordFilters, Scoring, ScoringChoice
 from llama_index_genret.store.filters import Value
-from llama_index_genret.trie import LeafFilter
 
 BATCH_SIZE = 32
 ANSWER_KEYS = ("hits", "exact", "error")
@@ -48,7 +47,8 @@ class BatchHeader(BaseModel):
     index: str
     queries: str
     k: int = 10
-    exact: bool = False
+    mode: Mode = "beam"
+    max_expansions: int | None = None
     filters: dict[str, str] = {}
     scoring: Scoring = Scoring()
     scored_by: str = ""
@@ -82,7 +82,7 @@ class BatchRun:
     header: BatchHeader
     total: int
     part: BinaryIO
-    leaf_filter: LeafFilter | None
+    options: SearchOptions
 
     def finish(
         self, scorer: Scorer, *, batch_size: int = BATCH_SIZE, progress: Callable[[int], None] = lambda done: None
@@ -99,16 +99,11 @@ class BatchRun:
         self.part.truncate(kept.end)
         self.part.seek(kept.end)
         progress(kept.answers)
-        how: dict[str, Any] = {
-            "k": self.header.k,
-            "allowed": self.leaf_filter,
-            "budget": None if self.header.exact else 0,
-        }
-        options = {**how, **ranking_options(self.index, self.header.scoring)}
+        rerank = reranking(self.index, self.header.scoring)
         done, refused = kept.answers, kept.refused
         rows = islice(read_rows(self.queries), kept.answers, None)
         while batch := list(islice(rows, batch_size)):
-            answers = _answers(self.index, scorer, [row["query"] for row in batch], options)
+            answers = _answers(self.index, scorer, [row["query"] for row in batch], self.options, rerank)
             for row, answer in zip(batch, answers, strict=True):
                 self.part.write(_line({**row, **answer}))
             self.part.flush()
@@ -129,25 +124,31 @@ def open_batch(
     out: Path,
     *,
     k: int = 10,
-    exact: bool = False,
+    mode: Mode = "beam",
+    max_expansions: int | None = None,
     filters: Mapping[str, str] | None = None,
-    scoring: Scoring | None = None,
+    scoring: ScoringChoice | None = None,
     scored_by: str = "",
     overwrite: bool = False,
 ) -> Iterator[BatchRun]:
     """Check the files of a run, before a model is loaded, and keep other runs from writing the same.
 
     Args:
-        k, exact, filters: as of `genret query`.
-        scoring: how hits are ranked, as the index was tuned if not given.
+        k, mode, max_expansions: see `search.SearchOptions`.
+        filters: metadata values, compared as text, all of which an image must have.
+        scoring: how hits are ranked; None, and None in it: the value chosen by `genret tune`.
         scored_by: the kind of scorer, for a later run that goes on.
         overwrite: whether HITS.jsonl may be replaced, and an unfinished run that asks something else thrown away.
     Raises:
         CorpusError: QUERIES.jsonl cannot be read, has no queries, or a broken line; names file and line.
         BatchError: `out` exists, or its unfinished run asks something else or is still running.
         FilterError: no record has one of the keys.
+        SearchError: the options or the scoring cannot be.
     """
     leaf_filter = index.leaf_filter(text_filters(index, filters)) if filters else None
+    chosen = index.scoring(scoring)
+    options = SearchOptions(k=k, mode=mode, max_expansions=max_expansions, leaf_filter=leaf_filter)
+    options = with_scoring(options, index, chosen)
     if out.exists() and (not overwrite or out.is_dir() or (queries.exists() and out.samefile(queries))):
         raise BatchError(f"{out} exists: name another file, or pass --overwrite to replace a file of hits.")
     total, sha256 = _survey(queries)
@@ -155,9 +156,10 @@ def open_batch(
         index=index.version,
         queries=sha256,
         k=k,
-        exact=exact,
+        mode=mode,
+        max_expansions=max_expansions,
         filters=dict(filters or {}),
-        scoring=index.scoring() if scoring is None else scoring,
+        scoring=chosen,
         scored_by=scored_by,
     )
     with locked(_part_of(out), way_out="name another --out") as part:
@@ -169,7 +171,7 @@ def open_batch(
         if not size(part):
             _header_of(out).write_text(header.model_dump_json(indent=1), encoding="utf-8")
         try:
-            yield BatchRun(index, queries, out, header, total, part, leaf_filter)
+            yield BatchRun(index, queries, out, header, total, part, options)
         finally:
             if not size(part):
                 _part_of(out).unlink(missing_ok=True)
@@ -232,8 +234,10 @@ def _survey(path: Path) -> tuple[int, str]:
     return total, digest.hexdigest()
 
 
-def _answers(index: Index, scorer: Scorer, queries: Sequence[str], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of each query its hits, or why it is refused."""
+def _answers(
+    index: Index, scorer: Scorer, queries: Sequence[str], options: SearchOptions, rerank: Rerank | None
+) -> list[dict[str, Any]]:
+    """Return for each query its hits, or why it is refused."""
     answers: list[dict[str, Any]] = [{} for _ in queries]
     prompts: dict[int, Prompt] = {}
     for place, query in enumerate(queries):
@@ -242,11 +246,11 @@ def _answers(index: Index, scorer: Scorer, queries: Sequence[str], options: Mapp
         except QueryError as error:
             answers[place] = {"error": str(error)}
     try:
-        rankings = recall(scorer, index.trie, list(prompts.values()), **options) if prompts else []
+        rankings = recall(scorer, index.trie, list(prompts.values()), options, rerank=rerank) if prompts else []
     except QueryError as error:  # by the scorer, which does not say of which
         if len(queries) == 1:
             return [{"error": str(error)}]
-        return [answer for query in queries for answer in _answers(index, scorer, [query], options)]
+        return [answer for query in queries for answer in _answers(index, scorer, [query], options, rerank)]
     for place, ranking in zip(prompts, rankings, strict=True):
         answers[place] = _answer(index, ranking)
     return answers

@@ -18,6 +18,7 @@ from llama_index_genret.llamaindex.llms import InProcessLLM
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.recording import RecordingScorer
 from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.store import RecordFilters, remove_images
 from llama_index_genret.store.build import add_to_index, build_index
 
@@ -36,7 +37,8 @@ async def client(recaller):
 
 def search(index, scorer, text, **options):
     watching = RecordingScorer(scorer)
-    (ranking,) = recall(watching, index.trie, [index.prompts.for_query(index.tokenizer, text)], k=20, **options)
+    prompts = [index.prompts.for_query(index.tokenizer, text)]
+    (ranking,) = recall(watching, index.trie, prompts, SearchOptions(k=20, **options))
     return ranking.hits, probabilities(watching.steps)
 
 
@@ -63,7 +65,7 @@ def test_an_identifier_is_spelled_with_the_probabilities_of_the_search(untrained
 def test_a_child_tells_how_many_images_lie_below_it_and_how_many_pass_the_filters(untrained_index):
     index, scorer = untrained_index, FakeScorer(untrained_index.tokenizer.vocab_size, spread=2.0)
     allowed = index.leaf_filter(RecordFilters.equal({"color": "red"}))
-    hits, expanded = search(index, scorer, "anything", allowed=allowed)
+    hits, expanded = search(index, scorer, "anything", leaf_filter=allowed)
     reds = {record.image_id for record in index.records if record.metadata["color"] == "red"}
     assert {index.record_of(hit).image_id for hit in hits} == reds
     for hit in hits:

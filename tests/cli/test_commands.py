@@ -35,7 +35,7 @@ def test_from_a_folder_to_an_answer(pictures, tiny_model_dir, tmp_path):
     assert found["query"] == "red circle"
     assert [hit["file_name"].split("-")[0] for hit in found["hits"]] == ["red"] * 3
     assert set(found["hits"][0]) == {"image_id", "file_name", "score", "log_prob", "identifier"}
-    certain = genret_json("query", folder, "red circle", "-k", 3, "--exact", "--device", "cpu")
+    certain = genret_json("query", folder, "red circle", "-k", 3, "--mode", "exact", "--device", "cpu")
     assert certain["exact"]
     picture = pictures / "red-circle.png"
     for text in ([], ["the same, but blue"]):

@@ -13,8 +13,9 @@ from llama_index_genret.evaluation.evaluate import evaluate
 from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.evaluation.tuning import image_prior, tune
 from llama_index_genret.scorers.base import recall
-from llama_index_genret.scorers.rerank import ranking_options
+from llama_index_genret.scorers.rerank import reranking, with_scoring
 from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.serving.batch import open_batch
 from llama_index_genret.store import (
     Scoring,
@@ -34,6 +35,11 @@ def genret_json(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
+def ranked_by(scoring, index, scorer, prompt, k):
+    options = with_scoring(SearchOptions(k=k), index, scoring)
+    return recall(scorer, index.trie, [prompt], options, rerank=reranking(index, scoring))
+
+
 @pytest.fixture
 def index(untrained_index, tmp_path):
     """A copy that a test may write to."""
@@ -48,7 +54,7 @@ def scorer(index):
 def log_probs(index, scorer, prompt):
     """Of all images, by a search that drops none."""
     n = len(index.records)
-    (ranking,) = recall(scorer, index.trie, [prompt], k=n, width=n)
+    (ranking,) = recall(scorer, index.trie, [prompt], SearchOptions(k=n, width=n))
     return {hit.key: hit.log_prob for hit in ranking.hits}
 
 
@@ -87,8 +93,8 @@ def test_eta_is_chosen_by_mrr_on_the_queries_and_used_from_then_on(index, scorer
     assert {trial.figures["n"] for trial in trials} == {25}
     assert load_index(index.folder).manifest.tuned == TunedScoring(scoring=chosen, queries=25)
     by_default = evaluate(tuned, asked, queries).ranked
-    assert by_default == evaluate(tuned, asked, queries, scoring=chosen).ranked
-    assert by_default != evaluate(tuned, asked, queries, scoring=Scoring()).ranked
+    assert by_default == evaluate(tuned, asked, queries, scoring=ScoringChoice(**vars(chosen))).ranked
+    assert by_default != evaluate(tuned, asked, queries, scoring=ScoringChoice(eta=0, rerank=0)).ranked
     np.testing.assert_array_equal(tuned.log_prior, prior)
 
 
@@ -108,7 +114,9 @@ def test_the_weight_of_the_reranking_is_tried_as_recall_would_rank(index, scorer
     queries = [EvaluationQuery(record.captions[0], frozenset({record.image_id})) for record in index.records[:6]]
     tuned, trials = tune(index, scorer, queries, etas=(0.0, 1.0), rerank=10, rerank_weights=(0.0, 0.5))
     for trial in trials:
-        scoring = trial.scoring if trial.scoring.rerank_weight else Scoring(eta=trial.scoring.eta)
+        scoring = ScoringChoice(**vars(trial.scoring))
+        if not trial.scoring.rerank_weight:
+            scoring = ScoringChoice(eta=trial.scoring.eta, rerank=0)
         assert evaluate(tuned, scorer, queries, scoring=scoring).figures()["mrr"] == trial.figures["mrr"]
     assert len({trial.figures["mrr"] for trial in trials}) == 4
 
@@ -134,8 +142,7 @@ def test_added_images_are_found_and_removed_ones_are_left_out_of_the_prior(index
     assert np.isnan(edited.log_prior[-1])
     assert not np.isnan(edited.log_prior[:-1]).any()
     prompt = edited.prompts.for_query(edited.tokenizer, "red circle")
-    options = ranking_options(edited, Scoring(eta=1.0))
-    (ranking,) = recall(scorer, edited.trie, [prompt], k=99, **options)
+    (ranking,) = ranked_by(Scoring(eta=1.0), edited, scorer, prompt, k=99)
     assert {edited.record_of(hit).image_id for hit in ranking.hits} == set(edited.rows_by_id)
     assert not np.isnan(tune(edited, scorer)[0].log_prior).any()
 
@@ -172,25 +179,26 @@ def test_a_damaged_prior_is_an_error_that_names_it(index, scorer):
 
 def test_eta_without_a_prior_and_numbers_that_are_no_weights_are_errors(index, scorer):
     with pytest.raises(SearchError, match="genret tune"):
-        GenerativeImageRetriever(index, scorer, eta=1.0).retrieve("red circle")
+        GenerativeImageRetriever(index, scorer, scoring=ScoringChoice(eta=1.0)).retrieve("red circle")
     for nonsense in ({"eta": -1.0}, {"rerank": -1}, {"rerank_weight": float("nan")}, {"rerank_by": "colour"}):
         with pytest.raises(SearchError, match=next(iter(nonsense))):
-            GenerativeImageRetriever(index, scorer, **nonsense)
+            GenerativeImageRetriever(index, scorer, scoring=ScoringChoice(**nonsense))
 
 
 def test_the_retriever_ranks_as_tuned_unless_it_is_told_otherwise(index, scorer, tmp_path):
     tuned, _ = tune(index, scorer)
     tuned = store_tuning(tuned, tuned.log_prior, TunedScoring(scoring=Scoring(0.7, 8, 0.3), queries=1))
     prompt = tuned.prompts.for_query(tuned.tokenizer, "red circle")
-    for options, scoring in (
+    for choice, scoring in (
         ({}, Scoring(0.7, 8, 0.3)),
         ({"eta": 0.0}, Scoring(0.0, 8, 0.3)),
         ({"rerank": 0}, Scoring(0.7)),
         ({"eta": 0.0, "rerank": 0}, Scoring()),
         ({"rerank_weight": 2.0}, Scoring(0.7, 8, 2.0)),
     ):
-        nodes = GenerativeImageRetriever(tuned, scorer, similarity_top_k=4, **options).retrieve("red circle")
-        (ranking,) = recall(scorer, tuned.trie, [prompt], k=4, **ranking_options(tuned, scoring))
+        retriever = GenerativeImageRetriever(tuned, scorer, similarity_top_k=4, scoring=ScoringChoice(**choice))
+        nodes = retriever.retrieve("red circle")
+        (ranking,) = ranked_by(scoring, tuned, scorer, prompt, k=4)
         assert [node.node.node_id for node in nodes] == [tuned.record_of(hit).image_id for hit in ranking.hits]
         assert [node.score for node in nodes] == [hit.score for hit in ranking.hits]
         assert all(0 < node.score <= 1 for node in nodes)
@@ -206,12 +214,12 @@ def test_what_was_tuned_on_texts_is_not_used_for_pictures(index, scorer):
     from llama_index.core.schema import QueryBundle
 
     pictured = QueryBundle("", image_path=str(tuned.records[0].path))
-    for options in ({}, {"rerank": 5}):
-        nodes = GenerativeImageRetriever(tuned, scorer, **options).retrieve(pictured)
+    for scoring in (None, ScoringChoice(rerank=5)):
+        nodes = GenerativeImageRetriever(tuned, scorer, scoring=scoring).retrieve(pictured)
         assert all("genret_ranked_by" not in node.node.metadata for node in nodes)
     prompt = tuned.prompts.for_image(tuned.tokenizer, tuned.records[0].path)
     with pytest.raises(QueryError, match="text queries"):
-        recall(scorer, tuned.trie, [prompt], k=1, **ranking_options(tuned, Scoring(rerank=3)))
+        ranked_by(Scoring(rerank=3), tuned, scorer, prompt, k=1)
 
 
 def test_the_picture_itself_can_rank_hits_anew(trained_index, trained_mllm):
@@ -220,8 +228,7 @@ def test_the_picture_itself_can_rank_hits_anew(trained_index, trained_mllm):
         trained_index.prompts.for_query(trained_index.tokenizer, "red bus"),
     )
     rankings = {
-        by: recall(scorer, trained_index.trie, [prompt], k=3, **ranking_options(trained_index, Scoring(0, 6, 1.0, by)))
-        for by in ("identifier", "image")
+        by: ranked_by(Scoring(0, 6, 1.0, by), trained_index, scorer, prompt, k=3) for by in ("identifier", "image")
     }
     seen, told = ({hit.leaf: hit.ranked_by for hit in rankings[by][0].hits} for by in ("image", "identifier"))
     assert len(seen) == 3
@@ -233,7 +240,7 @@ def test_a_batch_ranks_as_asked_and_an_unfinished_one_only_goes_on_so(index, sco
     (tmp_path / "queries.jsonl").write_text('{"query": "red circle"}\n{"query": " "}\n')
     for eta in (0.0, 1.0):
         out = tmp_path / f"{eta}.jsonl"
-        with open_batch(tuned, tmp_path / "queries.jsonl", out, k=3, scoring=Scoring(eta=eta)) as run:
+        with open_batch(tuned, tmp_path / "queries.jsonl", out, k=3, scoring=ScoringChoice(eta=eta)) as run:
             assert run.asked.scoring.eta == eta
             run.finish(scorer)
         hits = json.loads(out.read_text().splitlines()[0])["hits"]
@@ -250,10 +257,15 @@ def test_from_the_command_line(trained_index, tmp_path, capsys):
     assert (tuned["n"], len(tuned["trials"])) == (5, 11 * 11)
     assert {"eta", "rerank_weight", "recall@1", "recall@5", "recall@10", "mrr"} <= tuned["trials"][0].keys()
     assert genret_json(capsys, "inspect", folder)["tuned"]["scoring"] == tuned["scoring"]
-    flags = ("--eta", 0.5, "--rerank", 3, "--rerank-weight", 2, "--device", "cpu")
+    fixed = ("--eta", 0.5, "--rerank", 4, "--rerank-weight", 2, "--rerank-by", "identifier", "--device", "cpu")
+    only = genret_json(capsys, "tune", folder, queries, *fixed)
+    assert only["scoring"] == {"eta": 0.5, "rerank": 4, "rerank_weight": 2.0, "rerank_by": "identifier"}
+    assert len(only["trials"]) == 1
+    flags = ("--rerank", 3, "--device", "cpu")
     figures = genret_json(capsys, "eval", folder, queries, *flags)
-    assert figures["scoring"] == {"eta": 0.5, "rerank": 3, "rerank_weight": 2.0, "rerank_by": "identifier"}
+    assert figures["scoring"] == {**only["scoring"], "rerank": 3}
     found = genret_json(capsys, "query", folder, "red circle", "-k", 2, *flags)
     assert all("ranked_by" in hit for hit in found["hits"])
-    off = genret_json(capsys, "query", folder, "red circle", "-k", 2, "--eta", 0, "--rerank", 0, "--device", "cpu")
+    genret_json(capsys, "tune", folder, queries, "--eta", 0, "--device", "cpu")
+    off = genret_json(capsys, "query", folder, "red circle", "-k", 2, "--rerank", 0, "--device", "cpu")
     assert not any("ranked_by" in hit for hit in off["hits"])

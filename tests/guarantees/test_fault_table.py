@@ -22,6 +22,7 @@ from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.circuit_breaker import FAILED_REQUESTS, Circuit
 from llama_index_genret.scorers.http_client import TRIES, Server, json_object
 from llama_index_genret.scorers.vllm_http import VllmScorer
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.serving.endpoint.client import RecallClient
 from llama_index_genret.serving.launch import free_port
 from llama_index_genret.trie import build_trie
@@ -237,4 +238,4 @@ def test_a_list_that_is_none_is_a_server_error(spoilt):
         server.models = models
         server.spoil = lambda answer: {"choices": spoilt}
         with pytest.raises(ServerError, match=r"list of choices|other choices"):
-            recall(VllmScorer(server.api_base), build_trie([(1, 2), (1, 3)])[0], [Prompt((5,))], k=1)
+            recall(VllmScorer(server.api_base), build_trie([(1, 2), (1, 3)])[0], [Prompt((5,))], SearchOptions(k=1))

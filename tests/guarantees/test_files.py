@@ -24,6 +24,7 @@ from llama_index_genret.files import new_folder, only_writer, remove_unheld, wri
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.serving.batch import open_batch
 from llama_index_genret.serving.export import export_checkpoint
 from llama_index_genret.store import Scoring, TunedScoring, load_index, remove_images, store_tuning
@@ -48,7 +49,9 @@ def adapter(tmp_path):
 
 def found(index):
     scorer = FakeScorer(index.tokenizer.vocab_size)
-    return sorted(index.record_of(h).image_id for h in recall(scorer, index.trie, [Prompt((1, 2))], k=30)[0].hits)
+    return sorted(
+        index.record_of(h).image_id for h in recall(scorer, index.trie, [Prompt((1, 2))], SearchOptions(k=30))[0].hits
+    )
 
 
 def names(folder):

@@ -22,6 +22,7 @@ from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.serving.export import export_checkpoint
 from llama_index_genret.store import check_free, load_index
 from llama_index_genret.store.build import build_index
@@ -117,9 +118,7 @@ def test_an_option_that_no_parser_reads_is_wrong_usage(genret, value):
 def test_as_many_images_as_there_are_cost_what_they_cost_however_many_are_wanted(hostile_index):
     """A table as wide as k would be eight gigabytes."""
     scorer = FakeScorer(hostile_index.tokenizer.vocab_size)
-    everything, more = (
-        recall(scorer, hostile_index.trie, [Prompt((1, 2))], k=k, budget=budget) for k, budget in ((2, 0), (10**9, 0))
-    )
+    everything, more = (recall(scorer, hostile_index.trie, [Prompt((1, 2))], SearchOptions(k=k)) for k in (2, 10**9))
     assert more == everything
 
 

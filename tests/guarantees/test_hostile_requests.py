@@ -14,6 +14,7 @@ from llama_index_genret.cli.browse.recaller import Recaller
 from llama_index_genret.errors import QueryError, ServerError
 from llama_index_genret.models.prompts import MAX_QUERY_TOKENS
 from llama_index_genret.scorers.fake import FakeScorer
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.serving.endpoint.client import RecallClient, RecallQuery
 from llama_index_genret.serving.endpoint.loaded_indexes import LoadedIndex
 from llama_index_genret.serving.endpoint.schema import MAX_WEIGHT, RecallRequest
@@ -69,9 +70,10 @@ NO_REQUEST = [
     {"query": "a", "filters": {"year": [1, float("inf")]}},
     {"query": "a", "filters": {"filters": [{"key": "year", "value": float("-inf"), "operator": ">"}]}},
     {"query": "a", "filters": {str(i): 1 for i in range(MAX_FILTERS + 1)}},
-    {"query": "a", "eta": MAX_WEIGHT * 2},
-    {"query": "a", "eta": float("nan")},
-    {"query": "a", "rerank": 1, "rerank_weight": 1e308},
+    {"query": "a", "scoring": {"eta": MAX_WEIGHT * 2}},
+    {"query": "a", "scoring": {"eta": float("nan")}},
+    {"query": "a", "scoring": {"rerank": 1, "rerank_weight": 1e308}},
+    {"query": "a", "mode": "exact", "max_expansions": 0},
     {"query": "a", "k": 10**40},
 ]
 
@@ -157,9 +159,9 @@ def test_more_images_than_were_asked_for_are_no_answer():
     index, recalled = small_index(), next(seed for seed in SEEDS if seed[:1] == RECALL)
     client = RecallClient(index, Played("http://none/v1", content=recalled[1:], asked=RECALL))
     prompt = index.prompts.for_query(index.tokenizer, "red")
-    assert len(client.recall(RecallQuery("red", prompt, 2, None, 0, None, Scoring())).hits) == 2
+    assert len(client.recall(RecallQuery("red", prompt, SearchOptions(k=2), None, Scoring())).hits) == 2
     with pytest.raises(ServerError, match="other images than the best 1"):
-        client.recall(RecallQuery("red", prompt, 1, None, 0, None, Scoring()))
+        client.recall(RecallQuery("red", prompt, SearchOptions(k=1), None, Scoring()))
 
 
 # The page

@@ -30,7 +30,7 @@ from llama_index_genret.llamaindex.nodes import node_of
 from llama_index_genret.scorers.closed_book import ImageMemory, QuestionPrompts
 from llama_index_genret.scorers.vllm_http import VllmScorer
 from llama_index_genret.serving.endpoint.client import RecallClient
-from llama_index_genret.store import load_index, remove_images
+from llama_index_genret.store import ScoringChoice, load_index, remove_images
 from tests.openai_server import OpenAIServer, running
 from tests.serving.test_client import Recalling
 from tests.store.test_filters import by_llama_index
@@ -126,10 +126,10 @@ ROUTES = {
     "beam": retrieved,
     "beam, async": awaited,
     "narrow beam": lambda *a: retrieved(*a, beam_width=1),
-    "exact": lambda *a: retrieved(*a, search_budget=None),
-    "some budget": lambda *a: retrieved(*a, search_budget=2),
+    "exact": lambda *a: retrieved(*a, mode="exact"),
+    "limited exact": lambda *a: retrieved(*a, mode="exact", max_expansions=2),
     "whole vocabulary": lambda *a: retrieved(*a, normalise="vocabulary"),
-    "rerank": lambda *a: retrieved(*a, rerank=20),
+    "rerank": lambda *a: retrieved(*a, scoring=ScoringChoice(rerank=20)),
     "an image": lambda index, *a: retrieved(index, *a, bundle=QueryBundle("", image_path=str(index.records[0].path))),
     "some images": lambda index, *a: retrieved(index, *a, image_ids=[r.image_id for r in index.records[:9]]),
     "docstore": from_a_docstore,
@@ -289,7 +289,7 @@ def test_the_stock_protocol_keeps_the_filters(index):
     with running(OpenAIServer(vocabulary=index.tokenizer.vocab_size)) as server:
         server.models = [{"id": "only", "max_model_len": 2000}]
         remote = VllmScorer(server.api_base)
-        for options in ({}, {"search_budget": None}, {"rerank": 5}):
+        for options in ({}, {"mode": "exact"}, {"scoring": ScoringChoice(rerank=5)}):
             assert set(ids(retrieved(index, remote, filters, 20, **options))) == mine
         assert set(ids(awaited(index, remote, filters, 20))) == mine
 

@@ -28,6 +28,8 @@ from llama_index_genret.scorers import onednn_linear
 from llama_index_genret.scorers.base import arecall, recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.scorers.vllm_http import VllmScorer
+from llama_index_genret.search import SearchOptions
+from llama_index_genret.store import ScoringChoice
 from llama_index_genret.store.build import build_index
 from tests.openai_server import OpenAIServer, running
 
@@ -59,7 +61,8 @@ def ranked(index, scorer, *, batch=8, k=20, **options):
     """Of each query (image, log p), best first."""
     prompts = prompts_of(index)
     parts = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
-    rankings = [ranking for part in parts for ranking in recall(scorer, index.trie, part, k=k, **options)]
+    search = SearchOptions(k=k, **options)
+    rankings = [ranking for part in parts for ranking in recall(scorer, index.trie, part, search)]
     return [[(hit.key, hit.log_prob) for hit in ranking.hits] for ranking in rankings]
 
 
@@ -86,8 +89,8 @@ def test_packed_weights_rank_as_the_weights_themselves(numbered, scorer, tiny_ml
 
 def test_a_beam_that_is_certain_finds_what_exact_search_finds(numbered, scorer):
     prompts = prompts_of(numbered)
-    beams = recall(scorer, numbered.trie, prompts, k=3)
-    exact = recall(scorer, numbered.trie, prompts, k=3, budget=None)
+    beams = recall(scorer, numbered.trie, prompts, SearchOptions(k=3))
+    exact = recall(scorer, numbered.trie, prompts, SearchOptions(k=3, mode="exact"))
     certain = [(one, other) for one, other in zip(beams, exact, strict=True) if one.exact]
     assert all(other.exact for other in exact)
     assert certain
@@ -132,7 +135,7 @@ def test_another_process_names_and_ranks_alike(pictures, tiny_model_dir, untrain
 def test_ties_come_in_the_order_of_the_token_ids_by_every_route(untrained_index):
     flat = FakeScorer(untrained_index.tokenizer.vocab_size, spread=0.0)
     index = untrained_index
-    for options in ({}, {"search_budget": None}, {"rerank": 20}, {"normalise": "vocabulary"}):
+    for options in ({}, {"mode": "exact"}, {"scoring": ScoringChoice(rerank=20)}, {"normalise": "vocabulary"}):
         retriever = GenerativeImageRetriever(index, flat, similarity_top_k=20, **options)
         found = [(node.score, index.token_ids(index.rows_by_id[node.node_id])) for node in retriever.retrieve("x")]
         assert found == sorted(found, key=lambda pair: (-pair[0], pair[1]))
@@ -187,7 +190,12 @@ class _AsyncBrokenSession(_BrokenSession):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize(
     ("where", "options"),
-    [("scores", {}), ("scores", {"search_budget": None}), ("scores", {"rerank": 3}), ("likelihoods", {"rerank": 3})],
+    [
+        ("scores", {}),
+        ("scores", {"mode": "exact"}),
+        ("scores", {"scoring": ScoringChoice(rerank=3)}),
+        ("likelihoods", {"scoring": ScoringChoice(rerank=3)}),
+    ],
 )
 def test_what_is_no_number_is_an_error_of_the_model_in_search_and_reranking(untrained_index, value, where, options):
     broken = Broken(FakeScorer(untrained_index.tokenizer.vocab_size), value, where)
@@ -219,15 +227,15 @@ def test_what_is_no_number_is_an_error_in_the_prior(untrained_index):
 def test_an_image_that_is_impossible_is_ranked_last_and_no_error(untrained_index):
     """A probability of zero is a number, also where its weight is zero."""
     table = FakeScorer(untrained_index.tokenizer.vocab_size)
-    for options in ({"rerank": 20}, {"rerank": 20, "rerank_weight": 0.0}):
+    for scoring in (ScoringChoice(rerank=20), ScoringChoice(rerank=20, rerank_weight=0.0)):
         broken = Broken(table, -np.inf, "likelihoods")
-        found = GenerativeImageRetriever(untrained_index, broken, similarity_top_k=20, **options).retrieve("x")
+        found = GenerativeImageRetriever(untrained_index, broken, similarity_top_k=20, scoring=scoring).retrieve("x")
         assert len(found) == 20
         assert all(0 < node.score <= 1 for node in found)
 
 
 @pytest.mark.parametrize("answer", ["NaN", "Infinity", "1e999", '"nan"'])
-@pytest.mark.parametrize("options", [{}, {"rerank": 3}], ids=["scores", "likelihoods"])
+@pytest.mark.parametrize("options", [{}, {"scoring": ScoringChoice(rerank=3)}], ids=["scores", "likelihoods"])
 def test_what_is_no_number_in_a_servers_answer_is_an_error(untrained_index, answer, options):
     with running(OpenAIServer(vocabulary=untrained_index.tokenizer.vocab_size)) as server:
         server.models = [{"id": "only", "max_model_len": 2000}]
@@ -255,9 +263,9 @@ async def test_damaged_weights_are_an_error_in_process(numbered, tiny_model_dir)
         next(mllm.model.get_decoder().layers[0].parameters()).fill_(torch.nan)
     scorer, prompt = TransformersScorer(mllm), prompts_of(numbered)[:1]
     with pytest.raises(NotANumber):
-        recall(scorer, numbered.trie, prompt, k=3)
+        recall(scorer, numbered.trie, prompt, SearchOptions(k=3))
     with pytest.raises(NotANumber):
-        await arecall(scorer, numbered.trie, prompt, k=3)
+        await arecall(scorer, numbered.trie, prompt, SearchOptions(k=3))
     retriever = GenerativeImageRetriever(numbered, scorer)
     with pytest.raises(NotANumber):
         retriever.retrieve("red circle")

@@ -7,6 +7,7 @@ import pytest
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.store.build import build_index
 from llama_index_genret.store.model_loading import load_trained
 from llama_index_genret.training.recipe import TrainOptions, train
@@ -32,12 +33,12 @@ def test_every_image_is_recalled_once_and_their_probabilities_sum_to_one(
     index = train(index, TrainOptions(max_steps=2, lora_rank=2), device="cpu", show_progress=False)
     scorer = TransformersScorer(load_trained(index, device="cpu"))
     prompt = index.prompts.for_query(index.tokenizer, "red circle")
-    for budget in (0, None):
-        (ranking,) = recall(scorer, index.trie, [prompt], k=20, budget=budget)
+    for mode in ("beam", "exact"):
+        (ranking,) = recall(scorer, index.trie, [prompt], SearchOptions(k=20, mode=mode))
         assert {index.record_of(hit).image_id for hit in ranking.hits} == {r.image_id for r in corpus.records}
         assert math.fsum(hit.score for hit in ranking.hits) == pytest.approx(1.0, abs=1e-4)
         assert ranking.exact
-    (few,) = recall(scorer, index.trie, [prompt], k=3, budget=None)
+    (few,) = recall(scorer, index.trie, [prompt], SearchOptions(k=3, mode="exact"))
     assert [hit.key for hit in few.hits] == [hit.key for hit in ranking.hits[:3]]
     if scheme == "atomic":
         assert few.nodes_expanded == 1

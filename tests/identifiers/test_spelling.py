@@ -17,6 +17,7 @@ from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.models.tokenizer import IndexTokenizer
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.store import load_index
 from llama_index_genret.store.build import assign_identifiers, build_index
 from llama_index_genret.store.model_loading import load_trained
@@ -212,7 +213,7 @@ def test_an_index_on_existing_words_trains_a_plain_adapter_and_recalls(pictures,
     assert not config["modules_to_save"]
     scorer = TransformersScorer(load_trained(index, device="cpu"))
     prompt = index.prompts.for_query(index.tokenizer, "red circle")
-    (ranking,) = recall(scorer, index.trie, [prompt], k=20)
+    (ranking,) = recall(scorer, index.trie, [prompt], SearchOptions(k=20))
     assert len({index.record_of(hit).image_id for hit in ranking.hits}) == 20
     assert all(word.isalpha() for hit in ranking.hits for word in index.identifier_of(hit).split(" "))
 

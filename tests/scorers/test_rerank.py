@@ -13,7 +13,7 @@ from llama_index_genret.scorers.base import arecall, recall
 from llama_index_genret.scorers.fake import FakeScorer
 from llama_index_genret.scorers.rerank import Continuation, Rerank, rescored
 from llama_index_genret.scorers.transformers import TransformersScorer
-from llama_index_genret.search import Hit, Normalise
+from llama_index_genret.search import Hit, Normalise, SearchOptions
 from llama_index_genret.trie import build_trie
 
 IDENTIFIERS = [(a, b) for a in range(4) for b in range(5, 9)]
@@ -68,10 +68,10 @@ def test_candidates_are_ranked_by_the_search_and_by_how_probable_they_make_the_q
     """Against the definition, over all images: none is lost where all are candidates."""
     scorer, trie = FakeScorer(100, seed=3), build_trie(IDENTIFIERS)[0]
     rerank = Rerank(len(IDENTIFIERS), 0.7, describe)
-    rankings = recall(scorer, trie, QUERIES, k=5, rerank=rerank)
-    assert asyncio.run(arecall(scorer, trie, QUERIES, k=5, rerank=rerank)) == rankings
+    rankings = recall(scorer, trie, QUERIES, SearchOptions(k=5), rerank=rerank)
+    assert asyncio.run(arecall(scorer, trie, QUERIES, SearchOptions(k=5), rerank=rerank)) == rankings
     for prompt, ranking in zip(QUERIES, rankings, strict=True):
-        (everything,) = recall(scorer, trie, [prompt], k=len(IDENTIFIERS))
+        (everything,) = recall(scorer, trie, [prompt], SearchOptions(k=len(IDENTIFIERS)))
         with scorer.session([], Normalise.CHILDREN) as session:
             asked = [Continuation(describe(hit), prompt.words) for hit in everything.hits]
             likelihoods = session.log_likelihoods(asked)
@@ -90,8 +90,8 @@ def test_only_the_candidates_are_looked_at_and_never_fewer_than_are_wanted():
     for candidates, looked_at in ((3, 4), (6, 6)):
         seen = []
         rerank = Rerank(candidates, 1.0, lambda hit, seen=seen: seen.append(hit.leaf) or describe(hit))
-        (ranking,) = recall(scorer, trie, QUERIES[:1], k=4, rerank=rerank)
-        (plain,) = recall(scorer, trie, QUERIES[:1], k=looked_at)
+        (ranking,) = recall(scorer, trie, QUERIES[:1], SearchOptions(k=4), rerank=rerank)
+        (plain,) = recall(scorer, trie, QUERIES[:1], SearchOptions(k=looked_at))
         assert sorted(seen) == sorted(hit.leaf for hit in plain.hits)
         assert len(ranking.hits) == 4
 
@@ -104,7 +104,13 @@ def test_equal_ones_stay_in_the_order_of_the_search():
 
 def test_a_query_without_words_cannot_be_ranked_anew():
     with pytest.raises(QueryError, match="text queries"):
-        recall(FakeScorer(100), build_trie(IDENTIFIERS)[0], [Prompt((1,))], k=1, rerank=Rerank(3, 1.0, describe))
+        recall(
+            FakeScorer(100),
+            build_trie(IDENTIFIERS)[0],
+            [Prompt((1,))],
+            SearchOptions(k=1),
+            rerank=Rerank(3, 1.0, describe),
+        )
 
 
 def test_a_search_that_finds_nothing_is_not_ranked_anew():
@@ -112,5 +118,7 @@ def test_a_search_that_finds_nothing_is_not_ranked_anew():
 
     nothing = LeafFilter.from_mask(np.zeros(len(IDENTIFIERS), bool))
     trie = build_trie(IDENTIFIERS)[0]
-    (ranking,) = recall(FakeScorer(100), trie, QUERIES[:1], k=1, allowed=nothing, rerank=Rerank(3, 1.0, describe))
+    (ranking,) = recall(
+        FakeScorer(100), trie, QUERIES[:1], SearchOptions(k=1, leaf_filter=nothing), rerank=Rerank(3, 1.0, describe)
+    )
     assert ranking.hits == ()

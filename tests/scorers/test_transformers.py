@@ -11,7 +11,7 @@ from llama_index_genret.errors import ModelError
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import arecall, recall
 from llama_index_genret.scorers.transformers import TransformersScorer
-from llama_index_genret.search import Normalise, Row, Rows
+from llama_index_genret.search import Normalise, Row, Rows, SearchOptions
 from llama_index_genret.trie import build_trie
 
 PROMPTS = [Prompt((5, 60, 70, 80)), Prompt((5, 90)), Prompt((5, 61, 62, 63, 64, 65, 66, 67))]
@@ -88,9 +88,9 @@ def test_text_and_image_prompts_in_one_batch_are_refused(scorer, untrained_index
 
 def test_recall_in_an_event_loop_equals_recall_outside(scorer):
     trie, _ = build_trie(IDENTIFIERS)
-    expected = recall(scorer, trie, PROMPTS, k=5)
+    expected = recall(scorer, trie, PROMPTS, SearchOptions(k=5))
     for _ in range(2):
-        found = asyncio.run(arecall(scorer, trie, PROMPTS, k=5))
+        found = asyncio.run(arecall(scorer, trie, PROMPTS, SearchOptions(k=5)))
         for ours, theirs in zip(found, expected, strict=True):
             assert [hit.leaf for hit in ours.hits] == [hit.leaf for hit in theirs.hits]
 
@@ -100,7 +100,7 @@ def test_a_constrained_beam_equals_hugging_face_generate(scorer, tiny_mllm):
     trie, _ = build_trie(IDENTIFIERS)
     children = {i[:d]: sorted({j[d] for j in IDENTIFIERS if j[:d] == i[:d]}) for i in IDENTIFIERS for d in range(3)}
     prompt = PROMPTS[0]
-    hits = recall(scorer, trie, [prompt], k=4, width=4, normalise=Normalise.VOCABULARY)[0].hits
+    hits = recall(scorer, trie, [prompt], SearchOptions(k=4, width=4, normalise=Normalise.VOCABULARY))[0].hits
     start = len(prompt.token_ids)
     output = tiny_mllm.model.generate(
         input_ids=torch.tensor([prompt.token_ids]),

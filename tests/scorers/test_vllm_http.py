@@ -13,7 +13,7 @@ from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import arecall, recall
 from llama_index_genret.scorers.rerank import Continuation
 from llama_index_genret.scorers.vllm_http import MAX_TOKENS_ASKED, VllmScorer
-from llama_index_genret.search import Normalise
+from llama_index_genret.search import Normalise, SearchOptions
 from llama_index_genret.trie import build_trie
 from tests.openai_server import OpenAIServer, running
 
@@ -37,11 +37,11 @@ def identifiers(n, depth=3, seed=0):
 def test_recall_over_http_equals_recall_from_the_table(server, normalise, n):
     """600 identifiers give the root more children than one request may ask for."""
     trie, _ = build_trie(identifiers(n))
-    expected = recall(server.table, trie, PROMPTS, k=5, normalise=normalise)
+    expected = recall(server.table, trie, PROMPTS, SearchOptions(k=5, normalise=normalise))
     scorer = VllmScorer(server.api_base)
     for found in (
-        recall(scorer, trie, PROMPTS, k=5, normalise=normalise),
-        asyncio.run(arecall(scorer, trie, PROMPTS, k=5, normalise=normalise)),
+        recall(scorer, trie, PROMPTS, SearchOptions(k=5, normalise=normalise)),
+        asyncio.run(arecall(scorer, trie, PROMPTS, SearchOptions(k=5, normalise=normalise))),
     ):
         for ours, theirs in zip(found, expected, strict=True):
             assert [hit.leaf for hit in ours.hits] == [hit.leaf for hit in theirs.hits]
@@ -51,7 +51,7 @@ def test_recall_over_http_equals_recall_from_the_table(server, normalise, n):
 
 def test_a_step_of_many_beams_with_few_children_is_one_request(server):
     trie, _ = build_trie([(a, b, c) for a in range(5) for b in range(4) for c in range(3)])
-    recall(VllmScorer(server.api_base), trie, PROMPTS, k=5)
+    recall(VllmScorer(server.api_base), trie, PROMPTS, SearchOptions(k=5))
     assert [len(request["prompt"]) for request in server.requests] == [2, 10, 20]
 
 
@@ -125,14 +125,14 @@ def test_an_answer_that_makes_no_sense_is_an_error_with_the_address(server, spoi
     server.spoil = spoil
     trie, _ = build_trie(identifiers(5))
     with pytest.raises(ServerError, match=f"127.0.0.1:{server.server_port}"):
-        recall(VllmScorer(server.api_base), trie, PROMPTS, k=1)
+        recall(VllmScorer(server.api_base), trie, PROMPTS, SearchOptions(k=1))
 
 
 @pytest.mark.parametrize("status", [400, 500, 503])
 def test_a_refusal_is_an_error_with_its_status(server, status):
     server.status = status
     with pytest.raises(ServerError, match=str(status)):
-        recall(VllmScorer(server.api_base), build_trie(identifiers(5))[0], PROMPTS, k=1)
+        recall(VllmScorer(server.api_base), build_trie(identifiers(5))[0], PROMPTS, SearchOptions(k=1))
 
 
 def test_the_only_model_is_found_and_one_of_several_must_be_named(server):
@@ -154,20 +154,22 @@ def test_a_server_with_other_weights_than_the_index_is_refused(server):
 
 def test_a_prompt_longer_than_the_served_context_is_refused_before_it_is_sent(server):
     with pytest.raises(QueryError, match="--max-model-len 100"):
-        recall(VllmScorer(server.api_base), build_trie(identifiers(5))[0], [Prompt(tuple(range(99)))], k=1)
+        recall(
+            VllmScorer(server.api_base), build_trie(identifiers(5))[0], [Prompt(tuple(range(99)))], SearchOptions(k=1)
+        )
     assert server.requests == []
 
 
 def test_an_image_query_is_refused_and_says_what_takes_it(server, tmp_path):
     with pytest.raises(QueryError, match="in this process"):
-        recall(VllmScorer(server.api_base), build_trie(identifiers(5))[0], [Prompt((1,), tmp_path)], k=1)
+        recall(VllmScorer(server.api_base), build_trie(identifiers(5))[0], [Prompt((1,), tmp_path)], SearchOptions(k=1))
 
 
 def test_a_server_that_does_not_answer_in_time_is_an_error(server):
     server.spoil = lambda answer: __import__("time").sleep(1) or answer
     scorer = VllmScorer(server.api_base, timeout_s=0.2)
     with pytest.raises(ServerUnreachable, match="in time"):
-        recall(scorer, build_trie(identifiers(5))[0], PROMPTS, k=1)
+        recall(scorer, build_trie(identifiers(5))[0], PROMPTS, SearchOptions(k=1))
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/v1", "http://[bad/v1", "nonsense"])

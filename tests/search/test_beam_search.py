@@ -13,7 +13,7 @@ from llama_index_genret.errors import FilterError, SearchError
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import arecall, recall
 from llama_index_genret.scorers.fake import FakeScorer
-from llama_index_genret.search import Hit, Normalise, search
+from llama_index_genret.search import Hit, Normalise, SearchOptions, search
 from llama_index_genret.search._reference import rank_all
 from llama_index_genret.trie import LeafFilter, build_trie
 
@@ -41,8 +41,11 @@ def expected_hits(scorer, identifiers, prompt, normalise):
 
 def hits_of(*arguments, **options):
     """Of one query."""
-    (ranking,) = recall(*arguments, **options)
+    (ranking,) = recall(*arguments, SearchOptions(**options))
     return ranking.hits
+
+
+MODES = [{"mode": "beam"}, *({"mode": "exact", "max_expansions": most} for most in (1, 3, 100, None))]
 
 
 def assert_same(hits, expected):
@@ -64,8 +67,8 @@ def test_a_beam_as_wide_as_the_corpus_ranks_like_brute_force(identifiers, seed, 
 def test_queries_in_one_batch_get_what_each_gets_alone(identifiers, seed, k, normalise):
     scorer, (trie, _) = FakeScorer(VOCABULARY, seed=seed), build_trie(identifiers)
     prompts = [Prompt((7,)), Prompt((8, 8)), Prompt((9,))]
-    together = recall(scorer, trie, prompts, k=k, width=3, normalise=normalise)
-    alone = [recall(scorer, trie, [prompt], k=k, width=3, normalise=normalise)[0] for prompt in prompts]
+    together = recall(scorer, trie, prompts, SearchOptions(k=k, width=3, normalise=normalise))
+    alone = [recall(scorer, trie, [prompt], SearchOptions(k=k, width=3, normalise=normalise))[0] for prompt in prompts]
     assert together == alone
 
 
@@ -76,7 +79,7 @@ def test_a_filter_that_leaves_m_images_gives_min_k_m_of_them_with_their_own_scor
     trie, order = build_trie(identifiers)
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(order), max_size=len(order))))
     scorer = FakeScorer(VOCABULARY, seed=seed)
-    hits = hits_of(scorer, trie, [PROMPT], k=k, width=1, allowed=LeafFilter.from_mask(mask))
+    hits = hits_of(scorer, trie, [PROMPT], k=k, width=1, leaf_filter=LeafFilter.from_mask(mask))
     assert len({hit.leaf for hit in hits}) == len(hits) == min(k, int(mask.sum()))
     assert all(mask[hit.leaf] for hit in hits)
     scores = {
@@ -90,8 +93,8 @@ def test_a_filter_that_leaves_m_images_gives_min_k_m_of_them_with_their_own_scor
 def test_the_async_driver_finds_what_the_sync_one_finds(identifiers, seed, normalise):
     scorer, (trie, _) = FakeScorer(VOCABULARY, seed=seed), build_trie(identifiers)
     prompts = [PROMPT, Prompt((4,))]
-    expected = recall(scorer, trie, prompts, k=3, normalise=normalise)
-    assert asyncio.run(arecall(scorer, trie, prompts, k=3, normalise=normalise)) == expected
+    expected = recall(scorer, trie, prompts, SearchOptions(k=3, normalise=normalise))
+    assert asyncio.run(arecall(scorer, trie, prompts, SearchOptions(k=3, normalise=normalise))) == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -107,7 +110,7 @@ def test_probabilities_over_the_children_sum_to_one_over_the_images(identifiers,
 def test_exact_search_equals_scoring_every_identifier(identifiers, seed, k, width, normalise):
     """A thousand random tries and models, sharp ones and flat ones."""
     scorer, trie = FakeScorer(VOCABULARY, seed=seed, spread=seed % 7), build_trie(identifiers)[0]
-    (ranking,) = recall(scorer, trie, [PROMPT], k=k, width=width, normalise=normalise, budget=None)
+    (ranking,) = recall(scorer, trie, [PROMPT], SearchOptions(k=k, width=width, normalise=normalise, mode="exact"))
     assert_same(ranking.hits, expected_hits(scorer, identifiers, PROMPT, normalise)[:k])
     assert ranking.exact
     assert ranking.nodes_expanded <= len({i[:depth] for i in identifiers for depth in range(len(i))})
@@ -116,18 +119,18 @@ def test_exact_search_equals_scoring_every_identifier(identifiers, seed, k, widt
 @settings(max_examples=300, deadline=None)
 @given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 4), st.data())
 def test_a_certificate_is_never_given_to_a_wrong_ranking(identifiers, seed, k, width, data):
-    """Whatever the beam or the budget, with a filter or without."""
+    """Whatever the beam or the limit, with a filter or without."""
     scorer, (trie, order) = FakeScorer(VOCABULARY, seed=seed, spread=3.0), build_trie(identifiers)
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(order), max_size=len(order))))
-    allowed = data.draw(st.sampled_from([None, LeafFilter.from_mask(mask)]))
-    budget = data.draw(st.sampled_from([0, 1, 3, 100, None]))
-    (ranking,) = recall(scorer, trie, [PROMPT], k=k, width=width, allowed=allowed, budget=budget)
-    kept = {identifiers[row] for row, passes in zip(order, mask, strict=True) if passes or allowed is None}
+    leaf_filter = data.draw(st.sampled_from([None, LeafFilter.from_mask(mask)]))
+    mode = data.draw(st.sampled_from(MODES))
+    (ranking,) = recall(scorer, trie, [PROMPT], SearchOptions(k=k, width=width, leaf_filter=leaf_filter, **mode))
+    kept = {identifiers[row] for row, passes in zip(order, mask, strict=True) if passes or leaf_filter is None}
     expected = [row for row in expected_hits(scorer, identifiers, PROMPT, Normalise.CHILDREN) if row[1] in kept]
     assert len(ranking.hits) == min(k, len(kept))
     if ranking.exact:
         assert_same(ranking.hits, expected[:k])
-    assert ranking.exact or budget in (0, 1, 3)
+    assert ranking.exact or mode in MODES[:3]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +143,9 @@ def test_a_certificate_is_never_given_to_a_wrong_ranking(identifiers, seed, k, w
     ],
 )
 def test_a_beam_of_one_is_certain_of_a_tie_only_where_what_it_dropped_comes_later(identifiers, steps, best, exact):
-    searching = search(build_trie(identifiers)[0], n_queries=1, k=1, width=1, normalise=Normalise.VOCABULARY)
+    searching = search(
+        build_trie(identifiers)[0], SearchOptions(k=1, width=1, normalise=Normalise.VOCABULARY), n_queries=1
+    )
     next(searching)
     for scores in steps[:-1]:
         searching.send(np.array(scores))
@@ -157,21 +162,21 @@ def test_a_beam_that_misses_the_best_image_says_that_it_is_not_certain_and_exact
         FakeScorer(VOCABULARY, spread=0.0, table=table),
         build_trie([(0, 2), (0, 3), (0, 4), (1, 2), (1, 3)])[0],
     )
-    (beam,) = recall(scorer, trie, [PROMPT], k=1, width=1)
-    (exact,) = recall(scorer, trie, [PROMPT], k=1, width=1, budget=None)
+    (beam,) = recall(scorer, trie, [PROMPT], SearchOptions(k=1, width=1))
+    (exact,) = recall(scorer, trie, [PROMPT], SearchOptions(k=1, width=1, mode="exact"))
     assert (beam.hits[0].token_ids, beam.exact, beam.nodes_expanded) == ((0, 2), False, 2)
     assert (exact.hits[0].token_ids, exact.exact, exact.nodes_expanded) == ((1, 2), True, 3)
 
 
 def test_a_prefix_that_can_only_tie_and_comes_later_is_not_expanded():
     flat, trie = FakeScorer(VOCABULARY, spread=0.0), build_trie([(0,), (1, 2), (1, 3)])[0]
-    (ranking,) = recall(flat, trie, [PROMPT], k=1, budget=None)
+    (ranking,) = recall(flat, trie, [PROMPT], SearchOptions(k=1, mode="exact"))
     assert (ranking.hits[0].token_ids, ranking.exact, ranking.nodes_expanded) == ((0,), True, 1)
 
 
 def test_one_symbol_per_image_is_ranked_exactly_in_one_step():
     scorer, trie = FakeScorer(5000), build_trie(np.arange(5000)[:, None])[0]
-    (ranking,) = recall(scorer, trie, [PROMPT], k=7)
+    (ranking,) = recall(scorer, trie, [PROMPT], SearchOptions(k=7))
     logits = scorer.logits(PROMPT, ())
     assert [hit.leaf for hit in ranking.hits] == np.argsort(-logits)[:7].tolist()
     assert (ranking.exact, ranking.nodes_expanded) == (True, 1)
@@ -187,12 +192,11 @@ class SinglePrecision(FakeScorer):
 
 
 @settings(max_examples=100, deadline=None)
-@given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 5), st.sampled_from([0, None]))
-def test_single_precision_scores_rank_like_double_ones(identifiers, seed, k, budget):
+@given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 5), st.sampled_from(["beam", "exact"]))
+def test_single_precision_scores_rank_like_double_ones(identifiers, seed, k, mode):
     trie = build_trie(identifiers)[0]
     double, single = (
-        hits_of(kind(VOCABULARY, seed=seed), trie, [PROMPT], k=k, budget=budget)
-        for kind in (FakeScorer, SinglePrecision)
+        hits_of(kind(VOCABULARY, seed=seed), trie, [PROMPT], k=k, mode=mode) for kind in (FakeScorer, SinglePrecision)
     )
     assert [hit.leaf for hit in single] == [hit.leaf for hit in double]
     np.testing.assert_allclose([h.log_prob for h in single], [h.log_prob for h in double], atol=1e-5)
@@ -201,7 +205,7 @@ def test_single_precision_scores_rank_like_double_ones(identifiers, seed, k, bud
 def test_impossible_children_are_still_ranked_behind_the_possible_ones():
     """A probability of zero is a score like another: k images come back."""
     trie, _ = build_trie([(0, 1), (0, 2), (3, 4), (3, 5)])
-    steps = search(trie, n_queries=1, k=4)
+    steps = search(trie, SearchOptions(k=4), n_queries=1)
     next(steps)
     steps.send(np.array([0.0, -np.inf]))
     with pytest.raises(StopIteration) as stop:
@@ -213,7 +217,9 @@ def test_impossible_children_are_still_ranked_behind_the_possible_ones():
 
 def test_a_filter_under_which_nothing_is_left_finds_nothing_for_certain():
     trie, _ = build_trie([(0, 1), (0, 2)])
-    (ranking,) = recall(FakeScorer(VOCABULARY), trie, [PROMPT], k=1, allowed=LeafFilter.from_mask(np.zeros(2, bool)))
+    (ranking,) = recall(
+        FakeScorer(VOCABULARY), trie, [PROMPT], SearchOptions(k=1, leaf_filter=LeafFilter.from_mask(np.zeros(2, bool)))
+    )
     assert (ranking.hits, ranking.exact) == ((), True)
 
 
@@ -226,7 +232,7 @@ def test_ties_come_in_the_order_of_the_token_ids():
 
 def test_a_step_with_one_choice_is_not_scored_over_the_children():
     trie, _ = build_trie([(0, 1, 2, 3), (4, 5, 6, 7)])
-    steps = search(trie, n_queries=1, k=2)
+    steps = search(trie, SearchOptions(k=2), n_queries=1)
     rows = next(steps)
     assert [row.prefix for row in rows] == [()]
     with pytest.raises(StopIteration) as stop:
@@ -237,7 +243,7 @@ def test_a_step_with_one_choice_is_not_scored_over_the_children():
 def test_the_search_stops_when_no_unfinished_prefix_can_win():
     """One short identifier is nearly certain: the long ones are not followed."""
     trie, _ = build_trie([(0,), (1, 0, 0), (1, 0, 1), (1, 1, 0)])
-    steps = search(trie, n_queries=1, k=1, normalise=Normalise.VOCABULARY)
+    steps = search(trie, SearchOptions(k=1, normalise=Normalise.VOCABULARY), n_queries=1)
     next(steps)
     with pytest.raises(StopIteration):
         steps.send(np.log(np.array([0.9, 0.05])))
@@ -251,7 +257,7 @@ def test_a_probability_too_small_for_a_float_is_still_a_score_above_zero():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_score_that_is_no_number_is_an_error(bad):
     trie, _ = build_trie([(0,), (1,)])
-    steps = search(trie, n_queries=1, k=1)
+    steps = search(trie, SearchOptions(k=1), n_queries=1)
     next(steps)
     with pytest.raises(SearchError, match="NaN"):
         steps.send(np.array([0.0, bad]))
@@ -259,7 +265,7 @@ def test_a_score_that_is_no_number_is_an_error(bad):
 
 def test_a_scorer_that_answers_too_few_scores_is_an_error():
     trie, _ = build_trie([(0,), (1,)])
-    steps = search(trie, n_queries=1, k=1)
+    steps = search(trie, SearchOptions(k=1), n_queries=1)
     next(steps)
     with pytest.raises(SearchError, match="scores"):
         steps.send(np.array([0.0]))
@@ -268,11 +274,36 @@ def test_a_scorer_that_answers_too_few_scores_is_an_error():
 @pytest.mark.parametrize(("k", "width"), [(0, 1), (1, 0)])
 def test_nonsense_sizes_are_errors(k, width):
     with pytest.raises(SearchError, match="at least 1"):
-        recall(FakeScorer(VOCABULARY), build_trie([(0,)])[0], [PROMPT], k=k, width=width)
+        SearchOptions(k=k, width=width)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"mode": "Exact"}, "unknown mode 'Exact'; choose from: beam, exact"),
+        ({"mode": "exact", "max_expansions": 0}, "max_expansions=0 must be at least 1"),
+        ({"max_expansions": 5}, "max_expansions=5 is for mode='exact'"),
+    ],
+)
+def test_a_mode_and_limit_that_cannot_be_are_errors(options, said):
+    with pytest.raises(SearchError, match=said):
+        SearchOptions(k=1, **options)
+
+
+def test_max_expansions_that_do_not_suffice_give_a_beam():
+    flat = FakeScorer(VOCABULARY, spread=0.0)
+    trie, _ = build_trie([(row, other) for row in range(4) for other in range(4)])
+    modes = (MODES[0], MODES[1], MODES[4])
+    beam, limited, exact = (recall(flat, trie, [PROMPT], SearchOptions(k=1, width=1, **mode))[0] for mode in modes)
+    assert limited == beam
+    assert (limited.exact, exact.exact) == (False, True)
 
 
 def test_a_filter_of_another_trie_is_an_error():
     with pytest.raises(FilterError, match="3 identifiers, the trie 1"):
         recall(
-            FakeScorer(VOCABULARY), build_trie([(0,)])[0], [PROMPT], k=1, allowed=LeafFilter.from_mask(np.ones(3, bool))
+            FakeScorer(VOCABULARY),
+            build_trie([(0,)])[0],
+            [PROMPT],
+            SearchOptions(k=1, leaf_filter=LeafFilter.from_mask(np.ones(3, bool))),
         )

@@ -7,6 +7,7 @@ import pytest
 from llama_index_genret import FakeScorer
 from llama_index_genret.errors import BatchError, CorpusError, FilterError, QueryError
 from llama_index_genret.scorers.base import recall
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.serving.batch import hit_to_json, open_batch
 from tests.cli.test_commands import genret
 
@@ -69,7 +70,9 @@ def test_each_query_has_a_line_in_its_place_with_the_hits_that_it_gets_alone(
         assert row.items() <= line.items()
         assert line.keys() - row.keys() == ({"error"} if place in REFUSED else {"hits", "exact"})
         if place not in REFUSED:
-            (ranking,) = recall(scorer, index.trie, [index.prompts.for_query(index.tokenizer, row["query"])], k=3)
+            (ranking,) = recall(
+                scorer, index.trie, [index.prompts.for_query(index.tokenizer, row["query"])], SearchOptions(k=3)
+            )
             assert line["hits"] == [hit_to_json(index, hit) for hit in ranking.hits]
             assert line["exact"] == ranking.exact
     assert (summary.queries, summary.refused, summary.kept) == (len(ROWS), len(REFUSED), 0)
@@ -141,7 +144,8 @@ def test_a_run_goes_on_with_batches_of_another_size(untrained_index, scorer, que
     ("changed", "words"),
     [
         ({"k": 2}, r"k 5 \(now 2\)"),
-        ({"exact": True}, r"exact False \(now True\)"),
+        ({"mode": "exact"}, r"mode 'beam' \(now 'exact'\)"),
+        ({"mode": "exact", "max_expansions": 9}, r"max_expansions None \(now 9\)"),
         ({"filters": {"color": "red"}}, r"filters {} \(now {'color': 'red'}\)"),
         ({"scored_by": "server"}, r"scored_by '' \(now 'server'\)"),
     ],
@@ -251,18 +255,19 @@ def test_filters_reach_the_search(untrained_index, scorer, queries, tmp_path):
         pass
 
 
-@pytest.mark.parametrize(("exact", "budget"), [(False, 0), (True, None)])
-def test_exact_searches_without_a_budget(untrained_index, scorer, queries, tmp_path, monkeypatch, exact, budget):
+@pytest.mark.parametrize(("mode", "max_expansions"), [("beam", None), ("exact", None), ("exact", 9)])
+def test_the_mode_reaches_the_search(untrained_index, scorer, queries, tmp_path, monkeypatch, mode, max_expansions):
     """Told by what is asked of the search: a beam does not miss among twenty images."""
-    budgets = []
+    modes = []
 
-    def spied(*arguments, **options):
-        budgets.append(options["budget"])
-        return recall(*arguments, **options)
+    def spied(scorer, trie, prompts, options, **more):
+        modes.append((options.mode, options.max_expansions))
+        return recall(scorer, trie, prompts, options, **more)
 
     monkeypatch.setattr("llama_index_genret.serving.batch.recall", spied)
-    run(untrained_index, scorer, queries, tmp_path / "hits.jsonl", exact=exact)
-    assert set(budgets) == {budget}
+    out = tmp_path / "hits.jsonl"
+    run(untrained_index, scorer, queries, out, mode=mode, max_expansions=max_expansions)
+    assert set(modes) == {(mode, max_expansions)}
 
 
 def test_the_command_line_writes_hits_counts_refusals_and_does_not_overwrite(trained_index, queries, tmp_path):

@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
     def recalled(self, request):
         index = self.server.index
         prompt = index.prompts.for_query(index.tokenizer, request.query)
-        (ranking,) = recall(self.server.table, index.trie, [prompt], k=request.k, width=request.beam_width)
+        (ranking,) = recall(self.server.table, index.trie, [prompt], request.options(None))
         hits = [
             {**hit_to_json(index, hit), "caption": "", "metadata": {}, "image_id": index.record_of(hit).image_id}
             for hit in ranking.hits
@@ -177,4 +177,21 @@ def test_another_version_of_the_index_on_the_server_is_not_asked(serve, untraine
     server = serve(index=newer)
     retriever = GenerativeImageRetriever.from_llm(llm_of(server), untrained_index.folder, similarity_top_k=4)
     assert ids(retriever.retrieve("red circle")) == expected(untrained_index)
+    assert "/v1/completions" in server.paths()
+
+
+def test_an_exact_result_that_the_server_cannot_give_is_searched_here(serve, untrained_index, monkeypatch):
+    """The server's own limit does not suffice. A limit of the client's is kept by both, and nothing is sent twice."""
+    monkeypatch.setattr("llama_index_genret.serving.endpoint.schema.DEFAULT_MAX_EXPANSIONS", 1)
+    server = serve()
+
+    def is_exact(**options):
+        retriever = GenerativeImageRetriever.from_llm(
+            llm_of(server), untrained_index.folder, similarity_top_k=1, beam_width=1, mode="exact", **options
+        )
+        return retriever.retrieve("red circle")[0].node.metadata["genret_exact"]
+
+    assert not is_exact(max_expansions=1)
+    assert server.paths() == ["/v1/recall"]
+    assert is_exact()
     assert "/v1/completions" in server.paths()

@@ -16,6 +16,7 @@ from llama_index_genret.errors import ServerError
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.serving.endpoint.limits import Admission, Limits, TooBusy
 from llama_index_genret.serving.endpoint.loaded_indexes import Registry
 from llama_index_genret.serving.endpoint.schema import INDEXES_VARIABLE
@@ -149,7 +150,7 @@ def test_an_older_version_goes_with_its_last_search_and_needs_no_collection_of_g
         filters = RecordFilters.model_validate({"filters": [{"key": "color", "operator": "!=", "value": "x"}]})
         leaves = searched.leaf_filter(filters)
         scorer = FakeScorer(searched.index.tokenizer.vocab_size)
-        assert recall(scorer, searched.index.trie, [Prompt((5,))], k=3, allowed=leaves)
+        assert recall(scorer, searched.index.trie, [Prompt((5,))], SearchOptions(k=3, leaf_filter=leaves))
         older = [weakref.ref(searched), weakref.ref(searched.index), weakref.ref(searched.index.trie)]
         remove_images(load_index(folder), ["red-circle"])
         registry.get("index")

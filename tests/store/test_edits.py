@@ -20,6 +20,7 @@ from llama_index_genret.models.encoder import TextEncoder, embed_by_captions
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.store import RecordFilters, load_index, remove_images
 from llama_index_genret.store.build import add_to_index, build_index, needs_features
 from llama_index_genret.store.model_state import new_token_ids, stored_new_rows
@@ -49,7 +50,7 @@ def _made(folder):
 
 
 def recalled(index, k=50):
-    (ranking,) = recall(FakeScorer(index.tokenizer.vocab_size), index.trie, [Prompt((1, 2))], k=k)
+    (ranking,) = recall(FakeScorer(index.tokenizer.vocab_size), index.trie, [Prompt((1, 2))], SearchOptions(k=k))
     return {index.record_of(hit).image_id: (index.identifier_of(hit), hit.log_prob) for hit in ranking.hits}
 
 
@@ -109,7 +110,7 @@ def test_removing_and_adding_again_in_any_order_gives_an_index_that_holds_what_i
     expected = everything.keys() | {"plain-0", "plain-1", "plain-2"}
     assert recalled(index).keys() == expected == index.rows_by_id.keys()
     allowed = index.leaf_filter(RecordFilters.equal({"color": "red"}))
-    (ranking,) = recall(FakeScorer(400), index.trie, [Prompt((1,))], k=9, allowed=allowed)
+    (ranking,) = recall(FakeScorer(400), index.trie, [Prompt((1,))], SearchOptions(k=9, leaf_filter=allowed))
     assert {index.record_of(hit).metadata["color"] for hit in ranking.hits} == {"red"}
     assert len(ranking.hits) == 4
 

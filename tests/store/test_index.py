@@ -23,6 +23,7 @@ from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.models.tokenizer import IndexTokenizer
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.store import RecordFilters, check_free, load_index
 from llama_index_genret.store.manifest import FORMAT_VERSION
 from llama_index_genret.store.model_state import check_tokenizer
@@ -37,7 +38,7 @@ def copied(untrained_index, tmp_path):
 
 def recalled(index):
     scorer = FakeScorer(index.tokenizer.vocab_size)
-    hits = recall(scorer, index.trie, [Prompt((1, 2))], k=20)[0].hits
+    hits = recall(scorer, index.trie, [Prompt((1, 2))], SearchOptions(k=20))[0].hits
     return [(index.record_of(hit).image_id, index.identifier_of(hit), hit.log_prob) for hit in hits]
 
 

@@ -13,6 +13,7 @@ from llama_index_genret.models.encoder import TextEncoder, embed_by_captions
 from llama_index_genret.models.features import vision_features
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.serving.endpoint.loaded_indexes import Registry
 from llama_index_genret.store import drop_update, load_index, remove_images, store_adapter
 from llama_index_genret.store.build import add_to_index, build_index, needs_features
@@ -74,7 +75,7 @@ def cosine(ours, theirs):
 def recalled(index):
     scorer = TransformersScorer(load_trained(index, device="cpu"))
     prompt = index.prompts.for_query(index.tokenizer, "black bar")
-    (ranking,) = recall(scorer, index.trie, [prompt], k=30)
+    (ranking,) = recall(scorer, index.trie, [prompt], SearchOptions(k=30))
     return {index.record_of(hit).image_id: hit.log_prob for hit in ranking.hits}
 
 

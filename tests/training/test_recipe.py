@@ -19,6 +19,7 @@ from llama_index_genret.models.mllm import fingerprint, load_mllm
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.serving.export import export_checkpoint
 from llama_index_genret.store import load_index
 from llama_index_genret.store.build import build_index
@@ -139,7 +140,9 @@ def test_training_teaches_the_training_captions(pictures, tiny_mllm, tmp_path):
     index = train(index, options, device="cpu", show_progress=False)
     scorer = TransformersScorer(load_trained(index, device="cpu"))
     prompts = [index.prompts.for_query(index.tokenizer, record.captions[0]) for record in index.records]
-    found = [index.record_of(ranking.hits[0]).image_id for ranking in recall(scorer, index.trie, prompts, k=1)]
+    found = [
+        index.record_of(ranking.hits[0]).image_id for ranking in recall(scorer, index.trie, prompts, SearchOptions(k=1))
+    ]
     right = np.mean([image_id == record.image_id for image_id, record in zip(found, index.records, strict=True)])
     assert right >= 0.8
 
@@ -247,7 +250,8 @@ def test_an_exported_checkpoint_scores_like_the_index(trained_index, trained_mll
     assert exported.processor.tokenizer("<g0_1><g1_0> a red circle", add_special_tokens=False).input_ids == ids
     prompts = [Prompt(tuple(ids)), Prompt((5, 60))]
     expected, found = (
-        recall(TransformersScorer(mllm), trained_index.trie, prompts, k=20) for mllm in (trained_mllm, exported)
+        recall(TransformersScorer(mllm), trained_index.trie, prompts, SearchOptions(k=20))
+        for mllm in (trained_mllm, exported)
     )
     for ours, theirs in zip(expected, found, strict=True):
         assert [hit.leaf for hit in ours.hits] == [hit.leaf for hit in theirs.hits]

@@ -15,6 +15,7 @@ from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import TrainingError
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.store.build import build_index
 from llama_index_genret.store.model_loading import load_base, load_trained
 from llama_index_genret.store.model_state import adapter_folder
@@ -129,8 +130,7 @@ def test_the_soft_loss_is_the_cross_entropy_of_the_drawn_paths(pictures, tiny_ml
         TransformersScorer(mllm),
         index.trie,
         [index.prompts.for_query(index.tokenizer, example.text) for example in examples],
-        k=len(index.records),
-        budget=None,
+        SearchOptions(k=len(index.records), mode="exact"),
     )
     expected, n_targets = 0.0, 0
     for i, (example, ranking) in enumerate(zip(examples, rankings, strict=True)):
@@ -199,7 +199,9 @@ def test_imitation_teaches_queries_that_no_caption_has(pictures, tiny_mllm, tmp_
         captions = [record.captions for record in index.records]
         teacher = taught(encoder, captions, words=[], queries=["thing blue"])
         prompts = [index.prompts.for_query(index.tokenizer, "thing blue")]
-        (ranking,) = recall(TransformersScorer(model), trained.trie, prompts, k=len(index.records), budget=None)
+        (ranking,) = recall(
+            TransformersScorer(model), trained.trie, prompts, SearchOptions(k=len(index.records), mode="exact")
+        )
         found = {trained.record_of(hit).image_id: hit.log_prob for hit in ranking.hits}
         wanted = teacher.probabilities(teacher.texts.index("thing blue"))
         return sum(p * found[record.image_id] for p, record in zip(wanted, trained.records, strict=True))

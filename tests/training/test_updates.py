@@ -18,6 +18,7 @@ from llama_index_genret.errors import ModelMismatch, NotTrained, StoreError, Tra
 from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.search import SearchOptions
 from llama_index_genret.serving.launch import serve_command, served_adapter
 from llama_index_genret.serving.merge_lora import join_adapters
 from llama_index_genret.store import drop_update, load_index, remove_images, store_adapter, store_update
@@ -85,7 +86,7 @@ def assert_same_weights(ours, theirs):
 def rankings(index):
     scorer = TransformersScorer(load_trained(index, device="cpu"))
     prompts = [index.prompts.for_query(index.tokenizer, text) for text in ("red circle", "black bar")]
-    found = recall(scorer, index.trie, prompts, k=20)
+    found = recall(scorer, index.trie, prompts, SearchOptions(k=20))
     return [[(index.record_of(hit).image_id, hit.log_prob) for hit in ranking.hits] for ranking in found]
 
 

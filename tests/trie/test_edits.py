@@ -12,7 +12,7 @@ from llama_index_genret.errors import FilterError, IdentifierCollision, Identifi
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
-from llama_index_genret.search import Normalise
+from llama_index_genret.search import Normalise, SearchOptions
 from llama_index_genret.search._reference import rank_all
 from llama_index_genret.trie import (
     LeafFilter,
@@ -40,9 +40,9 @@ def name_of(token_ids):
     return token_ids[:-1] if token_ids[-1] == END else token_ids
 
 
-def found(trie, *, k, budget, allowed=None, width=None):
+def found(trie, **options):
     """(key, name, log p) of the hits, and whether they are certain."""
-    (ranking,) = recall(SCORER, trie, [PROMPT], k=k, width=width, allowed=allowed, budget=budget)
+    (ranking,) = recall(SCORER, trie, [PROMPT], SearchOptions(**options))
     return [(hit.key, name_of(hit.token_ids), round(hit.log_prob, 9)) for hit in ranking.hits], ranking.exact
 
 
@@ -123,9 +123,9 @@ class Editing(RuleBasedStateMachine):
         allowed = LeafFilter.from_mask(np.isin(self.trie.key(leaves), list(keys)) | removed)
         fresh = LiveTrie(rebuilt, keys=np.array([self.model[names[row]] for row in order]))
         fresh_allowed = LeafFilter.from_mask(np.isin(fresh.keys, list(keys)))
-        for budget in (0, None):
-            ours = found(self.trie, k=k, width=width, budget=budget, allowed=allowed)
-            assert ours == found(fresh, k=k, width=width, budget=budget, allowed=fresh_allowed)
+        for mode in ("beam", "exact"):
+            ours = found(self.trie, k=k, width=width, mode=mode, leaf_filter=allowed)
+            assert ours == found(fresh, k=k, width=width, mode=mode, leaf_filter=fresh_allowed)
             assert len(ours[0]) == min(k, len(kept))
         everything = rank_all(close_beginnings(names, END), lambda p: SCORER.logits(PROMPT, p), over_children=True)
         best = [name_of(path) for _, path in everything if name_of(path) in kept][:k]
@@ -188,7 +188,7 @@ def test_a_filter_of_an_older_version_is_refused():
     allowed = LeafFilter.from_mask(np.ones(2, bool))
     newer = add_identifiers(trie, [(4, 4)], [2])
     with pytest.raises(FilterError, match="2 identifiers, the trie 3"):
-        recall(SCORER, newer, [PROMPT], k=1, allowed=allowed)
+        recall(SCORER, newer, [PROMPT], SearchOptions(k=1, leaf_filter=allowed))
 
 
 def test_a_filter_reaches_what_was_added():
@@ -197,21 +197,21 @@ def test_a_filter_reaches_what_was_added():
     trie = add_identifiers(trie, [(0, 3), (0, 4), (3, 3), (1, 1), (1, 2)], range(4, 9))
     for leaf in range(trie.n_leaves):
         allowed = LeafFilter.from_mask(np.arange(trie.n_leaves) == leaf)
-        hits, _ = found(trie, k=3, budget=0, allowed=allowed)
+        hits, _ = found(trie, k=3, leaf_filter=allowed)
         assert [key for key, _, _ in hits] == [int(trie.key(np.array([leaf]))[0])]
 
 
 def test_when_all_are_removed_nothing_is_found_and_adding_goes_on():
     trie = remove_identifiers(LiveTrie(build_trie([(0, 1), (2, 3)])[0]), [(0, 1), (2, 3)])
     for version in (trie, compact(trie)):
-        assert found(version, k=3, budget=0) == ([], True)
+        assert found(version, k=3) == ([], True)
         assert live_of(add_identifiers(version, [(0, 1)], [9])) == {(0, 1): 9}
 
 
 def test_a_removed_sibling_takes_no_probability():
     """Scores are those of a trie that never held it: the survivor's probability is 1."""
     trie = remove_identifiers(LiveTrie(build_trie([(0, 1), (0, 2)])[0]), [(0, 2)])
-    (ranking,) = recall(SCORER, trie, [PROMPT], k=2, normalise=Normalise.CHILDREN)
+    (ranking,) = recall(SCORER, trie, [PROMPT], SearchOptions(k=2, normalise=Normalise.CHILDREN))
     assert [(hit.token_ids, hit.score) for hit in ranking.hits] == [((0, 1), 1.0)]
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from llama_index_genret.errors import SearchError
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
-from llama_index_genret.search import Hit, Normalise
+from llama_index_genret.search import Hit, Normalise, SearchOptions
 from llama_index_genret.search._reference import rank_all
 from llama_index_genret.trie import LeafFilter, LiveTrie, TriePrior, add_identifiers, build_trie, remove_identifiers
 from llama_index_genret.trie._reference import prior_below
@@ -76,9 +76,12 @@ def assert_ranked(hits, expected):
     assert len({h.token_ids for h in hits}) == len(hits)
 
 
+LIMITED = [{"mode": "beam"}, *({"mode": "exact", "max_expansions": most} for most in (1, 2, 100))]
+
+
 def searched(live, leaves, scorer, **options):
     prior = TriePrior.of_leaves(live, leaves)
-    return recall(scorer, live, [PROMPT], prior=prior, **options)[0]
+    return recall(scorer, live, [PROMPT], SearchOptions(prior=prior, **options))[0]
 
 
 @settings(max_examples=300, deadline=None)
@@ -87,7 +90,7 @@ def test_exact_search_with_a_prior_equals_scoring_every_identifier(edited, seed,
     """The least prior below a prefix bounds its identifiers, whatever the sums say."""
     width = data.draw(st.integers(1, 4))
     (live, priors, leaves), scorer = edited, FakeScorer(40, seed=seed, spread=seed % 5)
-    ranking = searched(live, leaves, scorer, k=k, width=width, budget=None, normalise=normalise, eta=eta)
+    ranking = searched(live, leaves, scorer, k=k, width=width, mode="exact", normalise=normalise, eta=eta)
     assert ranking.exact
     assert len(ranking.hits) == min(k, len(priors))
     assert_ranked(ranking.hits, expected_scores(scorer, priors, eta, normalise))
@@ -97,10 +100,10 @@ def test_exact_search_with_a_prior_equals_scoring_every_identifier(edited, seed,
 @given(edited_tries(), st.integers(0, 2**32 - 1), st.integers(1, 4), ETAS, st.data())
 def test_with_a_prior_too_a_certificate_is_never_given_to_a_wrong_ranking(edited, seed, k, eta, data):
     (live, priors, leaves), scorer = edited, FakeScorer(40, seed=seed, spread=3.0)
-    budget, width = data.draw(st.sampled_from([0, 1, 2, 100])), data.draw(st.integers(1, 3))
+    mode, width = data.draw(st.sampled_from(LIMITED)), data.draw(st.integers(1, 3))
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=live.n_leaves, max_size=live.n_leaves)))
     allowed = data.draw(st.sampled_from([None, LeafFilter.from_mask(mask)]))
-    ranking = searched(live, leaves, scorer, k=k, width=width, budget=budget, eta=eta, allowed=allowed)
+    ranking = searched(live, leaves, scorer, k=k, width=width, eta=eta, leaf_filter=allowed, **mode)
     everything = expected_scores(scorer, priors, eta, Normalise.CHILDREN)
     if allowed is not None:
         live_leaves = [leaf for leaf in range(live.n_leaves) if live.live is None or live.live.contains(np.array(leaf))]
@@ -122,7 +125,7 @@ def path_of(live, leaf):
 @given(edited_tries(), st.integers(0, 2**32 - 1), st.integers(1, 4))
 def test_without_eta_a_prior_changes_nothing(edited, seed, k):
     (live, _, leaves), scorer = edited, FakeScorer(40, seed=seed)
-    plain = recall(scorer, live, [PROMPT], k=k, width=2)
+    plain = recall(scorer, live, [PROMPT], SearchOptions(k=k, width=2))
     assert [searched(live, leaves, scorer, k=k, width=2, eta=0.0)] == plain
 
 
@@ -131,7 +134,7 @@ def test_a_rare_image_that_the_query_makes_likelier_comes_before_one_that_is_alw
     trie, _ = build_trie([(0,), (1,)])
     scorer = FakeScorer(VOCABULARY, spread=0.0, table={(PROMPT.token_ids, ()): {0: np.log(0.6), 1: np.log(0.4)}})
     prior = TriePrior.of_leaves(LiveTrie(trie), np.log(np.float32([0.9, 0.1])))
-    (ranking,) = recall(scorer, trie, [PROMPT], k=2, prior=prior, eta=1.0)
+    (ranking,) = recall(scorer, trie, [PROMPT], SearchOptions(k=2, prior=prior, eta=1.0))
     assert [hit.token_ids for hit in ranking.hits] == [(1,), (0,)]
     np.testing.assert_allclose([hit.log_prob for hit in ranking.hits], np.log([0.4, 0.6]))
     np.testing.assert_allclose([hit.score for hit in ranking.hits], [0.4 / (0.4 + 0.1), 0.6 / (0.6 + 0.9)], rtol=1e-6)
@@ -147,12 +150,12 @@ def flat(identifiers, priors):
     )
 
 
-@pytest.mark.parametrize("budget", [0, 1])
-def test_a_beam_that_drops_a_prefix_with_a_rare_image_is_not_certain_however_low_the_prefix_stood(budget):
+@pytest.mark.parametrize("mode", LIMITED[:2])
+def test_a_beam_that_drops_a_prefix_with_a_rare_image_is_not_certain_however_low_the_prefix_stood(mode):
     """(2, 4) would win, but its prefix is last of three by its own score."""
     scorer, trie, prior = flat([(0,), (1,), (2, 3), (2, 4)], [0.2, 0.25, 0.549, 0.001])
-    (beam,) = recall(scorer, trie, [PROMPT], k=1, width=1, budget=budget, prior=prior, eta=1.0)
-    (exact,) = recall(scorer, trie, [PROMPT], k=1, width=1, budget=None, prior=prior, eta=1.0)
+    (beam,) = recall(scorer, trie, [PROMPT], SearchOptions(k=1, width=1, prior=prior, eta=1.0, **mode))
+    (exact,) = recall(scorer, trie, [PROMPT], SearchOptions(k=1, width=1, mode="exact", prior=prior, eta=1.0))
     assert (beam.hits[0].token_ids, beam.exact) == ((0,), False)
     assert (exact.hits[0].token_ids, exact.exact) == ((2, 4), True)
 
@@ -160,7 +163,7 @@ def test_a_beam_that_drops_a_prefix_with_a_rare_image_is_not_certain_however_low
 def test_an_exact_search_goes_first_where_the_best_image_may_be():
     """The prefix (0,) has the better score, (2,) the rare image: its win makes (0,) not worth expanding."""
     scorer, trie, prior = flat([(0, 1), (0, 2), (2, 3), (2, 4)], [0.2, 0.2, 0.599, 0.001])
-    (exact,) = recall(scorer, trie, [PROMPT], k=1, width=1, budget=None, prior=prior, eta=1.0)
+    (exact,) = recall(scorer, trie, [PROMPT], SearchOptions(k=1, width=1, mode="exact", prior=prior, eta=1.0))
     assert (exact.hits[0].token_ids, exact.nodes_expanded) == ((2, 4), 2)
 
 
@@ -172,12 +175,12 @@ def test_a_score_lies_above_0_and_at_most_at_1_whatever_it_is_ranked_by(ranked_b
 @pytest.mark.parametrize("eta", [-0.1, np.nan, np.inf])
 def test_an_eta_that_is_no_weight_is_an_error(eta):
     with pytest.raises(SearchError, match="eta="):
-        recall(FakeScorer(VOCABULARY), build_trie([(0,)])[0], [PROMPT], k=1, eta=eta)
+        recall(FakeScorer(VOCABULARY), build_trie([(0,)])[0], [PROMPT], SearchOptions(k=1, eta=eta))
 
 
 def test_an_eta_without_a_prior_says_how_to_make_one():
     with pytest.raises(SearchError, match="genret tune"):
-        recall(FakeScorer(VOCABULARY), build_trie([(0,)])[0], [PROMPT], k=1, eta=1.0)
+        recall(FakeScorer(VOCABULARY), build_trie([(0,)])[0], [PROMPT], SearchOptions(k=1, eta=1.0))
 
 
 def test_where_no_image_has_a_known_prior_there_is_none():

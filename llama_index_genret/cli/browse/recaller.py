@@ -18,8 +18,8 @@ from llama_index_genret.llamaindex.query_engine import image_query_engine
 from llama_index_genret.llamaindex.retriever import GenerativeImageRetriever
 from llama_index_genret.scorers.base import Scorer, recall
 from llama_index_genret.scorers.recording import RecordingScorer
-from llama_index_genret.scorers.rerank import ranking_options
-from llama_index_genret.search import Hit
+from llama_index_genret.scorers.rerank import reranking, with_scoring
+from llama_index_genret.search import Hit, SearchOptions
 from llama_index_genret.serving.endpoint.client import RecallClient, RecallQuery
 from llama_index_genret.store import Index, RecordFilters, Scoring
 from llama_index_genret.store.filters import Value
@@ -84,17 +84,18 @@ class Recaller:
         prompt = prompts.for_query(tokenizer, text) if image is None else prompts.for_image(tokenizer, image, text)
         scoring = index.scoring(pictured=image is not None)
         conditions = RecordFilters.equal(filters) if filters else None
-        allowed = index.leaf_filter(conditions) if conditions else None
+        leaf_filter = index.leaf_filter(conditions) if conditions else None
+        options = with_scoring(SearchOptions(k=k, leaf_filter=leaf_filter), index, scoring)
         with self._lock:
-            query = RecallQuery(text, prompt, k, None, 0, conditions, scoring)
+            query = RecallQuery(text, prompt, options, conditions, scoring)
             ranking = self._endpoint.recall(query) if self._endpoint and image is not None else None
             watching = RecordingScorer(self._scorer)
             if ranking is None:
-                options = ranking_options(index, scoring)
-                (ranking,) = recall(watching, index.trie, [prompt], k=k, allowed=allowed, **options)
+                rerank = reranking(index, scoring)
+                (ranking,) = recall(watching, index.trie, [prompt], options, rerank=rerank)
         expanded = probabilities(watching.steps)
         hits = tuple(
-            self._found(hit, identifier_levels(index, hit, expanded, allowed) if expanded else ())
+            self._found(hit, identifier_levels(index, hit, expanded, leaf_filter) if expanded else ())
             for hit in ranking.hits
         )
         return BrowseRanking(hits, ranking.exact, ranking.nodes_expanded, time.monotonic() - began, scoring)

@@ -34,7 +34,7 @@ from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.scorers.base import Scorer
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.scorers.vllm_http import VllmScorer
-from llama_index_genret.search import Hit
+from llama_index_genret.search import Hit, SearchOptions
 from llama_index_genret.serving.launch import (
     CPU_FLAGS,
     free_port,
@@ -179,7 +179,7 @@ def _image_recall(index: Index, scorer: Scorer) -> float:
     prompts = [index.prompts.for_image(index.tokenizer, record.path) for record in index.records]
     ranked = [
         [index.record_of(hit).image_id for hit in hits]
-        for hits in recall_in_batches(index, scorer, prompts, k=1, batch=16)
+        for hits in recall_in_batches(index, scorer, prompts, SearchOptions(k=1), batch=16)
     ]
     return recall_at(ranked, [{record.image_id} for record in index.records], 1)
 

@@ -32,7 +32,7 @@ from llama_index_genret.errors import (
 )
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import arecall
-from llama_index_genret.scorers.rerank import ranking_options
+from llama_index_genret.scorers.rerank import reranking, with_scoring
 from llama_index_genret.scorers.vllm_http import served_name
 from llama_index_genret.search import Ranking
 from llama_index_genret.serving.endpoint.connection_timeouts import guard
@@ -195,17 +195,10 @@ async def _answer(request: RecallRequest, app: FastAPI) -> RecallResponse:
     lora = adapters.get(served_name(index.weights_id or ""))
     scorer = EngineScorer(engine, engine.vllm_config.model_config.max_model_len, lora)
     scoring = index.scoring(request.choice(), pictured=request.image is not None)
+    options = with_scoring(request.options(loaded.leaf_filter(request.record_filters())), index, scoring)
+    prompts = _prompts(request, index)
     try:
-        rankings = await arecall(
-            scorer,
-            index.trie,
-            _prompts(request, index),
-            k=request.k,
-            width=request.beam_width,
-            allowed=loaded.leaf_filter(request.record_filters()),
-            budget=request.budget if request.mode == "exact" else 0,
-            **ranking_options(index, scoring),
-        )
+        rankings = await arecall(scorer, index.trie, prompts, options, rerank=reranking(index, scoring))
     finally:
         STEPS.inc(scorer.steps)
     results = [_result(loaded, text, ranking) for text, ranking in zip(request.texts(), rankings, strict=True)]

@@ -15,8 +15,8 @@ from llama_index_genret.corpus.images import to_data_url
 from llama_index_genret.errors import QueryError, SearchError, ServerError
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.http_client import Server, json_object, said_by
-from llama_index_genret.search import Hit, Ranking
-from llama_index_genret.serving.endpoint.schema import EXACT_BUDGET, RecallRequest, RecallResponse, RecallResult
+from llama_index_genret.search import Hit, Ranking, SearchOptions
+from llama_index_genret.serving.endpoint.schema import RecallRequest, RecallResponse, RecallResult
 from llama_index_genret.store import Index, RecordFilters, Scoring
 
 RECALL = "/recall"
@@ -26,14 +26,14 @@ RECALL = "/recall"
 class RecallQuery:
     """What one recall asks.
 
-    prompt: of `text` or of an image. scoring: how hits are ranked. The other arguments are those of `search.search`.
+    prompt: of `text` or of an image. scoring: how hits are ranked.
+    options: `k`, `width`, `mode` and `max_expansions` are sent. The server finds the leaf filter and the prior by
+        itself, from `filters` and `scoring`.
     """
 
     text: str
     prompt: Prompt
-    k: int
-    width: int | None
-    budget: int | None
+    options: SearchOptions
     filters: RecordFilters | None
     scoring: Scoring
 
@@ -69,28 +69,27 @@ class RecallClient:
 
     def _body(self, query: RecallQuery) -> dict[str, Any] | None:
         """None where it is beyond the limits of the endpoint."""
-        most = EXACT_BUDGET if query.budget is None else query.budget
-        mode: dict[str, Any] = {"mode": "beam"} if query.budget == 0 else {"mode": "exact", "budget": most}
-        image = to_data_url(query.prompt.image) if query.prompt.image else None
-        asked: dict[str, Any] = {"query": query.text or None, "image": image, "k": query.k, "beam_width": query.width}
-        asked |= {"filters": query.filters, "version": self._index.version}
+        options, image = query.options, to_data_url(query.prompt.image) if query.prompt.image else None
+        asked: dict[str, Any] = {"query": query.text or None, "image": image, "filters": query.filters}
+        asked |= {"k": options.k, "beam_width": options.width, "mode": options.mode}
+        asked |= {"max_expansions": options.max_expansions, "scoring": asdict(query.scoring)}
         try:
-            return RecallRequest(**asked, **mode, **asdict(query.scoring)).model_dump(mode="json")
+            return RecallRequest(**asked, version=self._index.version).model_dump(mode="json")
         except ValidationError as error:
             if image is None:
                 return None
             raise QueryError(f"the server's endpoint does not take this query: {error}") from None
 
     def _ranking(self, answer: httpx.Response, query: RecallQuery) -> Ranking | None:
-        """None too where the result must be certain, and the server's budget did not suffice."""
+        """Return None also where the result must be exact, and the server's `max_expansions` did not suffice."""
         if answer.status_code == 404:  # a stock server, or one that has another version
             self._is_served = False
             return None
         response = _validate(RecallResponse, answer)
-        if len(response.results) != 1 or len(response.results[0].hits) > query.k:
-            raise ServerError(f"{said_by(answer)} answered other images than the best {query.k} of one query.")
+        if len(response.results) != 1 or len(response.results[0].hits) > query.options.k:
+            raise ServerError(f"{said_by(answer)} answered other images than the best {query.options.k} of one query.")
         result = response.results[0]
-        if query.budget is None and not result.exact:
+        if query.options.mode == "exact" and query.options.max_expansions is None and not result.exact:
             return None
         return Ranking(tuple(self._hits(result, said_by(answer))), result.exact, result.nodes_expanded)
 

@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from llama_index_genret.corpus import Scalar
+from llama_index_genret.search import Mode, SearchOptions
 from llama_index_genret.store import RecordFilters, Scoring, ScoringChoice
 from llama_index_genret.store.filters import MAX_FILTERS, Text, Value
 from llama_index_genret.store.scoring import RerankBy
+from llama_index_genret.trie import LeafFilter
 
 INDEXES_VARIABLE = "GENRET_INDEXES"
 """Environment of the server: `name=folder`, one index a line. vLLM passes no arguments on to a middleware."""
@@ -32,14 +34,27 @@ MAX_IMAGE_CHARACTERS = 2**25
 IMPOSSIBLE = -9999.0
 """What stands for the logarithm of zero, which is no JSON, as in vLLM's answers."""
 
-EXACT_BUDGET = 1000
-"""Prefixes that an exact search expands before it goes on as a beam, where the request names no budget."""
-
+DEFAULT_MAX_EXPANSIONS = 1000
+"""The `max_expansions` of a request in mode "exact" that gives none: a server never searches without a limit."""
 
 MAX_WEIGHT = 1e6
 """The largest `eta` and `rerank_weight`: what they are multiplied with stays finite."""
 
 Equal = Annotated[dict[Text, Value | list[Value]], Field(max_length=MAX_FILTERS)]
+
+
+class RecallScoring(BaseModel):
+    """Choose how hits are ranked; see `store.Scoring`. A field left out has the value chosen by `genret tune`.
+
+    eta: how much of the prior of the images is taken off their score, 0 for nothing.
+    rerank: how many of the best are ranked anew by log p(query | image), of text queries only; 0 for none.
+    """
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    eta: float | None = Field(default=None, ge=0, le=MAX_WEIGHT)
+    rerank: int | None = Field(default=None, ge=0, le=MAX_K)
+    rerank_weight: float | None = Field(default=None, ge=0, le=MAX_WEIGHT)
+    rerank_by: RerankBy | None = None
 
 
 class RecallRequest(BaseModel):
@@ -49,10 +64,9 @@ class RecallRequest(BaseModel):
     image: a `data:image/...;base64,` URL, the query itself, or with a text: "the same, but red". Nothing is fetched.
     filters: metadata that an image must have, `{"album": "2024", "shape": ["bar", "frame"]}` (of a list, any one), or
         conditions in the JSON form of LlamaIndex's MetadataFilters.
-    mode: "beam", or "exact": until the best are certain, or `budget` prefixes were expanded.
-    eta: how much of the prior of the images is taken off their score, 0 for nothing.
-    rerank: how many of the best are ranked anew by log p(query | image), of text queries only; 0 for none.
-    rerank_weight, rerank_by: see `store.Scoring`. What is not given of these four is as `genret tune` chose it.
+    mode: "beam", or "exact": until the best are certain, or `max_expansions` prefixes were expanded.
+    max_expansions: of mode "exact" only; 1000 if not given. Where it did not suffice, the result has `exact: false`.
+    scoring: how hits are ranked, as the answer's `scoring` says it.
     index: name of a loaded index; may be left out where there is one.
     version: of a loaded index, in place of its name. A server that has none of it answers 404.
     """
@@ -68,12 +82,9 @@ class RecallRequest(BaseModel):
     k: int = Field(default=5, ge=1, le=MAX_K)
     filters: RecordFilters | Equal | None = Field(default=None, union_mode="left_to_right")
     beam_width: int | None = Field(default=None, ge=1, le=MAX_K)
-    mode: Literal["beam", "exact"] = "beam"
-    budget: int = Field(default=EXACT_BUDGET, ge=0)
-    eta: float | None = Field(default=None, ge=0, le=MAX_WEIGHT)
-    rerank: int | None = Field(default=None, ge=0, le=MAX_K)
-    rerank_weight: float | None = Field(default=None, ge=0, le=MAX_WEIGHT)
-    rerank_by: RerankBy | None = None
+    mode: Mode = "beam"
+    max_expansions: int | None = Field(default=None, ge=1)
+    scoring: RecallScoring = RecallScoring()
     index: Text | None = None
     version: Text | None = None
 
@@ -91,7 +102,18 @@ class RecallRequest(BaseModel):
 
     def choice(self) -> ScoringChoice:
         """How the hits are to be ranked."""
-        return ScoringChoice(self.eta, self.rerank, self.rerank_weight, self.rerank_by)
+        return ScoringChoice(**self.scoring.model_dump())
+
+    def options(self, leaf_filter: LeafFilter | None) -> SearchOptions:
+        """Return the options of the search, without a prior.
+
+        Raises:
+            SearchError: mode "beam" has `max_expansions`.
+        """
+        limit = DEFAULT_MAX_EXPANSIONS if self.mode == "exact" and self.max_expansions is None else self.max_expansions
+        return SearchOptions(
+            k=self.k, width=self.beam_width, mode=self.mode, max_expansions=limit, leaf_filter=leaf_filter
+        )
 
     def record_filters(self) -> RecordFilters | None:
         """The filters, None where there are none."""
