@@ -24,7 +24,7 @@ DEPLOY = ROOT / "integration" / "deploy"
 SCALE = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "data_parallel_size_local")
 PARSE = f"""
 import json, sys
-from llama_index_genret.endpoint.vllm_serve import parse
+from llama_index_genret.serving.endpoint.vllm_serve import parse
 for line in sys.stdin:
     parsed = vars(parse(json.loads(line)))
     print(json.dumps({{name: parsed[name] for name in {(*SCALE, "api_server_count", "data_parallel_backend")!r}}}))
