@@ -18,6 +18,7 @@ from pathlib import Path
 from llama_index_genret.serving.launch import free_port
 
 CONFIGURATION = Path(__file__).parent / "deploy" / "nginx.conf"
+NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin") or "nginx"
 UPSTREAM, LISTEN = "genret:8000", "listen 8080"
 STARTED_S = 10.0
 TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -26,52 +27,42 @@ TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 def value_of(directive: str) -> str:
     """Return the value of a directive that the configuration has once."""
-    (found,) = re.findall(rf"^ *{directive} (.*);$", CONFIGURATION.read_text(), re.MULTILINE)
+    (found,) = re.findall(rf"^ *{re.escape(directive)} (.*);$", CONFIGURATION.read_text(), re.MULTILINE)
     return str(found)
 
 
-def configuration(folder: Path, port: int, upstream: str, changes: Mapping[str, str | None]) -> str:
+def configuration(folder: Path, port: int, upstream: str, changes: Mapping[str, str]) -> str:
     """Return the text of the configuration for these addresses, with its files below a folder.
 
     Args:
-        changes: text to put in place of each directive, which must occur, in full: "send_timeout 1s". None removes it.
+        changes: text of the configuration, and the text to put in its place.
+    Raises:
+        ValueError: the configuration has no such text.
     """
     text = CONFIGURATION.read_text()
     paths = " ".join(f"{kind}_temp_path {folder / kind};" for kind in TEMPORARY)
     placed = {LISTEN: f"listen 127.0.0.1:{port}", UPSTREAM: upstream, "http {": f"http {{ access_log off; {paths}"}
-    for old, new in placed.items():
-        text = _replaced(text, re.escape(old), new)
-    for directive, line in changes.items():
-        text = _replaced(text, rf"(?<=[\s{{]){re.escape(directive)}[^;{{}}]*;", f"{line};" if line else "")
-    return text
-
-
-def _replaced(text: str, pattern: str, new: str) -> str:
-    text, n = re.subn(pattern, lambda _: new, text)
-    if not n:
-        raise ValueError(f"{CONFIGURATION} has nothing like {pattern!r}.")
+    for old, new in {**changes, **placed}.items():
+        if old not in text:
+            raise ValueError(f"{CONFIGURATION} has no text {old!r} to put {new!r} in place of.")
+        text = text.replace(old, new)
     return text
 
 
 @contextmanager
-def running_proxy(
-    folder: Path, upstream_port: int, changes: Mapping[str, str | None] | None = None, port: int | None = None
-) -> Iterator[int]:
+def running_proxy(folder: Path, upstream_port: int, changes: Mapping[str, str] | None = None) -> Iterator[int]:
     """Run nginx before the server at a port of this machine; yield its own port, and end it on leaving.
 
     Raises:
         RuntimeError: nginx ended, or did not listen in time; carries its log.
     """
-    program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if program is None:
-        raise RuntimeError("there is no `nginx` on the PATH: install it with `apt-get install nginx-light`.")
-    port = port or free_port()
+    port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     written, log = folder / "nginx.conf", folder / "error.log"
     written.write_text(configuration(folder, port, f"127.0.0.1:{upstream_port}", changes or {}))
     user = "user root;" if os.geteuid() == 0 else ""
     settings = f"daemon off; pid {folder / 'pid'}; {user}"
-    process = subprocess.Popen([program, "-p", str(folder), "-e", str(log), "-c", str(written), "-g", settings])
+    process = subprocess.Popen([NGINX, "-p", str(folder), "-e", str(log), "-c", str(written), "-g", settings])
     try:
         _wait_until_it_listens(process, port, log)
         yield port
