@@ -127,9 +127,10 @@ $(VENV)/.browser: $(VENV)/.installed
 	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium)
 	touch $@
 
-# What reads the files of integration/deploy: docker-compose, without Docker, and the schemas of Kubernetes.
+# What reads the files of integration/deploy: docker-compose, without Docker, the schemas of Kubernetes, and nginx.
 $(VENV)/.deploy: $(VENV)/.installed
 	command -v docker-compose >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends docker-compose)
+	command -v nginx >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light)
 	$(PIP) kubernetes-validate
 	touch $@
 

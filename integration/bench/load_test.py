@@ -15,11 +15,12 @@ mistyped bodies, queries of a megabyte, unknown indexes and routes, chats. It ho
 - at the end the server is alive, its engine has nothing left to do, it holds no more connections than at the
   beginning, and its own counts are the clients'.
 
-With --faults, besides: the server takes fewer recalls at once than the clients send, and turns others away; FAULTY
-clients cut their connections, fall silent, write or read a byte a second, and send what is too large, of which it must
-be rid in time; and at the end it is told to stop while it is asked. With --kills, before that, its engine's process is
-killed, then its own, and it is started again when it has ended. Who is on the way at such a time may be turned away, or
-find no server, but may not hang, nor be answered wrongly.
+With --faults, besides: the server takes fewer recalls at once than the clients send, and turns others away. Clients
+reach it by the proxy of `integration/deploy`. FAULTY clients cut their connections, fall silent, write or read a byte a
+second, and send what is too large: the proxy must be rid of them in time, and no other request may go unanswered. At
+the end the server is told to stop while it is asked. With --kills, before that, its engine's process is killed, then
+its own, and it is started again when it has ended. Who is on the way at such a time may be turned away, or find no
+server, but may not hang, nor be answered wrongly.
 
 Exit code 0 if it holds, 1 if not.
 """
@@ -34,7 +35,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -54,8 +56,9 @@ from integration.bench.load_watch import SAMPLE_EVERY_S
 from integration.bench.recall_bench import with_symbols
 from integration.bench.served import Site, queries
 from integration.bench.timing import Report
+from integration.nginx import running_proxy
 from llama_index_genret.models.mllm import load_mllm
-from llama_index_genret.serving.endpoint.limits import LIMITS_VARIABLE, Limits
+from llama_index_genret.serving.endpoint.limits import LIMITS_VARIABLE
 from llama_index_genret.serving.launch import free_port
 from tests.tiny_model import make_tiny_model
 
@@ -65,11 +68,17 @@ FAULTY = 12
 ASKED_S, KILLED_AFTER_S = 8.0, 2.0
 """How long the clients go on about a kill, and when in it the kill is."""
 
-TIGHT = "head_s=4 body_s=8 stalled_s=8 body_mib=4 stop_s=5"
-"""The limits of a server with faulty clients, but for `queries`."""
+BODY_MIB = 4
+TIGHT = {
+    "client_max_body_size 64m;": f"client_max_body_size {BODY_MIB}m;",
+    "client_header_timeout 30s;": "client_header_timeout 4s;",
+    "client_body_timeout 30s;": "client_body_timeout 4s;",
+    "send_timeout 30s;": "send_timeout 4s;",
+}
+"""Of the proxy before a server with faulty clients."""
 
 RID_S, SLACK_S = 30.0, 40.0
-"""A server must be rid of a faulty client within the first, and of all within the second."""
+"""The proxy must be rid of a faulty client within the first, and the server of all connections within the second."""
 
 MORE_FILES = 8
 """That a server may hold after the load, of those before: what it has opened for good."""
@@ -96,17 +105,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         mllm = with_symbols(load_mllm(str(make_tiny_model(Path(folder) / "tiny")), device="cpu"), args.seed)
         site = Site.prepare(mllm, {NAME: Corpus.sample(IMAGES, args.seed)}, Path(folder), metadata)
         index, texts = site.indexes[NAME], list(islice(queries(args.seed), TEXTS))
-        limits = f"queries={args.clients} {TIGHT}" if args.faults else ""
-        port, environment = free_port(), {LIMITS_VARIABLE: limits}
+        port, environment = free_port(), {LIMITS_VARIABLE: f"queries={args.clients}" if args.faults else ""}
         supervisor = Supervisor(partial(site.serving, port=port, environment=environment))
         traffic = Traffic(NAME, Reference(site, index, texts), EditedIndex(index), texts)
         traffic.excuses, traffic.is_limited = supervisor.excuses, args.faults
-        target = Target("127.0.0.1", port, NAME, RID_S, Limits.from_text(limits).body_mib * 2**20)
-        asyncio.run(_load(traffic, supervisor, target, args))
+        with _reached_by(Path(folder) / "nginx", port, args.faults) as reached:
+            target = Target("127.0.0.1", reached, NAME, RID_S, BODY_MIB * 2**20)
+            asyncio.run(_load(traffic, supervisor, target, args))
         broken = _show(report, traffic, supervisor)
     report.results["broken"] = broken
     report.write(args.json)
     return 1 if broken else 0
+
+
+@contextmanager
+def _reached_by(folder: Path, port: int, by_proxy: bool) -> Iterator[int]:
+    """Yield the port that clients use: the server's own, or that of a proxy before it."""
+    if not by_proxy:
+        yield port
+        return
+    with running_proxy(folder, port, TIGHT) as proxy:
+        yield proxy
 
 
 async def _load(traffic: Traffic, supervisor: Supervisor, target: Target, args: argparse.Namespace) -> None:

@@ -57,6 +57,7 @@ class TurnedAway(Exception):
     def __init__(self, answer: httpx.Response) -> None:
         super().__init__(f"status {answer.status_code}: {answer.text[:300]}")
         self.status, self.retry_after = answer.status_code, answer.headers.get("Retry-After")
+        self.is_by_proxy = "the proxy" in answer.text
 
 
 @dataclass
@@ -99,7 +100,9 @@ class Traffic:
             try:
                 outcome, problem = await self._request(http, kind, draw)
             except TurnedAway as error:
-                outcome, problem = "turned away", "" if self.is_limited and error.retry_after else str(error)
+                outcome, problem = "turned away", str(error)
+                if self.is_limited and error.retry_after and not error.is_by_proxy:
+                    problem = ""
                 pause_s = float(error.retry_after or 0) * draw.random()
             except httpx.TimeoutException as error:
                 self.problems.append(f"{kind}: hangs: {error!r}")

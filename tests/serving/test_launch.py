@@ -86,13 +86,15 @@ def test_a_server_that_does_not_stop_is_killed_with_its_children(tmp_path):
 
 def test_limits_are_the_defaults_but_for_those_that_are_named():
     assert Limits.from_text("") == Limits()
-    assert Limits.from_text(" queries=7\nstop_s=3 ") == Limits(queries=7, stop_s=3)
+    assert Limits.from_text(" queries=7\nrecall_s=3 ") == Limits(queries=7, recall_s=3)
 
 
-@pytest.mark.parametrize("text", ["queris=7", "queries", "queries=", "queries=0", "queries=-1", "body_mib=1.5", "=3"])
+@pytest.mark.parametrize(
+    "text", ["queris=7", "queries", "queries=", "queries=0", "queries=-1", "body_mib=1.5", "=3", "stop_s=3"]
+)
 def test_a_limit_that_is_none_is_refused(text):
-    with pytest.raises(ServerError, match=r"positive whole numbers.*stalled_s"):
-        Limits.from_text(f"body_s=2 {text}")
+    with pytest.raises(ServerError, match=r"positive whole numbers.*recall_s"):
+        Limits.from_text(f"body_mib=2 {text}")
 
 
 def test_more_queries_than_the_limit_are_turned_away_until_others_are_answered():

@@ -1,8 +1,8 @@
 """The recall routes, put into vLLM's own app: its API key guards them, its OpenAPI description has them, and its error
 handlers answer malformed requests.
 
-A plain ASGI middleware, which is what vLLM lets one add: it adds the routes when the app starts, and lets every route's
-bodies and connections keep to the limits.
+A plain ASGI middleware, which is what vLLM lets one add: it adds the routes when the app starts, and leaves all others
+as they are.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from prometheus_client import Counter, Histogram
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_index_genret.corpus.images import from_data_url
 from llama_index_genret.errors import (
@@ -35,16 +37,15 @@ from llama_index_genret.scorers.base import arecall
 from llama_index_genret.scorers.rerank import reranking, with_scoring
 from llama_index_genret.scorers.vllm_http import served_name
 from llama_index_genret.search import Ranking
-from llama_index_genret.serving.endpoint.connection_timeouts import guard
 from llama_index_genret.serving.endpoint.engine_scorer import EngineScorer, EngineStopped
 from llama_index_genret.serving.endpoint.limits import LIMITS_VARIABLE, Admission, Limits, TooBusy, TooSlow
 from llama_index_genret.serving.endpoint.loaded_indexes import LoadedIndex, Registry
-from llama_index_genret.serving.endpoint.request_bodies import App, Bodies, Receive, Scope, Send, refusal
 from llama_index_genret.serving.endpoint.schema import (
     IMPOSSIBLE,
     INDEXES_VARIABLE,
     IndexCard,
     IndexList,
+    RecallErrorDetail,
     RecallErrorResponse,
     RecallHit,
     RecallRequest,
@@ -55,6 +56,8 @@ from llama_index_genret.serving.endpoint.schema import (
 from llama_index_genret.store import Index
 
 CLIENT_CLOSED_REQUEST = 499
+RETRY_AFTER_S = 1
+MIB = 2**20
 LOOK_EVERY_S = 0.5
 """Whether the server is being stopped."""
 
@@ -78,7 +81,40 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
 
 
-router = APIRouter(dependencies=[Depends(_with_key)])
+class RecallRoute(APIRoute):  # type: ignore[misc]
+    """Answers 413 where the body of a request is larger than `Limits.body_mib`, without reading the rest of it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See FastAPI."""
+        answer: Callable[[Request], Coroutine[Any, Any, Response]] = super().get_route_handler()
+
+        async def limited(raw: Request) -> Response:
+            admission: Admission = raw.app.state.genret_admission
+            return await answer(Request(raw.scope, _receive_at_most(admission.limits.body_mib * MIB, raw)))
+
+        return limited
+
+
+def _receive_at_most(limit: int, raw: Request) -> Receive:
+    """Return the `receive` of a request, which raises HTTPException where the body has more bytes than the limit."""
+    announced, received = int(raw.headers.get("content-length", 0)), 0
+
+    def check(size: int) -> None:
+        if size > limit:
+            raise HTTPException(413, f"the body of the request is larger than {limit // MIB} MiB: send a smaller one.")
+
+    async def receive() -> Message:
+        nonlocal received
+        check(announced)
+        message: Message = await raw.receive()
+        received += len(message.get("body", b""))
+        check(received)
+        return message
+
+    return receive
+
+
+router = APIRouter(route_class=RecallRoute, dependencies=[Depends(_with_key)])
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {
@@ -87,7 +123,6 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     },
     401: {"description": "The API key is missing or wrong"},
     404: {"description": "There is no such index, or not in that version", "model": RecallErrorResponse},
-    408: {"description": "The body did not arrive in time", "model": RecallErrorResponse},
     413: {"description": "The body is too large", "model": RecallErrorResponse},
     503: {"description": "Too much to do, or the engine has died", "model": RecallErrorResponse},
     504: {"description": "The recall took too long, and was ended", "model": RecallErrorResponse},
@@ -98,23 +133,18 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 class RecallMiddleware:
     """Adds the recall routes to the app when it starts, with the indexes and the limits that the environment names."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.bodies = Bodies(Limits.from_text(os.environ.get(LIMITS_VARIABLE, "")))
+        self.limits = Limits.from_text(os.environ.get(LIMITS_VARIABLE, ""))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         app: FastAPI = scope["app"]
         if not hasattr(app.state, "genret"):
             app.state.genret = Registry(_index_folders(os.environ.get(INDEXES_VARIABLE, "")))
-            app.state.genret_admission = Admission(self.bodies.limits)
+            app.state.genret_admission = Admission(self.limits)
             app.include_router(router)
-            if hasattr(app.state, "server"):
-                guard(app.state.server, self.bodies.limits)
-        if scope["type"] == "http":
-            await self.bodies.serve(self.app, scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 def _index_folders(text: str) -> dict[str, Path]:
@@ -244,18 +274,25 @@ def _result(loaded: LoadedIndex, text: str, ranking: Ranking) -> RecallResult:
 
 
 def _error(error: Exception) -> JSONResponse:
-    """In the shape of the OpenAI API's errors."""
+    """Return the refusal that tells of an error; raise what is none of ours."""
     if isinstance(error, IndexNotFound):
-        return refusal(404, "NotFoundError", str(error))
+        return _refusal(404, "NotFoundError", str(error))
     if isinstance(error, (QueryError, FilterError, SearchError, ImageError)) and not isinstance(error, NotANumber):
-        return refusal(400, "BadRequestError", str(error))
+        return _refusal(400, "BadRequestError", str(error))
     if isinstance(error, (TooBusy, EngineStopped)) or type(error).__name__ == "EngineDeadError":
-        return refusal(503, "ServiceUnavailableError", str(error))
+        return _refusal(503, "ServiceUnavailableError", str(error))
     if isinstance(error, TooSlow):
-        return refusal(504, "GatewayTimeoutError", str(error))
+        return _refusal(504, "GatewayTimeoutError", str(error))
     if isinstance(error, GenretError):
-        return refusal(500, "InternalServerError", str(error))
+        return _refusal(500, "InternalServerError", str(error))
     raise error
+
+
+def _refusal(status: int, kind: str, words: str) -> JSONResponse:
+    """Return an error in the shape of the OpenAI API's. A 503 says when to try again."""
+    body = RecallErrorResponse(error=RecallErrorDetail(message=words, type=kind, code=status)).model_dump()
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
+    return JSONResponse(body, status_code=status, headers=headers)
 
 
 def _outcome(status: int) -> str:

@@ -1,6 +1,7 @@
-"""Limits of a server in size and time, and admission of queries within them.
+"""The limits of the recall routes, and the admission of queries within them.
 
-Without a limit every waiting query takes memory, and all of them wait longer than their clients do.
+Without a limit every waiting query takes memory, and all of them wait longer than their clients do. Connections and the
+other routes of the server are limited by a proxy before it.
 
 Depends on numbers and their names; independent of HTTP.
 """
@@ -19,23 +20,16 @@ LIMITS_VARIABLE = "GENRET_LIMITS"
 
 @dataclass(frozen=True)
 class Limits:
-    """Beyond these, a client is told so, or its connection is cut.
+    """The most that the recall routes take of their clients.
 
-    queries: of recalls that are being answered; of more, 503 with `Retry-After`.
-    body_mib, bodies_mib: of one request's body, and of all that are there at once.
-    head_s, body_s: until a request's head, then its body, has arrived.
-    stalled_s: that a connection's other end takes nothing of an answer, or does not say that it is still there.
-    recall_s: until a recall is answered; 504 then. stop_s: for what is being answered when the server stops.
+    queries: number of queries that are answered at once; more receive 503 with `Retry-After`.
+    body_mib: size of the body of a request in MiB; a larger one receives 413.
+    recall_s: seconds until a recall is answered; a longer one ends with 504.
     """
 
     queries: int = 1024
     body_mib: int = 64
-    bodies_mib: int = 256
-    head_s: int = 30
-    body_s: int = 120
-    stalled_s: int = 120
     recall_s: int = 600
-    stop_s: int = 10
 
     @classmethod
     def from_text(cls, text: str) -> Limits:

@@ -1,0 +1,67 @@
+"""The recall routes in an app with vLLM's guard and error handlers; a table in place of the engine."""
+
+import asyncio
+import threading
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+from llama_index_genret import FakeScorer
+from llama_index_genret.models.prompts import Prompt
+from llama_index_genret.serving.endpoint import RecallMiddleware
+
+
+class TableEngine:
+    """`generate` answers with log-probabilities from a table, as vLLM's engine does.
+
+    value: stands in place of the last log-probability, where it is given. wait_s: how long each answer takes.
+    """
+
+    def __init__(self, vocabulary):
+        self.table, self.value, self.wait_s = FakeScorer(vocabulary), None, 0.0
+        self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=2000))
+
+    async def generate(self, prompt, params, request_id, lora_request=None):
+        await asyncio.sleep(self.wait_s)
+        logits = self.table.logits(Prompt(tuple(prompt["prompt_token_ids"])), ())
+        asked = list(params.logprob_token_ids)
+        values = (logits - np.logaddexp.reduce(logits))[asked].tolist()
+        if self.value is not None:
+            values[-1] = self.value
+        flat = SimpleNamespace(token_ids=[0, *asked], logprobs=[0.0, *values])
+        yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=flat, finish_reason="length")])
+
+
+def recall_app(index, *, api_key=(), root_path=""):
+    """The app; the environment names the index."""
+    app = FastAPI()
+    app.root_path = root_path
+    app.state.args = SimpleNamespace(api_key=list(api_key), log_error_stack=False)
+    init_exception_handler(app)
+    app.state.engine_client = TableEngine(index.tokenizer.vocab_size)
+    app.state.openai_serving_models = SimpleNamespace(lora_requests={})
+    if api_key:
+        app.add_middleware(AuthenticationMiddleware, tokens=list(api_key))
+    app.add_middleware(RecallMiddleware)
+    return app
+
+
+@contextmanager
+def served(app):
+    """Serve the app from a thread, and yield its port."""
+    running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    try:
+        while not running.started:
+            time.sleep(0.01)
+        yield running.servers[0].sockets[0].getsockname()[1]
+    finally:
+        running.should_exit = True
+        thread.join(30)
