@@ -241,7 +241,7 @@ def test_a_batch_ranks_as_asked_and_an_unfinished_one_only_goes_on_so(index, sco
     for eta in (0.0, 1.0):
         out = tmp_path / f"{eta}.jsonl"
         with open_batch(tuned, tmp_path / "queries.jsonl", out, k=3, scoring=ScoringChoice(eta=eta)) as run:
-            assert run.asked.scoring.eta == eta
+            assert run.header.scoring.eta == eta
             run.finish(scorer)
         hits = json.loads(out.read_text().splitlines()[0])["hits"]
         assert [("ranked_by" in hit) for hit in hits] == [eta > 0] * 3
