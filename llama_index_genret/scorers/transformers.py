@@ -97,7 +97,7 @@ class TransformersScorer:
     def _logits(self, hidden: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
         """(rows, tokens) float32 logits of the given tokens, or of all."""
         rows = slice(None) if token_ids is None else token_ids
-        logits = (hidden @ self._weight[rows].T).float()
+        logits: torch.Tensor = (hidden @ self._weight[rows].T).float()
         if self._bias is not None:
             logits = logits + self._bias[rows]
         if self._softcap:
