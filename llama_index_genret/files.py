@@ -9,16 +9,15 @@ Independent of what the files hold.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock, Timeout, lock_descriptor
 from pydantic import BaseModel
 from safetensors import SafetensorError
 
@@ -49,13 +48,20 @@ def _comes_of_files(error: Exception) -> bool:
     return bare or isinstance(error, (OSError, SafetensorError))
 
 
-def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on the disk."""
+@contextmanager
+def _descriptor(path: Path) -> Iterator[int]:
+    """Open a file or a folder to read, and close it on leaving."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    with _descriptor(path) as descriptor:
+        os.fsync(descriptor)
 
 
 def sync_tree(folder: Path) -> None:
@@ -113,7 +119,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:12]}.part"
         temporary.mkdir()
     try:
-        with writing(out), _held(temporary):
+        with writing(out), _descriptor(temporary) as held:
+            with suppress(OSError):  # file systems without locks on folders
+                lock_descriptor(held)
             yield temporary
             sync_tree(temporary)
             temporary.rename(out)
@@ -122,27 +130,11 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """While inside, others see that somebody writes in a folder. It ends with the process at the latest."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # file systems without locks on folders
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def remove_unheld(folder: Path) -> None:
     """Remove a folder of `new_folder` that a killed process has left; one that is being written stays."""
-    with suppress(OSError):  # somebody writes in it, or it is gone
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with suppress(OSError), _descriptor(folder) as held:  # an OSError: it is gone
+        if lock_descriptor(held, blocking=False):
             shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(descriptor)
 
 
 @contextmanager
@@ -155,31 +147,16 @@ def only_writer(lock: Path, *, busy: str, wait_s: float = 0.0) -> Iterator[None]
     Raises:
         IndexBusy: another process, or thread, holds it. OSError: it cannot be made.
     """
-    deadline = time.monotonic() + wait_s
-    while (descriptor := _locked(lock)) is None:
-        if time.monotonic() >= deadline:
-            raise IndexBusy(busy)
-        time.sleep(0.05)
+    lock.parent.stat()  # FileLock would make a folder that is gone
     try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _locked(lock: Path) -> int | None:
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), lock.stat()):
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):  # held; or its holder has just removed it
-        pass
-    except OSError:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None
+        held = FileLock(lock, timeout=wait_s, fallback_to_soft=False).acquire()
+    except Timeout as error:
+        raise IndexBusy(busy) from error
+    with held:
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # before it is free, so that nobody's new one is removed
 
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -200,10 +177,8 @@ def locked(path: Path, *, way_out: str) -> Iterator[BinaryIO]:
         raise BatchError(f"{path} cannot be written: {error}. Make its folder, or {way_out}.") from error
     try:
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BatchError(f"another run is writing {path}: wait for it, or {way_out}.") from error
+            if not lock_descriptor(file.fileno(), blocking=False):
+                raise BatchError(f"another run is writing {path}: wait for it, or {way_out}.")
             yield file
     except OSError as error:
         if error.errno not in _DISK:

@@ -44,8 +44,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from tqdm import tqdm
 
 from integration.bench.corpus import Corpus
 from integration.bench.load_faults import Target
@@ -179,15 +179,14 @@ async def _sample(supervisor: Supervisor) -> None:
 
 
 async def _progress(traffic: Traffic, end: float) -> None:
-    """A bar on stderr."""
-    words = TextColumn("{task.fields[sent]} requests, {task.fields[edits]} edits, {task.fields[wrong]} problems")
-    whole = end - time.monotonic()
-    with Progress(BarColumn(), words, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=whole, sent=0, edits=0, wrong=0)
+    """Draw a bar on stderr, where that is a terminal."""
+    whole = round(end - time.monotonic())
+    with tqdm(total=whole, unit="s", disable=None) as bar:
         while True:
             sent = sum(sum(tally.outcomes.values()) for tally in traffic.tallies.values())
-            done = whole - max(0.0, end - time.monotonic())
-            bar.update(task, completed=done, sent=sent, edits=traffic.index.newest.number, wrong=len(traffic.problems))
+            edits, wrong = traffic.index.newest.number, len(traffic.problems)
+            bar.set_postfix_str(f"{sent} requests, {edits} edits, {wrong} problems")
+            bar.update(whole - max(0, round(end - time.monotonic())) - bar.n)
             await asyncio.sleep(0.5)
 
 

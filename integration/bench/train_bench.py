@@ -24,8 +24,10 @@ from llama_index_genret.store.build import build_index
 from llama_index_genret.store.model_loading import load_base
 from llama_index_genret.training.collator import ExampleTensors, collate
 from llama_index_genret.training.feature_cache import cached_tower
-from llama_index_genret.training.recipe import TrainOptions, _adapted, _fast_symbol_rows, _summed_loss
+from llama_index_genret.training.lora import add_lora, fast_symbol_rows
+from llama_index_genret.training.recipe import TrainOptions
 from llama_index_genret.training.tasks import InterleavedExamples, examples_of
+from llama_index_genret.training.trainer import summed_loss
 
 BATCHES, BATCH = 4, 20
 OURS, FULL, NO_CACHE = "targets only", "every position", "every position, no cached tower, PEFT's symbol rows"
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         index = build_index(read_corpus(DATA / "images"), Path(folder) / "index", mllm)
         mllm = load_base(index, device="cpu")
         mllm.model.set_attn_implementation("eager")
-        model = _adapted(index, mllm, TrainOptions())
+        model = add_lora(index, mllm, TrainOptions())
         tensors = ExampleTensors(index, mllm, InterleavedExamples(examples_of(index), BATCHES * BATCH, seed=args.seed))
         batches = [collate([tensors[b * BATCH + i] for i in range(BATCH)], pad=0) for b in range(BATCHES)]
         symbols = torch.from_numpy(tensors.paths.token_ids)
@@ -64,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
         with cached_tower(mllm.model):
             candidates = {
-                OURS: step(lambda m, part: _summed_loss(m, part, symbols)[0], lambda: _fast_symbol_rows(model)),
-                FULL: step(_everywhere, lambda: _fast_symbol_rows(model)),
+                OURS: step(lambda m, part: summed_loss(m, part, symbols)[0], lambda: fast_symbol_rows(model)),
+                FULL: step(_everywhere, lambda: fast_symbol_rows(model)),
             }
             losses = {name: run() for name, run in candidates.items()}
             report.value("loss at the targets only / over every position", losses[OURS] / losses[FULL])

@@ -39,8 +39,6 @@ def variants(steps: int) -> Mapping[str, Variant]:
     return {
         "as it is, 12 layers": Variant(base),
         "30 layers, of which 8 are trained": Variant(recipe(steps), layers=LAYERS),
-        "rows start at image features": Variant(replace(base, symbol_start="images")),
-        "rows start as noise": Variant(replace(base, symbol_start="noise")),
         "no teacher": Variant(replace(base, teacher=None, mix={"retrieve": 1})),
         "teacher's temperature 0.02": Variant(replace(base, teacher_temperature=0.02)),
         "teacher's temperature 0.1": Variant(replace(base, teacher_temperature=0.1)),

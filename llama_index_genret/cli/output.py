@@ -6,13 +6,14 @@ import codecs
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
+from tqdm import tqdm
 
 from llama_index_genret.errors import NotWritten
 from llama_index_genret.store import Index
@@ -41,21 +42,15 @@ def take_any_character() -> None:
 
 
 def bar(label: str) -> Any:
-    """A progress bar on stderr, as the library wants one: around what is iterated."""
-
-    def progress(items: Iterable[Any]) -> Iterator[Any]:
-        yield from track(items, description=label, console=log, transient=True)
-
-    return progress
+    """Return a wrapper of iterables that draws a progress bar on stderr, where that is a terminal."""
+    return partial(tqdm, desc=label, leave=False, disable=None)
 
 
 @contextmanager
 def counting_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar that is told how many are done."""
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=log) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.update(task, completed=done)
+    """Draw a progress bar on stderr, where that is a terminal, and yield what sets the number that is done."""
+    with tqdm(total=total, desc=label, disable=None) as bar:
+        yield lambda done: bar.update(done - bar.n)
 
 
 def emit(as_json: bool, value: dict[str, Any], table: Table) -> None:

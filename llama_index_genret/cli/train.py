@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,8 +119,12 @@ def train(
     ] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step, over all processes.")] = None,
-    accumulate: Annotated[int | None, typer.Option(min=1, help="Parts in which a step is computed.")] = None,
-    recompute: Annotated[bool, typer.Option("--recompute", help="Less memory: compute activations again.")] = False,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option(min=1, help="Parts in which a step is computed.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory: compute activations again.")
+    ] = False,
     learning_rate: Annotated[
         float | None, typer.Option(help="Of the LoRA matrices; 0.002 suits 0.1 B parameters, less suits larger models.")
     ] = None,
@@ -132,7 +137,6 @@ def train(
     imitate: Annotated[
         Path | None, typer.Option(help="More queries to imitate it on, one a line.", exists=True, dir_okay=False)
     ] = None,
-    symbol_start: Annotated[str | None, typer.Option(help="Where new symbols start: images, teacher or noise.")] = None,
     redrawn: Annotated[
         int | None, typer.Option(min=0, help="Memorise so many more versions of each picture, in other styles.")
     ] = None,
@@ -148,9 +152,10 @@ def train(
     if epochs is not None and max_steps is not None:
         raise typer.BadParameter("give --epochs or --max-steps, not both")
     given: dict[str, Any] = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
-    given |= {"accumulate": accumulate, "recompute": recompute or None}
+    given |= {"gradient_accumulation_steps": gradient_accumulation_steps}
+    given |= {"gradient_checkpointing": gradient_checkpointing or None}
     given |= {"learning_rate": learning_rate, "lora_rank": lora_rank, "layers": layers}
-    given |= {"teacher": teacher, "symbol_start": symbol_start, "redrawn": redrawn, "mix": mix, "imitated": imitate}
+    given |= {"teacher": teacher, "redrawn": redrawn, "mix": mix, "imitated": imitate}
     given = {name: value for name, value in given.items() if value is not None}
     if drop and (update or given):
         raise typer.BadParameter("--drop-update trains nothing: give it alone")
@@ -176,7 +181,7 @@ def _trained(loaded: Index, given: dict[str, Any], *, update: bool, device: str)
     if "epochs" in given:
         given["max_steps"] = None  # an update would take over those of the training
     options = dataclasses.replace(update_options(loaded) if update else TrainOptions(), **given)
-    return train(loaded, options, update=update, device=device)
+    return train(loaded, options, update=update, device=device, show_progress=sys.stderr.isatty())
 
 
 def tune(

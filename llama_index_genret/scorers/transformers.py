@@ -3,8 +3,7 @@
 The prompt of each query is computed once. All its beams share that KV cache: the tokens of the beams are appended
 to it as a *tree*, one forward pass a step, and a 4-D attention mask lets each see the prompt and its own ancestors
 only (tree attention, as in SpecInfer, arXiv:2305.09781). Nothing is copied when a beam forks.
-Under `Normalise.CHILDREN` only the children's rows of the LM head are computed. On a CPU the linear layers run from
-packed copies, see `packed_weights`.
+Under `Normalise.CHILDREN` only the children's rows of the LM head are computed.
 
 Needs torch; loads on first use.
 """
@@ -26,7 +25,6 @@ from llama_index_genret.corpus.images import load_image
 from llama_index_genret.errors import ModelError
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scores, Session, ThreadSession
-from llama_index_genret.scorers.onednn_linear import PackedLinear, PackedModel, packed_linear
 from llama_index_genret.scorers.rerank import Continuation, Float64
 from llama_index_genret.search import Normalise, Row, Rows
 
@@ -41,8 +39,6 @@ class TransformersScorer:
         self.mllm = mllm
         self._lock = threading.Lock()
         self._decoder = mllm.model.get_decoder()
-        self._packed_decoder = PackedModel(self._decoder)
-        self._packed_head: PackedLinear | None = None
         head = mllm.model.get_output_embeddings()
         if head is None:
             raise ModelError(f"{mllm.name_or_path} has no language-model head.")
@@ -100,14 +96,10 @@ class TransformersScorer:
 
     def _logits(self, hidden: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
         """(rows, tokens) float32 logits of the given tokens, or of all."""
-        if token_ids is None:
-            self._packed_head = packed_linear(self._weight, self._packed_head)
-            logits = self._packed_head(hidden, None) if self._packed_head else hidden @ self._weight.T
-        else:
-            logits = hidden @ self._weight[token_ids].T
-        logits = logits.float()
+        rows = slice(None) if token_ids is None else token_ids
+        logits: torch.Tensor = (hidden @ self._weight[rows].T).float()
         if self._bias is not None:
-            logits = logits + (self._bias if token_ids is None else self._bias[token_ids])
+            logits = logits + self._bias[rows]
         if self._softcap:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
@@ -146,12 +138,11 @@ class _TreeSession:
     @torch.inference_mode()
     def score(self, rows: Rows) -> Scores:
         asked = list(rows)
-        with self._scorer._packed_decoder.applied():
-            if self._cache.get_seq_length() == 0:
-                computed = self._scorer._prefill(self._prompts, self._cache)
-                self._hidden, self._prompt_mask = computed.hidden[:, -1:], computed.mask
-                self._prompt_end = computed.end
-            self._append(asked)
+        if self._cache.get_seq_length() == 0:
+            computed = self._scorer._prefill(self._prompts, self._cache)
+            self._hidden, self._prompt_mask = computed.hidden[:, -1:], computed.mask
+            self._prompt_end = computed.end
+        self._append(asked)
         slots = [self._slots[row.query][row.prefix] for row in asked]
         hidden = self._hidden[torch.from_numpy(rows.query), slots]
         alphabet = torch.from_numpy(rows.alphabet.astype(np.int64)).to(hidden.device)
@@ -164,12 +155,11 @@ class _TreeSession:
     @torch.inference_mode()
     def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
         found = np.zeros(len(continuations))
-        with self._scorer._packed_decoder.applied():
-            for pictured in (True, False):  # they cannot share a batch
-                rows = [row for row, one in enumerate(continuations) if (one.prompt.image is not None) is pictured]
-                for start in range(0, len(rows), LIKELIHOOD_BATCH):
-                    part = rows[start : start + LIKELIHOOD_BATCH]
-                    found[part] = self._scorer._log_likelihoods([continuations[row] for row in part]).numpy()
+        for pictured in (True, False):  # they cannot share a batch
+            rows = [row for row, one in enumerate(continuations) if (one.prompt.image is not None) is pictured]
+            for start in range(0, len(rows), LIKELIHOOD_BATCH):
+                part = rows[start : start + LIKELIHOOD_BATCH]
+                found[part] = self._scorer._log_likelihoods([continuations[row] for row in part]).numpy()
         return found
 
     def _append(self, rows: Sequence[Row]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Literal
 
 from llama_index_genret.errors import TrainingError
 from llama_index_genret.training.tasks import MIX, Task
@@ -24,15 +23,12 @@ class TrainOptions:
     """What can be chosen of a run. A changed option is another run: its checkpoints are not those of this one.
 
     epochs: passes over the retrieve examples, in an update over those of the new images; max_steps overrides it.
-    batch_size: examples a step, over all processes; accumulate: parts in which each process computes its share, one
-        after another. recompute: keep no activations of the layers, but compute them again (gradient checkpointing):
-        less memory, for one more forward pass.
+    batch_size: examples a step, over all processes; gradient_accumulation_steps: parts in which each process computes
+        its share, one after another. gradient_checkpointing: keep no activations of the layers, but compute them
+        again: less memory, for one more forward pass.
     learning_rate: of the LoRA matrices and the connector; symbol_learning_rate: of the new symbols' rows.
     layers: how many of the language model's last layers are trained, all if not given. With the identifiers of
         `atomic` the others then cost a forward pass only.
-    symbol_start: where rows of new symbols start: at centroids of the images' features by the model's own vision
-        tower (without a teacher the default); where the untrained model comes nearest to what the teacher says of
-        their captions, or the tower of redrawn pictures (with `teacher` or `redrawn` the default); or as noise.
     mix: examples of each task in a block, see `examples.MIX`.
     redrawn: more versions of each picture to memorise, in other styles, see `redrawing`: for image queries that show
         the same thing, but not the same picture.
@@ -44,15 +40,14 @@ class TrainOptions:
     epochs: float = 3.0
     max_steps: int | None = None
     batch_size: int = 20
-    accumulate: int = 1
-    recompute: bool = False
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
     learning_rate: float = 2e-3
     symbol_learning_rate: float = 1e-2
     lora_rank: int = 32
     checkpoint_every: int = 100
     seed: int = 0
     layers: int | None = None
-    symbol_start: Literal["images", "teacher", "noise"] | None = None
     mix: Mapping[Task, int] = field(default_factory=lambda: dict(MIX))
     redrawn: int = 0
     teacher: str | None = None

@@ -25,6 +25,9 @@ from llama_index_genret.training.text_teacher import TextTeacher
 MORE_PASSES, SMALLER_STEPS = 5 / 3, 0.5
 """Of an update, beside the training below it."""
 
+FORMER_OPTIONS = {"accumulate": "gradient_accumulation_steps", "recompute": "gradient_checkpointing"}
+"""Names of options in the manifests of earlier versions, and what they are called now."""
+
 
 def added_rows(index: Index) -> list[int]:
     """Rows of the images that `genret train` has not seen, which an update is about.
@@ -53,7 +56,7 @@ def update_options(index: Index) -> TrainOptions:
 
     Where the training was of so many steps, the update takes as many for each image as it took, times `MORE_PASSES`.
     """
-    training = index.manifest.training or {}
+    training = {FORMER_OPTIONS.get(name, name): value for name, value in (index.manifest.training or {}).items()}
     names = {field.name for field in fields(TrainOptions)} & training.keys()
     options = TrainOptions(**{name: training[name] for name in names})
     options = replace(

@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from llama_index_genret.errors import TrainingError
 from llama_index_genret.models.features import (
     last_hidden_states,
     last_hidden_states_of_pictures,
@@ -96,28 +95,25 @@ def start_symbols(
     autocast: bool,
     show_progress: bool,
 ) -> None:
-    """Give the rows of new symbols their start values, in place.
+    """Give the rows of new symbols their start values, in place: by the teachers, or without any by image features.
 
     Args:
         vocabularies: the modules with a row for each token.
         autocast: see `teachers`.
-    Raises:
-        TrainingError: they are to start at what a teacher says, and none was asked.
     """
     new_symbols = new_token_ids(index)
     if not new_symbols:
         return
-    vectors, projection = None, None
+    projection = None
     with _bfloat16(mllm, autocast):
-        if options.symbol_start == "teacher":
+        if asked.of_text or asked.of_pictures:
             vectors, projection = _fitted(index, mllm, asked, options, show_progress=show_progress)
-        elif options.symbol_start == "images":
+        else:
             paths = [record.path for record in index.records]
             vectors = vision_features(mllm, paths, _bar("Looking", show=show_progress))
     identifiers = [index.token_ids(row) for row in range(len(index.records))]
-    start = partial(start_rows, identifiers=identifiers, vectors=vectors, projection=projection)
     for vocabulary in vocabularies:
-        start(vocabulary.weight, new_symbols, seed=options.seed)
+        start_rows(vocabulary.weight, new_symbols, identifiers, vectors, projection, seed=options.seed)
 
 
 def _fitted(
@@ -144,11 +140,6 @@ def _fitted(
         hidden = last_hidden_states_of_pictures(mllm, chosen_versions, bar("Seeing"), load=drawn)
         shown = np.stack([looks.versions[row, version] for row, version in chosen_versions])
         read.append((looks.images, hidden, shown, looks.temperature))
-    if not read:
-        raise TrainingError(
-            "symbol_start='teacher' starts at what a teacher says of the images: name one of captions (--teacher), or "
-            "have pictures redrawn (--redrawn)."
-        )
     images = np.concatenate([vectors for vectors, *_ in read], axis=1)
     targets = np.zeros((sum(len(hidden) for _, hidden, *_ in read), images.shape[1]), np.float32)
     down = across = 0
@@ -206,11 +197,11 @@ def fitted_projection(hidden: Float32, targets: Float32, *, scale: float) -> Flo
 def start_rows(
     weight: torch.Tensor,
     rows: Sequence[int],
+    identifiers: Sequence[Sequence[int]],
+    vectors: Float32,
+    projection: Float32 | None = None,
     *,
     seed: int,
-    identifiers: Sequence[Sequence[int]] = (),
-    vectors: Float32 | None = None,
-    projection: Float32 | None = None,
 ) -> None:
     """Give new symbols rows that are spread like the trained ones, in place: equal rows learn nothing apart.
 
@@ -223,27 +214,24 @@ def start_rows(
         row = mean of the trained rows + offset @ projection
 
     where the images that a symbol is chosen among share those before it, or if it is the only one that may follow, are
-    those of the last choice. Symbols that no image bears start as noise, as all do without vectors.
+    those of the last choice. Symbols that no image bears start as noise.
 
     Args:
         weight: (vocabulary, d) embeddings or LM head; rows: token ids of the new symbols, after all trained ones.
         identifiers: of every image, token ids. vectors: (images, v) of any scale. projection: (v, d), see
             `fitted_projection`.
     """
-    if not rows:
-        return
     trained = weight[: min(rows)].float()
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.randn((len(rows), weight.shape[1]), generator=generator) * trained.std(0).cpu()
-    if vectors is not None:
-        said, borne = _offsets(rows, identifiers, vectors, by_choice=projection is not None)
-        if projection is not None:
-            offsets[borne] = torch.from_numpy(said @ projection)[borne]
-        else:
-            chance = torch.randn((vectors.shape[1], weight.shape[1]), generator=generator)
-            projected = torch.from_numpy(said) @ chance
-            projected *= weight.shape[1] ** 0.5 / projected.norm(dim=-1, keepdim=True)
-            offsets[borne] = ((1 - NOISE**2) ** 0.5 * projected * trained.std(0).cpu() + NOISE * offsets)[borne]
+    said, borne = _offsets(rows, identifiers, vectors, by_choice=projection is not None)
+    if projection is not None:
+        offsets[borne] = torch.from_numpy(said @ projection)[borne]
+    else:
+        chance = torch.randn((vectors.shape[1], weight.shape[1]), generator=generator)
+        projected = torch.from_numpy(said) @ chance
+        projected *= weight.shape[1] ** 0.5 / projected.norm(dim=-1, keepdim=True)
+        offsets[borne] = ((1 - NOISE**2) ** 0.5 * projected * trained.std(0).cpu() + NOISE * offsets)[borne]
     weight[rows] = (trained.mean(0) + offsets.to(weight.device)).to(weight.dtype)
 
 

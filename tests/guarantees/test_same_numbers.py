@@ -1,6 +1,6 @@
-"""The same numbers whatever the process, the batch, the search, the layout of the weights and their precision.
+"""The same numbers whatever the process, the batch, the search, and the precision of the weights.
 
-Tolerances, in log p: SAME_MODEL between batches and layouts of one model, which sum in another order; HALF of weights
+Tolerances, in log p: SAME_MODEL between batches of one model, which sum in another order; HALF of weights
 in half precision. Two images whose log p differ by less than twice a tolerance may change places, and no others. Ties
 come in the order of the identifiers' token ids.
 """
@@ -24,7 +24,6 @@ from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import GenretError, NotANumber
 from llama_index_genret.evaluation.tuning import image_prior
 from llama_index_genret.models.mllm import load_mllm
-from llama_index_genret.scorers import onednn_linear
 from llama_index_genret.scorers.base import arecall, recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.scorers.vllm_http import VllmScorer
@@ -79,12 +78,6 @@ def assert_same_within(found, expected, tolerance):
 @pytest.mark.parametrize("batch", [1, 3, 32])
 def test_the_size_of_a_batch_changes_nothing(numbered, scorer, batch):
     assert_same_within(ranked(numbered, scorer, batch=batch), ranked(numbered, scorer), SAME_MODEL)
-
-
-def test_packed_weights_rank_as_the_weights_themselves(numbered, scorer, tiny_mllm, monkeypatch):
-    expected = ranked(numbered, scorer)
-    monkeypatch.setattr(onednn_linear, "_worth_it", lambda weights: False)
-    assert_same_within(ranked(numbered, TransformersScorer(tiny_mllm)), expected, SAME_MODEL)
 
 
 def test_a_beam_that_is_certain_finds_what_exact_search_finds(numbered, scorer):

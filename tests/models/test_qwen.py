@@ -21,8 +21,10 @@ from llama_index_genret.store.model_loading import _set_new_rows
 from llama_index_genret.store.model_state import stored_new_rows
 from llama_index_genret.training.collator import IGNORED, ExampleTensors, collate
 from llama_index_genret.training.feature_cache import cached_tower
-from llama_index_genret.training.recipe import TrainOptions, _adapted, _fast_symbol_rows, _summed_loss
+from llama_index_genret.training.lora import add_lora, fast_symbol_rows
+from llama_index_genret.training.recipe import TrainOptions
 from llama_index_genret.training.tasks import InterleavedExamples, examples_of
+from llama_index_genret.training.trainer import summed_loss
 from tests.conftest import draw_pictures
 from tests.tiny_qwen import FAMILIES, IMAGE, SIZES, resize_pictures, tiny_qwen, tiny_qwen_processor
 from tests.training.test_recipe import loss_and_gradients
@@ -114,7 +116,7 @@ def test_the_loss_of_a_batch_is_that_of_plain_forward_passes(qwen, index):
     symbols = torch.from_numpy(tensors.paths.token_ids)
     with torch.no_grad():
         (batch,) = collate(items, pad=0).values()
-        assert float(_summed_loss(qwen.model, batch, symbols)[0]) == pytest.approx(expected, rel=1e-4)
+        assert float(summed_loss(qwen.model, batch, symbols)[0]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_was_trained_is_what_is_loaded_with_a_tied_head_or_its_own(fresh, index, tmp_path):
@@ -123,11 +125,11 @@ def test_what_was_trained_is_what_is_loaded_with_a_tied_head_or_its_own(fresh, i
     tensors = ExampleTensors(index, fresh, examples)
     batch = collate([tensors[i] for i in range(20)], pad=0)
     tied = fresh.model.lm_head.weight is fresh.model.get_input_embeddings().weight
-    model = _adapted(index, fresh, TrainOptions(lora_rank=2))
+    model = add_lora(index, fresh, TrainOptions(lora_rank=2))
 
     def losses(of):
         symbols = torch.from_numpy(tensors.paths.token_ids)
-        return [_summed_loss(of, dict(part), symbols)[0] for part in batch.values()]
+        return [summed_loss(of, dict(part), symbols)[0] for part in batch.values()]
 
     sum(losses(model)).backward()
     learned = {name: p for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
@@ -145,7 +147,7 @@ def test_rows_of_added_symbols_are_set_wherever_the_model_has_rows(qwen, fresh, 
     corpus = read_corpus(pictures_of_all_sizes)
     some = replace(corpus, records=corpus.records[:18])
     index = build_index(some, tmp_path / "index", qwen, scheme="atomic")
-    model = _adapted(index, fresh, TrainOptions(lora_rank=2))
+    model = add_lora(index, fresh, TrainOptions(lora_rank=2))
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     grown = add_to_index(store_adapter(index, tmp_path / "adapter", {}), corpus.records[18:], qwen)
     loaded = tiny_qwen(fresh.name_or_path)
@@ -162,7 +164,7 @@ def test_rows_of_added_symbols_are_set_wherever_the_model_has_rows(qwen, fresh, 
 
 
 def test_cached_features_and_fast_rows_change_neither_loss_nor_gradients(fresh, index):
-    model = _adapted(index, fresh, TrainOptions(lora_rank=2))
+    model = add_lora(index, fresh, TrainOptions(lora_rank=2))
     examples = InterleavedExamples(examples_of(index), 20, seed=0)
     tensors = ExampleTensors(index, fresh, examples)
     batch = collate([tensors[i] for i in range(20)], pad=0)
@@ -171,7 +173,7 @@ def test_cached_features_and_fast_rows_change_neither_loss_nor_gradients(fresh, 
 
     plain_loss, plain = loss_and_gradients(model, batch)
     encoded.clear()
-    with cached_tower(fresh.model), _fast_symbol_rows(model):
+    with cached_tower(fresh.model), fast_symbol_rows(model):
         for _ in range(2):
             fast_loss, fast = loss_and_gradients(model, batch)
             assert fast_loss == pytest.approx(plain_loss, rel=1e-5)

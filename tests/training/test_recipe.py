@@ -26,14 +26,10 @@ from llama_index_genret.store.build import build_index
 from llama_index_genret.store.model_loading import load_base, load_trained
 from llama_index_genret.training.collator import IGNORED, ExampleTensors, collate
 from llama_index_genret.training.feature_cache import cached_tower
-from llama_index_genret.training.recipe import (
-    TrainOptions,
-    _adapted,
-    _fast_symbol_rows,
-    _summed_loss,
-    train,
-)
+from llama_index_genret.training.lora import add_lora, fast_symbol_rows
+from llama_index_genret.training.recipe import TrainOptions, train
 from llama_index_genret.training.tasks import MIX, InterleavedExamples, examples_of, read_mix
+from llama_index_genret.training.trainer import summed_loss
 from tests.conftest import draw_pictures
 from tests.tiny_model import make_tiny_model
 
@@ -97,9 +93,9 @@ def test_the_loss_of_a_padded_batch_is_the_sum_of_the_losses_alone(fresh_index):
     items = [tensors[i] for i in range(20)]
     symbols = torch.from_numpy(tensors.paths.token_ids)
     with torch.no_grad():
-        together = [_summed_loss(mllm.model, dict(part), symbols) for part in collate(items, pad=0).values()]
+        together = [summed_loss(mllm.model, dict(part), symbols) for part in collate(items, pad=0).values()]
         alone = [
-            _summed_loss(mllm.model, dict(part), symbols) for item in items for part in collate([item], pad=0).values()
+            summed_loss(mllm.model, dict(part), symbols) for item in items for part in collate([item], pad=0).values()
         ]
     assert sum(n for _, n in together) == sum(n for _, n in alone)
     assert float(sum(loss for loss, _ in together)) == pytest.approx(float(sum(loss for loss, _ in alone)), rel=1e-4)
@@ -107,19 +103,19 @@ def test_the_loss_of_a_padded_batch_is_the_sum_of_the_losses_alone(fresh_index):
 
 def loss_and_gradients(model, batch):
     model.zero_grad()
-    loss = sum(_summed_loss(model, dict(part), torch.empty(0, dtype=torch.long))[0] for part in batch.values())
+    loss = sum(summed_loss(model, dict(part), torch.empty(0, dtype=torch.long))[0] for part in batch.values())
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def test_cached_features_and_fast_rows_change_neither_loss_nor_gradients(fresh_index):
     mllm = load_base(fresh_index, device="cpu")
-    model = _adapted(fresh_index, mllm, TrainOptions(lora_rank=2))
+    model = add_lora(fresh_index, mllm, TrainOptions(lora_rank=2))
     tensors = ExampleTensors(fresh_index, mllm, InterleavedExamples(examples_of(fresh_index), 20, seed=0))
     batch = collate([tensors[i] for i in range(20)], pad=0)
 
     plain_loss, plain = loss_and_gradients(model, batch)
-    with cached_tower(mllm.model), _fast_symbol_rows(model):
+    with cached_tower(mllm.model), fast_symbol_rows(model):
         for _ in range(2):
             fast_loss, fast = loss_and_gradients(model, batch)
             assert fast_loss == pytest.approx(plain_loss, rel=1e-5)
@@ -181,7 +177,7 @@ train(load_index(Path({str(folder)!r})), options, device="cpu", show_progress=Fa
 
 def test_a_step_in_parts_and_with_less_memory_is_the_same_step(pictures, tiny_mllm, tmp_path):
     losses = []
-    for number, chosen in enumerate([{}, {"accumulate": 2}, {"recompute": True}]):
+    for number, chosen in enumerate([{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}]):
         index = build_index(read_corpus(pictures), tmp_path / str(number), tiny_mllm)
         options = TrainOptions(max_steps=5, lora_rank=2, **chosen)
         losses.append(train(index, options, device="cpu", show_progress=False).manifest.training["losses"])
@@ -192,7 +188,7 @@ def test_a_step_in_parts_and_with_less_memory_is_the_same_step(pictures, tiny_ml
 
 def test_a_batch_that_does_not_divide_into_parts_is_an_error(fresh_index):
     with pytest.raises(TrainingError, match="multiple of 3"):
-        train(fresh_index, TrainOptions(max_steps=1, accumulate=3), device="cpu", show_progress=False)
+        train(fresh_index, TrainOptions(max_steps=1, gradient_accumulation_steps=3), device="cpu", show_progress=False)
 
 
 @pytest.mark.parametrize(

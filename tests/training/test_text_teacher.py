@@ -19,13 +19,16 @@ from llama_index_genret.search import SearchOptions
 from llama_index_genret.store.build import build_index
 from llama_index_genret.store.model_loading import load_base, load_trained
 from llama_index_genret.store.model_state import adapter_folder
+from llama_index_genret.training import symbol_init
 from llama_index_genret.training.collator import ExampleTensors, collate
 from llama_index_genret.training.feature_cache import cached_layers
-from llama_index_genret.training.recipe import TrainOptions, _adapted, _fast_symbol_rows, _summed_loss, train
+from llama_index_genret.training.lora import add_lora, fast_symbol_rows, vocabularies
+from llama_index_genret.training.recipe import TrainOptions, train
 from llama_index_genret.training.soft_targets import Paths
-from llama_index_genret.training.symbol_init import fitted_projection, start_rows, teachers
+from llama_index_genret.training.symbol_init import fitted_projection, start_rows, start_symbols, teachers
 from llama_index_genret.training.tasks import Example, InterleavedExamples, examples_of
 from llama_index_genret.training.text_teacher import TextTeacher, teach
+from llama_index_genret.training.trainer import summed_loss
 
 
 def taught(encoder, captions, **chosen):
@@ -125,7 +128,7 @@ def test_the_soft_loss_is_the_cross_entropy_of_the_drawn_paths(pictures, tiny_ml
     items = [tensors[i] for i in range(len(examples))]
     symbols = torch.from_numpy(tensors.paths.token_ids)
     with torch.no_grad():
-        parts = [_summed_loss(mllm.model, part, symbols) for part in collate(items, pad=0).values()]
+        parts = [summed_loss(mllm.model, part, symbols) for part in collate(items, pad=0).values()]
     rankings = recall(
         TransformersScorer(mllm),
         index.trie,
@@ -158,8 +161,8 @@ def test_where_images_are_drawn_more_often_the_loss_of_a_label_leaves_that_out(p
         symbols = torch.from_numpy(often.paths.token_ids)
         ((_, part),), ((_, other),) = (collate([tensors[0]], pad=0).items() for tensors in (even, often))
         with torch.no_grad():
-            loss, _ = _summed_loss(mllm.model, dict(part), symbols)
-            shifted, _ = _summed_loss(mllm.model, dict(other), symbols)
+            loss, _ = summed_loss(mllm.model, dict(part), symbols)
+            shifted, _ = summed_loss(mllm.model, dict(other), symbols)
             if example.task == "describe":  # its targets are words
                 assert float(shifted) == float(loss)
                 continue
@@ -187,7 +190,6 @@ def test_imitation_teaches_queries_that_no_caption_has(pictures, tiny_mllm, tmp_
         learning_rate=1e-2,
         symbol_learning_rate=2e-2,
         teacher=encoder,
-        symbol_start="teacher",
         imitated=("red circle", "thing blue"),
         mix={"retrieve": 1, "imitate": 9},
     )
@@ -297,7 +299,7 @@ def test_only_the_last_layers_are_trained_if_so_many_are_named(pictures, tiny_ml
 def test_frozen_layers_see_a_text_once_and_change_neither_loss_nor_gradients(untrained_index):
     mllm = load_base(untrained_index, device="cpu")
     options = TrainOptions(layers=1, lora_rank=2)
-    model = _adapted(untrained_index, mllm, options)
+    model = add_lora(untrained_index, mllm, options)
     examples = InterleavedExamples(examples_of(untrained_index), 24, seed=0, mix={"retrieve": 3, "memorise": 1})
     tensors = ExampleTensors(untrained_index, mllm, examples)
     batch = collate([tensors[i] for i in range(24)], pad=0)
@@ -307,11 +309,11 @@ def test_frozen_layers_see_a_text_once_and_change_neither_loss_nor_gradients(unt
 
     def loss_and_gradients():
         model.zero_grad()
-        loss = sum(_summed_loss(model, dict(part), torch.empty(0, dtype=torch.long))[0] for part in batch.values())
+        loss = sum(summed_loss(model, dict(part), torch.empty(0, dtype=torch.long))[0] for part in batch.values())
         loss.backward()
         return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    with _fast_symbol_rows(model, as_inputs=False):
+    with fast_symbol_rows(model, as_inputs=False):
         plain_loss, plain = loss_and_gradients()
         with cached_layers(decoder, 1):
             for times in (1, 2):
@@ -325,6 +327,13 @@ def test_frozen_layers_see_a_text_once_and_change_neither_loss_nor_gradients(unt
     assert any("connector" in name for name in plain)
 
 
-def test_starting_from_captions_needs_a_teacher(untrained_index):
-    with pytest.raises(TrainingError, match="name one"):
-        train(untrained_index, TrainOptions(max_steps=1, symbol_start="teacher"), device="cpu", show_progress=False)
+@pytest.mark.parametrize("kind", ["text", "pictures", "none"])
+def test_symbols_start_by_a_teacher_or_else_by_images(untrained_index, encoder, monkeypatch, kind):
+    chosen = {"text": {"teacher": encoder}, "pictures": {"redrawn": 1}, "none": {}}[kind]
+    mllm, options, projections = load_base(untrained_index, device="cpu"), TrainOptions(**chosen), []
+    monkeypatch.setattr(symbol_init, "start_rows", lambda *given, seed: projections.append(given[4]))
+    quiet = {"autocast": False, "show_progress": False}
+    imitated = teachers(untrained_index, mllm, options, **quiet)
+    start_symbols(untrained_index, mllm, vocabularies(mllm.model), imitated, options, **quiet)
+    assert projections
+    assert all((projection is None) == (kind == "none") for projection in projections)

@@ -140,6 +140,14 @@ def test_an_update_takes_the_options_of_the_training_with_smaller_steps(grown, t
     assert trained.manifest.update["learning_rate"] == ours.learning_rate
 
 
+def test_options_under_their_former_names_are_read(grown):
+    former = grown.manifest.training | {"accumulate": 2, "recompute": True, "symbol_start": "images"}
+    del former["gradient_accumulation_steps"], former["gradient_checkpointing"]
+    earlier = replace(grown, manifest=grown.manifest.model_copy(update={"training": former}))
+    options = update_options(earlier)
+    assert (options.gradient_accumulation_steps, options.gradient_checkpointing) == (2, True)
+
+
 def test_epochs_of_an_update_pass_over_the_new_images(grown):
     tasks = {"retrieve": [e for e in stream(grown, TrainOptions(max_steps=50)) if e.task == "retrieve"]}
     ours, _ = by_age({**tasks, "memorise": [], "describe": [], "answer": []}, NEW)
@@ -174,7 +182,7 @@ def test_an_update_changes_what_is_recalled_and_dropped_leaves_every_byte_and_ra
 
 def test_a_killed_update_goes_on_and_ends_as_if_it_had_not_been_killed(grown, updated, tmp_path, monkeypatch):
     index = copy_of(grown, tmp_path)
-    compute_loss, steps = recipe._LabelTrainer.compute_loss, iter(range(99))
+    compute_loss, steps = recipe.LabelTrainer.compute_loss, iter(range(99))
 
     def killed(*arguments, **options):
         if next(steps) == 3:
@@ -182,7 +190,7 @@ def test_a_killed_update_goes_on_and_ends_as_if_it_had_not_been_killed(grown, up
         return compute_loss(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(recipe._LabelTrainer, "compute_loss", killed)
+        patched.setattr(recipe.LabelTrainer, "compute_loss", killed)
         with pytest.raises(KeyboardInterrupt):
             updated_index(index)
     assert not has_update(load_index(index.folder))
