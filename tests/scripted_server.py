@@ -22,7 +22,7 @@ def drip(content, pause_s=0.05):
 class ScriptedServer:
     """Plays one act a connection, the last one for ever.
 
-    An act is a list of steps: bytes to send, seconds (float) to wait, or "reset", to end by a reset.
+    An act is a list of steps: bytes to send, seconds (float) to wait, "reset", to end by a reset, or a function.
     seen: requests. at: when each came.
     """
 
@@ -34,6 +34,12 @@ class ScriptedServer:
     @property
     def api_base(self):
         return f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
+
+    def has_seen(self, requests):
+        """Wait for so many requests: a client may give up before its connection is accepted."""
+        while self.seen < requests:
+            time.sleep(0.01)
+        return self.seen == requests
 
     def _serve(self):
         while True:
@@ -52,6 +58,8 @@ class ScriptedServer:
             for step in act:
                 if step == "reset":
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+                elif callable(step):
+                    step()
                 elif isinstance(step, float):
                     if _has_left(connection, step):
                         return
