@@ -8,6 +8,8 @@ import torch
 from llama_index_genret.scorers import onednn_linear
 from llama_index_genret.scorers.onednn_linear import PackedModel, packed_linear
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture
 def module():

@@ -27,6 +27,8 @@ from llama_index_genret.training.symbol_init import fitted_projection, start_row
 from llama_index_genret.training.tasks import Example, InterleavedExamples, examples_of
 from llama_index_genret.training.text_teacher import TextTeacher, teach
 
+pytestmark = pytest.mark.torch
+
 
 def taught(encoder, captions, **chosen):
     options = {"words": ["red", "blue"], "temperature": 0.05, "seed": 0, "device": "cpu"}
