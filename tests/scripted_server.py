@@ -1,6 +1,7 @@
 """A server over a plain socket that misbehaves by a script: what no HTTP library would send."""
 
 import contextlib
+import re
 import select
 import socket
 import time
@@ -10,7 +11,9 @@ GOOD = b'{"data": 1}'
 
 
 def response(status=200, body=GOOD, length=None, headers=()):
-    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body) if length is None else length}", *headers]
+    """Bytes that end with the connection: a client that kept it would lose a try on it."""
+    length = len(body) if length is None else length
+    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {length}", "Connection: close", *headers]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
@@ -54,7 +57,7 @@ class ScriptedServer:
         self.seen += 1
         self.at.append(time.monotonic())
         with connection, contextlib.suppress(OSError):  # the client may leave first
-            connection.recv(65536)
+            _read_request(connection)
             for step in act:
                 if step == "reset":
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
@@ -65,6 +68,20 @@ class ScriptedServer:
                         return
                 else:
                     connection.sendall(step)
+
+
+def _read_request(connection):
+    """Read head and body: closing a connection with unread bytes would reset it."""
+    request, end = b"", None
+    while end is None or len(request) < end:
+        received = connection.recv(65536)
+        if not received:
+            return
+        request += received
+        head, _, rest = request.partition(b"\r\n\r\n")
+        if len(head) < len(request):
+            length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
+            end = len(request) - len(rest) + int(length[1] if length else 0)
 
 
 def _has_left(connection, within_s):
