@@ -1,18 +1,22 @@
-# make demo | make demo VLLM=1 | make test | make check | make bench | make supply | make fuzz: each makes .venv and installs what it needs.
+# make demo | make demo VLLM=1 | make test-fast | make test | make check | make bench | make supply | make fuzz: each
+# creates .venv (test-fast: .venv-fast) and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Without torch, so that it installs in a minute.
+FAST := .venv-fast
 # Two at a time, each by whole files: the tests of a file share what is slow to make. In the order of their names, since
 # xdist would leave the files of few and slow tests for the end. One thread each, and so their servers and commands: a
 # second would wait, spinning, for a core, and two training files then take 2.6 times the processor time (90 s for 34 s).
-PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+TWO := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python $(TWO)
 # How much it asks in half a minute is what it tests.
 ALONE := integration/test_load.py
 
-.PHONY: demo test test-unit test-integration check base-model bench fuzz recall supply notebooks clean
+.PHONY: demo test test-fast test-unit test-integration check base-model bench fuzz recall supply notebooks clean
 
 demo: $(VENV)/.installed $(if $(VLLM),$(VENV)/.serving)
 	@model=$$($(BIN)/python -m integration.base_model | tail -n 1) && \
@@ -20,6 +24,10 @@ demo: $(VENV)/.installed $(if $(VLLM),$(VENV)/.serving)
 
 base-model: $(VENV)/.installed
 	@$(BIN)/python -m integration.base_model
+
+# The tests that need no torch and no server, of few examples each: the first to run after a change.
+test-fast: $(FAST)/.installed
+	OMP_NUM_THREADS=1 $(FAST)/bin/python $(TWO) --fast tests
 
 test: test-unit test-integration
 
@@ -89,6 +97,11 @@ $(VENV)/.benches: $(VENV)/.installed
 	$(DROP_CUDA)
 	touch $@
 
+$(FAST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FAST)
+	$(FAST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
@@ -141,4 +154,4 @@ $(VENV)/.docstore: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out build dist notebooks/work
+	rm -rf $(VENV) $(FAST) demo-out build dist notebooks/work

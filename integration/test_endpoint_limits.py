@@ -96,8 +96,8 @@ def test_a_recall_ends_with_its_client_its_time_or_its_server():
 
     async def run():
         ended = []
-        assert await _cancel_on_disconnect(recall(0, ended), Raw(90), 1) == "found"
-        assert await _cancel_on_disconnect(recall(60, ended), Raw(0), 1) is None
+        assert await _cancel_on_disconnect(recall(0, ended), Raw(90), 60) == "found"
+        assert await _cancel_on_disconnect(recall(60, ended), Raw(0), 60) is None
         with pytest.raises(TooSlow, match=r"0\.1 s"):
             await _cancel_on_disconnect(recall(61, ended), Raw(90), 0.1)
         with pytest.raises(EngineStopped, match="try again"):

@@ -1,12 +1,30 @@
-"""Fixtures of the unit tests: a tiny random model, and a small index over drawn pictures."""
+"""Fixtures of the unit tests: a tiny random model, and a small index over drawn pictures.
+
+Registers `--fast`, the tests that need no torch, and the hypothesis profiles.
+"""
 
 import asyncio
 import json
 import os
+import re
+import sys
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from PIL import Image, ImageDraw
+
+# Tests multiply the examples of the profile: `settings(max_examples=3 * settings.default.max_examples)`.
+settings.register_profile("few", max_examples=20, stateful_step_count=20, deadline=None)
+settings.register_profile("many", max_examples=100, stateful_step_count=50, deadline=None)
+settings.load_profile("many" if os.environ.get("CI") == "true" else "few")
+
+TRAIN_PACKAGES = {"accelerate", "peft", "scipy", "sentence_transformers", "sklearn", "torch", "transformers", "vllm"}
+TORCH_FIXTURES = {"encoder", "tiny_model_dir", "untrained_index"}
+"""Fixtures that need torch; fixtures built on them need not be listed."""
+
+NEEDS_TORCH = re.compile(r"^pytestmark = pytest\.mark\.torch$", re.MULTILINE)
 
 COLORS = {"red": "#dc1e1e", "green": "#14a03c", "blue": "#1e3cdc", "yellow": "#f0d228", "black": "#141414"}
 SHAPES = ("circle", "square", "bar", "frame")
@@ -33,6 +51,43 @@ def draw_pictures(folder: Path) -> Path:
             lines.append(json.dumps(row))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+class TorchBlocker(MetaPathFinder):
+    """Makes the packages of the `train` extra, and vLLM, fail to import, wherever they are installed."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.partition(".")[0] in TRAIN_PACKAGES:
+            raise ModuleNotFoundError(
+                f"{fullname} is blocked by --fast; mark the test with `pytest.mark.torch`, its file with "
+                "`pytestmark = pytest.mark.torch`, or list its fixture in TORCH_FIXTURES",
+                name=fullname,
+            )
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="run the tests that need no torch, with torch blocked")
+
+
+def pytest_configure(config):
+    if config.getoption("fast", False):
+        loaded = TRAIN_PACKAGES & sys.modules.keys()
+        assert not loaded, f"imported before --fast could block them: {loaded}"
+        sys.meta_path.insert(0, TorchBlocker())
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Skip files whose import needs torch, under `--fast`."""
+    if config.getoption("fast", False) and collection_path.suffix == ".py":
+        return NEEDS_TORCH.search(collection_path.read_text()) is not None or None
+    return None
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("fast", False):
+        needing = [item for item in items if item.get_closest_marker("torch") or TORCH_FIXTURES & {*item.fixturenames}]
+        config.hook.pytest_deselected(items=needing)
+        items[:] = [item for item in items if item not in set(needing)]
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """A server over a plain socket that misbehaves by a script: what no HTTP library would send."""
 
 import contextlib
+import re
 import select
 import socket
 import time
@@ -10,7 +11,9 @@ GOOD = b'{"data": 1}'
 
 
 def response(status=200, body=GOOD, length=None, headers=()):
-    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body) if length is None else length}", *headers]
+    """Bytes that end with the connection: a client that kept it would lose a try on it."""
+    length = len(body) if length is None else length
+    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {length}", "Connection: close", *headers]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
@@ -22,7 +25,7 @@ def drip(content, pause_s=0.05):
 class ScriptedServer:
     """Plays one act a connection, the last one for ever.
 
-    An act is a list of steps: bytes to send, seconds (float) to wait, or "reset", to end by a reset.
+    An act is a list of steps: bytes to send, seconds (float) to wait, "reset", to end by a reset, or a function.
     seen: requests. at: when each came.
     """
 
@@ -34,6 +37,12 @@ class ScriptedServer:
     @property
     def api_base(self):
         return f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
+
+    def has_seen(self, requests):
+        """Wait for so many requests: a client may give up before its connection is accepted."""
+        while self.seen < requests:
+            time.sleep(0.01)
+        return self.seen == requests
 
     def _serve(self):
         while True:
@@ -48,15 +57,31 @@ class ScriptedServer:
         self.seen += 1
         self.at.append(time.monotonic())
         with connection, contextlib.suppress(OSError):  # the client may leave first
-            connection.recv(65536)
+            _read_request(connection)
             for step in act:
                 if step == "reset":
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+                elif callable(step):
+                    step()
                 elif isinstance(step, float):
                     if _has_left(connection, step):
                         return
                 else:
                     connection.sendall(step)
+
+
+def _read_request(connection):
+    """Read head and body: closing a connection with unread bytes would reset it."""
+    request, end = b"", None
+    while end is None or len(request) < end:
+        received = connection.recv(65536)
+        if not received:
+            return
+        request += received
+        head, _, rest = request.partition(b"\r\n\r\n")
+        if len(head) < len(request):
+            length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
+            end = len(request) - len(rest) + int(length[1] if length else 0)
 
 
 def _has_left(connection, within_s):

@@ -21,7 +21,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from threading import Thread
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 from urllib.parse import unquote
 
 import httpx
@@ -55,12 +55,42 @@ SHORTEST_SECRET = 8
 _SECRETS = "genret_secrets"
 
 
+class Clock(Protocol):
+    """Measures and passes time, so that tests need not wait for it."""
+
+    def now(self) -> float:
+        """Return seconds since a fixed moment."""
+
+    def sleep(self, seconds: float) -> None:
+        """Wait in this thread."""
+
+    async def asleep(self, seconds: float) -> None:
+        """Wait in the running event loop."""
+
+
+class SystemClock:
+    """Real time."""
+
+    def now(self) -> float:
+        """Return `time.monotonic`."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Call `time.sleep`."""
+        time.sleep(seconds)
+
+    async def asleep(self, seconds: float) -> None:
+        """Call `asyncio.sleep`."""
+        await asyncio.sleep(seconds)
+
+
 @dataclass(frozen=True)
 class Server:
     """Where a server is, and how it is asked. Not pickled where it has a key.
 
     api_base: address up to `/v1`. timeout_s: of one request, connecting and further tries included. headers: sent with
-    each request, beside the key. circuit: shared by all requests to it.
+    each request, beside the key. circuit: shared by all requests to it. clock: measures the
+    deadline and passes the pauses between tries; a single try is limited in real time.
     """
 
     api_base: str
@@ -68,6 +98,7 @@ class Server:
     timeout_s: float = 60.0
     headers: Mapping[str, str] = field(default_factory=dict)
     circuit: Circuit = field(default_factory=Circuit, compare=False)
+    clock: Clock = field(default_factory=SystemClock, compare=False)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({shown_address(self.api_base)!r}, timeout_s={self.timeout_s})"
@@ -147,14 +178,15 @@ class Connection:
         Raises:
             ServerUnreachable: nothing answered, in time or at all.
         """
-        url, end = self._server.url(path), time.monotonic() + self._server.timeout_s
+        url, clock = self._server.url(path), self._server.clock
+        end = clock.now() + self._server.timeout_s
 
         def once() -> httpx.Response:
-            left = max(1e-3, end - time.monotonic())
+            left = max(1e-3, end - clock.now())
             return _within(left, lambda: self._client.request(method, url, json=body, timeout=left))
 
         with self._server.asked(path) as answered:
-            return answered(Retrying(**self._server.policy())(once))
+            return answered(Retrying(sleep=clock.sleep, **self._server.policy())(once))
 
 
 class AsyncConnection:
@@ -165,14 +197,15 @@ class AsyncConnection:
 
     async def request(self, method: str, path: str, body: Any = None) -> httpx.Response:
         """As `Connection.request`."""
-        url, end = self._server.url(path), time.monotonic() + self._server.timeout_s
+        url, clock = self._server.url(path), self._server.clock
+        end = clock.now() + self._server.timeout_s
 
         async def once() -> httpx.Response:
-            left = max(1e-3, end - time.monotonic())
+            left = max(1e-3, end - clock.now())
             return await asyncio.wait_for(self._client.request(method, url, json=body, timeout=left), left)
 
         with self._server.asked(path) as answered:
-            return answered(await AsyncRetrying(**self._server.policy())(once))
+            return answered(await AsyncRetrying(sleep=clock.asleep, **self._server.policy())(once))
 
 
 @contextmanager

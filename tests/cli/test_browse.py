@@ -22,6 +22,8 @@ from llama_index_genret.search import SearchOptions
 from llama_index_genret.store import RecordFilters, remove_images
 from llama_index_genret.store.build import add_to_index, build_index
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture(scope="module")
 def recaller(trained_index, trained_mllm):

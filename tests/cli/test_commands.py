@@ -78,6 +78,7 @@ def test_an_encoder_reaches_the_scheme(pictures, tiny_model_dir, encoder, tmp_pa
     assert made["scheme_options"]["encoder"] == encoder
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("arguments", "words", "code"),
     [
@@ -110,7 +111,7 @@ def test_an_index_of_another_tokenizer_is_refused_by_name(trained_index, tiny_mo
     [
         (["query", "nowhere", "x"], "no index in nowhere"),
         (["inspect", "nowhere"], "no index in nowhere"),
-        (["index", "nowhere", "--out", "unused", "--model", "unused"], "nowhere"),
+        pytest.param(["index", "nowhere", "--out", "unused", "--model", "unused"], "nowhere", marks=pytest.mark.torch),
     ],
 )
 def test_a_failure_is_one_clear_message_and_exit_code_1(arguments, words, tmp_path):

@@ -23,6 +23,8 @@ from llama_index_genret.evaluation.evaluate import evaluate
 from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.training.options import TrainOptions
 
+pytestmark = pytest.mark.torch
+
 
 def test_the_split_is_a_function_of_the_image_id_and_leaves_no_query_out(tmp_path):
     rows = [{"query": f"{n}", "image_id": f"image {n % 400}"} for n in range(1000)]

@@ -28,6 +28,8 @@ from llama_index_genret.store import (
     store_tuning,
 )
 
+pytestmark = pytest.mark.torch
+
 
 def genret_json(capsys, *arguments):
     """What a command prints with --json, run in this process: torch loads once."""

@@ -31,6 +31,8 @@ from llama_index_genret.store import Scoring, TunedScoring, load_index, remove_i
 from llama_index_genret.store.manifest import FORMAT_VERSION, check_free, manifest_text
 from llama_index_genret.store.model_state import adapter_folder
 
+pytestmark = pytest.mark.torch
+
 PACKAGE = Path(llama_index_genret.__file__).parent
 
 

@@ -28,6 +28,8 @@ from llama_index_genret.store import check_free, load_index
 from llama_index_genret.store.build import build_index
 from llama_index_genret.training.options import TrainOptions
 
+pytestmark = pytest.mark.torch
+
 HOSTILE = "[/x] [red]sign[/red] :smile: \x1b[31mred\x1b[0m \u202egnp.exe é"
 """Markup of rich's, an escape sequence of terminals, text that runs from right to left."""
 

@@ -42,6 +42,7 @@ def test_retriever_index_and_query_engine_load_no_heavy_package():
     assert loaded_by(f"from llama_index_genret import {names}") == []
 
 
+@pytest.mark.torch
 def test_the_probe_itself_sees_a_heavy_package():
     assert loaded_by("import sklearn") == ["sklearn"]
 

@@ -138,7 +138,7 @@ ROUTES = {
 }
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(TREES, st.integers(1, 25), st.data())
 def test_no_image_outside_the_filters_comes_back_by_any_route(index, scorer, filters, k, data):
     allowed = allowed_by(filters, index)

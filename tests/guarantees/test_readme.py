@@ -21,6 +21,8 @@ from tests.conftest import draw_pictures
 from tests.openai_server import ANSWER, OpenAIServer, running
 from tests.pages import PAGES, README, read_page
 
+pytestmark = pytest.mark.torch
+
 PIPELINES = read_page("notebooks/04_rag_pipelines.ipynb")
 FIRST, *LLAMAINDEX = README.of_language("python")
 BLOCKS = [*LLAMAINDEX, *PIPELINES.of_language("python")]

@@ -32,6 +32,8 @@ from llama_index_genret.store import ScoringChoice
 from llama_index_genret.store.build import build_index
 from tests.openai_server import OpenAIServer, running
 
+pytestmark = pytest.mark.torch
+
 SAME_MODEL = 1e-4
 HALF = {"bfloat16": 0.2, "float16": 0.03}
 QUERIES = [

@@ -25,6 +25,7 @@ from llama_index_genret.serving.endpoint.schema import RecallRequest
 from llama_index_genret.serving.launch import printable_command
 from tests.openai_server import OpenAIServer, running
 from tests.scripted_server import ScriptedServer, response
+from tests.simulated_clock import SimulatedClock
 
 KEY, HEADER, PASSWORD = "sk-key-of-tenant-one", "token-in-a-header", "password-in-the-address"
 SECRETS = (KEY, HEADER, PASSWORD)
@@ -32,7 +33,7 @@ HEADERS = {"X-Token": HEADER}
 
 
 def server_at(port, **options):
-    return Server(f"http://user:{PASSWORD}@127.0.0.1:{port}/v1", KEY, headers=HEADERS, **{"timeout_s": 0.3, **options})
+    return Server(f"http://user:{PASSWORD}@127.0.0.1:{port}/v1", KEY, headers=HEADERS, **options)
 
 
 def whole(error):
@@ -47,7 +48,7 @@ def whole(error):
 ECHO = f"you sent the key {KEY} and {HEADER}".encode()
 FAULTS = {
     "refused": None,
-    "not answered": [9.0],
+    "not answered": [60.0],
     "cut": [response(length=100)],
     "told again": [response(401, body=ECHO)],
     "told again by a proxy": [response(503, body=ECHO)],
@@ -67,7 +68,7 @@ def test_no_error_of_a_client_holds_key_header_or_password(fault, how, caplog):
     port = acting.socket.getsockname()[1]
     if acts is None:
         acting.socket.close()
-    server = server_at(port)
+    server = server_at(port, timeout_s=0.3 if fault == "not answered" else 60.0, clock=SimulatedClock())
 
     async def asynchronous():
         async with server.async_connection() as connection:

@@ -12,6 +12,8 @@ from llama_index_genret.store.build import build_index
 from llama_index_genret.store.model_loading import load_trained
 from llama_index_genret.training.recipe import TrainOptions, train
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.mark.parametrize(
     ("scheme", "options"),

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, Unigram, WordLevel
@@ -27,6 +27,8 @@ from llama_index_genret.training.recipe import TrainOptions, train
 from llama_index_genret.training.tasks import InterleavedExamples, examples_of
 from tests.identifiers.test_schemes import captions, random_features
 from tests.tiny_model import WORDY_TEXT, make_wordy_model
+
+pytestmark = pytest.mark.torch
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 PROMPT = "<|user|>\nFind: ba be<|end|>\n<|assistant|>\n"
@@ -77,7 +79,6 @@ KINDS = pytest.mark.parametrize("kind", ["byte-level", "bpe", "unigram"])
 
 
 @KINDS
-@settings(max_examples=40, deadline=None)
 @given(st.lists(captions(), min_size=1, max_size=20))
 def test_whatever_captions_say_their_identifiers_differ_in_tokens_and_read_back_after_a_prompt(
     tokenizers, kind, all_captions

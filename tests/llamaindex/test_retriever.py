@@ -18,6 +18,8 @@ from llama_index_genret import FakeScorer, GenerativeImageRetriever, InProcessLL
 from llama_index_genret.errors import FilterError, QueryError, UnknownImage
 from llama_index_genret.scorers.transformers import TransformersScorer
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture(scope="module")
 def scorer(untrained_index):

@@ -21,6 +21,8 @@ from llama_index_genret.search import Normalise
 from tests.scorers.test_rerank import plain_log_likelihood
 from tests.scorers.test_vllm_http import server  # noqa: F401
 
+pytestmark = pytest.mark.torch
+
 QUERY = "red circle"
 NEVER = Abstention(weights={"odds": 1.0}, threshold=0.0)
 ALWAYS = Abstention(weights={"odds": 1.0}, threshold=1.0)

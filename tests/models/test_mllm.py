@@ -8,6 +8,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Idefics3For
 from integration.base_model import IMAGE_ID
 from tests.tiny_model import make_tiny_model
 
+pytestmark = pytest.mark.torch
+
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}]
 
 

@@ -29,6 +29,8 @@ from tests.conftest import draw_pictures
 from tests.tiny_qwen import FAMILIES, IMAGE, SIZES, resize_pictures, tiny_qwen, tiny_qwen_processor
 from tests.training.test_recipe import loss_and_gradients
 
+pytestmark = pytest.mark.torch
+
 PREFIXES = [(), (100,), (110,), (100, 130), (110, 140), (110, 150)]
 TOKENS = np.arange(100, 160)
 

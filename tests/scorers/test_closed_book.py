@@ -17,6 +17,8 @@ from llama_index_genret.scorers.http_client import Server
 from llama_index_genret.training.collator import ExampleTensors
 from llama_index_genret.training.tasks import MIX, InterleavedExamples, examples_of, read_mix
 
+pytestmark = pytest.mark.torch
+
 QUESTION = "What is its main color?"
 
 

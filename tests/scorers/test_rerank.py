@@ -16,6 +16,8 @@ from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.search import Hit, Normalise, SearchOptions
 from llama_index_genret.trie import build_trie
 
+pytestmark = pytest.mark.torch
+
 IDENTIFIERS = [(a, b) for a in range(4) for b in range(5, 9)]
 QUERIES = [Prompt((1, 2), words=(30, 31)), Prompt((3,), words=(32,))]
 

@@ -14,6 +14,8 @@ from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.search import Normalise, Row, Rows, SearchOptions
 from llama_index_genret.trie import build_trie
 
+pytestmark = pytest.mark.torch
+
 PROMPTS = [Prompt((5, 60, 70, 80)), Prompt((5, 90)), Prompt((5, 61, 62, 63, 64, 65, 66, 67))]
 IDENTIFIERS = [(a, b, c) for a in (100, 110, 120) for b in (130, 140) for c in (150, 160, 170)]
 

@@ -166,7 +166,7 @@ def test_an_image_query_is_refused_and_says_what_takes_it(server, tmp_path):
 
 
 def test_a_server_that_does_not_answer_in_time_is_an_error(server):
-    server.spoil = lambda answer: __import__("time").sleep(1) or answer
+    server.spoil = lambda answer: __import__("time").sleep(60) or answer
     scorer = VllmScorer(server.api_base, timeout_s=0.2)
     with pytest.raises(ServerUnreachable, match="in time"):
         recall(scorer, build_trie(identifiers(5))[0], PROMPTS, SearchOptions(k=1))

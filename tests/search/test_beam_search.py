@@ -53,7 +53,7 @@ def assert_same(hits, expected):
     np.testing.assert_allclose([hit.log_prob for hit in hits], [log_prob for log_prob, _ in expected], atol=1e-9)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(identifier_sets(), st.integers(0, 2**32 - 1), st.sampled_from(Normalise))
 def test_a_beam_as_wide_as_the_corpus_ranks_like_brute_force(identifiers, seed, normalise):
     """Nothing can be pruned, so search must equal the definition."""
@@ -62,7 +62,6 @@ def test_a_beam_as_wide_as_the_corpus_ranks_like_brute_force(identifiers, seed, 
     assert_same(hits, expected_hits(scorer, identifiers, PROMPT, normalise))
 
 
-@settings(max_examples=60, deadline=None)
 @given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from(Normalise))
 def test_queries_in_one_batch_get_what_each_gets_alone(identifiers, seed, k, normalise):
     scorer, (trie, _) = FakeScorer(VOCABULARY, seed=seed), build_trie(identifiers)
@@ -72,7 +71,6 @@ def test_queries_in_one_batch_get_what_each_gets_alone(identifiers, seed, k, nor
     assert together == alone
 
 
-@settings(max_examples=100, deadline=None)
 @given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 8), st.data())
 def test_a_filter_that_leaves_m_images_gives_min_k_m_of_them_with_their_own_scores(identifiers, seed, k, data):
     """The filter is a strict part of the search: no hit is lost to one that it forbids."""
@@ -88,7 +86,6 @@ def test_a_filter_that_leaves_m_images_gives_min_k_m_of_them_with_their_own_scor
     np.testing.assert_allclose([h.log_prob for h in hits], [scores[h.token_ids] for h in hits], atol=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
 @given(identifier_sets(), st.integers(0, 2**32 - 1), st.sampled_from(Normalise))
 def test_the_async_driver_finds_what_the_sync_one_finds(identifiers, seed, normalise):
     scorer, (trie, _) = FakeScorer(VOCABULARY, seed=seed), build_trie(identifiers)
@@ -97,7 +94,6 @@ def test_the_async_driver_finds_what_the_sync_one_finds(identifiers, seed, norma
     assert asyncio.run(arecall(scorer, trie, prompts, SearchOptions(k=3, normalise=normalise))) == expected
 
 
-@settings(max_examples=60, deadline=None)
 @given(identifier_sets(), st.integers(0, 2**32 - 1))
 def test_probabilities_over_the_children_sum_to_one_over_the_images(identifiers, seed):
     n = len(identifiers)
@@ -105,7 +101,7 @@ def test_probabilities_over_the_children_sum_to_one_over_the_images(identifiers,
     assert sum(hit.score for hit in hits) == pytest.approx(1.0)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=10 * settings.default.max_examples)
 @given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 4), st.sampled_from(Normalise))
 def test_exact_search_equals_scoring_every_identifier(identifiers, seed, k, width, normalise):
     """A thousand random tries and models, sharp ones and flat ones."""
@@ -116,7 +112,7 @@ def test_exact_search_equals_scoring_every_identifier(identifiers, seed, k, widt
     assert ranking.nodes_expanded <= len({i[:depth] for i in identifiers for depth in range(len(i))})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 4), st.data())
 def test_a_certificate_is_never_given_to_a_wrong_ranking(identifiers, seed, k, width, data):
     """Whatever the beam or the limit, with a filter or without."""
@@ -191,7 +187,6 @@ class SinglePrecision(FakeScorer):
             yield SimpleNamespace(score=lambda rows: session.score(rows).astype(np.float32))
 
 
-@settings(max_examples=100, deadline=None)
 @given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 5), st.sampled_from(["beam", "exact"]))
 def test_single_precision_scores_rank_like_double_ones(identifiers, seed, k, mode):
     trie = build_trie(identifiers)[0]

@@ -13,6 +13,8 @@ from llama_index_genret.search.logits_processor import TrieLogitsProcessor, pref
 from llama_index_genret.trie import build_trie
 from llama_index_genret.trie._reference import DictTrie
 
+pytestmark = pytest.mark.torch
+
 END, PAD, VOCABULARY = 11, 0, 12
 IDENTIFIERS = [(a, b, c) for a in (100, 110, 120, 125) for b in (130, 140) for c in (150, 160, 170)]
 VARIABLE = [(100,), (110, 130), (110, 140, 150), (110, 140, 160), (120, 130, 150, 170), (125, 130)]

@@ -26,6 +26,8 @@ from llama_index_genret.store.build import add_to_index, build_index, needs_feat
 from llama_index_genret.store.model_state import new_token_ids, stored_new_rows
 from tests.conftest import draw_pictures
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture
 def index(untrained_index, tmp_path):

@@ -22,6 +22,8 @@ from llama_index_genret.store.model_state import adapter_folder, stored_new_rows
 from llama_index_genret.store.new_symbol_rows import RowRegression
 from llama_index_genret.training.recipe import TrainOptions, train
 
+pytestmark = pytest.mark.torch
+
 OLD = 16
 OPTIONS = TrainOptions(max_steps=2, batch_size=10, lora_rank=2, symbol_learning_rate=5e-2)
 

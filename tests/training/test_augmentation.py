@@ -18,6 +18,8 @@ from llama_index_genret.training.recipe import TrainOptions, train
 from llama_index_genret.training.tasks import examples_of
 from llama_index_genret.training.vision_teacher import SHRINKAGE, VisionTeacher
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture
 def circle(pictures):

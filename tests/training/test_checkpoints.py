@@ -13,6 +13,8 @@ from llama_index_genret.training.checkpoints import discard, last_whole_checkpoi
 from llama_index_genret.training.recipe import TrainOptions, train
 from tests.guarantees.test_files import files_of_at_most
 
+pytestmark = pytest.mark.torch
+
 OPTIONS = TrainOptions(max_steps=6, batch_size=2, lora_rank=2, checkpoint_every=2)
 
 

@@ -33,6 +33,8 @@ from llama_index_genret.training.trainer import summed_loss
 from tests.conftest import draw_pictures
 from tests.tiny_model import make_tiny_model
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture
 def fresh_index(pictures, tiny_mllm, tmp_path):
@@ -155,10 +157,8 @@ options = TrainOptions(max_steps={steps}, lora_rank=2, checkpoint_every=2)
 train(load_index(Path({str(folder)!r})), options, device="cpu", show_progress=False)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
     while not list(folder.glob("training/*/checkpoint-[6-9]*")):
         assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -30,6 +30,8 @@ from llama_index_genret.training.tasks import Example, InterleavedExamples, exam
 from llama_index_genret.training.text_teacher import TextTeacher, teach
 from llama_index_genret.training.trainer import summed_loss
 
+pytestmark = pytest.mark.torch
+
 
 def taught(encoder, captions, **chosen):
     options = {"words": ["red", "blue"], "temperature": 0.05, "seed": 0, "device": "cpu"}

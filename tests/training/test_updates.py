@@ -39,6 +39,8 @@ from llama_index_genret.training.schedule import (
 from llama_index_genret.training.tasks import MIX, Example
 from tests.tiny_model import make_wordy_model
 
+pytestmark = pytest.mark.torch
+
 OLD = 16
 NEW = [16, 17, 18, 19]
 OPTIONS = TrainOptions(max_steps=4, batch_size=10, lora_rank=2, learning_rate=1e-2, checkpoint_every=2)

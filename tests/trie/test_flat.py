@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from integration.bench.corpus import Corpus
@@ -270,7 +270,6 @@ def test_walking_out_of_the_trie_names_depth_and_token() -> None:
 
 
 @given(identifier_sets)
-@settings(max_examples=25)
 def test_an_opened_trie_answers_like_the_saved_one(tmp_path_factory: pytest.TempPathFactory, identifiers) -> None:
     path = tmp_path_factory.mktemp("trie") / "trie.bin"
     save_trie(build_trie(identifiers)[0], path)

@@ -44,7 +44,7 @@ def edited_tries(draw):
     return live, {name: priors[name] for name in kept}, by_key[live.key(np.arange(live.n_leaves))]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(edited_tries())
 def test_of_every_prefix_sum_and_least_are_those_of_the_images_below(edited):
     """Down to e^-300: removed ones are left out, unknown ones get the least of their relatives."""
@@ -84,7 +84,7 @@ def searched(live, leaves, scorer, **options):
     return recall(scorer, live, [PROMPT], SearchOptions(prior=prior, **options))[0]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(edited_tries(), st.integers(0, 2**32 - 1), st.integers(1, 6), ETAS, st.sampled_from(Normalise), st.data())
 def test_exact_search_with_a_prior_equals_scoring_every_identifier(edited, seed, k, eta, normalise, data):
     """The least prior below a prefix bounds its identifiers, whatever the sums say."""
@@ -96,7 +96,7 @@ def test_exact_search_with_a_prior_equals_scoring_every_identifier(edited, seed,
     assert_ranked(ranking.hits, expected_scores(scorer, priors, eta, normalise))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(edited_tries(), st.integers(0, 2**32 - 1), st.integers(1, 4), ETAS, st.data())
 def test_with_a_prior_too_a_certificate_is_never_given_to_a_wrong_ranking(edited, seed, k, eta, data):
     (live, priors, leaves), scorer = edited, FakeScorer(40, seed=seed, spread=3.0)
@@ -121,7 +121,6 @@ def path_of(live, leaf):
     return live.base.token_ids_of(leaf) if leaf < n_base else live.added.token_ids_of(leaf - n_base)
 
 
-@settings(max_examples=60, deadline=None)
 @given(edited_tries(), st.integers(0, 2**32 - 1), st.integers(1, 4))
 def test_without_eta_a_prior_changes_nothing(edited, seed, k):
     (live, _, leaves), scorer = edited, FakeScorer(40, seed=seed)
