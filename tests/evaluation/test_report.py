@@ -6,19 +6,15 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from llama_index_genret import FakeScorer
 from llama_index_genret.cli.evaluate import evaluate as evaluate_command
 from llama_index_genret.errors import MissingExtra
 from llama_index_genret.evaluation.baselines import baseline
 from llama_index_genret.evaluation.evaluate import evaluate
-from llama_index_genret.evaluation.metrics import expected_calibration_error, reliability
+from llama_index_genret.evaluation.metrics import expected_calibration_error
 from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.evaluation.report import STRIPS, worst_first, write_evaluation_report
-
-ANSWERS = st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60)
 
 
 @pytest.fixture(scope="module")
@@ -31,35 +27,6 @@ def evaluation(untrained_index):
     ]
     queries[7] = EvaluationQuery(" ", queries[7].image_ids, "odd")
     return evaluate(untrained_index, FakeScorer(untrained_index.tokenizer.vocab_size, spread=3.0), queries)
-
-
-def calibration_by_loops(answers, bins=10):
-    """The definition, bin by bin."""
-    error = 0.0
-    for number in range(bins):
-        low, high = number / bins, (number + 1) / bins
-        here = [(score, right) for score, right in answers if low < score <= high or (score == 0 == number)]
-        if here:
-            mean = sum(score for score, _ in here) / len(here)
-            error += len(here) / len(answers) * abs(mean - sum(right for _, right in here) / len(here))
-    return error
-
-
-@given(ANSWERS)
-def test_the_calibration_error_is_its_definition(answers):
-    answers = [(round(score, 3), right) for score, right in answers if not (1000 * score) % 100 < 1]  # not on an edge
-    scores, right = [score for score, _ in answers], [is_right for _, is_right in answers]
-    assert expected_calibration_error(scores, right) == pytest.approx(calibration_by_loops(answers) if answers else 0)
-    assert sum(bin.n for bin in reliability(scores, right)) == len(answers)
-
-
-def test_scores_that_are_as_often_right_as_they_say_have_no_calibration_error():
-    assert expected_calibration_error([0.8] * 5, [True] * 4 + [False]) == pytest.approx(0)
-    assert expected_calibration_error([1.0] * 5, [True] * 4 + [False]) == pytest.approx(0.2)
-    (low, high) = reliability([0.0, 1.0], [False, True])
-    assert (low.low, low.high, high.low, high.high) == (0.0, 0.1, 0.9, 1.0)
-    (edge,) = reliability([0.5], [True])
-    assert (edge.low, edge.high) == (0.4, 0.5)
 
 
 def test_prefix_survival_ends_at_recall_and_a_refused_query_keeps_nothing(evaluation):

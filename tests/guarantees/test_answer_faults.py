@@ -1,7 +1,7 @@
 """What a user sees when the server that answers fails, or a picture does, in the middle of a query engine.
 
 Faults of recall itself: `tests/scorers/test_http_client.py`, `tests/scorers/test_vllm_http.py`. Of image files:
-`tests/corpus/test_imagefolder.py`, `tests/llamaindex/test_nodes.py`. Answers come from LlamaIndex's `OpenAILike`, so
+`tests/corpus/test_images.py`, `tests/llamaindex/test_nodes.py`. Answers come from LlamaIndex's `OpenAILike`, so
 its errors are those of `openai`.
 """
 

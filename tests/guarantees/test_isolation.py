@@ -32,7 +32,7 @@ from llama_index_genret.scorers.vllm_http import VllmScorer
 from llama_index_genret.serving.endpoint.client import RecallClient
 from llama_index_genret.store import ScoringChoice, load_index, remove_images
 from tests.openai_server import OpenAIServer, running
-from tests.serving.test_client import Recalling
+from tests.serving.endpoint.test_client import Recalling
 from tests.store.test_filters import by_llama_index
 
 TENANTS = ["acme", "Müller & Söhne 株式会社"]

@@ -97,7 +97,7 @@ def test_a_key_is_not_shown():
 
 @pytest.mark.parametrize(("how", "act"), [("sync", "slow"), ("async", "slow"), ("async", "drip")])
 def test_a_deadline_holds_for_all_tries_together(faulty, how, act):
-    """The first try leaves half a second of ten minutes. The second ends before its server does, after one."""
+    """The first try leaves half a second of ten minutes: the second ends before the server's minute does."""
     clock = SimulatedClock()
     server = faulty([lambda: clock.advance(599.5), response(503)], act)
     with pytest.raises(ServerUnreachable, match="in time"):

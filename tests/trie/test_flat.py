@@ -1,30 +1,18 @@
 """The flat trie against its slow twin, its file against damage, its size against the budget."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from integration.bench.corpus import Corpus
-from llama_index_genret.errors import (
-    DeadEnd,
-    FilterError,
-    IdentifierCollision,
-    IdentifierError,
-    IndexDamaged,
-    IndexVersionError,
-    SearchError,
-    StoreError,
-)
-from llama_index_genret.trie import LeafFilter, Trie, build_trie, open_trie, save_trie, verify_trie
+from llama_index_genret.errors import DeadEnd, IdentifierCollision, IdentifierError, IndexDamaged, SearchError
+from llama_index_genret.trie import Trie, build_trie
 from llama_index_genret.trie import build as build_module
-from llama_index_genret.trie import filter as filter_module
-from llama_index_genret.trie._reference import DictTrie, count_allowed
+from llama_index_genret.trie._reference import DictTrie
 
 TOKEN_IDS = st.sampled_from([0, 1, 2, 7, 300, 151_999, 2**31 - 1])
+
 Identifiers = list[tuple[int, ...]]
 
 
@@ -44,6 +32,7 @@ def prefix_free_sets(draw: st.DrawFn) -> Identifiers:
 
 
 identifier_sets = fixed_length_sets() | prefix_free_sets()
+
 VARIABLE = [(5,), (6, 1), (6, 2, 9), (6, 2, 4), (7, 7, 7, 7)]
 
 
@@ -105,19 +94,6 @@ def test_gathering_takes_each_childs_column(identifiers: Identifiers, data: st.D
     assert children.gather(block).tolist() == block[children.row, columns].tolist()
 
 
-@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=200))
-def test_filters_combine_like_sets(bits: list[tuple[bool, bool, bool]]) -> None:
-    first, second, gone = np.array(bits).T
-    leaves = np.arange(len(bits))
-    both = LeafFilter.from_mask(first) & LeafFilter.from_mask(second)
-    assert both.contains(leaves).tolist() == (first & second).tolist()
-    assert both.n_allowed == (first & second).sum()
-    rest = LeafFilter.from_mask(first).without(np.flatnonzero(gone))
-    assert rest.count(leaves, leaves + 1).tolist() == (first & ~gone).tolist()
-    with pytest.raises(FilterError, match="different tries"):
-        both & LeafFilter.from_mask(np.ones(len(bits) + 1, bool))
-
-
 @given(fixed_length_sets())
 def test_an_array_and_a_list_of_identifiers_build_the_same_trie(identifiers: Identifiers) -> None:
     trie, order = build_trie(np.array(identifiers))
@@ -170,43 +146,6 @@ def test_wide_offsets_answer_like_narrow_ones(identifiers: Identifiers) -> None:
 
 def test_offsets_widen_where_four_bytes_end() -> None:
     assert [build_module._offset_dtype(n) for n in (2**31 - 1, 2**31)] == [np.int32, np.int64]
-
-
-@given(identifier_sets, st.data())
-def test_filter_counts_equal_a_loop_over_the_mask(identifiers: Identifiers, data: st.DataObject) -> None:
-    trie, _ = build_trie(identifiers)
-    mask = data.draw(st.lists(st.booleans(), min_size=trie.n_leaves, max_size=trie.n_leaves))
-    lo, hi = trie.leaf_range(all_nodes(trie))
-    counts = LeafFilter.from_mask(np.array(mask)).count(lo, hi)
-    assert counts.tolist() == [count_allowed(mask, a, b) for a, b in zip(lo, hi, strict=True)]
-
-
-@pytest.mark.parametrize("n", [1, 63, 64, 65, 128, 1000])
-def test_filter_counts_are_exact_for_every_range_across_words(n: int) -> None:
-    mask = np.random.default_rng(n).random(n) < 0.4
-    before = np.array([count_allowed(mask.tolist(), 0, leaf) for leaf in range(n + 1)])
-    lo, hi = np.triu_indices(n + 1)
-    leaf_filter = LeafFilter.from_mask(mask)
-    assert (leaf_filter.count(lo, hi) == before[hi] - before[lo]).all()
-    assert leaf_filter.n_allowed == before[-1]
-
-
-def test_bits_are_counted_alike_with_and_without_numpy_2() -> None:
-    words = np.random.default_rng(0).integers(0, 2**64, (3, 5), dtype=np.uint64)
-    assert filter_module._popcount_by_table(words).tolist() == [[bin(w).count("1") for w in row] for row in words]
-    assert filter_module._popcount(words).tolist() == filter_module._popcount_by_table(words).tolist()
-
-
-@pytest.mark.parametrize(("lo", "hi"), [(0, 6), (-1, 2), (3, 2)])
-def test_a_filter_refuses_ranges_of_another_trie(lo: int, hi: int) -> None:
-    with pytest.raises(FilterError, match="over 5 leaves"):
-        LeafFilter.from_mask(np.ones(5, bool)).count(np.array([lo]), np.array([hi]))
-
-
-@pytest.mark.parametrize("mask", [np.ones(3, np.int64), np.ones((2, 2), bool)])
-def test_a_mask_must_be_a_row_of_booleans(mask: np.ndarray) -> None:
-    with pytest.raises(FilterError, match="n_leaves"):
-        LeafFilter.from_mask(mask)
 
 
 @pytest.mark.parametrize(
@@ -267,101 +206,6 @@ def test_walking_out_of_the_trie_names_depth_and_token() -> None:
         trie.walk((6, 8))
     with pytest.raises(IdentifierError, match=r"token 8 at depth 1 .*ends before it"):
         trie.walk((5, 8))
-
-
-@given(identifier_sets)
-def test_an_opened_trie_answers_like_the_saved_one(tmp_path_factory: pytest.TempPathFactory, identifiers) -> None:
-    path = tmp_path_factory.mktemp("trie") / "trie.bin"
-    save_trie(build_trie(identifiers)[0], path)
-    verify_trie(path)
-    assert_same_answers(open_trie(path), DictTrie(identifiers))
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    path = tmp_path / "trie.bin"
-    save_trie(build_trie(VARIABLE)[0], path)
-    return path
-
-
-def test_arrays_lie_aligned_in_the_file_and_cannot_be_written(saved: Path) -> None:
-    for trie in (open_trie(saved), build_trie(VARIABLE)[0]):
-        for array in trie.arrays().values():
-            with pytest.raises(ValueError, match="read-only"):
-                array[0] = 1
-    assert all(a.ctypes.data % 64 == 0 for a in open_trie(saved).arrays().values())
-
-
-def test_a_trie_in_use_survives_being_replaced(saved: Path) -> None:
-    before = open_trie(saved)
-    save_trie(build_trie([(1, 2)])[0], saved)
-    assert_same_answers(before, DictTrie(VARIABLE))
-    assert open_trie(saved).token_ids_of(0) == (1, 2)
-
-
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(_: int) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        save_trie(build_trie([(1, 2)])[0], saved)
-    assert_same_answers(open_trie(saved), DictTrie(VARIABLE))
-    assert list(saved.parent.iterdir()) == [saved]
-
-
-def test_every_flipped_byte_is_noticed(saved: Path) -> None:
-    content = saved.read_bytes()
-    for position in range(len(content)):
-        for flip in (0x01, 0x80):
-            broken = bytearray(content)
-            broken[position] ^= flip
-            saved.write_bytes(broken)
-            with pytest.raises(StoreError, match="trie"):
-                verify_trie(saved)
-
-
-def test_a_file_cut_or_lengthened_anywhere_does_not_open(saved: Path) -> None:
-    content = saved.read_bytes()
-    for broken in [*(content[:length] for length in range(len(content))), content + b"\0"]:
-        saved.write_bytes(broken)
-        with pytest.raises(IndexDamaged, match=r"trie\.bin"):
-            open_trie(saved)
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(IndexDamaged, match=r"gone\.bin"):
-        open_trie(tmp_path / "gone.bin")
-
-
-def test_a_future_version_says_so(saved: Path) -> None:
-    content = saved.read_bytes()
-    saved.write_bytes(content.replace(b'{"version": 2', b'{"version": 9'))
-    with pytest.raises(IndexVersionError, match=r"trie\.bin has the trie format 9"):
-        open_trie(saved)
-
-
-@pytest.mark.parametrize(
-    ("header", "match"),
-    [
-        ([], "list"),
-        ({}, "version"),
-        (3, "int"),
-        ({"version": 2, "payload_bytes": 0, "arrays": {"code": ["O", 1, 0]}}, "code of type O"),
-        ({"version": 2, "payload_bytes": 0, "arrays": {"code": ["|u1", 10**30, 0]}}, "large"),
-    ],
-)
-def test_a_strange_header_is_damage(saved: Path, header: object, match: str) -> None:
-    text = json.dumps(header).encode()
-    saved.write_bytes(b"genrTRIE" + len(text).to_bytes(8, "little") + text + bytes(32))
-    with pytest.raises(IndexDamaged, match=rf"trie\.bin.*{match}"):
-        open_trie(saved)
-
-
-def test_a_file_of_another_kind_is_called_so(saved: Path) -> None:
-    saved.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(1000))
-    with pytest.raises(IndexDamaged, match=r"begins with .*PNG"):
-        open_trie(saved)
 
 
 @pytest.mark.parametrize("name", build_trie(VARIABLE)[0].arrays())
