@@ -131,7 +131,7 @@ def test_a_saved_adapter_has_the_trained_loss_with_any_head(fresh, index, tmp_pa
 
     def losses(model):
         symbols = torch.from_numpy(tensors.paths.token_ids)
-        return [summed_loss(of, dict(part), symbols)[0] for part in batch.values()]
+        return [summed_loss(model, dict(part), symbols)[0] for part in batch.values()]
 
     sum(losses(model)).backward()
     learned = {name: p for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
