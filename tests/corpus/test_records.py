@@ -69,6 +69,6 @@ def test_a_damaged_stored_record_is_an_error(folder, change, error):
 
 
 @pytest.mark.parametrize("obj", [None, [], {}, "x"])
-def test_what_is_no_stored_record_is_an_error(folder, obj):
+def test_an_invalid_stored_record_is_an_error(folder, obj):
     with pytest.raises(MetadataError, match="expected an object with the keys"):
         Record.from_json(obj, folder)
