@@ -48,7 +48,10 @@ def test_the_probe_itself_sees_a_heavy_package():
 
 
 BLOCKED = (*HEAVY, "scipy", "sentence_transformers", "matplotlib", "bm25s", "starlette", "uvicorn")
-BEHIND_ANOTHER = ("serving.endpoint.", "training.checkpoints", "training.feature_cache")
+BEHIND_ANOTHER = (
+    *("serving.endpoint.", "training.checkpoints", "training.feature_cache"),
+    *("training.lora", "training.trainer"),
+)
 """Modules that load inside a vLLM server, or after `training.recipe`, which names the extra."""
 
 WITHOUT_EXTRAS = f"""
