@@ -1,4 +1,4 @@
-"""What `read_corpus` promises: the records it makes, and the error for each thing that can be wrong."""
+"""`read_corpus` makes the expected records, and raises the documented error for each broken input."""
 
 from __future__ import annotations
 
@@ -26,9 +26,6 @@ def write_jsonl(folder: Path, *rows: object) -> Path:
     path = folder / "metadata.jsonl"
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
     return path
-
-
-# What is read
 
 
 def test_a_line_of_json_becomes_a_record(folder):
@@ -228,14 +225,14 @@ def test_skip_broken_does_not_skip_a_broken_metadata_file(folder, case, skip_bro
 # Errors of one line
 
 BROKEN_LINES = {
-    "broken JSON": ('{"file_name": "a.png"', MetadataError, "no valid JSON"),
-    "pretty-printed JSON": ("[", MetadataError, "one JSON object a line"),
+    "broken JSON": ('{"file_name": "a.png"', MetadataError, "not valid JSON"),
+    "pretty-printed JSON": ("[", MetadataError, "one JSON object per line"),
     "not an object": ('["a.png"]', MetadataError, "a list, not an object"),
-    "deep JSON": ("[" * 100_000, MetadataError, "no valid JSON"),
+    "deep JSON": ("[" * 100_000, MetadataError, "not valid JSON"),
     "repeated key": ('{"file_name": "a.png", "text": "x", "text": "y"}', MetadataError, "given twice.*'text'"),
-    "NaN": ('{"file_name": "a.png", "x": NaN}', MetadataError, "no valid JSON"),
-    "infinite number": ('{"file_name": "a.png", "x": 1e999}', MetadataError, "no valid JSON"),
-    "half a surrogate pair": (r'{"file_name": "a.png", "text": "\ud800"}', MetadataError, "no valid JSON"),
+    "NaN": ('{"file_name": "a.png", "x": NaN}', MetadataError, "not valid JSON"),
+    "infinite number": ('{"file_name": "a.png", "x": 1e999}', MetadataError, "not valid JSON"),
+    "half a surrogate pair": (r'{"file_name": "a.png", "text": "\ud800"}', MetadataError, "not valid JSON"),
     "no file_name": ({"text": "x"}, MetadataError, "file_name must be text"),
     "empty file_name": ({"file_name": ""}, MetadataError, "file_name must be text"),
     "file_name null": ({"file_name": None}, MetadataError, "file_name must be text"),
@@ -263,8 +260,8 @@ BROKEN_LINES = {
     "nested metadata": ({"file_name": "a.png", "exif": {"iso": 100}}, MetadataError, "'exif' is a dict.*Flatten"),
     "listed metadata": ({"file_name": "a.png", "tags": ["x"]}, MetadataError, "'tags' is a list.*Flatten"),
     "missing file": ({"file_name": "gone.png"}, ImageError, r"gone\.png is missing"),
-    "a folder": ({"file_name": "sub"}, ImageError, r"sub is missing or no regular file"),
-    "the folder itself": ({"file_name": "."}, ImageError, "no regular file"),
+    "a folder": ({"file_name": "sub"}, ImageError, r"sub is missing or not a regular file"),
+    "the folder itself": ({"file_name": "."}, ImageError, "not a regular file"),
     "name too long": ({"file_name": "x" * 5000}, ImageError, "cannot be (read|opened)"),
     "parent folder": ({"file_name": "../images/a.png"}, UnsafePath, "leads out of the image folder"),
     "there and back": ({"file_name": "sub/../a.png"}, UnsafePath, "leads out of the image folder"),
