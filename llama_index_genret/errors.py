@@ -1,49 +1,49 @@
 """Every error that this package raises on purpose.
 
     GenretError
-    ├── CorpusError                 what was given as images cannot be used
-    │   ├── MetadataError           a line of metadata.jsonl / .csv is broken; names file and line
-    │   ├── ImageError              a file is missing, is no image, or does not decode
+    ├── CorpusError                 the given images cannot be used
+    │   ├── MetadataError           a line of metadata.jsonl / .csv is broken; the message gives file and line
+    │   ├── ImageError              a file is missing, is not an image, or does not decode
     │   ├── UnsafePath              a file name leaves the folder
-    │   ├── DuplicateImage          two records carry one image_id
-    │   └── UnknownImage            an index has no image of that id
+    │   ├── DuplicateImage          two records have the same image_id
+    │   └── UnknownImage            the index has no image with this id
     ├── IdentifierError             identifiers cannot be made, or cannot form a trie
-    │   └── IdentifierCollision     two images share an identifier, or one is the beginning of another
+    │   └── IdentifierCollision     two images share an identifier, or one is a prefix of another
     ├── QueryError                  the query is empty or longer than the model reads
-    ├── FilterError                 a metadata filter names no known key or cannot be parsed
-    ├── SearchError                 a search was asked for something impossible
-    │   ├── DeadEnd                 a finished identifier was asked for its next token
-    │   └── NotANumber              a model answered NaN or +inf
+    ├── FilterError                 a metadata filter has an unknown key or cannot be parsed
+    ├── SearchError                 the request for a search is impossible
+    │   ├── DeadEnd                 a finished identifier has no next token
+    │   └── NotANumber              a model returned NaN or +inf
     ├── StoreError                  an index folder is missing, damaged or of another version
     │   ├── IndexNotFound
-    │   ├── IndexExists             a folder is not free for a new index
-    │   ├── IndexDamaged            a checksum or a length differs; names the file
-    │   ├── IndexVersionError       written by another format version
-    │   ├── IndexBusy               another process is writing it
-    │   ├── IndexChanged            another process has changed it since it was read
-    │   └── ModelMismatch           model or tokenizer are not those the index was made with
-    ├── NotWritten                  a disk is full, broken or read only; what was there is as it was
+    │   ├── IndexExists             the folder for a new index is not free
+    │   ├── IndexDamaged            a checksum or a length differs; the message gives the file
+    │   ├── IndexVersionError       another format version wrote the index
+    │   ├── IndexBusy               another process is writing the index
+    │   ├── IndexChanged            another process has changed the index since it was read
+    │   └── ModelMismatch           the model or tokenizer differs from the one that the index was made with
+    ├── NotWritten                  a disk is full, broken or read-only; the earlier content is intact
     ├── ModelError                  a model folder cannot be loaded or used
     │   └── NotTrained              the index has no trained weights yet
-    ├── BatchError                  what a long run writes cannot be written, or its unfinished run is another
-    ├── TrainingError               training cannot start or cannot go on
-    ├── ServerError                 a vLLM server answered with an error or with nonsense
-    │   └── ServerUnreachable       nothing answers at the address
+    ├── BatchError                  a long run cannot write its output, or the unfinished output is of another run
+    ├── TrainingError               training cannot start or cannot continue
+    ├── ServerError                 a vLLM server returned an error or an invalid response
+    │   └── ServerUnreachable       no server responds at the address
     └── MissingExtra                an optional package is not installed (also an ImportError)
 
-And one warning, `PictureNotShown`: a model that was to look at pictures is given text.
+One warning: `ImageNotShown`, when a model that should see images receives only text.
 
-All carry the whole situation in their message: what is wrong, with which values, and what to do.
-Knows nothing of the other modules.
+Every message tells what is wrong, with which values, and how to fix it.
+Independent of all other modules.
 """
 
 
 class GenretError(Exception):
-    """Base of all errors of this package."""
+    """Base class of all errors of this package."""
 
 
 class CorpusError(GenretError):
-    """What was given as images cannot be used."""
+    """The given images cannot be used."""
 
 
 class MetadataError(CorpusError):
@@ -51,7 +51,7 @@ class MetadataError(CorpusError):
 
 
 class ImageError(CorpusError):
-    """A file is missing, is no image, or does not decode."""
+    """A file is missing, is not an image, or does not decode."""
 
 
 class UnsafePath(CorpusError):
@@ -59,11 +59,11 @@ class UnsafePath(CorpusError):
 
 
 class DuplicateImage(CorpusError):
-    """Two records carry one image_id."""
+    """Two records have the same image_id."""
 
 
 class UnknownImage(CorpusError):
-    """An index has no image of that id."""
+    """The index has no image with this id."""
 
 
 class IdentifierError(GenretError):
@@ -71,7 +71,7 @@ class IdentifierError(GenretError):
 
 
 class IdentifierCollision(IdentifierError):
-    """Two images share an identifier, or one identifier is the beginning of another."""
+    """Two images share an identifier, or one identifier is a prefix of another."""
 
 
 class QueryError(GenretError):
@@ -79,19 +79,19 @@ class QueryError(GenretError):
 
 
 class FilterError(GenretError):
-    """A metadata filter names no known key or cannot be parsed."""
+    """A metadata filter has an unknown key or cannot be parsed."""
 
 
 class SearchError(GenretError):
-    """A search was asked for something impossible."""
+    """The request for a search is impossible."""
 
 
 class DeadEnd(SearchError):
-    """A finished identifier was asked for its next token."""
+    """A finished identifier has no next token."""
 
 
 class NotANumber(SearchError):
-    """A model answered NaN or +inf: its weights are damaged, or its dtype overflows."""
+    """A model returned NaN or +inf: its weights are damaged, or its dtype overflows."""
 
 
 class StoreError(GenretError):
@@ -103,7 +103,7 @@ class IndexNotFound(StoreError):
 
 
 class IndexExists(StoreError):
-    """A folder is not free for a new index."""
+    """The folder for a new index is not free."""
 
 
 class IndexDamaged(StoreError):
@@ -111,7 +111,7 @@ class IndexDamaged(StoreError):
 
 
 class IndexVersionError(StoreError):
-    """The index was written by another format version."""
+    """Another format version wrote the index."""
 
 
 class IndexBusy(StoreError):
@@ -123,11 +123,11 @@ class IndexChanged(StoreError):
 
 
 class ModelMismatch(StoreError):
-    """Model or tokenizer are not those the index was made with."""
+    """The model or tokenizer differs from the one that the index was made with."""
 
 
 class NotWritten(GenretError):
-    """A disk is full, broken or read only. What was there is as it was."""
+    """A disk is full, broken or read-only. The earlier content is intact."""
 
 
 class ModelError(GenretError):
@@ -139,24 +139,24 @@ class NotTrained(ModelError):
 
 
 class BatchError(GenretError):
-    """What a long run writes cannot be written, or its unfinished run is another."""
+    """A long run cannot write its output, or the unfinished output is of another run."""
 
 
 class TrainingError(GenretError):
-    """Training cannot start or cannot go on."""
+    """Training cannot start or cannot continue."""
 
 
 class ServerError(GenretError):
-    """A vLLM server answered with an error or with nonsense."""
+    """A vLLM server returned an error or an invalid response."""
 
 
 class ServerUnreachable(ServerError):
-    """Nothing answers at the server's address."""
+    """No server responds at the address."""
 
 
 class MissingExtra(GenretError, ImportError):
-    """An optional package is not installed; names the extra that brings it."""
+    """An optional package is not installed. The message names the extra that installs it."""
 
 
-class PictureNotShown(UserWarning):
-    """Recalled images go through an engine that shows its model no picture."""
+class ImageNotShown(UserWarning):
+    """A LlamaIndex engine passes only the text of the recalled images to its model."""

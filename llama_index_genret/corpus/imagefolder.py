@@ -1,6 +1,6 @@
-"""The images and what is known of each, read from a folder that is laid out as a Hugging Face imagefolder.
+"""Read a corpus from a folder in the layout of a Hugging Face imagefolder.
 
-Knows files and the metadata format; nothing of pixels, identifiers, models or LlamaIndex.
+Depends on files and the metadata format; independent of pixels, identifiers, models and LlamaIndex.
 Format: https://huggingface.co/docs/datasets/image_dataset#imagefolder
 """
 
@@ -29,8 +29,8 @@ from llama_index_genret.corpus.records import (
 )
 from llama_index_genret.errors import CorpusError, DuplicateImage, ImageError, MetadataError, UnsafePath
 
-# What a bare folder is searched for. The second line needs converting: an error, so that no picture vanishes silently.
-_PICTURE = re.compile(
+# Suffixes of images in a bare folder. Those of the second line need converting: an error, so that no image is lost.
+_IMAGE_SUFFIX = re.compile(
     r"\.(apng|avif|bmp|gif|ico|jfif|jp2|jpe|jpeg|jpg|mpo|pbm|pgm|png|pnm|ppm|tiff?|webp"
     r"|heic|heif|jxl|svgz?)\Z",
     re.IGNORECASE,
@@ -41,7 +41,7 @@ _OWN_COLUMNS = frozenset({"file_name", "image_id", "text", "questions"})
 
 @dataclass(frozen=True)
 class _MetadataRow:
-    """One image as it is listed; parsed late, so that a broken line is an error of that line only."""
+    """One listed image. `parse` runs late, so that a broken line is an error of that line only."""
 
     where: str
     line: int | None
@@ -55,21 +55,28 @@ def read_corpus(
     skip_broken: bool = False,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
 ) -> Corpus:
-    """Read a folder of images, with a `metadata.jsonl` or `metadata.csv` or bare; decode every image once.
+    """Read a folder of images and decode every image once.
 
-    Columns: `file_name`; `text` (a caption, in JSON also a list of them); `image_id` (else the file name without
-    its suffix); `questions` (JSON only: a list of {"question", "answer"}). All others are metadata: flat, and text in
-    a CSV, where an empty cell is a missing value. In a bare folder hidden files and linked folders are left alone.
+    The folder has a `metadata.jsonl` or a `metadata.csv`, or is bare. Its columns:
+
+    - `file_name`: the path of the image, relative to the folder.
+    - `text`: a caption. In JSON also a list of captions.
+    - `image_id`: text. Default: the file name without its suffix.
+    - `questions`: a list of {"question", "answer"}. JSON only.
+
+    All other columns are flat metadata. A CSV gives them as text, and an empty cell is a missing value.
+    A bare folder gives every image below it, except hidden files and linked folders.
 
     Args:
-        skip_broken: leave broken images and lines out, and list them in `skipped`.
-        progress: wraps the rows as they are read, as `tqdm.tqdm` does.
+        folder: the image folder.
+        skip_broken: leave out broken images and lines, and list them in `Corpus.skipped`. Default: raise an error.
+        progress: wraps the iterable of rows, as `tqdm.tqdm` does. Default: no progress bar.
     Raises:
-        MetadataError: a line is broken; or, always, the metadata file as a whole is.
-        ImageError: a file is missing, damaged, too large, or no raster image.
+        MetadataError: a line is broken. Also raised with `skip_broken` if the metadata file as a whole is broken.
+        ImageError: a file is missing, damaged, too large, or not a raster image.
         UnsafePath: a file name or a link leaves the folder.
-        DuplicateImage: two images have one `image_id`.
-        CorpusError: the folder does not exist, or no image is (left) in it.
+        DuplicateImage: two images have the same `image_id`.
+        CorpusError: the folder does not exist, or it has no usable image.
     """
     root = _existing_folder(Path(folder))
     rows = _list_rows(root)
@@ -111,16 +118,16 @@ def _existing_folder(folder: Path) -> Path:
 def _list_rows(root: Path) -> Iterable[_MetadataRow]:
     present = [name for name in _METADATA_FILES if os.path.lexists(root / name)]
     if len(present) > 1:
-        raise MetadataError(f"{root} has both {' and '.join(present)}: remove the one that is not meant.")
-    if present and not (root / present[0]).is_file():  # a pipe would be waited for
-        raise MetadataError(f"{root / present[0]} is no regular file: write the metadata to a file of that name.")
+        raise MetadataError(f"{root} has both {' and '.join(present)}: remove one of them.")
+    if present and not (root / present[0]).is_file():  # reading a pipe would block
+        raise MetadataError(f"{root / present[0]} is not a regular file: write the metadata to a file with that name.")
     if present:
         return (_json_rows if present[0].endswith("jsonl") else _csv_rows)(root / present[0])
     return [_MetadataRow("", None, name, partial(dict, file_name=name)) for name in _image_files(root)]
 
 
 def _image_files(root: Path) -> list[str]:
-    """Relative names of the pictures below `root`, and of linked folders that leave it, sorted."""
+    """Return the sorted relative names of the images below `root`, and of linked folders that leave it."""
 
     def refuse(error: OSError) -> NoReturn:
         raise CorpusError(f"{root} cannot be listed: {error}. Make it readable.") from error
@@ -133,10 +140,10 @@ def _image_files(root: Path) -> list[str]:
             if name in _METADATA_FILES or name == "metadata.parquet":
                 raise MetadataError(
                     f"{Path(parent) / name} would not be read: only a metadata.jsonl or metadata.csv directly in "
-                    f"{root} is. Give its own folder instead, or write its rows to {root / 'metadata.jsonl'}."
+                    f"{root} is. Give the folder of that file instead, or write its rows to {root / 'metadata.jsonl'}."
                 )
-        pictures = [name for name in files if _PICTURE.search(name) and not name.startswith(".")]
-        names += [(Path(parent) / name).relative_to(root).as_posix() for name in pictures + links]
+        images = [name for name in files if _IMAGE_SUFFIX.search(name) and not name.startswith(".")]
+        names += [(Path(parent) / name).relative_to(root).as_posix() for name in images + links]
     return sorted(names)
 
 
@@ -158,18 +165,18 @@ def _csv_rows(path: Path) -> Iterator[_MetadataRow]:
             if cells:
                 yield _MetadataRow(where, line, path.name, partial(_parse_cells, columns, cells, where))
             line = reader.line_num + 1
-    except csv.Error as error:  # where the next row begins is unknown from here on
+    except csv.Error as error:  # the start of the next row is unknown after this error
         raise MetadataError(
-            f"{path}, line {reader.line_num}: no valid CSV: {error}. Check its quotes, or write a metadata.jsonl."
+            f"{path}, line {reader.line_num}: not valid CSV: {error}. Check its quotes, or write a metadata.jsonl."
         ) from error
 
 
 def _check_columns(columns: list[str], path: Path) -> None:
     where = f"{path}, line 1: the columns are {columns}"
     if "file_name" not in columns:
-        raise MetadataError(f"{where}, but 'file_name' is needed. Separate them with commas.")
+        raise MetadataError(f"{where}, but 'file_name' is needed. Add it, and separate columns with commas.")
     if len(set(columns)) != len(columns) or "" in columns:
-        raise MetadataError(f"{where}, but each needs a name of its own.")
+        raise MetadataError(f"{where}, but each needs its own name. Rename the repeated or empty ones.")
     if "questions" in columns:
         raise MetadataError(f"{where}, but a CSV cannot hold 'questions'. Write a metadata.jsonl.")
 
@@ -188,8 +195,8 @@ def _read_record(root: Path, fields: Mapping[str, object], where: str, places: M
         image_id = parse_text(fields["image_id"], "image_id", where)
     if image_id in places:
         raise DuplicateImage(
-            f"{where}{file_name!r} has the image_id {image_id!r}, which {places[image_id]} already has. Give each its "
-            "own in the column image_id; several captions of one image go into one line, as a list in text."
+            f"{where}{file_name!r} has the image_id {image_id!r}, which {places[image_id]} already has. Give each "
+            "its own in the column image_id. List several captions of one image in the text of one line."
         )
     captions = parse_captions(fields.get("text"), where)
     questions = parse_questions(fields.get("questions"), where)
@@ -204,7 +211,7 @@ def _inside(root: Path, file_name: str, where: str) -> Path:
         file_name.encode()
         target = path.resolve()
     except (OSError, RuntimeError, UnicodeError) as error:
-        raise ImageError(f"{where}{file_name!r} cannot be opened: {error}. Rename it, or mend its links.") from error
+        raise ImageError(f"{where}{file_name!r} cannot be opened: {error}. Rename it, or repair its links.") from error
     if not target.is_relative_to(root):
         raise UnsafePath(f"{where}{file_name!r} is a link out of the folder {root}. Copy its target into the folder.")
     return path

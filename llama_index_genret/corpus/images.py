@@ -1,6 +1,6 @@
-"""One image file: what it is by its content, and its pixels as every model here wants them.
+"""Detect the type of one image file by its content, and decode it to RGB.
 
-Knows Pillow and `filetype`; nothing of folders, metadata or models.
+Depends on Pillow and `filetype`; independent of folders, metadata and models.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from PIL import ExifTags, Image
 
 from llama_index_genret.errors import ImageError
 
-# The sniffed type decides which one decoder of Pillow sees a file. Left out are those that run programs or weakly
-# recognise their own files (EPS calls Ghostscript, TGA has no signature).
+# The detected type selects the one Pillow decoder that reads a file. Decoders that run programs or recognise their
+# files weakly are left out: EPS calls Ghostscript, TGA has no signature.
 _DECODERS = {
     "image/avif": "AVIF",
     "image/bmp": "BMP",
@@ -41,17 +41,19 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture upright, by the orientation that its EXIF tells."""
+"""The transposition that makes an image upright, by its EXIF orientation."""
 
 
 def load_image(source: Path | str | bytes) -> Image.Image:
-    """The image in a file, or in the content of one, as RGB, 8 bits a channel.
+    """Decode an image file, or the bytes of one, to RGB with 8 bits per channel.
 
-    Upright (EXIF), transparency on white, the first frame of an animation.
-    16-bit grey is scaled by 255/65535. Wider integers and floats define no white: their range is stretched.
+    The image is turned upright by its EXIF orientation. Transparency becomes white. An animation gives its first frame.
+    16-bit grey is scaled by 255/65535. Wider integers and floats define no white, so their range is stretched.
 
+    Args:
+        source: a path, or the content of a file.
     Raises:
-        ImageError: the file is missing, damaged, too large (`PIL.Image.MAX_IMAGE_PIXELS`), or no raster image.
+        ImageError: the file is missing, damaged, too large (`PIL.Image.MAX_IMAGE_PIXELS`), or not a raster image.
     """
     if isinstance(source, bytes):
         return _decode(BytesIO(source), _mime_of(source[:8192]), "an image", len(source))
@@ -59,7 +61,7 @@ def load_image(source: Path | str | bytes) -> Image.Image:
 
 
 def sniff_mime(source: Path | str | bytes) -> str:
-    """The type of a file by its content, whatever its suffix; `application/octet-stream` if unknown.
+    """Return the MIME type of a file by its content. The suffix does not matter; unknown: `application/octet-stream`.
 
     Raises:
         ImageError: the file is missing or cannot be read.
@@ -68,10 +70,12 @@ def sniff_mime(source: Path | str | bytes) -> str:
 
 
 def to_data_url(source: Path | bytes) -> str:
-    """A `data:` URL of an image file, or of its content, as it is.
+    """Return a `data:` URL with the unchanged bytes of an image file.
 
+    Args:
+        source: a path, or the content of a file.
     Raises:
-        ImageError: the file is missing, or by its content no raster image.
+        ImageError: the file is missing, or its content is not a raster image.
     """
     mime = sniff_mime(source)
     content = source if isinstance(source, bytes) else source.read_bytes()
@@ -81,26 +85,26 @@ def to_data_url(source: Path | bytes) -> str:
 
 
 def from_data_url(url: str) -> bytes:
-    """The content in a base64 `data:` URL.
+    """Return the bytes in a base64 `data:` URL.
 
     Raises:
-        ImageError: it is no such URL.
+        ImageError: `url` is not a base64 `data:` URL.
     """
     head, comma, body = url.partition(",")
     try:
         if not comma or not head.startswith("data:") or not head.endswith(";base64"):
-            raise ValueError("another beginning")
+            raise ValueError("it does not begin with data:...;base64,")
         return base64.b64decode(body, validate=True)
     except ValueError as error:
-        scheme = url.partition(":")[0] if ":" in url[:12] else "something else"  # and no more: it may hold a key
+        scheme = url.partition(":")[0] if ":" in url[:12] else "something else"  # the rest may hold a key
         raise ImageError(
-            f"what was given as an image is no `data:image/...;base64,` URL ({scheme}, {len(url)} characters: "
-            f"{error}). Nothing is fetched from an address or a file: send the content."
+            f"the image is not a `data:image/...;base64,` URL ({scheme}, {len(url)} characters: {error}). "
+            "Nothing is fetched from an address or a file: send the content."
         ) from None
 
 
 def image_sha256(path: Path | str) -> str:
-    """Sha256 of the file's bytes, as 64 hex digits, read in pieces."""
+    """Return the SHA-256 of the file's bytes as 64 hex digits. Reads 1 MiB at a time."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while piece := file.read(1 << 20):
@@ -110,14 +114,14 @@ def image_sha256(path: Path | str) -> str:
 
 def _sniff(path: Path, where: str) -> str:
     scheme, colon, _ = str(path).partition(":")
-    if colon and scheme in ("data", "http", "https", "file"):  # not shown: it may hold a picture or a key
+    if colon and scheme in ("data", "http", "https", "file"):  # not shown: it may hold an image or a key
         raise ImageError(
-            f"{where}a {scheme}: address ({len(str(path))} characters) was given where the path of a file is wanted: "
-            "nothing is fetched."
+            f"{where}expected the path of a file, not a {scheme}: address ({len(str(path))} characters). "
+            "Nothing is fetched: download the image and give its path."
         )
     try:
         if not path.is_file():
-            raise ImageError(f"{where}{path} is missing or no regular file: restore it, or remove its entry.")
+            raise ImageError(f"{where}{path} is missing or not a regular file: restore it, or remove its entry.")
         with path.open("rb") as file:
             head = file.read(8192)
     except (OSError, ValueError) as error:
@@ -136,7 +140,7 @@ def _mime_of(head: bytes) -> str:
 
 
 def decode_image(path: Path, where: str = "") -> Image.Image:
-    """`load_image`, with `where` before the message of an error."""
+    """Decode like `load_image`, with `where` before the message of an error."""
     return _decode(path, _sniff(path, where), f"{where}{path}", path.stat().st_size)
 
 
@@ -154,7 +158,7 @@ def _decode(source: Path | BytesIO, mime: str, name: str, size: int) -> Image.Im
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(too_large) from error
-    except Exception as error:  # a decoder that reads garbage raises almost anything
+    except Exception as error:  # decoders raise errors of many types on damaged files
         raise ImageError(
             f"{name} does not decode as {mime}: {type(error).__name__}: {error}. Restore it, or remove it."
         ) from error
@@ -162,19 +166,19 @@ def _decode(source: Path | BytesIO, mime: str, name: str, size: int) -> Image.Im
 
 def _no_raster(name: str, size: int, mime: str) -> ImageError:
     return ImageError(
-        f"{name} is no raster image that can be read: by its content ({size} bytes) it is {mime}. "
+        f"{name} is not a readable raster image: its content ({size} bytes) is {mime}. "
         "Convert it to PNG or JPEG, or remove it."
     )
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """As it was held; as it is stored where its EXIF cannot be read, which says nothing of the pixels."""
+    """Turn the image upright by its EXIF orientation; keep it as stored if the EXIF is unreadable."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # of what is no EXIF, a parser raises almost anything
+    except Exception:  # the parser raises errors of many types on damaged EXIF
         return image
-    held = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if held is None else image.transpose(held)
+    transposition = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if transposition is None else image.transpose(transposition)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

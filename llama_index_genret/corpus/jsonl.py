@@ -1,8 +1,8 @@
-"""JSON Lines as people write them: metadata, queries, what an index keeps of its images.
+"""Read JSON Lines: metadata, queries and pseudo-queries.
 
-A line ends at a line feed and nowhere else: U+2028 and its like may stand in a JSON text.
+Only a line feed ends a line, because a JSON string may contain U+2028 and similar characters.
 
-Knows the format; nothing of what the objects mean.
+Depends on the format; independent of the meaning of the objects.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from llama_index_genret.errors import MetadataError
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file as they are needed, their ends included; a byte order mark is left out.
+    """Yield the lines of a UTF-8 file with their line ends, without a byte order mark. Reads lazily.
 
     Raises:
-        MetadataError: the file cannot be read, or a line is not UTF-8; names file and line.
+        MetadataError: the file cannot be read, or a line is not UTF-8. The message gives file and line.
     """
     try:
         with path.open("rb") as file:
@@ -34,27 +34,33 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def parse_object(text: str, where: str, *, example: str = '{"file_name": ...}') -> dict[str, Any]:
-    """The JSON object in a line; of one that could not be written again (NaN, 1e999, half a surrogate pair) none.
+    """Parse the JSON object in a line.
 
+    Values that cannot be written as JSON again are refused: NaN, 1e999, half a surrogate pair.
+
+    Args:
+        text: the line.
+        where: the beginning of error messages, "FILE, line N: ".
+        example: an object to show in error messages.
     Raises:
-        MetadataError: it is no such object, or gives a key twice. Begins with `where`, "FILE, line N: ".
+        MetadataError: the line is not such an object, or it has a key twice.
     """
     try:
         fields = json.loads(text, object_pairs_hook=_without_repeated_keys)
-        # What cannot be written again would break the stored index much later.
+        # A value that cannot be written again would break the stored index much later.
         json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
-        raise MetadataError(f"{where}no valid JSON: {error}. Write one JSON object a line.") from error
+        raise MetadataError(f"{where}not valid JSON: {error}. Write one JSON object per line.") from error
     if not isinstance(fields, dict):
-        raise MetadataError(f"{where}a {type(fields).__name__}, not an object. Write {example}, one a line.")
+        raise MetadataError(f"{where}a {type(fields).__name__}, not an object. Write {example}, one per line.")
     return fields
 
 
 def objects(path: Path, *, example: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The object of every line that is not empty, with "FILE, line N: " before it.
+    """Yield ("FILE, line N: ", object) for every line that is not empty.
 
     Raises:
-        MetadataError: the file cannot be read, or a line is no JSON object; names file and line.
+        MetadataError: the file cannot be read, or a line is not a JSON object. The message gives file and line.
     """
     for line, text in enumerate(read_lines(path), 1):
         if text.strip():

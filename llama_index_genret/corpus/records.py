@@ -1,4 +1,4 @@
-"""The images of a corpus and what is known of each: `Record`, `Question`, `Corpus`.
+"""The images of a corpus with their captions, questions and metadata: `Record`, `Question`, `Corpus`.
 
 Depends on paths and plain values; independent of file formats, pixels, identifiers, models and LlamaIndex.
 """
@@ -26,20 +26,20 @@ class Question:
 
 @dataclass(frozen=True)
 class Record:
-    """One image and what is known of it; the image itself stays in its file."""
+    """One image with its captions, questions and metadata. The pixels stay in the file."""
 
     image_id: str
     path: Path
-    """Absolute."""
+    """Absolute path of the image file."""
     file_name: str
-    """Relative to the image folder, with forward slashes."""
+    """Path relative to the image folder, with forward slashes."""
     sha256: str
     captions: tuple[str, ...] = ()
     metadata: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
     questions: tuple[Question, ...] = ()
 
     def to_json(self) -> dict[str, object]:
-        """The record as JSON values; the path is left out, so that the folder may move."""
+        """Return the record as JSON values. The path is left out, so that the folder can move."""
         return {
             "image_id": self.image_id,
             "file_name": self.file_name,
@@ -51,8 +51,11 @@ class Record:
 
     @classmethod
     def from_json(cls, obj: object, folder: Path) -> Record:
-        """The inverse of `to_json`, for images that lie in `folder`, an absolute path; looks at no file.
+        """Return the record that `to_json` stored. Reads no file.
 
+        Args:
+            obj: the JSON values of one record.
+            folder: absolute path of the image folder.
         Raises:
             MetadataError: a key is missing or unknown, or a value has the wrong type.
             UnsafePath: the file name leaves the folder.
@@ -75,17 +78,17 @@ class Record:
 
 @dataclass(frozen=True)
 class SkippedImage:
-    """An image or a line that `skip_broken` left out."""
+    """An image or a metadata line that `skip_broken` left out."""
 
     file_name: str
-    """The image's; the metadata file's where the line names none."""
+    """File name of the image. Name of the metadata file if the line has no file name."""
     line: int | None
     reason: str
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The records of one image folder, in the order of its metadata, and what was left out of them."""
+    """The records of one image folder, in the order of its metadata, and the images that were left out."""
 
     folder: Path
     records: tuple[Record, ...]
@@ -97,7 +100,7 @@ class Corpus:
 
     @cached_property
     def by_id(self) -> Mapping[str, Record]:
-        """Each record under its `image_id`."""
+        """Map each `image_id` to its record."""
         return {record.image_id: record for record in self.records}
 
     def __len__(self) -> int:
@@ -107,25 +110,25 @@ class Corpus:
         return iter(self.records)
 
 
-# Names that need no closer look, which costs most of the time of loading a million records.
+# Names that are safe as they stand. Parsing them as paths would take most of the time to load a million records.
 _PLAIN_NAME = re.compile(r"(?:(?!\.{1,2}(?:/|\Z))[^/\\:\0]+(?:/(?!\Z)|\Z))+\Z")
 
 
 def parse_text(value: object, name: str, where: str) -> str:
-    """Return `value` if it is text with more than white space. Raises MetadataError."""
+    """Return `value` if it is text with more than white space, else raise MetadataError."""
     if not isinstance(value, str) or not value.strip():
         raise MetadataError(f"{where}{name} must be text and not empty, not {value!r:.200}.")
     return value
 
 
 def parse_captions(value: object, where: str) -> tuple[str, ...]:
-    """Return one caption or a list of them as a tuple; None is no caption. Raises MetadataError."""
+    """Return one caption, a list of captions or None as a tuple. Raises MetadataError."""
     captions = [] if value is None else value if isinstance(value, list) else [value]
     return tuple(parse_text(caption, "text (a caption, or each in a list)", where) for caption in captions)
 
 
 def parse_questions(value: object, where: str) -> tuple[Question, ...]:
-    """Return a list of objects with `question` and `answer` as questions; None is none. Raises MetadataError."""
+    """Return the questions of a list of {"question", "answer"}, or () for None. Raises MetadataError."""
     questions = [] if value is None else value
     if not isinstance(questions, list) or not all(isinstance(q, Mapping) for q in questions):
         raise MetadataError(f"{where}questions must be a list of {{'question', 'answer'}}, not {value!r:.200}.")
@@ -153,15 +156,16 @@ def parse_metadata(value: object, where: str) -> dict[str, Scalar]:
 def parse_file_name(value: object, where: str) -> str:
     """Return the name of a file inside the image folder, with forward slashes.
 
-    Parses it as a Windows path, which has both separators and drives.
+    The name is parsed as a Windows path, which has both separators and drives.
 
     Raises:
-        UnsafePath: the name leads out of the folder. MetadataError: it is not text.
+        UnsafePath: the name leads out of the folder.
+        MetadataError: the name is not text.
     """
     name = parse_text(value, "file_name", where)
     if _PLAIN_NAME.match(name):
         return name
     parts = PureWindowsPath(name)
     if parts.anchor or ".." in parts.parts or "\0" in name:
-        raise UnsafePath(f"{where}{name!r} leads out of the image folder. Name files relative to it, without '..'.")
+        raise UnsafePath(f"{where}{name!r} leads out of the image folder. Give a path relative to it, without '..'.")
     return PurePosixPath(name).as_posix()

@@ -35,7 +35,7 @@ from llama_index.core.schema import (
 
 from llama_index_genret.corpus import Record
 from llama_index_genret.corpus.images import sniff_mime
-from llama_index_genret.errors import FilterError, ImageError, PictureNotShown
+from llama_index_genret.errors import FilterError, ImageError, ImageNotShown
 from llama_index_genret.llamaindex.model_images import MAX_IMAGE_PIXELS, ModelImage, model_image
 from llama_index_genret.store import RecordFilters
 from llama_index_genret.store.filters import Columns
@@ -105,9 +105,9 @@ class GenretImageNode(ImageNode):
         return cls.from_dict({**node.to_dict(), **options})
 
     def get_content(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> str:
-        """See `BaseNode.get_content`. Warns `PictureNotShown` of the text that a model reads instead."""
+        """See `BaseNode.get_content`. Warns `ImageNotShown` of the text that a model reads instead."""
         if metadata_mode == MetadataMode.LLM:
-            warnings.warn(_TEXT_ONLY, PictureNotShown, stacklevel=1)  # of one line: Python shows it once
+            warnings.warn(_TEXT_ONLY, ImageNotShown, stacklevel=1)  # of one line: Python shows it once
         return super().get_content(metadata_mode)
 
     def get_content_blocks(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> list[BaseContentBlock]:

@@ -9,9 +9,11 @@ from pydantic import BaseModel, ConfigDict
 
 
 class ModelEntry(BaseModel):
-    """The base model that the index was made with.
+    """The base model that an index was made with.
 
-    fingerprint: of its configuration and weights; base_tokenizer: of its tokenizer, before symbols were added.
+    name_or_path: a local folder or a hub id.
+    fingerprint: SHA-256 of the names, shapes and a sample of the weights.
+    base_tokenizer: fingerprint of the tokenizer before symbols were added.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,6 +1,6 @@
-"""A multimodal LLM of Hugging Face, in this process: loading, fingerprints, prompts, image features, adapters.
+"""A multimodal LLM of Hugging Face in this process: loading, fingerprint, rendered prompts, processor inputs.
 
-Works on any `AutoModelForImageTextToText`. Needs torch and transformers; loads on first use.
+Works with any `AutoModelForImageTextToText`. Needs torch and transformers; loads on first use.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ try:
 except ImportError as error:
     raise MissingExtra(
         "a model in this process needs torch and transformers: pip install 'llama-index-genret[train]'. "
-        "To use a running server instead, name its address (--server URL)."
+        "To use a running server instead, give its address (--server URL)."
     ) from error
 
 BLANK = "\u2063blank\u2063"
@@ -48,11 +48,11 @@ class Mllm:
 
     @property
     def tokenizer(self) -> IndexTokenizer:
-        """The processor's tokenizer, as the light parts use it."""
+        """The processor's tokenizer as an `IndexTokenizer`, which needs no transformers."""
         return IndexTokenizer(Tokenizer.from_str(self.processor.tokenizer.backend_tokenizer.to_str()))
 
     def entry(self) -> ModelEntry:
-        """What an index records of its base model; a folder by its whole path, so that it is found from any other."""
+        """Return the name and the fingerprints that an index stores. A folder is stored as its absolute path."""
         folder = Path(self.name_or_path)
         return ModelEntry(
             name_or_path=str(folder.resolve()) if folder.is_dir() else self.name_or_path,
@@ -63,10 +63,12 @@ class Mllm:
     def process(
         self, texts: Sequence[str], images: Sequence[Any], rests: Sequence[Sequence[int]] = ()
     ) -> dict[str, Any]:
-        """The processor's tensors for one image a text, left-padded, on the model's device.
+        """Return the processor's tensors for one image per text, left-padded, on the model's device.
 
         Args:
-            rests: for each text, the tokens that follow it.
+            texts: rendered chat text with the image placeholder.
+            images: one RGB image per text.
+            rests: for each text, the token ids that follow it. Default: none.
         """
         inputs = self.processor(
             text=list(texts), images=[[i] for i in images], return_tensors="pt", padding=True, padding_side="left"
@@ -76,28 +78,29 @@ class Mllm:
 
 
 def _append_tokens(inputs: dict[str, Any], rests: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Left-padded inputs with more tokens after each row."""
+    """Append token ids to each row of left-padded inputs, and keep them left-padded."""
     longest = max(map(len, rests))
     shape = inputs["input_ids"].shape
 
-    def longer(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def append(name: str, tensor: torch.Tensor) -> torch.Tensor:
         rows = []
         for row, rest in zip(tensor, rests, strict=True):
             end = {"input_ids": torch.tensor(rest, dtype=row.dtype), "attention_mask": row.new_ones(len(rest))}
             rows.append(torch.cat([row.new_zeros(longest - len(rest)), row, end.get(name, row.new_zeros(len(rest)))]))
         return torch.stack(rows)
 
-    return {name: longer(name, value) if value.shape == shape else value for name, value in inputs.items()}
+    return {name: append(name, value) if value.shape == shape else value for name, value in inputs.items()}
 
 
 def load_mllm(name_or_path: str, *, device: str = "auto", dtype: str = "auto") -> Mllm:
-    """Load a local folder or a hub id.
+    """Load a model with its processor.
 
     Args:
-        device: "cpu", "cuda", ... or "auto": the GPU where there is one.
-        dtype: "float32", "bfloat16" or "auto": float32 on a CPU, bfloat16 elsewhere.
+        name_or_path: a local folder or a hub id.
+        device: "cpu", "cuda", ... Default "auto": the GPU if there is one.
+        dtype: "float32" or "bfloat16". Default "auto": float32 on a CPU, bfloat16 elsewhere.
     Raises:
-        ModelError: it is missing, or is no image-text-to-text model; names the folder. Or there is no such device.
+        ModelError: the model is missing or is not an image-text-to-text model, or the device does not exist.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,7 +121,7 @@ def load_mllm(name_or_path: str, *, device: str = "auto", dtype: str = "auto") -
 
 
 def _check_device(device: str) -> None:
-    """Refuse one that cannot compute, before weights are read."""
+    """Refuse an unusable device before any weights are read."""
     try:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
@@ -129,7 +132,7 @@ def _check_device(device: str) -> None:
 
 
 def fingerprint(model: Any) -> str:
-    """Sha256 of the names, shapes and a sample of all weights; the same in float32 and bfloat16."""
+    """Return the SHA-256 of the names, shapes and a sample of all weights. It is the same in float32 and bfloat16."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.reshape(-1)
@@ -140,10 +143,10 @@ def fingerprint(model: Any) -> str:
 
 
 def render_prompts(mllm: Mllm) -> PromptSet:
-    """The model's chat template around our four tasks, as text.
+    """Render the prompts of all tasks with the model's chat template.
 
     Raises:
-        ModelError: it has no chat template, or the template changes what stands in a message.
+        ModelError: the model has no chat template, or the template changes the text of a message.
     """
 
     def render(text: str, *, image: bool = False) -> str:
@@ -154,7 +157,10 @@ def render_prompts(mllm: Mllm) -> PromptSet:
     def blank(template: str, *, image: bool = False) -> Blank:
         before, mark, after = render(template.format(BLANK), image=image).partition(BLANK)
         if not mark:
-            raise ModelError(f"the chat template of {mllm.name_or_path} drops or changes the text of a message.")
+            raise ModelError(
+                f"the chat template of {mllm.name_or_path} drops or changes the text of a message. "
+                "Use a model whose template keeps it."
+            )
         return Blank(before=before, after=after)
 
     try:

@@ -1,8 +1,8 @@
-"""What the model is asked in each task, and how a query becomes token ids.
+"""The prompts of each task, and their token ids.
 
-Knows the tokenizer; nothing of models. The chat template of the base model is rendered once, when an index is
-made (`modeling.render_prompts`), and stored as text before and after the blank: a client then needs no template
-engine, and no text of a user is ever parsed as markup.
+Depends on the tokenizer; independent of models. `mllm.render_prompts` renders the chat template of the base model
+once, when an index is made. An index stores the text before and after the blank. A client therefore needs no
+template engine, and text of a user is never parsed as markup.
 """
 
 from __future__ import annotations
@@ -17,31 +17,32 @@ from llama_index_genret.errors import QueryError
 from llama_index_genret.models.tokenizer import IndexTokenizer
 
 PREFIX_BLOCK = 32
-"""Tokens of a block of vLLM's prefix cache: the smallest on a CPU, and a multiple of what is usual on GPUs."""
+"""Tokens per block of vLLM's prefix cache: the smallest block on a CPU, and a multiple of the usual size on GPUs."""
 
 MAX_QUERY_TOKENS = 256
-"""A longer query is refused, not cut."""
+"""A longer query is refused, not truncated."""
 
 MAX_QUERY_CHARACTERS = 32 * MAX_QUERY_TOKENS
-"""A longer query is refused unread: to count the tokens of a megabyte takes most of a second of a server's loop."""
+"""A longer query is refused before tokenization, which blocks a server's loop for most of a second per megabyte."""
 
 RETRIEVE = "Find: {}"
 MEMORISE = "Name this image."
 DESCRIBE = "Describe {}"
 ANSWER = "{}"
 
-LOOK = "What is in the picture?"
-"""The question to which the caption of an image without questions of its own is the answer in training."""
+CAPTION_QUESTION = "What is in the picture?"
+"""The question that a caption answers in training, for an image that has no questions."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an identifier is asked with.
+    """One prompt of text, or of an image and text.
 
-    token_ids: of the whole prompt; of an image prompt, before the placeholder is expanded.
-    image: the file of an image prompt, or its content.
-    text, rest: of an image prompt only: the rendered chat text with the model's placeholder, and the tokens after it.
-    words: tokens of the query itself, of a text query only.
+    token_ids: token ids of the whole prompt. The placeholder of an image is not expanded.
+    image: file of the image, or its content. None for a text prompt.
+    text: image prompts only: the rendered chat text with the model's image placeholder.
+    rest: image prompts only: the token ids after `text`.
+    words: text queries only: the token ids of the query itself.
     """
 
     token_ids: tuple[int, ...]
@@ -52,23 +53,26 @@ class Prompt:
 
 
 class Blank(BaseModel):
-    """Rendered chat text around the one place that changes."""
+    """Rendered chat text before and after the one place that changes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     before: str
     after: str
 
     def fill(self, tokenizer: IndexTokenizer, token_ids: Sequence[int]) -> list[int]:
-        """Token ids with just these tokens in the blank."""
+        """Return the token ids of the chat text with `token_ids` in the blank."""
         return [*tokenizer.encode_markup(self.before), *token_ids, *tokenizer.encode_markup(self.after)]
 
 
 class PromptSet(BaseModel):
-    """The rendered prompts of the tasks, and of a query that is an image and a text. `end` closes the model's turn.
+    """The rendered prompts of all tasks.
 
-    block: the prompt of a text query is filled up to a multiple of so many tokens, with the query's own words before
-    it. A server that caches prefixes in blocks then computes it once, and one or two tokens for each beam of a step. A
-    model that reads words twice understands them better, too (arXiv:2402.15449); other fillings hinder it.
+    block: the prompt of a text query is filled up to a multiple of this number of tokens. Repetitions of the query,
+        placed before it, fill the room. A server that caches prefixes in blocks then computes the prompt once.
+        For each beam of a step it computes only one or two tokens. A model also understands text better if it reads
+        it twice (arXiv:2402.15449). Other fillings make it worse.
+    compose: the prompt for a query of an image and a text.
+    end: the text that closes the model's turn.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,7 +85,7 @@ class PromptSet(BaseModel):
     end: str
 
     def for_query(self, tokenizer: IndexTokenizer, query: str) -> Prompt:
-        """The prompt that retrieves for a text query.
+        """Return the prompt that retrieves for a text query.
 
         Raises:
             QueryError: the query is empty, is not valid Unicode, or has more than MAX_QUERY_TOKENS tokens or
@@ -94,41 +98,44 @@ class PromptSet(BaseModel):
         return Prompt(tuple(self.query_tokens(tokenizer, words)), words=tuple(tokenizer.encode_text(words)))
 
     def for_no_query(self, tokenizer: IndexTokenizer) -> Prompt:
-        """The prompt of `for_query` without the query: what it makes probable is so whatever is asked."""
+        """Return the prompt of `for_query` without a query, which gives the prior of each identifier."""
         return Prompt(tuple(self.query_tokens(tokenizer, "")))
 
     def for_identifier(self, tokenizer: IndexTokenizer, token_ids: Sequence[int]) -> Prompt:
-        """The prompt that describes the image of an identifier."""
+        """Return the prompt that asks for the caption of an identifier's image."""
         return Prompt(tuple(self.describe.fill(tokenizer, token_ids)))
 
     def about_identifier(self, tokenizer: IndexTokenizer, token_ids: Sequence[int], text: str) -> Prompt:
-        """The prompt that asks about the image of an identifier, unseen: that of `for_identifier`, then the text.
+        """Return the prompt of `for_identifier` followed by a text, which asks about the image without showing it.
 
         Raises:
-            QueryError: as of `for_query`, but that the text may be empty.
+            QueryError: as for `for_query`, except that the text may be empty.
         """
         _check_length(tokenizer, text)
         return Prompt(tuple(self.describe.fill(tokenizer, [*token_ids, *tokenizer.encode_text(f"\n{text}")])))
 
-    def for_picture(self, tokenizer: IndexTokenizer, image: Path | bytes) -> Prompt:
-        """The prompt that describes an image by looking at it."""
+    def for_caption(self, tokenizer: IndexTokenizer, image: Path | bytes) -> Prompt:
+        """Return the prompt that shows an image and asks for its caption."""
         before, after = self.answer.before, tokenizer.encode_markup(self.answer.after)
-        rest = (*tokenizer.encode_text(LOOK), *after)
+        rest = (*tokenizer.encode_text(CAPTION_QUESTION), *after)
         return Prompt((*tokenizer.encode_markup(before), *rest), image, before, rest)
 
     def query_tokens(self, tokenizer: IndexTokenizer, text: str) -> list[int]:
-        """The token ids of `for_query`, of a text of any length."""
+        """Return the token ids of `for_query`, for a text of any length."""
         words = tokenizer.encode_text(text)
         room = -len(self.retrieve.fill(tokenizer, words)) % self.block
-        again = [*words, *tokenizer.encode_text("\n")]
-        filling = (again * -(-room // len(again)))[-room:] if room else []
+        repeated = [*words, *tokenizer.encode_text("\n")]
+        filling = (repeated * -(-room // len(repeated)))[-room:] if room else []
         return self.retrieve.fill(tokenizer, [*filling, *words])
 
     def for_image(self, tokenizer: IndexTokenizer, image: Path | bytes, text: str = "") -> Prompt:
-        """The prompt that names an image, or, with a text, the one that is asked for: "the same, but red".
+        """Return the prompt that retrieves for an image query.
 
+        Args:
+            image: a file, or the content of one.
+            text: a change of the image, such as "the same, but red". Default: none, the image itself.
         Raises:
-            QueryError: as of `for_query`, but that the text may be empty.
+            QueryError: as for `for_query`, except that the text may be empty.
         """
         words = text.strip()
         if not words:
@@ -139,7 +146,7 @@ class PromptSet(BaseModel):
         return Prompt((*before, *rest), image, self.compose.before, rest)
 
     def about_image(self, tokenizer: IndexTokenizer, image: Path | bytes, text: str) -> Prompt:
-        """The prompt that asks the model about an image; what is said to it is not parsed as markup."""
+        """Return the prompt that asks a question about an image. The question is not parsed as markup."""
         before = tokenizer.encode_markup(self.answer.before)
         rest = (*tokenizer.encode_text(text), *tokenizer.encode_markup(self.answer.after))
         return Prompt((*before, *rest), image, self.answer.before, rest)
@@ -148,8 +155,8 @@ class PromptSet(BaseModel):
 def _check_length(tokenizer: IndexTokenizer, words: str) -> None:
     if len(words) > MAX_QUERY_CHARACTERS:
         raise QueryError(
-            f"the query has {len(words)} characters, at most {MAX_QUERY_TOKENS} tokens of {MAX_QUERY_CHARACTERS} "
-            "characters together are read. Shorten it: it is refused, not cut."
+            f"the query has {len(words)} characters, but at most {MAX_QUERY_CHARACTERS} characters and "
+            f"{MAX_QUERY_TOKENS} tokens are read. Shorten it: it is refused, not truncated."
         )
     try:
         words.encode()
@@ -158,6 +165,6 @@ def _check_length(tokenizer: IndexTokenizer, words: str) -> None:
     n_tokens = len(tokenizer.encode_text(words))
     if n_tokens > MAX_QUERY_TOKENS:
         raise QueryError(
-            f"the query has {n_tokens} tokens ({len(words)} characters), at most {MAX_QUERY_TOKENS} are read. "
-            "Shorten it: it is refused, not cut."
+            f"the query has {n_tokens} tokens ({len(words)} characters), but at most {MAX_QUERY_TOKENS} are read. "
+            "Shorten it: it is refused, not truncated."
         )

@@ -1,7 +1,7 @@
-"""Text to token ids and back, the same on a client, in training and on a server.
+"""Convert text to token ids and back, in the same way on a client, in training and on a server.
 
-Knows the `tokenizers` library; nothing of models. What a user typed never becomes a special token or a symbol
-of an identifier, whatever it spells: markup and text are encoded apart.
+Depends on the `tokenizers` library; independent of models. Markup and text are encoded separately, so text of a user
+never becomes a special token or a symbol of an identifier.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer
 from llama_index_genret.errors import IdentifierError, ModelError
 
 SHORTEST_WORD = 3
-"""Letters of a vocabulary word that can stand for a symbol."""
+"""The least number of letters in a vocabulary word that serves as a symbol."""
 
 
 class IndexTokenizer:
@@ -36,7 +36,7 @@ class IndexTokenizer:
         """Read a `tokenizer.json`.
 
         Raises:
-            ModelError: the file is missing or is no tokenizer.
+            ModelError: the file is missing or is not a fast tokenizer.
         """
         try:
             return cls(Tokenizer.from_file(str(path)))
@@ -47,36 +47,36 @@ class IndexTokenizer:
             ) from error
 
     def to_json(self) -> str:
-        """The content of a `tokenizer.json`."""
+        """Return the content of a `tokenizer.json`."""
         return self._json
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 of everything that decides token ids."""
+        """SHA-256 of everything that determines token ids."""
         return hashlib.sha256(self._json.encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:
-        """Number of entries, added tokens counted."""
+        """Number of vocabulary entries, including added tokens."""
         return int(self._markup.get_vocab_size(with_added_tokens=True))
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of plain text: a special token's name in it is spelled out like any other word."""
+        """Return the token ids of plain text. The text of a special token is encoded like any other word."""
         return list(self._text.encode(text, add_special_tokens=False).ids)
 
     def encode_markup(self, text: str) -> list[int]:
-        """Token ids of text of ours, in which special tokens and symbols are recognised."""
+        """Return the token ids of trusted text, in which special tokens and symbols are recognised."""
         return list(self._markup.encode(text, add_special_tokens=False).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens and symbols shown."""
+        """Return the text of the ids, including special tokens and symbols."""
         return str(self._markup.decode(list(token_ids), skip_special_tokens=False))
 
     def symbol_id(self, symbol: str) -> int:
-        """The one token of `symbol`.
+        """Return the id of the one token of `symbol`.
 
         Raises:
-            IdentifierError: the tokenizer spells it with several tokens, or none.
+            IdentifierError: the tokenizer encodes it as several tokens, or as none.
         """
         token_id = self._markup.token_to_id(symbol)
         ids = [token_id] if token_id is not None else self.encode_markup(symbol)
@@ -88,18 +88,18 @@ class IndexTokenizer:
         return int(ids[0])
 
     def pieces(self, token_ids: Sequence[int]) -> tuple[str, ...]:
-        """The vocabulary entries of the ids as they are stored, `Ġapple` or `▁apple`; `symbol_id` leads back."""
-        found = [self._markup.id_to_token(token_id) for token_id in token_ids]
-        if None in found:
+        """Return the vocabulary entries of the ids, such as `Ġapple` or `▁apple`. `symbol_id` is the inverse."""
+        pieces = [self._markup.id_to_token(token_id) for token_id in token_ids]
+        if None in pieces:
             raise IdentifierError(f"the vocabulary of {self.vocab_size} entries has no token {token_ids}.")
-        return tuple(map(str, found))
+        return tuple(map(str, pieces))
 
     def spell(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
-        """The pieces of plain texts, in which no special token is recognised."""
+        """Return the pieces of each plain text, in which no special token is recognised."""
         return [self.pieces(ids) for ids in self.encode_texts(texts)]
 
     def read(self, pieces: Sequence[str]) -> str:
-        """What pieces mean to people: symbols as they are, `<g0_17><g1_5>`, other pieces as their text, `red apple`."""
+        """Return readable text: symbols unchanged, `<g0_17><g1_5>`; other pieces decoded, `red apple`."""
         if self._added.issuperset(pieces):
             return "".join(pieces)
         return self.decode([self.symbol_id(piece) for piece in pieces]).removeprefix(" ")
@@ -110,10 +110,10 @@ class IndexTokenizer:
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """Pieces that are a whole word with a space before it, plain lower-case words first, then by token id.
+        """Pieces that are a whole word after a space. Lower-case ASCII words come first, then the order is by token id.
 
-        Letters only, and SHORTEST_WORD of them at least. Any sequence of them, decoded, is encoded as just these
-        tokens: none can merge with a neighbour.
+        Each word has only letters, at least SHORTEST_WORD of them. Encoding the decoded text of any sequence of them
+        gives the same tokens, because none merges with a neighbour.
         """
         pieces = ((i, self._markup.id_to_token(i)) for i in range(self.vocab_size))
         ids = [i for i, piece in pieces if piece is not None and piece not in self._added]
@@ -131,7 +131,7 @@ class IndexTokenizer:
 
     @property
     def common_words(self) -> list[str]:
-        """Those of `words` that are plain lower-case letters, as text."""
+        """The text of the `words` that have only lower-case ASCII letters."""
         return [
             word
             for word in map(str.strip, self.decode_all([[self.symbol_id(p)] for p in self.words]))
@@ -139,15 +139,15 @@ class IndexTokenizer:
         ]
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode_text` of many texts, faster."""
+        """Encode many texts like `encode_text`, but faster."""
         return [list(encoding.ids) for encoding in self._text.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode_all(self, sequences: Sequence[Sequence[int]]) -> list[str]:
-        """`decode` of many sequences, faster."""
+        """Decode many sequences like `decode`, but faster."""
         return list(self._markup.decode_batch([list(ids) for ids in sequences], skip_special_tokens=False))
 
     def with_symbols(self, symbols: Sequence[str]) -> IndexTokenizer:
-        """A tokenizer that also has `symbols`, each as one special token at the end of the vocabulary."""
+        """Return a tokenizer that also has `symbols`, each as one special token at the end of the vocabulary."""
         grown = Tokenizer.from_str(self._json)
         grown.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in symbols])
         return IndexTokenizer(grown)

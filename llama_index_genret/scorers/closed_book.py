@@ -17,7 +17,7 @@ import httpx
 
 from llama_index_genret.corpus.images import load_image, to_data_url
 from llama_index_genret.errors import ServerError, UnknownImage
-from llama_index_genret.models.prompts import LOOK, Prompt
+from llama_index_genret.models.prompts import CAPTION_QUESTION, Prompt
 from llama_index_genret.scorers.http_client import Server, json_object
 from llama_index_genret.scorers.vllm_http import VllmScorer
 from llama_index_genret.store import Index, load_index
@@ -127,7 +127,7 @@ class ImageMemory:
         row, text = self.index.rows_by_id[image_id], question.strip()
         prompts, tokenizer, name = self.index.prompts, self.index.tokenizer, self.index.token_ids(row)
         by_heart = prompts.about_identifier(tokenizer, name, text) if text else prompts.for_identifier(tokenizer, name)
-        image, text = self.index.records[row].path, text or LOOK
+        image, text = self.index.records[row].path, text or CAPTION_QUESTION
         shown = prompts.about_image(tokenizer, image, text) if image.is_file() else None
         return QuestionPrompts(by_heart, shown, image, text)
 

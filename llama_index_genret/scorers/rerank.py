@@ -114,7 +114,7 @@ def describing_prompt(index: Index, row: int, by: RerankBy) -> Prompt:
         by: whether the prompt names the image by its "identifier" or shows the "image" itself.
     """
     if by == "image":
-        return index.prompts.for_picture(index.tokenizer, index.records[row].path)
+        return index.prompts.for_caption(index.tokenizer, index.records[row].path)
     return index.prompts.for_identifier(index.tokenizer, index.token_ids(row))
 
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from llama_index_genret.models.features import (
     last_hidden_states,
-    last_hidden_states_of_pictures,
+    last_hidden_states_of_images,
     vision_features,
 )
 from llama_index_genret.store import Index
@@ -137,7 +137,7 @@ def _fitted(
         order = draw.permutation(len(versions))[:FITTED_PICTURES]
         chosen_versions = [versions[place] for place in order]
         drawn = partial(_drawn, index, options.seed)
-        hidden = last_hidden_states_of_pictures(mllm, chosen_versions, bar("Seeing"), load=drawn)
+        hidden = last_hidden_states_of_images(mllm, chosen_versions, bar("Seeing"), load=drawn)
         shown = np.stack([looks.versions[row, version] for row, version in chosen_versions])
         read.append((looks.images, hidden, shown, looks.temperature))
     images = np.concatenate([vectors for vectors, *_ in read], axis=1)

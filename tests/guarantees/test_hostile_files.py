@@ -109,14 +109,14 @@ def test_a_query_of_control_tokens_is_a_text(tmp_path):
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
 def test_metadata_that_is_a_pipe_is_not_waited_for(folder, name):
     os.mkfifo(folder / name)
-    with pytest.raises(MetadataError, match=rf"{name} is no regular file"):
+    with pytest.raises(MetadataError, match=rf"{name} is not a regular file"):
         read_corpus(folder)
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="no links there")
 def test_metadata_that_is_a_link_to_nowhere_is_not_overlooked(folder):
     (folder / "metadata.jsonl").symlink_to("gone.jsonl")
-    with pytest.raises(MetadataError, match=r"metadata\.jsonl is no regular file"):
+    with pytest.raises(MetadataError, match=r"metadata\.jsonl is not a regular file"):
         read_corpus(folder)
 
 

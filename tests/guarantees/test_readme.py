@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_index_genret.errors import PictureNotShown
+from llama_index_genret.errors import ImageNotShown
 from llama_index_genret.store import load_index
 from llama_index_genret.store.model_loading import load_trained
 from llama_index_genret.training.options import TrainOptions
@@ -99,4 +99,4 @@ def test_every_engine_in_the_table_of_engines_exists():
     engines = set(re.findall(r"`(\w+(?:Query|Chat)Engine)\b", PIPELINES.prose))
     assert len(engines) == 8
     assert [name for name in engines if not any(hasattr(home, name) for home in homes)] == []
-    assert PictureNotShown.__name__ in PIPELINES.prose
+    assert ImageNotShown.__name__ in PIPELINES.prose

@@ -33,7 +33,7 @@ from llama_index.core.tools import QueryEngineTool, RetrieverTool
 from pydantic import BaseModel
 
 from llama_index_genret import FakeScorer, GenerativeImageRetriever, genret_llm, image_query_engine
-from llama_index_genret.errors import PictureNotShown
+from llama_index_genret.errors import ImageNotShown
 from tests.openai_server import ANSWER, OpenAIServer, pixels, running
 
 QUESTION = "Which colour has the circle?"
@@ -309,7 +309,7 @@ def put(row, engine, server, how):
 def test_a_text_only_engine_shows_no_picture_and_its_user_is_warned(server, retriever, llm, name, how):
     """All but that of citations, which reads the nodes as one does who prints them."""
     row = TEXT_ONLY[name]
-    with pytest.warns(PictureNotShown, match="image_query_engine") if row.warned else nullcontext():
+    with pytest.warns(ImageNotShown, match="image_query_engine") if row.warned else nullcontext():
         put(row, row.make(retriever, llm), server, how)
     assert retriever.recalled
     assert server.chats
@@ -333,7 +333,7 @@ for engine in (RetrieverQueryEngine.from_args(retriever, llm=MockLLM()),) * 2:
 def test_the_warning_is_shown_once(untrained_index):
     done = subprocess.run([sys.executable, "-c", TWICE, str(untrained_index.folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("PictureNotShown: recalled") == 1
+    assert done.stderr.count("ImageNotShown: recalled") == 1
 
 
 def test_three_event_loops_send_each_request_once(server, retriever, llm):

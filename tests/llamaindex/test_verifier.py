@@ -64,7 +64,7 @@ def test_scores_are_the_log_odds_of_the_search_and_what_query_and_image_tell_of_
 
     def log_p(row):
         if by == "image":
-            prompt = prompts.for_picture(tokenizer, trained_index.records[row].path)
+            prompt = prompts.for_caption(tokenizer, trained_index.records[row].path)
         else:
             prompt = prompts.for_identifier(tokenizer, trained_index.token_ids(row))
         return plain_log_likelihood(trained_mllm, Continuation(prompt, tuple(words)))
@@ -172,7 +172,7 @@ def test_the_nodes_given_are_not_changed_and_the_answering_model_is_told_nothing
     assert first.node.get_metadata_str(MetadataMode.LLM) == nodes[0].node.get_metadata_str(MetadataMode.LLM)
 
 
-@pytest.mark.filterwarnings("ignore::llama_index_genret.errors.PictureNotShown")  # no answer is looked at
+@pytest.mark.filterwarnings("ignore::llama_index_genret.errors.ImageNotShown")  # no answer is looked at
 def test_it_verifies_in_a_query_engine_sync_and_async(fake):
     def engine(abstention):
         verifier = RecallVerifier(fake, abstention=abstention)

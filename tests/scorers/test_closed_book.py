@@ -11,7 +11,7 @@ import torch
 
 from llama_index_genret.corpus.images import from_data_url, load_image
 from llama_index_genret.errors import QueryError, ServerError, UnknownImage
-from llama_index_genret.models.prompts import LOOK
+from llama_index_genret.models.prompts import CAPTION_QUESTION
 from llama_index_genret.scorers.closed_book import ImageMemory, InProcessSpeaker, MemoryAnswer, ServerSpeaker
 from llama_index_genret.scorers.http_client import Server
 from llama_index_genret.training.collator import ExampleTensors
@@ -68,7 +68,7 @@ def test_it_answers_by_the_identifier_and_by_the_picture(memory, trained_index, 
 def test_without_a_question_it_describes(memory, trained_index, trained_mllm):
     answer = memory.answer_from_memory(trained_index.records[3].image_id)
     assert answer.from_memory == by_heart(trained_index, trained_mllm, 3, "")
-    assert answer.seeing == seen(trained_index, trained_mllm, 3, LOOK)
+    assert answer.seeing == seen(trained_index, trained_mllm, 3, CAPTION_QUESTION)
 
 
 def test_async_answers_the_same(memory, trained_index):

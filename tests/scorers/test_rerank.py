@@ -57,7 +57,7 @@ def test_log_likelihoods_equal_plain_forward_passes_whatever_shares_the_batch(sc
 def test_a_query_is_scored_after_the_picture_itself(scorer, tiny_mllm, untrained_index):
     index = untrained_index
     words = [tuple(index.tokenizer.encode_text(text)) for text in ("red circle", "a bus")]
-    pictures = [index.prompts.for_picture(index.tokenizer, record.path) for record in index.records[:3]]
+    pictures = [index.prompts.for_caption(index.tokenizer, record.path) for record in index.records[:3]]
     asked = [Continuation(picture, target) for picture in pictures for target in words]
     asked.insert(3, Continuation(Prompt((90, 91)), words[0]))  # pictures and texts in any order
     with scorer.session([], Normalise.CHILDREN) as session:
