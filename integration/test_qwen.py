@@ -23,7 +23,7 @@ from llama_index_genret.scorers.vllm_http import VllmScorer
 from llama_index_genret.serving.launch import CPU_FLAGS, free_port, running_server
 from llama_index_genret.store import load_index
 from tests.conftest import draw_pictures
-from tests.tiny_qwen import FAMILIES, resize_pictures, save_tiny_qwen
+from tests.tiny_qwen import FAMILIES, resize_images, save_tiny_qwen
 
 QUESTION = "What is in the picture?"
 TORCHVISION = Path(sys.prefix) / "torchvision"
@@ -46,7 +46,7 @@ def pictures(tmp_path_factory):
     folder = draw_pictures(tmp_path_factory.mktemp("pictures") / "images")
     lines = (folder / "metadata.jsonl").read_text().splitlines()[::2]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return resize_pictures(folder)
+    return resize_images(folder)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

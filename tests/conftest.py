@@ -1,6 +1,6 @@
-"""Fixtures of the unit tests: a tiny random model, and a small index over drawn pictures.
+"""Fixtures of the unit tests: a tiny random model, and a small index over drawn images.
 
-Registers `--fast`, the tests that need no torch, and the hypothesis profiles.
+Registers the hypothesis profiles and `--fast`, which runs the tests that need no torch.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ SHAPES = ("circle", "square", "bar", "frame")
 
 
 def draw_pictures(folder: Path) -> Path:
-    """Twenty pictures of colored shapes in the imagefolder layout; metadata: color and shape."""
+    """Draw twenty images of colored shapes in the imagefolder layout, with the metadata color and shape."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for color, hex_color in COLORS.items():
@@ -54,7 +54,7 @@ def draw_pictures(folder: Path) -> Path:
 
 
 class TorchBlocker(MetaPathFinder):
-    """Makes the packages of the `train` extra, and vLLM, fail to import, wherever they are installed."""
+    """Block imports of the packages of the `train` extra and of vLLM, even if they are installed."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname.partition(".")[0] in TRAIN_PACKAGES:
@@ -92,7 +92,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def _no_loop_is_left_open():
-    """Where a thread has no loop, LlamaIndex's synchronous calls make one and close it; else they leave it open."""
+    """Remove the thread's loop: LlamaIndex's synchronous calls close only a loop that they made themselves."""
     asyncio.set_event_loop(None)
 
 
@@ -124,7 +124,7 @@ def encoder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def untrained_index(request, tmp_path_factory):
-    """An index over `pictures`. GENRET_TEST_INDEX names one that is there already: then no torch is needed."""
+    """An index over `pictures`. GENRET_TEST_INDEX is the folder of a finished one, which needs no torch."""
     if folder := os.environ.get("GENRET_TEST_INDEX"):
         from llama_index_genret.store import load_index
 
@@ -138,7 +138,7 @@ def untrained_index(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained_index(pictures, tiny_mllm, tmp_path_factory):
-    """Trained for a moment: what it recalls is arbitrary, but it is a whole index."""
+    """A complete index after four training steps. Its hits are arbitrary."""
     from llama_index_genret.corpus import read_corpus
     from llama_index_genret.store.build import build_index
     from llama_index_genret.training.recipe import TrainOptions, train

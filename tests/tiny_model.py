@@ -1,6 +1,6 @@
-"""A random multimodal LLM of 67,000 weights, made in a second: the architecture and file layout of the base model.
+"""A random multimodal LLM of 67,000 weights with the architecture and file layout of the base model.
 
-Knows the builder of the base model; nothing of the package under test.
+Building it takes a second. Depends on the builder of the base model; independent of the package under test.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from integration.base_model import SPECIAL_TOKENS, build_model, build_processor,
 
 SIDE, PATCH, SCALE_FACTOR = 32, 8, 2
 VOCABULARY = 320
-# Weights as wide as this make what the model says depend visibly on what it reads and sees.
+# Weights of this spread make the output depend visibly on text and image.
 WIDTH_OF_WEIGHTS = 0.2
 TEXT = """What is in the picture? A red apple on a wooden table. Find: a dog that runs on the beach. Name this image.
 The user asks, the assistant answers. Describe the yellow bus in front of the house. It is green and small."""
@@ -27,14 +27,14 @@ WORDY_TEXT = " ".join(WORDS * 3 + ["red apple 0 1 2 3 4 5 6 7 8 9"] * 3)
 
 
 def make_wordy_model(directory: Path) -> Path:
-    """The tiny model with a vocabulary of a few hundred words."""
+    """Write the tiny model with a vocabulary of a few hundred words."""
     return make_tiny_model(directory, vocabulary=1200, text=WORDY_TEXT)
 
 
 def make_tiny_model(directory: Path, *, seed: int = 0, vocabulary: int = VOCABULARY, text: str = TEXT) -> Path:
-    """Write a model that `AutoProcessor`, `AutoModelForImageTextToText` and vLLM load; its images take 4 tokens.
+    """Write a model that `AutoProcessor`, `AutoModelForImageTextToText` and vLLM load. An image takes 4 tokens.
 
-    The same seed gives the same weights; the tokenizer, trained on `text`, is the same for all seeds.
+    The same seed gives the same weights. The tokenizer, trained on `text`, is the same for all seeds.
     """
     processor = build_processor(
         byte_pairs(vocabulary, text, SPECIAL_TOKENS), side=SIDE, image_tokens=(SIDE // PATCH // SCALE_FACTOR) ** 2
@@ -46,7 +46,7 @@ def make_tiny_model(directory: Path, *, seed: int = 0, vocabulary: int = VOCABUL
             "intermediate_size": 64,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
-            "head_dim": 32,  # the smallest that vLLM's attention takes on a CPU
+            "head_dim": 32,  # the smallest size that vLLM's attention supports on a CPU
             "max_position_embeddings": 2048,
             "initializer_range": WIDTH_OF_WEIGHTS,
         },
@@ -67,7 +67,7 @@ def make_tiny_model(directory: Path, *, seed: int = 0, vocabulary: int = VOCABUL
 
 
 def byte_pairs(vocabulary: int, text: str, special_tokens: Sequence[str]) -> BPE:
-    """The special tokens, all bytes, and the most frequent pairs of a few sentences."""
+    """Return a BPE model with the special tokens, all bytes, and the most frequent pairs of `text`."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(

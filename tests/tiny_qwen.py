@@ -1,10 +1,10 @@
-"""Random Qwen2.5-VL and Qwen3-VL models of some 100,000 weights: what sets this family apart, and little else.
+"""Random Qwen2.5-VL and Qwen3-VL models of about 100,000 weights, with the special features of this family.
 
-Images of any size in packed patches, positions in three dimensions, a merger inside the vision tower, rows of the
-vocabulary that no token has. Qwen2.5-VL has an LM head of its own, as its 7 B size has; in Qwen3-VL it is tied, as in
-the small sizes.
+The features are images of any size in packed patches, positions in three dimensions, a merger inside the vision
+tower, and vocabulary rows without a token. The LM head of Qwen2.5-VL is untied, as in its 7 B size. The head of
+Qwen3-VL is tied, as in the small sizes.
 
-Knows Hugging Face classes; nothing of the package under test.
+Depends on Hugging Face classes; independent of the package under test.
 """
 
 import itertools
@@ -40,12 +40,12 @@ SPECIAL_TOKENS = (
 )
 PAD, END, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
 VOCABULARY, ROWS = 320, 448
-"""Tokens, and the rows that the model has for them."""
+"""The number of tokens, and the number of rows in the model's embeddings."""
 PATCH, MERGE = 8, 2
 SIZES = ((64, 64), (64, 32), (48, 96))
-"""Widths and heights of pictures: they take 16, 8 and 18 tokens."""
+"""Widths and heights of images. They take 16, 8 and 18 tokens."""
 
-# ChatML, with the system message that Qwen2.5-VL adds where there is none.
+# ChatML with the system message that Qwen2.5-VL adds if there is none.
 CHAT_TEMPLATE = r"""
 {%- if messages[0]['role'] != 'system' -%}
     {{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' -}}
@@ -68,7 +68,7 @@ CHAT_TEMPLATE = r"""
 
 
 class ImageProcessor(Qwen2_5_VLProcessor):  # type: ignore[misc]
-    """Qwen's processor without its video half, which alone needs torchvision."""
+    """Qwen's processor without its video part, because only that part needs torchvision."""
 
     def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
         self.image_token, self.video_token = IMAGE, VIDEO
@@ -77,7 +77,7 @@ class ImageProcessor(Qwen2_5_VLProcessor):  # type: ignore[misc]
 
 
 def tiny_qwen_processor() -> ImageProcessor:
-    """One token for 16 x 16 pixels of a picture."""
+    """Return a processor with one token per 16 x 16 pixels of an image."""
     tokenizer = Tokenizer(byte_pairs(VOCABULARY, TEXT, SPECIAL_TOKENS))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -92,7 +92,7 @@ def tiny_qwen_processor() -> ImageProcessor:
 
 
 def tiny_qwen(family: str, *, seed: int = 0) -> Any:
-    """The model, float32, in evaluation mode."""
+    """Return a model in float32 and evaluation mode."""
     ids = {token: i for i, token in enumerate(SPECIAL_TOKENS)}
     language = {
         "vocab_size": ROWS,
@@ -150,7 +150,7 @@ def tiny_qwen(family: str, *, seed: int = 0) -> Any:
 
 
 def save_tiny_qwen(directory: Path, family: str, *, seed: int = 0) -> Path:
-    """Write a model that `AutoModelForImageTextToText` and, beside torchvision, `AutoProcessor` and vLLM load."""
+    """Write a model that `AutoModelForImageTextToText` loads. `AutoProcessor` and vLLM also need torchvision."""
     tiny_qwen(family, seed=seed).save_pretrained(directory)
     processor = tiny_qwen_processor()
     processor.image_processor.save_pretrained(directory)
@@ -158,8 +158,8 @@ def save_tiny_qwen(directory: Path, family: str, *, seed: int = 0) -> Path:
     return directory
 
 
-def resize_pictures(folder: Path) -> Path:
-    """Give the pictures of an imagefolder the sizes of SIZES in turn."""
+def resize_images(folder: Path) -> Path:
+    """Resize the images of an imagefolder to the sizes of SIZES in turn."""
     for path, size in zip(sorted(folder.glob("*.png")), itertools.cycle(SIZES), strict=False):
         Image.open(path).resize(size).save(path)
     return folder

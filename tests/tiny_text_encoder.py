@@ -1,6 +1,6 @@
-"""A text encoder of random weights, made in a second.
+"""A text encoder with random weights. Building it takes a second.
 
-Knows nothing of the package under test.
+Independent of the package under test.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ WORDS = "a thing red green blue white black circle bar square ring ball"
 
 
 def make_text_encoder(folder: Path) -> str:
-    """A tiny random text encoder, as `sentence-transformers` stores one, of a few words."""
+    """Write a tiny random text encoder of a few words for `sentence-transformers`, and return its path."""
     words = ["[PAD]", "[UNK]", *WORDS.split()]
     tokenizer = Tokenizer(WordLevel(dict(zip(words, range(len(words)), strict=True)), unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()

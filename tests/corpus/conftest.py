@@ -1,4 +1,4 @@
-"""Folders of small images."""
+"""Fixtures with folders of small images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def save(path: Path, size: tuple[int, int] = (8, 6), color: tuple[int, ...] = RE
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """a.png and sub/b.jpg."""
+    """A folder with a.png and sub/b.jpg."""
     save(tmp_path / "images" / "a.png")
     save(tmp_path / "images" / "sub" / "b.jpg")
     return tmp_path / "images"

@@ -1,4 +1,4 @@
-"""What `read_corpus` promises: the records it makes, and the error for each thing that can be wrong."""
+"""`read_corpus` makes the expected records, and raises the documented error for each broken input."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ needs_links = pytest.mark.skipif(sys.platform == "win32", reason="links need a p
 
 
 def write_jsonl(folder: Path, *rows: object) -> Path:
-    """Rows that are text are written as they are, all others as JSON."""
+    """Write text rows unchanged and all other rows as JSON."""
     path = folder / "metadata.jsonl"
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
     return path
 
 
-# What is read
+# Records
 
 
 def test_a_line_of_json_becomes_a_record(folder):
@@ -53,12 +53,12 @@ def test_text_may_be_one_caption_or_none(folder):
     assert [record.captions for record in read_corpus(folder)] == [("a caption",), ()]
 
 
-def test_an_image_id_of_its_own_replaces_the_file_name(folder):
+def test_an_explicit_image_id_replaces_the_file_name(folder):
     write_jsonl(folder, {"file_name": "a.png", "image_id": "mona-lisa"})
     assert list(read_corpus(folder).by_id) == ["mona-lisa"]
 
 
-def test_only_the_last_suffix_is_left_out_of_the_default_image_id(folder):
+def test_the_default_image_id_drops_only_the_last_suffix(folder):
     save(folder / "v1.2" / "x.y.png")
     write_jsonl(folder, {"file_name": "./v1.2//x.y.png"})
     assert [(r.image_id, r.file_name) for r in read_corpus(folder)] == [("v1.2/x.y", "v1.2/x.y.png")]
@@ -84,12 +84,12 @@ def test_metadata_of_a_csv_stays_text(folder):
 @pytest.mark.parametrize(
     ("name", "content"), [("metadata.jsonl", '{"file_name": "a.png"}'), ("metadata.csv", "file_name\na.png")]
 )
-def test_a_byte_order_mark_and_windows_line_ends_do_not_matter(folder, name, content):
+def test_byte_order_mark_and_windows_line_ends_are_ignored(folder, name, content):
     (folder / name).write_bytes(b"\xef\xbb\xbf" + content.replace("\n", "\r\n").encode() + b"\r\n\r\n")
     assert list(read_corpus(folder).by_id) == ["a"]
 
 
-def test_a_metadata_folder_gives_exactly_the_listed_files_in_their_order(folder):
+def test_a_metadata_file_gives_the_listed_files_in_order(folder):
     save(folder / "unlisted.png")
     write_jsonl(folder, {"file_name": "sub/b.jpg"}, "", {"file_name": "a.png"})
     assert [record.file_name for record in read_corpus(folder)] == ["sub/b.jpg", "a.png"]
@@ -126,20 +126,20 @@ def test_a_relative_folder_gives_absolute_paths(folder, monkeypatch):
     assert all(record.path.is_absolute() and record.path.exists() for record in corpus)
 
 
-def test_a_corpus_is_sized_iterable_and_keyed_by_image_id(folder):
+def test_a_corpus_has_length_iteration_and_ids(folder):
     corpus = read_corpus(folder)
     assert len(corpus) == 2
     assert corpus.by_id["sub/b"] is list(corpus)[1]
 
 
-def test_a_corpus_made_by_hand_must_have_unique_ids(folder):
+def test_a_corpus_with_repeated_ids_is_an_error(folder):
     record = read_corpus(folder).records[0]
     with pytest.raises(DuplicateImage):
         Corpus(folder, (record, record))
 
 
 def test_records_are_hashable_and_can_be_pickled(folder):
-    """Between the processes of a data loader; no index is ever stored as a pickle."""
+    """A data loader pickles records between its processes. No index is stored as a pickle."""
     write_jsonl(folder, {"file_name": "a.png", "year": 1999})
     (record,) = read_corpus(folder)
     assert pickle.loads(pickle.dumps(record)) == record
@@ -154,9 +154,9 @@ def test_progress_sees_every_row(folder):
 
 
 def test_metadata_is_read_line_by_line(folder):
-    """A broken first line is reported although the last line is not even text: nobody has read that far."""
+    """A broken first line is reported although the last line is not UTF-8, because it has not been read yet."""
     (folder / "metadata.jsonl").write_bytes(b"{broken\n" + b'{"file_name": "a.png"}\n' * 100_000 + b"\xff\n")
-    with pytest.raises(MetadataError, match="line 1: no valid JSON"):
+    with pytest.raises(MetadataError, match="line 1: not valid JSON"):
         read_corpus(folder)
 
 
@@ -188,7 +188,7 @@ def test_a_folder_without_images_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content"), [("metadata.jsonl", "\n"), ("metadata.csv", "file_name,text\n")])
-def test_metadata_that_lists_nothing_is_an_error(folder, name, content):
+def test_empty_metadata_is_an_error(folder, name, content):
     (folder / name).write_text(content)
     with pytest.raises(CorpusError, match="no usable image: none is listed"):
         read_corpus(folder)
@@ -206,10 +206,10 @@ def whole_file_errors() -> dict[str, tuple[dict[str, bytes], str]]:
         "UTF-16": ({"metadata.jsonl": row.decode().encode("utf-16")}, "line 1: not UTF-8"),
         "no file_name column": ({"metadata.csv": b"file,text\na.png,x\n"}, r"line 1: .*'file_name' is needed"),
         "empty csv": ({"metadata.csv": b""}, r"line 1: .*'file_name' is needed"),
-        "repeated column": ({"metadata.csv": b"file_name,x,x\na.png,1,2\n"}, "line 1: .*a name of its own"),
-        "unnamed column": ({"metadata.csv": b"file_name,\na.png,1\n"}, "line 1: .*a name of its own"),
+        "repeated column": ({"metadata.csv": b"file_name,x,x\na.png,1,2\n"}, "line 1: .*needs its own name"),
+        "unnamed column": ({"metadata.csv": b"file_name,\na.png,1\n"}, "line 1: .*needs its own name"),
         "questions in csv": ({"metadata.csv": b"file_name,questions\na.png,[]\n"}, r"'questions'.*metadata\.jsonl"),
-        "open quote": ({"metadata.csv": b'file_name,text\na.png,x\nsub/b.jpg,"y\n'}, "line 3: no valid CSV"),
+        "open quote": ({"metadata.csv": b'file_name,text\na.png,x\nsub/b.jpg,"y\n'}, "line 3: not valid CSV"),
         "metadata further down": ({"sub/metadata.jsonl": row}, r"sub/metadata\.jsonl would not be read"),
         "parquet": ({"metadata.parquet": b"PAR1"}, r"metadata\.parquet would not be read"),
     }
@@ -217,7 +217,7 @@ def whole_file_errors() -> dict[str, tuple[dict[str, bytes], str]]:
 
 @pytest.mark.parametrize("skip_broken", [False, True])
 @pytest.mark.parametrize("case", whole_file_errors())
-def test_an_error_of_the_whole_metadata_file_always_raises(folder, case, skip_broken):
+def test_skip_broken_does_not_skip_a_broken_metadata_file(folder, case, skip_broken):
     files, message = whole_file_errors()[case]
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -228,14 +228,14 @@ def test_an_error_of_the_whole_metadata_file_always_raises(folder, case, skip_br
 # Errors of one line
 
 BROKEN_LINES = {
-    "broken JSON": ('{"file_name": "a.png"', MetadataError, "no valid JSON"),
-    "pretty-printed JSON": ("[", MetadataError, "one JSON object a line"),
+    "broken JSON": ('{"file_name": "a.png"', MetadataError, "not valid JSON"),
+    "pretty-printed JSON": ("[", MetadataError, "one JSON object per line"),
     "not an object": ('["a.png"]', MetadataError, "a list, not an object"),
-    "deep JSON": ("[" * 100_000, MetadataError, "no valid JSON"),
+    "deep JSON": ("[" * 100_000, MetadataError, "not valid JSON"),
     "repeated key": ('{"file_name": "a.png", "text": "x", "text": "y"}', MetadataError, "given twice.*'text'"),
-    "NaN": ('{"file_name": "a.png", "x": NaN}', MetadataError, "no valid JSON"),
-    "infinite number": ('{"file_name": "a.png", "x": 1e999}', MetadataError, "no valid JSON"),
-    "half a surrogate pair": (r'{"file_name": "a.png", "text": "\ud800"}', MetadataError, "no valid JSON"),
+    "NaN": ('{"file_name": "a.png", "x": NaN}', MetadataError, "not valid JSON"),
+    "infinite number": ('{"file_name": "a.png", "x": 1e999}', MetadataError, "not valid JSON"),
+    "half a surrogate pair": (r'{"file_name": "a.png", "text": "\ud800"}', MetadataError, "not valid JSON"),
     "no file_name": ({"text": "x"}, MetadataError, "file_name must be text"),
     "empty file_name": ({"file_name": ""}, MetadataError, "file_name must be text"),
     "file_name null": ({"file_name": None}, MetadataError, "file_name must be text"),
@@ -263,8 +263,8 @@ BROKEN_LINES = {
     "nested metadata": ({"file_name": "a.png", "exif": {"iso": 100}}, MetadataError, "'exif' is a dict.*Flatten"),
     "listed metadata": ({"file_name": "a.png", "tags": ["x"]}, MetadataError, "'tags' is a list.*Flatten"),
     "missing file": ({"file_name": "gone.png"}, ImageError, r"gone\.png is missing"),
-    "a folder": ({"file_name": "sub"}, ImageError, r"sub is missing or no regular file"),
-    "the folder itself": ({"file_name": "."}, ImageError, "no regular file"),
+    "a folder": ({"file_name": "sub"}, ImageError, r"sub is missing or not a regular file"),
+    "the folder itself": ({"file_name": "."}, ImageError, "not a regular file"),
     "name too long": ({"file_name": "x" * 5000}, ImageError, "cannot be (read|opened)"),
     "parent folder": ({"file_name": "../images/a.png"}, UnsafePath, "leads out of the image folder"),
     "there and back": ({"file_name": "sub/../a.png"}, UnsafePath, "leads out of the image folder"),
@@ -277,7 +277,7 @@ BROKEN_LINES = {
 
 
 @pytest.mark.parametrize("case", BROKEN_LINES)
-def test_a_broken_line_is_an_error_that_names_file_and_line(folder, case):
+def test_a_broken_line_is_an_error_with_file_and_line(folder, case):
     row, error, message = BROKEN_LINES[case]
     metadata = write_jsonl(folder, {"file_name": "sub/b.jpg"}, "", row)
     with pytest.raises(CorpusError, match=rf"(?s)^{re.escape(str(metadata))}, line 3: .*{message}") as raised:
@@ -286,14 +286,14 @@ def test_a_broken_line_is_an_error_that_names_file_and_line(folder, case):
 
 
 @pytest.mark.parametrize("case", BROKEN_LINES)
-def test_skip_broken_lists_what_was_left_out_and_why(folder, case):
+def test_skip_broken_lists_skipped_files_with_reasons(folder, case):
     row, _, message = BROKEN_LINES[case]
     write_jsonl(folder, row, {"file_name": "sub/b.jpg"})
     corpus = read_corpus(folder, skip_broken=True)
     assert list(corpus.by_id) == ["sub/b"]
     (skipped,) = corpus.skipped
-    named = isinstance(row, dict) and row.get("file_name")
-    assert (skipped.file_name, skipped.line) == (str(named) if named else "metadata.jsonl", 1)
+    file_name = isinstance(row, dict) and row.get("file_name")
+    assert (skipped.file_name, skipped.line) == (str(file_name) if file_name else "metadata.jsonl", 1)
     assert re.search(message, skipped.reason, re.DOTALL)
 
 
@@ -307,7 +307,7 @@ def test_skip_broken_lists_what_was_left_out_and_why(folder, case):
         ("gone.png,x", "is missing"),
     ],
 )
-def test_a_broken_csv_line_is_named_where_it_begins(folder, row, message):
+def test_a_broken_csv_row_is_reported_at_its_first_line(folder, row, message):
     (folder / "metadata.csv").write_text(f'file_name,text\nsub/b.jpg,"two\nlines"\n\n{row}\n')
     with pytest.raises(CorpusError, match=rf"metadata\.csv, line 5: .*{message}"):
         read_corpus(folder)
@@ -315,7 +315,7 @@ def test_a_broken_csv_line_is_named_where_it_begins(folder, row, message):
     assert skipped.line == 5
 
 
-def test_a_column_name_of_two_lines_does_not_shift_the_line_numbers(folder):
+def test_a_two_line_column_name_keeps_line_numbers(folder):
     (folder / "metadata.csv").write_text('file_name,"two\nlines"\ngone.png,x\n')
     with pytest.raises(ImageError, match=r"metadata\.csv, line 3: .*is missing"):
         read_corpus(folder)
@@ -334,24 +334,24 @@ def test_a_duplicate_id_in_a_bare_folder_names_both_files(folder):
         read_corpus(folder)
 
 
-def test_skip_broken_keeps_the_first_of_two_that_share_an_id(folder):
+def test_skip_broken_keeps_the_first_of_two_equal_ids(folder):
     write_jsonl(folder, *[{"file_name": name, "image_id": "x"} for name in ("gone.png", "a.png", "sub/b.jpg")])
     corpus = read_corpus(folder, skip_broken=True)
     assert [record.file_name for record in corpus] == ["a.png"]
     assert [(s.file_name, s.line) for s in corpus.skipped] == [("gone.png", 1), ("sub/b.jpg", 3)]
 
 
-def test_nothing_is_skipped_in_a_whole_folder(folder):
+def test_an_intact_folder_has_no_skipped_images(folder):
     assert read_corpus(folder, skip_broken=True).skipped == ()
 
 
-def test_a_folder_of_which_nothing_is_left_is_an_error(folder):
+def test_a_folder_with_only_broken_images_is_an_error(folder):
     write_jsonl(folder, {"file_name": "gone.png"}, {"file_name": "lost.png"})
     with pytest.raises(CorpusError, match=r"all 2 are broken, the first: .*gone\.png is missing"):
         read_corpus(folder, skip_broken=True)
 
 
-def test_a_broken_file_of_a_bare_folder_is_skipped_without_a_line(folder):
+def test_a_broken_file_of_a_bare_folder_has_no_line_number(folder):
     (folder / "c.png").write_bytes(b"")
     (skipped,) = read_corpus(folder, skip_broken=True).skipped
     assert (skipped.file_name, skipped.line) == ("c.png", None)
@@ -424,15 +424,15 @@ def test_an_unreadable_subfolder_is_an_error(folder, monkeypatch):
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)  # root, who runs many a CI, may read every folder
+    monkeypatch.setattr(os, "scandir", refuse)  # CI often runs as root, which may read every folder
     with pytest.raises(CorpusError, match=r"cannot be listed.*Permission denied"):
         read_corpus(folder)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
-def test_a_pipe_is_no_image_and_does_not_block(folder):
+def test_a_pipe_is_an_error_and_does_not_block(folder):
     os.mkfifo(folder / "pipe.png")
-    with pytest.raises(ImageError, match=r"pipe\.png is missing or no regular file"):
+    with pytest.raises(ImageError, match=r"pipe\.png is missing or not a regular file"):
         read_corpus(folder)
 
 

@@ -1,4 +1,4 @@
-"""Images as models read them, and the error for each file that is none."""
+"""`load_image` decodes every raster format to RGB, and raises ImageError for all other files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.corpus.conftest import RED, save
 
 WHITE = (255, 255, 255)
 
-# Files that are no image
+# Files that are not images
 
 
 def noise(path: Path, **options: object) -> Path:
@@ -33,7 +33,7 @@ def noise(path: Path, **options: object) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tiff"])
-def test_a_truncated_image_is_an_error_although_its_header_is_whole(tmp_path, suffix):
+def test_a_truncated_image_with_a_whole_header_is_an_error(tmp_path, suffix):
     path = noise(tmp_path / f"x.{suffix}")
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 3 // 4])
@@ -53,15 +53,15 @@ def test_a_truncated_image_is_an_error_although_its_header_is_whole(tmp_path, su
         (b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic", "image/heic"),
     ],
 )
-def test_a_file_of_another_type_is_an_error_that_names_the_type(folder, content, mime):
+def test_a_file_of_another_type_is_an_error_with_its_type(folder, content, mime):
     (folder / "a.png").write_bytes(content)
     assert sniff_mime(folder / "a.png").startswith(mime)
-    with pytest.raises(ImageError, match=rf"a\.png is no raster image .*{re.escape(mime)}.* Convert it"):
+    with pytest.raises(ImageError, match=rf"a\.png is not a readable raster image.*{re.escape(mime)}.* Convert it"):
         read_corpus(folder)
 
 
 @pytest.mark.parametrize("name", ["logo.svg", "photo.HEIC"])
-def test_a_picture_that_needs_converting_does_not_vanish_from_a_bare_folder(folder, name):
+def test_an_image_that_needs_converting_is_an_error(folder, name):
     (folder / name).write_bytes(b"<svg/>")
     with pytest.raises(ImageError, match=name):
         read_corpus(folder)
@@ -82,8 +82,8 @@ def png_header(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("side", [9_500, 60_000])
 @pytest.mark.parametrize("warnings_are", ["ignore", "error"])
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, side, warnings_are):
-    """Pillow itself only warns at 9500 x 9500, and raises at 60000 x 60000."""
+def test_a_decompression_bomb_is_refused_before_decoding(tmp_path, side, warnings_are):
+    """Pillow only warns at 9500 x 9500, and raises an error at 60000 x 60000."""
     (tmp_path / "x.png").write_bytes(png_header(side, side))
     message = rf"x\.png has more than {Image.MAX_IMAGE_PIXELS} pixels"
     with warnings.catch_warnings():
@@ -102,7 +102,7 @@ def test_the_size_limit_is_pillows_own(tmp_path, monkeypatch):
 
 @given(st.binary(max_size=200), st.sampled_from(["png", "gif", "bmp", "ppm", "webp", "ico", "tiff", "jpg"]))
 def test_damage_is_always_an_image_error(tmp_path_factory, damage, suffix):
-    """Whatever follows a valid beginning, nothing but ImageError comes out."""
+    """Random bytes after a valid beginning raise no error other than ImageError."""
     folder = tmp_path_factory.mktemp("damaged")
     path = noise(folder / f"x.{suffix}")
     path.write_bytes(path.read_bytes()[:40] + damage)
@@ -115,7 +115,7 @@ def test_damage_is_always_an_image_error(tmp_path_factory, damage, suffix):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_exif_orientation_is_applied(tmp_path, orientation):
-    """The stored pixels are what a camera held like that saves of one upright picture."""
+    """Each orientation stores one upright image as a camera held in that way saves it."""
     upright = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [9, 9, 9]], [[99, 99, 99], [200, 0, 200]]], np.uint8)
     undo = {
         1: lambda a: a,
@@ -176,7 +176,7 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
 @pytest.mark.parametrize(
     "values", [[-1.0, 0.0, 1.0], [float("nan"), 0.0, 0.0], [0, 500_000, 1_000_000], [5.0, 5.0, 5.0]]
 )
-def test_values_without_a_white_are_stretched(tmp_path, values):
+def test_wide_integers_and_floats_are_stretched(tmp_path, values):
     array = np.array([values], np.float32 if isinstance(values[0], float) else np.int32)
     Image.fromarray(array).save(tmp_path / "x.tiff")
     grey = np.asarray(load_image(tmp_path / "x.tiff"))[0, :, 0].tolist()
@@ -205,7 +205,7 @@ def test_the_type_is_sniffed(tmp_path, suffix, mime):
     assert sniff_mime(tmp_path / "x") == f"image/{mime}"
 
 
-def test_the_hash_of_a_file_larger_than_one_piece_is_that_of_its_bytes(tmp_path):
+def test_a_large_file_is_hashed_in_pieces_like_its_bytes(tmp_path):
     content = bytes(range(256)) * 10_000
     (tmp_path / "x").write_bytes(content)
     assert image_sha256(tmp_path / "x") == hashlib.sha256(content).hexdigest()

@@ -1,4 +1,4 @@
-"""A record survives its JSON, and a damaged one is an error."""
+"""A record survives a round trip through JSON, and a damaged record is an error."""
 
 from __future__ import annotations
 
@@ -69,6 +69,6 @@ def test_a_damaged_stored_record_is_an_error(folder, change, error):
 
 
 @pytest.mark.parametrize("obj", [None, [], {}, "x"])
-def test_what_is_no_stored_record_is_an_error(folder, obj):
+def test_an_invalid_stored_record_is_an_error(folder, obj):
     with pytest.raises(MetadataError, match="expected an object with the keys"):
         Record.from_json(obj, folder)

@@ -1,4 +1,4 @@
-"""The tiny model is loaded, asked and reproduced like a real one."""
+"""The tiny model loads, generates and is reproducible like a real model."""
 
 import pytest
 import torch
@@ -28,12 +28,12 @@ def processor(folder):
     return AutoProcessor.from_pretrained(folder)
 
 
-def ask(processor, color):
+def process_question(processor, color):
     text = processor.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
     return processor(text=[text], images=[[Image.new("RGB", (60, 40), color)]], return_tensors="pt")
 
 
-def test_the_auto_classes_load_it_with_tied_embeddings_and_a_token_that_ends_the_answer(model, processor):
+def test_auto_classes_load_tied_embeddings_and_an_end_token(model, processor):
     assert isinstance(model, Idefics3ForConditionalGeneration)
     assert model.lm_head.weight is model.model.text_model.embed_tokens.weight
     assert model.get_input_embeddings().num_embeddings == len(processor.tokenizer)
@@ -51,36 +51,36 @@ def test_the_auto_classes_load_it_with_tied_embeddings_and_a_token_that_ends_the
         ([], ""),
     ],
 )
-def test_a_message_renders_as_its_content_in_order_with_nothing_added(processor, content, expected):
+def test_a_message_renders_as_its_content_in_order(processor, content, expected):
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes."}]
     rendered = processor.apply_chat_template(messages, tokenize=False)
     assert rendered == f"<|im_start|>user\n{expected}<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
 
 
-def test_the_generation_prompt_opens_the_turn_of_the_assistant(processor):
+def test_the_generation_prompt_opens_the_assistant_turn(processor):
     rendered = processor.tokenizer.apply_chat_template(
         [{"role": "system", "content": "Be brief."}], add_generation_prompt=True, tokenize=False
     )
     assert rendered == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_part_that_the_model_cannot_read_is_an_error(processor):
+def test_an_unsupported_message_part_is_an_error(processor):
     with pytest.raises(Exception, match="not video"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
 
 
-def test_an_image_takes_as_many_tokens_as_the_model_makes_of_it(model, processor):
-    inputs = ask(processor, "red")
+def test_an_image_has_as_many_tokens_as_features(model, processor):
+    inputs = process_question(processor, "red")
     features = model.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"]).pooler_output
     assert (inputs["input_ids"] == IMAGE_ID).sum() == features.shape[1] == 4
 
 
-def test_an_image_question_is_answered_and_the_answer_depends_on_the_image(model, processor):
+def test_the_answer_depends_on_the_image(model, processor):
     red, blue = (
-        model.generate(**ask(processor, color), max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        model.generate(**process_question(processor, color), max_new_tokens=5, min_new_tokens=5, do_sample=False)
         for color in ("red", "blue")
     )
-    assert red.shape == (1, ask(processor, "red")["input_ids"].shape[1] + 5)
+    assert red.shape == (1, process_question(processor, "red")["input_ids"].shape[1] + 5)
     assert not torch.equal(red, blue)
 
 
@@ -89,7 +89,7 @@ def test_any_text_survives_the_tokenizer(processor, text):
     assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"]) == text
 
 
-def test_the_seed_decides_the_weights_and_nothing_else(folder, tmp_path):
+def test_the_seed_changes_only_the_weights(folder, tmp_path):
     torch.rand(1)  # the state of the global generator must not matter
     again, other = make_tiny_model(tmp_path / "again", seed=0), make_tiny_model(tmp_path / "other", seed=1)
     for file in folder.iterdir():

@@ -8,7 +8,7 @@ from llama_index_genret.errors import QueryError
 from llama_index_genret.models.prompts import MAX_QUERY_TOKENS, PREFIX_BLOCK
 
 
-def test_a_query_stands_between_the_rendered_chat_markup_after_its_own_words(untrained_index):
+def test_a_query_prompt_repeats_the_query_inside_the_chat_markup(untrained_index):
     prompts, tokenizer = untrained_index.prompts, untrained_index.tokenizer
     prompt = tokenizer.decode(prompts.for_query(tokenizer, "  red circle ").token_ids)
     before, after = "<|im_start|>user\nFind: ", "<|im_end|>\n<|im_start|>assistant\n"
@@ -19,7 +19,7 @@ def test_a_query_stands_between_the_rendered_chat_markup_after_its_own_words(unt
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60).filter(str.strip))
-def test_the_prompt_of_a_query_fills_whole_blocks_with_the_fewest_tokens(untrained_index, text):
+def test_a_query_prompt_fills_whole_blocks_with_fewest_tokens(untrained_index, text):
     prompts, tokenizer = untrained_index.prompts, untrained_index.tokenizer
     words = tokenizer.encode_text(text.strip())
     alone = prompts.retrieve.fill(tokenizer, words)
@@ -33,12 +33,12 @@ def test_the_prompt_of_a_query_fills_whole_blocks_with_the_fewest_tokens(untrain
 
 
 @pytest.mark.parametrize("query", ["", "  \n", "\ud800"])
-def test_a_query_that_says_nothing_is_refused(untrained_index, query):
+def test_an_empty_or_invalid_query_is_refused(untrained_index, query):
     with pytest.raises(QueryError):
         untrained_index.prompts.for_query(untrained_index.tokenizer, query)
 
 
-def test_a_long_query_is_refused_not_cut(untrained_index):
+def test_a_long_query_is_refused_not_truncated(untrained_index):
     prompts, tokenizer = untrained_index.prompts, untrained_index.tokenizer
     word = "Q"
     assert len(tokenizer.encode_text(word * MAX_QUERY_TOKENS)) == MAX_QUERY_TOKENS
@@ -47,7 +47,7 @@ def test_a_long_query_is_refused_not_cut(untrained_index):
         prompts.for_query(tokenizer, word * (MAX_QUERY_TOKENS + 1))
 
 
-def test_a_query_of_a_megabyte_is_refused_before_its_tokens_are_counted(untrained_index, monkeypatch):
+def test_a_megabyte_query_is_refused_before_tokenization(untrained_index, monkeypatch):
     prompts, tokenizer = untrained_index.prompts, untrained_index.tokenizer
     monkeypatch.setattr(type(tokenizer), "encode_text", lambda *_: pytest.fail("tokenized"))
     with pytest.raises(QueryError, match=f"1000000 characters.*{MAX_QUERY_TOKENS} tokens"):

@@ -1,4 +1,4 @@
-"""What the Qwen-VL family does otherwise, against plain forward passes: positions, packed patches, an untied head."""
+"""Qwen-VL models equal plain forward passes in positions, packed patches and untied heads."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ from llama_index_genret.training.recipe import TrainOptions
 from llama_index_genret.training.tasks import InterleavedExamples, examples_of
 from llama_index_genret.training.trainer import summed_loss
 from tests.conftest import draw_pictures
-from tests.tiny_qwen import FAMILIES, IMAGE, SIZES, resize_pictures, tiny_qwen, tiny_qwen_processor
+from tests.tiny_qwen import FAMILIES, IMAGE, SIZES, resize_images, tiny_qwen, tiny_qwen_processor
 from tests.training.test_recipe import loss_and_gradients
 
 pytestmark = pytest.mark.torch
@@ -36,8 +36,8 @@ TOKENS = np.arange(100, 160)
 
 
 @pytest.fixture(scope="module")
-def pictures_of_all_sizes(tmp_path_factory):
-    return resize_pictures(draw_pictures(tmp_path_factory.mktemp("pictures") / "images"))
+def images_of_all_sizes(tmp_path_factory):
+    return resize_images(draw_pictures(tmp_path_factory.mktemp("pictures") / "images"))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -46,18 +46,18 @@ def qwen(request):
 
 
 @pytest.fixture(scope="module")
-def index(qwen, pictures_of_all_sizes, tmp_path_factory):
-    return build_index(read_corpus(pictures_of_all_sizes), tmp_path_factory.mktemp("index") / "index", qwen)
+def index(qwen, images_of_all_sizes, tmp_path_factory):
+    return build_index(read_corpus(images_of_all_sizes), tmp_path_factory.mktemp("index") / "index", qwen)
 
 
 @pytest.fixture
 def fresh(qwen):
-    """The same model anew, for a test that changes it."""
+    """A new copy of the model, for a test that changes it."""
     return Mllm(qwen.name_or_path, tiny_qwen(qwen.name_or_path), qwen.processor)
 
 
 def plain_log_probs(mllm, inputs, prefix):
-    """(vocabulary,) log-probabilities by one forward pass without any cache."""
+    """Return (vocabulary,) log-probabilities from one forward pass without a cache."""
     ids = torch.cat([inputs["input_ids"], torch.tensor([prefix], dtype=torch.long)], 1)
     inputs = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "mm_token_type_ids" in inputs:
@@ -71,14 +71,14 @@ def assert_scores_equal_plain_passes(mllm, prompts, inputs):
     rows = [Row(query, prefix, TOKENS) for query in range(len(prompts)) for prefix in PREFIXES]
     with TransformersScorer(mllm).session(prompts, Normalise.VOCABULARY) as session:
         for depth in range(3):
-            asked = Rows.of([row for row in rows if len(row.prefix) == depth])
-            for row, scores in zip(asked, asked.split(session.score(asked)), strict=True):
+            batch = Rows.of([row for row in rows if len(row.prefix) == depth])
+            for row, scores in zip(batch, batch.split(session.score(batch)), strict=True):
                 expected = plain_log_probs(mllm, inputs[row.query], row.prefix)[row.token_ids]
                 np.testing.assert_allclose(scores, expected, atol=2e-4)
 
 
-def test_images_of_any_size_and_then_text_are_scored_like_plain_forward_passes(qwen, index):
-    """The text after a picture stands where the picture's longer side ends, not where its last token does."""
+def test_images_of_any_size_are_scored_like_forward_passes(qwen, index):
+    """The position of the text after an image follows the image's longer side, not its last token."""
     paths = {load_image(record.path).size: record.path for record in index.records}
     prompts = [index.prompts.for_image(index.tokenizer, paths[size]) for size in SIZES]
     inputs = [qwen.process([prompt.text], [load_image(prompt.image)]) for prompt in prompts]
@@ -87,7 +87,7 @@ def test_images_of_any_size_and_then_text_are_scored_like_plain_forward_passes(q
     assert_scores_equal_plain_passes(qwen, texts, [{"input_ids": torch.tensor([p.token_ids])} for p in texts])
 
 
-def test_a_library_that_a_model_wants_is_named_where_it_is_missing(monkeypatch):
+def test_an_error_names_the_library_that_a_model_needs(monkeypatch):
     def from_pretrained(_):
         raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
 
@@ -96,21 +96,21 @@ def test_a_library_that_a_model_wants_is_named_where_it_is_missing(monkeypatch):
         load_mllm("some-folder", device="cpu")
 
 
-def test_pictures_encoded_together_get_the_features_that_each_gets_alone(qwen, index):
+def test_features_of_a_batch_equal_those_of_single_images(qwen, index):
     paths = [record.path for record in index.records]
     alone = np.concatenate([vision_features(qwen, [path]) for path in paths])
     np.testing.assert_allclose(vision_features(qwen, paths), alone, atol=1e-5)
     assert len(np.unique(alone.round(3), axis=0)) == len(paths)
 
 
-def test_the_loss_of_a_batch_is_that_of_plain_forward_passes(qwen, index):
-    """Positions are those of recall, padding and other pictures in the batch notwithstanding."""
+def test_the_loss_of_a_batch_equals_plain_forward_passes(qwen, index):
+    """Padding and the other images of a batch do not change positions."""
     examples = InterleavedExamples(examples_of(index), 60, seed=0)
-    named = [i for i in range(60) if examples[i].task == "memorise"]
+    memorise = [i for i in range(60) if examples[i].task == "memorise"]
     tensors = ExampleTensors(index, qwen, examples)
-    items, expected = [tensors[i] for i in named], 0.0
+    items, expected = [tensors[i] for i in memorise], 0.0
     assert len({len(item["input_ids"]) for item in items}) == len(SIZES)
-    for i, item in zip(named, items, strict=True):
+    for i, item in zip(memorise, items, strict=True):
         target = [int(token) for token in item["labels"] if token != IGNORED]
         inputs = qwen.process([index.prompts.memorise], [load_image(index.records[examples[i].row].path)])
         steps = [plain_log_probs(qwen, inputs, target[:n])[token] for n, token in enumerate(target)]
@@ -121,17 +121,17 @@ def test_the_loss_of_a_batch_is_that_of_plain_forward_passes(qwen, index):
         assert float(summed_loss(qwen.model, batch, symbols)[0]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_was_trained_is_what_is_loaded_with_a_tied_head_or_its_own(fresh, index, tmp_path):
-    """The rows of new symbols are learned wherever the model has any: where they are read, and where they are said."""
+def test_a_saved_adapter_has_the_trained_loss_with_any_head(fresh, index, tmp_path):
+    """The rows of new symbols are trained in the input embeddings and in an untied LM head."""
     examples = InterleavedExamples(examples_of(index), 20, seed=0)
     tensors = ExampleTensors(index, fresh, examples)
     batch = collate([tensors[i] for i in range(20)], pad=0)
     tied = fresh.model.lm_head.weight is fresh.model.get_input_embeddings().weight
     model = add_lora(index, fresh, TrainOptions(lora_rank=2))
 
-    def losses(of):
+    def losses(model):
         symbols = torch.from_numpy(tensors.paths.token_ids)
-        return [summed_loss(of, dict(part), symbols)[0] for part in batch.values()]
+        return [summed_loss(model, dict(part), symbols)[0] for part in batch.values()]
 
     sum(losses(model)).backward()
     learned = {name: p for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
@@ -145,8 +145,8 @@ def test_what_was_trained_is_what_is_loaded_with_a_tied_head_or_its_own(fresh, i
         torch.testing.assert_close(losses(merged), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_of_added_symbols_are_set_wherever_the_model_has_rows(qwen, fresh, pictures_of_all_sizes, tmp_path):
-    corpus = read_corpus(pictures_of_all_sizes)
+def test_rows_of_added_symbols_are_set_in_embeddings_and_head(qwen, fresh, images_of_all_sizes, tmp_path):
+    corpus = read_corpus(images_of_all_sizes)
     some = replace(corpus, records=corpus.records[:18])
     index = build_index(some, tmp_path / "index", qwen, scheme="atomic")
     model = add_lora(index, fresh, TrainOptions(lora_rank=2))
@@ -165,7 +165,7 @@ def test_rows_of_added_symbols_are_set_wherever_the_model_has_rows(qwen, fresh, 
         assert np.abs(new.rows[name][0] - new.rows[name][1]).max() > 1e-3
 
 
-def test_cached_features_and_fast_rows_change_neither_loss_nor_gradients(fresh, index):
+def test_cached_features_and_fast_rows_keep_loss_and_gradients(fresh, index):
     model = add_lora(index, fresh, TrainOptions(lora_rank=2))
     examples = InterleavedExamples(examples_of(index), 20, seed=0)
     tensors = ExampleTensors(index, fresh, examples)
@@ -182,16 +182,16 @@ def test_cached_features_and_fast_rows_change_neither_loss_nor_gradients(fresh, 
             assert fast.keys() == plain.keys()
             for name, gradient in plain.items():
                 torch.testing.assert_close(fast[name], gradient, rtol=1e-3, atol=1e-4)
-    pictures = {examples[i].row for i in range(20) if examples[i].task in ("memorise", "answer")}
-    assert len(encoded) == len(pictures)
+    images = {examples[i].row for i in range(20) if examples[i].task in ("memorise", "answer")}
+    assert len(encoded) == len(images)
 
 
-def test_the_same_patches_in_another_grid_are_another_image(qwen):
-    """Black beside white, and black above white."""
+def test_the_same_patches_in_another_grid_differ(qwen):
+    """One image has black beside white, the other black above white."""
     lying, standing = Image.new("RGB", (32, 16)), Image.new("RGB", (16, 32))
     lying.paste("white", (16, 0, 32, 16))
     standing.paste("white", (0, 16, 16, 32))
-    lying, standing = (qwen.process([IMAGE], [picture]) for picture in (lying, standing))
+    lying, standing = (qwen.process([IMAGE], [image]) for image in (lying, standing))
     assert torch.equal(lying["pixel_values"], standing["pixel_values"])
     qwen.model.requires_grad_(False)
     tower = qwen.model.get_encoder("image")
