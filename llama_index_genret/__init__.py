@@ -1,6 +1,6 @@
 """A multimodal LLM that has memorised your images, served by vLLM, as a LlamaIndex retriever.
 
-Light to import: names load on first use, and the client side needs neither torch nor vllm.
+Light to import: each public object loads on first use. The client side needs neither torch nor vllm.
 """
 
 from importlib import import_module

@@ -29,7 +29,7 @@ from llama_index_genret.corpus.records import (
 )
 from llama_index_genret.errors import CorpusError, DuplicateImage, ImageError, MetadataError, UnsafePath
 
-# Suffixes of images in a bare folder. Those of the second line need converting: an error, so that no image is lost.
+# Suffixes of images in a bare folder. Those of the second line raise an error, so that no image is lost silently.
 _IMAGE_SUFFIX = re.compile(
     r"\.(apng|avif|bmp|gif|ico|jfif|jp2|jpe|jpeg|jpg|mpo|pbm|pgm|png|pnm|ppm|tiff?|webp"
     r"|heic|heif|jxl|svgz?)\Z",
