@@ -117,7 +117,7 @@ def _sniff(path: Path, where: str) -> str:
     if colon and scheme in ("data", "http", "https", "file"):  # not shown: it may hold an image or a key
         raise ImageError(
             f"{where}expected the path of a file, not a {scheme}: address ({len(str(path))} characters). "
-            "Nothing is fetched: download the image and give its path."
+            "Nothing is fetched: save the image and give its path."
         )
     try:
         if not path.is_file():
