@@ -1,4 +1,4 @@
-"""Folders of small images."""
+"""Fixtures with folders of small images."""
 
 from __future__ import annotations
 

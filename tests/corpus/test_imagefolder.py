@@ -28,6 +28,9 @@ def write_jsonl(folder: Path, *rows: object) -> Path:
     return path
 
 
+# Records
+
+
 def test_a_line_of_json_becomes_a_record(folder):
     question = {"question": "What colour?", "answer": "Red."}
     extra = {"year": 1999, "score": 0.5, "public": True, "note": None, "place": "Köln"}

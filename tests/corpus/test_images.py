@@ -1,4 +1,4 @@
-"""Images as models read them, and the error for each file that is none."""
+"""`load_image` decodes every raster format to RGB, and raises ImageError for all other files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.corpus.conftest import RED, save
 
 WHITE = (255, 255, 255)
 
-# Files that are no image
+# Files that are not images
 
 
 def noise(path: Path, **options: object) -> Path:

@@ -1,4 +1,4 @@
-"""A record survives its JSON, and a damaged one is an error."""
+"""A record survives a round trip through JSON, and a damaged record is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user types never becomes markup, and a symbol is one token."""
+"""User text never becomes markup, and a symbol is one token."""
 
 import pytest
 from hypothesis import given
