@@ -1,4 +1,4 @@
-"""A changing set of identifiers answers like a trie that is built anew after every change."""
+"""Test that an edited trie equals a trie that is rebuilt after every edit."""
 
 from collections import Counter
 
@@ -36,18 +36,18 @@ OPERATIONS = Counter()
 
 
 def name_of(token_ids):
-    """Without the token that closes it."""
+    """Return the identifier without its end token."""
     return token_ids[:-1] if token_ids[-1] == END else token_ids
 
 
 def found(trie, **options):
-    """(key, name, log p) of the hits, and whether they are certain."""
+    """Return (key, identifier, log p) of each hit, and True if the ranking is exact."""
     (ranking,) = recall(SCORER, trie, [PROMPT], SearchOptions(**options))
     return [(hit.key, name_of(hit.token_ids), round(hit.log_prob, 9)) for hit in ranking.hits], ranking.exact
 
 
 def live_of(trie):
-    """{name: key} by walking everything."""
+    """Return {name: key} by walking the whole trie."""
     names, ends, open_nodes = {}, [], [(trie.roots(1), ())] if trie.n_live else []
     while open_nodes:
         nodes, prefix = open_nodes.pop()
@@ -64,7 +64,7 @@ def live_of(trie):
 
 
 class Editing(RuleBasedStateMachine):
-    """Edits in any order, against a dictionary of what should be there."""
+    """Edit in any order and compare with a dictionary of the expected identifiers."""
 
     @initialize(names=st.sets(NAMES, min_size=1, max_size=12))
     def build(self, names):
@@ -112,7 +112,7 @@ class Editing(RuleBasedStateMachine):
     @precondition(lambda self: self.model)
     @rule(data=st.data(), k=st.integers(1, 5), width=st.integers(1, 4))
     def search(self, data, k, width):
-        """Beam and exact, filtered or not, as over a trie that is built of the same identifiers from scratch."""
+        """Compare beam and exact search, filtered or not, with a trie built from scratch."""
         OPERATIONS["search"] += 1
         names = sorted(self.model)
         rebuilt, order = build_trie(close_beginnings(names, END))
@@ -132,13 +132,13 @@ class Editing(RuleBasedStateMachine):
         assert ([name for _, name, _ in ours[0]], ours[1]) == (best, True)
 
     @invariant()
-    def holds_what_it_should(self):
+    def trie_equals_the_model(self):
         assert self.trie.n_live == len(self.model)
         assert live_of(self.trie) == self.model
 
 
-def test_edits_in_any_order_equal_a_trie_built_from_scratch():
-    """Ten thousand operations in CI."""
+def test_edits_in_any_order_equal_a_rebuilt_trie():
+    """Run ten thousand operations in CI."""
     OPERATIONS.clear()
     Editing.TestCase.settings = settings(max_examples=3 * settings.default.max_examples)
     Editing.TestCase("runTest").runTest()
@@ -146,7 +146,7 @@ def test_edits_in_any_order_equal_a_trie_built_from_scratch():
     assert OPERATIONS.total() >= 2 / 3 * most, OPERATIONS
 
 
-def test_one_version_stays_as_it_is_while_others_follow():
+def test_edits_leave_earlier_versions_unchanged():
     trie, _ = build_trie([(0, 1), (2, 3)])
     first = LiveTrie(trie)
     second = add_identifiers(first, [(2, 4)], [7])
@@ -158,7 +158,7 @@ def test_one_version_stays_as_it_is_while_others_follow():
     ]
 
 
-def test_without_an_end_token_a_beginning_is_refused():
+def test_prefix_without_an_end_token_is_rejected():
     trie = LiveTrie(build_trie([(0, 1), (2,)])[0])
     for name in [(0,), (2, 3)]:
         with pytest.raises(IdentifierCollision, match="end token"):
@@ -167,24 +167,24 @@ def test_without_an_end_token_a_beginning_is_refused():
         add_identifiers(trie, [(1,), (1, 1)], [8, 9])
 
 
-def test_an_end_token_inside_an_identifier_is_refused():
+def test_end_token_inside_an_identifier_is_rejected():
     trie = LiveTrie(build_trie([(0, 1)])[0])
     with pytest.raises(IdentifierError, match="end token 5"):
         add_identifiers(trie, [(0, END, 2)], [1], end_token=END)
 
 
 @pytest.mark.parametrize("bad", [[()], [(-1,)], [(2**31,)]])
-def test_what_is_no_identifier_is_refused(bad):
+def test_invalid_identifier_is_rejected(bad):
     with pytest.raises(IdentifierError, match="identifier 0"):
         add_identifiers(LiveTrie(build_trie([(0, 1)])[0]), bad, [1])
 
 
-def test_keys_must_come_one_for_each():
+def test_add_needs_one_key_for_each_identifier():
     with pytest.raises(IdentifierError, match="2 identifiers came with 1 keys"):
         add_identifiers(LiveTrie(build_trie([(0, 1)])[0]), [(1,), (2,)], [1])
 
 
-def test_a_filter_of_an_older_version_is_refused():
+def test_filter_of_an_older_version_is_rejected():
     trie = LiveTrie(build_trie([(0, 1), (2, 3)])[0])
     allowed = LeafFilter.from_mask(np.ones(2, bool))
     newer = add_identifiers(trie, [(4, 4)], [2])
@@ -192,8 +192,8 @@ def test_a_filter_of_an_older_version_is_refused():
         recall(SCORER, newer, [PROMPT], SearchOptions(k=1, leaf_filter=allowed))
 
 
-def test_a_filter_reaches_what_was_added():
-    """Identifiers of one length on both sides: leaf by leaf, and by ranges of leaves."""
+def test_filter_selects_each_added_identifier():
+    """Base and added identifiers have one length: test single leaves and ranges of leaves."""
     trie = LiveTrie(build_trie([(0, 1), (0, 2), (3, 1), (3, 2)])[0])
     trie = add_identifiers(trie, [(0, 3), (0, 4), (3, 3), (1, 1), (1, 2)], range(4, 9))
     for leaf in range(trie.n_leaves):
@@ -202,21 +202,21 @@ def test_a_filter_reaches_what_was_added():
         assert [key for key, _, _ in hits] == [int(trie.key(np.array([leaf]))[0])]
 
 
-def test_when_all_are_removed_nothing_is_found_and_adding_goes_on():
+def test_empty_trie_finds_nothing_and_accepts_additions():
     trie = remove_identifiers(LiveTrie(build_trie([(0, 1), (2, 3)])[0]), [(0, 1), (2, 3)])
     for version in (trie, compact(trie)):
         assert found(version, k=3) == ([], True)
         assert live_of(add_identifiers(version, [(0, 1)], [9])) == {(0, 1): 9}
 
 
-def test_a_removed_sibling_takes_no_probability():
-    """Scores are those of a trie that never held it: the survivor's probability is 1."""
+def test_removed_sibling_takes_no_probability():
+    """Scores equal those of a trie without the sibling: the probability is 1."""
     trie = remove_identifiers(LiveTrie(build_trie([(0, 1), (0, 2)])[0]), [(0, 2)])
     (ranking,) = recall(SCORER, trie, [PROMPT], SearchOptions(k=2, normalise=Normalise.CHILDREN))
     assert [(hit.token_ids, hit.score) for hit in ranking.hits] == [((0, 1), 1.0)]
 
 
-def test_an_edited_and_compacted_trie_is_stored_and_opened_again(tmp_path):
+def test_compacted_trie_is_saved_and_opened(tmp_path):
     trie = add_identifiers(LiveTrie(build_trie([(9, 9)])[0]), [(1, row) for row in range(10, 80)], range(10, 80))
     trie = compact(remove_identifiers(trie, [(1, row) for row in range(10, 80, 3)]))
     save_trie(trie.base, tmp_path / "trie.bin")
