@@ -31,8 +31,8 @@ def save_trie(trie: Trie, path: Path | str) -> None:
 def _serialise(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     """Return the bytes of the file.
 
-    They are the magic, the header length, the JSON header padded with spaces, each array at a multiple of 64 bytes,
-    and the SHA-256 of all of them.
+    The order is: magic, header length, JSON header padded with spaces, arrays, SHA-256 of all before it. Each array
+    starts at a multiple of 64 bytes.
     """
     entries, payload = {}, bytearray()
     for name, array in arrays.items():

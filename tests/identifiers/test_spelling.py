@@ -97,9 +97,9 @@ def test_identifiers_of_any_captions_differ_and_decode(
 @KINDS
 @pytest.mark.parametrize("scheme", ["numeric", "string"])
 def test_numbers_need_no_new_token(tokenizers, kind, scheme):
-    naming = get_scheme(scheme)
-    identifiers = naming.fit(ImageFacts(120), seed=0)
-    spelling = spelling_of(naming, tokenizers[kind], "existing")
+    instance = get_scheme(scheme)
+    identifiers = instance.fit(ImageFacts(120), seed=0)
+    spelling = spelling_of(instance, tokenizers[kind], "existing")
     spelled = spelling.spell(identifiers)
     spelling.check(identifiers, spelled, [str(i) for i in range(120)], PROMPT)
     assert spelling.tokenizer is tokenizers[kind]
@@ -112,15 +112,15 @@ def test_numbers_need_no_new_token(tokenizers, kind, scheme):
 @pytest.mark.parametrize("alphabet", ["new", "existing"])
 @pytest.mark.parametrize("scheme", ["structured", "atomic"])
 def test_each_symbol_is_one_new_or_existing_token(tokenizers, kind, alphabet, scheme):
-    base, naming = tokenizers[kind], get_scheme(scheme)
-    identifiers = naming.fit(ImageFacts(60, random_features(60)), seed=0)
-    spelling = spelling_of(naming, base, alphabet)
+    base, instance = tokenizers[kind], get_scheme(scheme)
+    identifiers = instance.fit(ImageFacts(60, random_features(60)), seed=0)
+    spelling = spelling_of(instance, base, alphabet)
     spelled = spelling.spell(identifiers)
     spelling.check(identifiers, spelled, [str(i) for i in range(60)], PROMPT)
     assert [len(i) for i in spelled] == [len(i) for i in identifiers]
     assert spelling.unspell(spelled) == identifiers
     added = spelling.tokenizer.vocab_size - base.vocab_size
-    assert added == (len(naming.new_symbols()) if alphabet == "new" else 0)
+    assert added == (len(instance.new_symbols()) if alphabet == "new" else 0)
     if alphabet == "existing":
         assert all(len(w) >= 3 and w.isalpha() for i in spelled for w in spelling.tokenizer.read(i).split(" "))
 
@@ -148,23 +148,23 @@ def test_word_that_is_never_encoded_is_not_chosen():
 
 @KINDS
 def test_words_are_distinct_and_stay_when_images_are_added(tokenizers, kind):
-    naming = get_scheme("atomic")
-    naming.fit(ImageFacts(20), seed=0)
-    before = spelling_of(naming, tokenizers[kind], "existing")
+    instance = get_scheme("atomic")
+    instance.fit(ImageFacts(20), seed=0)
+    before = spelling_of(instance, tokenizers[kind], "existing")
     assert len(set(before.words.values())) == len(before.words) == 20
-    naming.extend(ImageFacts(5), ())
-    after = spelling_of(naming, tokenizers[kind], "existing")
+    instance.extend(ImageFacts(5), ())
+    after = spelling_of(instance, tokenizers[kind], "existing")
     assert list(after.words.items())[:20] == list(before.words.items())
 
 
 def test_error_for_too_few_words_shows_both_numbers(tokenizers):
-    naming = get_scheme("structured", sizes=500, levels=2)
-    naming.fit(ImageFacts(4, random_features(4)), seed=0)
+    instance = get_scheme("structured", sizes=500, levels=2)
+    instance.fit(ImageFacts(4, random_features(4)), seed=0)
     n_words = len(tokenizers["bpe"].words)
     with pytest.raises(IdentifierError, match=rf"needs 1032 symbols.* has {n_words} whole words"):
-        spelling_of(naming, tokenizers["bpe"], "existing")
+        spelling_of(instance, tokenizers["bpe"], "existing")
     with pytest.raises(IdentifierError, match="'new' or 'existing'"):
-        spelling_of(naming, tokenizers["bpe"], "borrowed")
+        spelling_of(instance, tokenizers["bpe"], "borrowed")
 
 
 def test_caption_that_does_not_decode_is_an_error():

@@ -31,28 +31,28 @@ from llama_index_genret.trie import (
 END = 5
 SCORER = FakeScorer(vocab_size=6)
 PROMPT = Prompt((1,))
-NAMES = st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple)
+IDENTIFIERS = st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple)
 OPERATIONS = Counter()
 
 
-def name_of(token_ids):
+def without_end(token_ids):
     """Return the identifier without its end token."""
     return token_ids[:-1] if token_ids[-1] == END else token_ids
 
 
-def found(trie, **options):
+def search_hits(trie, **options):
     """Return (key, identifier, log p) of each hit, and True if the ranking is exact."""
     (ranking,) = recall(SCORER, trie, [PROMPT], SearchOptions(**options))
-    return [(hit.key, name_of(hit.token_ids), round(hit.log_prob, 9)) for hit in ranking.hits], ranking.exact
+    return [(hit.key, without_end(hit.token_ids), round(hit.log_prob, 9)) for hit in ranking.hits], ranking.exact
 
 
 def live_of(trie):
-    """Return {name: key} by walking the whole trie."""
-    names, ends, open_nodes = {}, [], [(trie.roots(1), ())] if trie.n_live else []
+    """Return {identifier: key} by walking the whole trie."""
+    identifiers, ends, open_nodes = {}, [], [(trie.roots(1), ())] if trie.n_live else []
     while open_nodes:
         nodes, prefix = open_nodes.pop()
         if trie.is_leaf(nodes)[0]:
-            names[name_of(prefix)] = int(trie.key(trie.leaf(nodes))[0])
+            identifiers[without_end(prefix)] = int(trie.key(trie.leaf(nodes))[0])
             ends.append((prefix, int(trie.order(nodes)[0])))
             continue
         expansion = trie.expand(nodes)
@@ -60,43 +60,43 @@ def live_of(trie):
         for entry, token in enumerate(expansion.token_ids.tolist()):
             open_nodes.append((expansion.take(np.array([entry])), (*prefix, token)))
     assert [prefix for prefix, _ in sorted(ends)] == [prefix for prefix, _ in sorted(ends, key=lambda end: end[1])]
-    return names
+    return identifiers
 
 
 class Editing(RuleBasedStateMachine):
     """Edit in any order and compare with a dictionary of the expected identifiers."""
 
-    @initialize(names=st.sets(NAMES, min_size=1, max_size=12))
-    def build(self, names):
-        self.model = {name: key for key, name in enumerate(sorted(names))}
+    @initialize(identifiers=st.sets(IDENTIFIERS, min_size=1, max_size=12))
+    def build(self, identifiers):
+        self.model = {identifier: key for key, identifier in enumerate(sorted(identifiers))}
         trie, order = build_trie(close_beginnings(list(self.model), END))
         self.trie = LiveTrie(trie, keys=order)
         self.next_key = len(self.model)
 
-    @rule(names=st.lists(NAMES, min_size=1, max_size=3))
-    def add(self, names):
+    @rule(identifiers=st.lists(IDENTIFIERS, min_size=1, max_size=3))
+    def add(self, identifiers):
         OPERATIONS["add"] += 1
-        keys = range(self.next_key, self.next_key + len(names))
-        if len(set(names)) < len(names) or self.model.keys() & set(names):
+        keys = range(self.next_key, self.next_key + len(identifiers))
+        if len(set(identifiers)) < len(identifiers) or self.model.keys() & set(identifiers):
             with pytest.raises(IdentifierCollision):
-                add_identifiers(self.trie, names, keys, end_token=END)
+                add_identifiers(self.trie, identifiers, keys, end_token=END)
             return
-        self.trie = add_identifiers(self.trie, names, keys, end_token=END)
-        self.model |= dict(zip(names, keys, strict=True))
-        self.next_key += len(names)
+        self.trie = add_identifiers(self.trie, identifiers, keys, end_token=END)
+        self.model |= dict(zip(identifiers, keys, strict=True))
+        self.next_key += len(identifiers)
 
-    @rule(names=st.lists(NAMES, min_size=1, max_size=2), data=st.data())
-    def remove(self, names, data):
+    @rule(identifiers=st.lists(IDENTIFIERS, min_size=1, max_size=2), data=st.data())
+    def remove(self, identifiers, data):
         OPERATIONS["remove"] += 1
         if self.model and data.draw(st.booleans()):
-            names = [data.draw(st.sampled_from(sorted(self.model)))]
-        if len(set(names)) < len(names) or not set(names) <= self.model.keys():
+            identifiers = [data.draw(st.sampled_from(sorted(self.model)))]
+        if len(set(identifiers)) < len(identifiers) or not set(identifiers) <= self.model.keys():
             with pytest.raises(IdentifierError):
-                remove_identifiers(self.trie, names, end_token=END)
+                remove_identifiers(self.trie, identifiers, end_token=END)
             return
-        self.trie = remove_identifiers(self.trie, names, end_token=END)
-        for name in names:
-            del self.model[name]
+        self.trie = remove_identifiers(self.trie, identifiers, end_token=END)
+        for identifier in identifiers:
+            del self.model[identifier]
 
     @rule()
     def compact(self):
@@ -114,22 +114,24 @@ class Editing(RuleBasedStateMachine):
     def search(self, data, k, width):
         """Compare beam and exact search, filtered or not, with a trie built from scratch."""
         OPERATIONS["search"] += 1
-        names = sorted(self.model)
-        rebuilt, order = build_trie(close_beginnings(names, END))
-        kept = set(data.draw(st.lists(st.sampled_from(names)))) if data.draw(st.booleans()) else set(names)
-        keys = {self.model[name] for name in kept}
+        identifiers = sorted(self.model)
+        rebuilt, order = build_trie(close_beginnings(identifiers, END))
+        kept = set(data.draw(st.lists(st.sampled_from(identifiers)))) if data.draw(st.booleans()) else set(identifiers)
+        keys = {self.model[identifier] for identifier in kept}
         leaves = np.arange(self.trie.n_leaves)
         removed = np.zeros(len(leaves), bool) if self.trie.live is None else ~self.trie.live.contains(leaves)
         allowed = LeafFilter.from_mask(np.isin(self.trie.key(leaves), list(keys)) | removed)
-        fresh = LiveTrie(rebuilt, keys=np.array([self.model[names[row]] for row in order]))
+        fresh = LiveTrie(rebuilt, keys=np.array([self.model[identifiers[row]] for row in order]))
         fresh_allowed = LeafFilter.from_mask(np.isin(fresh.keys, list(keys)))
         for mode in ("beam", "exact"):
-            ours = found(self.trie, k=k, width=width, mode=mode, leaf_filter=allowed)
-            assert ours == found(fresh, k=k, width=width, mode=mode, leaf_filter=fresh_allowed)
+            ours = search_hits(self.trie, k=k, width=width, mode=mode, leaf_filter=allowed)
+            assert ours == search_hits(fresh, k=k, width=width, mode=mode, leaf_filter=fresh_allowed)
             assert len(ours[0]) == min(k, len(kept))
-        everything = rank_all(close_beginnings(names, END), lambda p: SCORER.logits(PROMPT, p), over_children=True)
-        best = [name_of(path) for _, path in everything if name_of(path) in kept][:k]
-        assert ([name for _, name, _ in ours[0]], ours[1]) == (best, True)
+        everything = rank_all(
+            close_beginnings(identifiers, END), lambda p: SCORER.logits(PROMPT, p), over_children=True
+        )
+        best = [without_end(path) for _, path in everything if without_end(path) in kept][:k]
+        assert ([identifier for _, identifier, _ in ours[0]], ours[1]) == (best, True)
 
     @invariant()
     def trie_equals_the_model(self):
@@ -160,9 +162,9 @@ def test_edits_leave_earlier_versions_unchanged():
 
 def test_prefix_without_an_end_token_is_rejected():
     trie = LiveTrie(build_trie([(0, 1), (2,)])[0])
-    for name in [(0,), (2, 3)]:
+    for identifier in [(0,), (2, 3)]:
         with pytest.raises(IdentifierCollision, match="end token"):
-            add_identifiers(trie, [name], [9])
+            add_identifiers(trie, [identifier], [9])
     with pytest.raises(IdentifierCollision):
         add_identifiers(trie, [(1,), (1, 1)], [8, 9])
 
@@ -198,14 +200,14 @@ def test_filter_selects_each_added_identifier():
     trie = add_identifiers(trie, [(0, 3), (0, 4), (3, 3), (1, 1), (1, 2)], range(4, 9))
     for leaf in range(trie.n_leaves):
         allowed = LeafFilter.from_mask(np.arange(trie.n_leaves) == leaf)
-        hits, _ = found(trie, k=3, leaf_filter=allowed)
+        hits, _ = search_hits(trie, k=3, leaf_filter=allowed)
         assert [key for key, _, _ in hits] == [int(trie.key(np.array([leaf]))[0])]
 
 
 def test_empty_trie_finds_nothing_and_accepts_additions():
     trie = remove_identifiers(LiveTrie(build_trie([(0, 1), (2, 3)])[0]), [(0, 1), (2, 3)])
     for version in (trie, compact(trie)):
-        assert found(version, k=3) == ([], True)
+        assert search_hits(version, k=3) == ([], True)
         assert live_of(add_identifiers(version, [(0, 1)], [9])) == {(0, 1): 9}
 
 

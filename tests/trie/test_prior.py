@@ -29,19 +29,21 @@ def edited_tries(draw):
         live = add_identifiers(live, more, range(len(identifiers), len(identifiers) + len(more)))
     everything = [*identifiers, *more]
     if len(identifiers) > 1 and draw(st.booleans()):
-        gone = draw(st.lists(st.sampled_from(identifiers), max_size=len(identifiers) - 1, unique=True))
-        live = remove_identifiers(live, gone) if gone else live
-        kept = [identifier for identifier in everything if identifier not in gone]
+        removed = draw(st.lists(st.sampled_from(identifiers), max_size=len(identifiers) - 1, unique=True))
+        live = remove_identifiers(live, removed) if removed else live
+        kept = [identifier for identifier in everything if identifier not in removed]
     else:
         kept = everything
     value = st.floats(-300, 0, width=32) if draw(st.booleans()) else st.floats(-4, 0, width=32)
     drawn = draw(st.lists(value, min_size=len(everything), max_size=len(everything)))
     unknown = draw(st.sets(st.sampled_from(everything)))
-    priors = {name: None if name in unknown else p for name, p in zip(everything, drawn, strict=True)}
-    if all(priors[name] is None for name in kept):
+    priors = {identifier: None if identifier in unknown else p for identifier, p in zip(everything, drawn, strict=True)}
+    if all(priors[identifier] is None for identifier in kept):
         priors[kept[0]] = drawn[0]
-    by_key = np.array([np.nan if priors[name] is None else priors[name] for name in everything], np.float32)
-    return live, {name: priors[name] for name in kept}, by_key[live.key(np.arange(live.n_leaves))]
+    by_key = np.array(
+        [np.nan if priors[identifier] is None else priors[identifier] for identifier in everything], np.float32
+    )
+    return live, {identifier: priors[identifier] for identifier in kept}, by_key[live.key(np.arange(live.n_leaves))]
 
 
 @settings(max_examples=3 * settings.default.max_examples)
