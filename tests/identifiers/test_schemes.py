@@ -71,46 +71,46 @@ def assert_prefix_free(identifiers):
 @given(image_facts(), image_facts(), image_facts())
 def test_identifiers_are_unique_for_any_and_added_images(scheme, first, second, third):
     options = {"sizes": 2} if scheme == "structured" else {}
-    naming = get_scheme(scheme, **options)
-    names = naming.fit(first, seed=0)
-    symbols = naming.new_symbols()
+    instance = get_scheme(scheme, **options)
+    identifiers = instance.fit(first, seed=0)
+    symbols = instance.new_symbols()
     for later in (second, third):
-        added = naming.extend(later, set(names))
-        restored = get_scheme(scheme, **naming.options())
-        restored.restore(naming.arrays())
-        assert restored.new_symbols() == naming.new_symbols()
+        added = instance.extend(later, set(identifiers))
+        restored = get_scheme(scheme, **instance.options())
+        restored.restore(instance.arrays())
+        assert restored.new_symbols() == instance.new_symbols()
         assert len(added) == later.n_images
-        names += added
-        assert_unique(names)
-    assert naming.new_symbols()[: len(symbols)] == symbols
+        identifiers += added
+        assert_unique(identifiers)
+    assert instance.new_symbols()[: len(symbols)] == symbols
     if symbols:
-        assert {symbol for name in names for symbol in name} <= set(naming.new_symbols())
+        assert {symbol for identifier in identifiers for symbol in identifier} <= set(instance.new_symbols())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_identical_images_get_distinct_identifiers(scheme):
-    naming, n = get_scheme(scheme), 3000
+    instance, n = get_scheme(scheme), 3000
     images = facts(n, np.ones((n, 4), np.float32), [("a red apple on a table",)] * n)
-    names = naming.fit(images, seed=0)
-    assert_unique(names + naming.extend(images, names))
+    identifiers = instance.fit(images, seed=0)
+    assert_unique(identifiers + instance.extend(images, identifiers))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_schemes_are_deterministic_and_restorable(scheme):
     images = facts(60, random_features(60), [(HOSTILE[i % len(HOSTILE)],) for i in range(60)])
     one, two = get_scheme(scheme), get_scheme(scheme)
-    names = one.fit(images, seed=4)
-    assert two.fit(images, seed=4) == names
+    identifiers = one.fit(images, seed=4)
+    assert two.fit(images, seed=4) == identifiers
     restored = get_scheme(scheme, **one.options())
     restored.restore(one.arrays())
-    assert restored.extend(images, names) == one.extend(images, names)
+    assert restored.extend(images, identifiers) == one.extend(images, identifiers)
 
 
 @pytest.mark.parametrize("scheme", ["numeric", "string", "atomic"])
 def test_number_of_a_removed_image_is_not_reused(scheme):
-    naming = get_scheme(scheme)
-    names = naming.fit(facts(12), seed=0)
-    assert naming.extend(facts(1), names[:5])[0] not in names
+    instance = get_scheme(scheme)
+    identifiers = instance.fit(facts(12), seed=0)
+    assert instance.extend(facts(1), identifiers[:5])[0] not in identifiers
 
 
 @given(st.integers(1, 2000))

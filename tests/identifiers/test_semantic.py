@@ -1,4 +1,4 @@
-"""Words of captions as identifiers."""
+"""Test identifiers made of the words of captions."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,16 +10,16 @@ from tests.identifiers.test_schemes import facts
 
 def test_taken_captions_get_more_words_then_a_number():
     caption = ("A red apple, on the old wooden table of my Grandmother!",)
-    naming = get_scheme("semantic", words=4)
-    names = naming.fit(facts(5, None, [caption] * 4 + [()]), seed=0)
-    assert names == [
+    instance = get_scheme("semantic", words=4)
+    identifiers = instance.fit(facts(5, None, [caption] * 4 + [()]), seed=0)
+    assert identifiers == [
         ("red apple old wooden",),
         ("red apple old wooden table",),
         ("red apple old wooden table grandmother",),
         ("red apple old wooden table grandmother 2",),
         ("image 1",),
     ]
-    assert naming.extend(facts(2, None, [caption, ("🦊", "")]), names) == [
+    assert instance.extend(facts(2, None, [caption, ("🦊", "")]), identifiers) == [
         ("red apple old wooden table grandmother 3",),
         ("image 2",),
     ]

@@ -48,7 +48,7 @@ def byte_level():
 
 
 def sentencepiece(kind):
-    """Make a tokenizer like that of Llama, Mistral and T5: spaces are letters, unknown characters fall back to bytes."""
+    """Make a tokenizer like that of Llama or T5: spaces are letters, unknown characters fall back to bytes."""
     is_bpe = kind == "bpe"
     tokenizer = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True) if is_bpe else Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -80,9 +80,7 @@ KINDS = pytest.mark.parametrize("kind", ["byte-level", "bpe", "unigram"])
 
 @KINDS
 @given(st.lists(captions(), min_size=1, max_size=20))
-def test_identifiers_of_any_captions_differ_and_decode(
-    tokenizers, kind, all_captions
-):
+def test_identifiers_of_any_captions_differ_and_decode(tokenizers, kind, all_captions):
     scheme, n = get_scheme("semantic"), len(all_captions)
     identifiers = scheme.fit(ImageFacts(n, None, tuple(all_captions)), seed=0)
     spelling = spelling_of(scheme, tokenizers[kind], "new")
@@ -220,9 +218,7 @@ def test_existing_words_train_a_plain_adapter(pictures, wordy_mllm, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"alphabet": "existing"}, {"scheme": "semantic"}])
-def test_describe_prompt_contains_the_identifier_tokens(
-    pictures, wordy_mllm, tmp_path, options
-):
+def test_describe_prompt_contains_the_identifier_tokens(pictures, wordy_mllm, tmp_path, options):
     index = build_index(read_corpus(pictures), tmp_path / "index", wordy_mllm, **options)
     describe = {"describe": examples_of(index)["describe"]}
     tensors = ExampleTensors(index, wordy_mllm, InterleavedExamples(describe, 20, seed=0))

@@ -1,4 +1,4 @@
-"""Codes of image features: their clusters, their levels, and the suffix where two collide."""
+"""Test the codes of image features: clusters, levels, and the suffix for collisions."""
 
 import sys
 from itertools import pairwise, permutations
@@ -35,12 +35,14 @@ def test_suffix_is_added_only_where_codes_collide():
 def test_added_image_with_taken_codes_gets_known_suffix():
     features = random_features(40)
     scheme = StructuredScheme()
-    names = scheme.fit(facts(40, features), seed=0)
-    row = next(row for row, name in enumerate(names) if len(name) == 2)
+    identifiers = scheme.fit(facts(40, features), seed=0)
+    row = next(row for row, identifier in enumerate(identifiers) if len(identifier) == 2)
     symbols = scheme.new_symbols()
-    added = scheme.extend(facts(SUFFIX_SYMBOLS + 1, np.repeat(features[[row]], SUFFIX_SYMBOLS + 1, axis=0)), names)
-    assert added[0] == (*names[row], "<s_0>")
-    assert added[-1] == (*names[row], "<s_0>", "<s_0>")
+    added = scheme.extend(
+        facts(SUFFIX_SYMBOLS + 1, np.repeat(features[[row]], SUFFIX_SYMBOLS + 1, axis=0)), identifiers
+    )
+    assert added[0] == (*identifiers[row], "<s_0>")
+    assert added[-1] == (*identifiers[row], "<s_0>", "<s_0>")
     assert scheme.new_symbols() == symbols
 
 
@@ -104,7 +106,9 @@ def test_tree_stored_without_codes_numbers_children():
     for parent in range(5):
         below = codes[codes[:, 0] == parent, 1]
         assert set(below) == set(range(len(set(below))))
-    assert len(np.unique(np.hstack([codes, known]), axis=0)) == len(np.unique(codes, axis=0))  # different numbers, same tree
+    assert len(np.unique(np.hstack([codes, known]), axis=0)) == len(
+        np.unique(codes, axis=0)
+    )  # different numbers, same tree
 
 
 def test_only_occupied_nodes_of_the_tree_are_stored():
@@ -117,7 +121,7 @@ def test_only_occupied_nodes_of_the_tree_are_stored():
         assert len(scheme.arrays()[f"centroids{level}"]) == len(np.unique(codes[:, : level + 1], axis=0))
 
 
-def test_100000_images_are_encoded_in_seconds():
+def test_encode_calls_do_not_grow_with_images():
     features = random_features(2000, 64)
     scheme = StructuredScheme(levels=3, sizes=10)
     scheme.fit(facts(2000, features), seed=0)
@@ -126,7 +130,7 @@ def test_100000_images_are_encoded_in_seconds():
 
 
 def calls_of(work):
-    """Count the functions that Python calls during `work`: no loop over images, however fast the machine is."""
+    """Count the Python function calls during `work`, which do not depend on the speed of the machine."""
     calls = 0
 
     def count(frame, event, argument):
@@ -178,9 +182,9 @@ def test_images_that_differ_by_rounding_get_identifiers(method):
     """Centroids this close have no nearest image. They must not count as nodes."""
     features = 1 + random_features(60) * np.float32(1e-7)
     scheme = StructuredScheme(method, levels=3, sizes=20)
-    names = scheme.fit(facts(60, features), seed=0)
-    assert_prefix_free(names)
-    assert_unique(names + scheme.extend(facts(60, features), names))
+    identifiers = scheme.fit(facts(60, features), seed=0)
+    assert_prefix_free(identifiers)
+    assert_unique(identifiers + scheme.extend(facts(60, features), identifiers))
     first = scheme.encode(features)[:, 0]
     assert len(scheme.arrays()["centroids0"]) == len(np.unique(first))
 

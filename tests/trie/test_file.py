@@ -1,4 +1,4 @@
-"""A trie on disk: an opened one answers like the saved one, and each damage is an error."""
+"""Test that an opened trie equals the saved one, and that damage to its file is an error."""
 
 import json
 from pathlib import Path

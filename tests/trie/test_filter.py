@@ -1,4 +1,4 @@
-"""Filters count and combine leaves as loops and sets do."""
+"""Test that filters count leaves like a loop and combine like sets."""
 
 import numpy as np
 import pytest

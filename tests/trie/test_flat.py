@@ -1,4 +1,4 @@
-"""Test the flat trie against its slow twin, its file against damage, its size against a limit."""
+"""Test the flat trie against its slow twin, and its size against a limit."""
 
 import numpy as np
 import pytest
