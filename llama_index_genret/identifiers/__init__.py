@@ -1,4 +1,4 @@
-"""How images get their names: five schemes behind one registry that users can extend.
+"""Assigns identifiers to images: five schemes behind one registry that users can extend.
 
 `clustering` needs scikit-learn and loads on first use.
 """

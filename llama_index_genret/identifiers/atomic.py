@@ -1,6 +1,9 @@
-"""`atomic`: one new symbol an image. GRACE's atomic identifiers (arXiv:2402.10805), after DSI (arXiv:2202.06991).
+"""The `atomic` scheme gives each image one new symbol.
 
-Knows nothing of the images. The vocabulary grows with the corpus: every image costs a row of the embeddings.
+Depends on the number of images; independent of their content. The vocabulary grows with the corpus: every image costs
+one row of the embedding matrix.
+
+Source: GRACE's atomic identifiers (arXiv:2402.10805), after DSI (arXiv:2202.06991).
 """
 
 from __future__ import annotations
@@ -13,20 +16,23 @@ from llama_index_genret.identifiers.numeric import CountingScheme
 
 @register_scheme("atomic")
 class AtomicScheme(CountingScheme):
-    """`<i_42>`. An image added later brings a symbol, and so a row, guessed from the picture until trained."""
+    """Makes identifiers like `<i_42>`. An image that is added later gets a new symbol and embedding row.
+
+    The row is estimated from the image until it is trained.
+    """
 
     name: ClassVar[str] = "atomic"
     writes: ClassVar[Literal["symbols", "text"]] = "symbols"
-    new_images: ClassVar[str] = "a new symbol, whose row is guessed from the picture until it is trained"
+    new_images: ClassVar[str] = "a new symbol; its embedding row is estimated from the image until it is trained"
 
     def identifier_of(self, number: int) -> Identifier:
         """See `CountingScheme.identifier_of`."""
         return (f"<i_{number}>",)
 
     def new_symbols(self) -> list[str]:
-        """The symbols of all images ever named, `<i_0>` first; `extend` appends."""
+        """Return the symbols of all images ever added, `<i_0>` first. `extend` appends."""
         return [f"<i_{number}>" for number in range(self._next)]
 
     def codes_per_level(self) -> tuple[int, ...]:
-        """One level, with a symbol for every image ever named."""
+        """Return the size of the only level: one symbol for every image ever added."""
         return (self._next,)

@@ -1,6 +1,6 @@
-"""What a scheme promises, and the registry of schemes.
+"""Defines the contract of a scheme and the registry of schemes.
 
-Knows what is known of images, and symbols; nothing of tokenizers, tries or models.
+Depends on features, captions and symbols; independent of tokenizers, tries and models.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from numpy.typing import NDArray
 from llama_index_genret.errors import IdentifierError
 
 Identifier = tuple[str, ...]
-"""The symbols of one image's name, in the order in which the model generates them."""
+"""The symbols of one image, in the order in which the model generates them."""
 
 Need = Literal["features", "captions", "caption features"]
-"""The last: vectors of the captions, by the text encoder that the scheme's option `encoder` names."""
+"""Inputs of a scheme. "caption features": caption embeddings by the text encoder in the scheme's option `encoder`."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFacts:
-    """What is known of some images, in their order, when they are named.
+    """The inputs from which a scheme assigns identifiers to some images, in their order.
 
-    features: (n_images, d) float32, one row an image, of its looks or of its captions as the scheme needs; None where
-        nobody computed them.
-    captions: the captions of every image, possibly none; an empty tuple where nobody has any.
+    n_images: number of images.
+    features: (n_images, d) float32, one row per image: embeddings of the images or of their captions, as the scheme
+        needs. Default None: not computed.
+    captions: one tuple of captions per image, possibly empty. Default (): no image has a caption.
     Raises:
-        IdentifierError: features or captions are not one an image, or a feature is not finite.
+        IdentifierError: there is not one row of features or one tuple of captions per image, or a feature is not
+            finite.
     """
 
     n_images: int
@@ -39,29 +41,29 @@ class ImageFacts:
     def __post_init__(self) -> None:
         if self.captions and len(self.captions) != self.n_images:
             raise IdentifierError(
-                f"{self.n_images} images have {len(self.captions)} tuples of captions: give one each."
+                f"{self.n_images} images have {len(self.captions)} tuples of captions: pass one tuple for each image."
             )
         if self.features is None:
             return
         if self.features.ndim != 2 or len(self.features) != self.n_images:
-            raise IdentifierError(f"image features are ({self.n_images}, d), not {self.features.shape}.")
+            raise IdentifierError(f"image features must be ({self.n_images}, d), not {self.features.shape}.")
         finite = np.isfinite(self.features).all(axis=1)
         if not finite.all():
             row = int(np.flatnonzero(~finite)[0])
-            raise IdentifierError(f"the features of image {row} are not finite: its file or the encoder is damaged.")
+            raise IdentifierError(f"the features of image {row} are not finite: check its file and the encoder.")
 
     def captions_of(self, row: int) -> tuple[str, ...]:
-        """The captions of one image, none where nobody has any."""
+        """Return the captions of one image, () if no image has a caption."""
         return self.captions[row] if self.captions else ()
 
 
 class Scheme(Protocol):
-    """Makes identifiers, no two equal. One may be the beginning of another: whoever builds a trie closes them.
+    """Makes unique identifiers. One may be a prefix of another: the code that builds a trie closes them.
 
-    name: its key in the registry and in an index's manifest.
-    needs: what `fit` and `extend` read of `ImageFacts` beside the number.
-    writes: "symbols", each of them one token; or "text", one string that the tokenizer spells as it likes.
-    new_images: what an image added later gets, for people to read.
+    name: key in the registry and in the manifest of an index.
+    needs: inputs that `fit` and `extend` read from `ImageFacts`, apart from `n_images`.
+    writes: "symbols": each symbol is one token. "text": one string, which the tokenizer splits into tokens.
+    new_images: describes for users the identifier of an image that is added later.
     """
 
     name: ClassVar[str]
@@ -70,42 +72,45 @@ class Scheme(Protocol):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """See above."""
+        """Return the inputs that the scheme reads."""
 
     def fit(self, images: ImageFacts, *, seed: int) -> list[Identifier]:
-        """Name the images of a new index. The same images and seed give the same identifiers."""
+        """Assign identifiers to the images of a new index. The same images and seed give the same identifiers."""
 
     def extend(self, images: ImageFacts, taken: Collection[Identifier]) -> list[Identifier]:
-        """Name images that come later, after `fit` or `restore`; `new_symbols` and `arrays` may grow.
+        """Assign identifiers to images that are added after `fit` or `restore`. `new_symbols` and `arrays` may grow.
 
         Args:
-            taken: the identifiers in use, as this scheme made them. None of them changes, none is given again.
+            taken: the identifiers in use, as this scheme made them. They stay unchanged and are not assigned again.
         """
 
     def new_symbols(self) -> list[str]:
-        """Symbols that the tokenizer must get, in a fixed order: `extend` appends. Empty if it has them all."""
+        """Return the symbols to add to the tokenizer, in a fixed order: `extend` appends. Empty if none is needed."""
 
     def codes_per_level(self) -> tuple[int, ...]:
-        """How many symbols each level can choose from; what is longer has a suffix. Empty where that is not fixed."""
+        """Return the number of symbols of each level. Empty if the scheme fixes no levels.
+
+        An identifier with more symbols than levels has a suffix.
+        """
 
     def options(self) -> dict[str, Any]:
-        """What a manifest keeps, enough for `get_scheme(name, **options)`."""
+        """Return the options for the manifest. `get_scheme(name, **options)` makes the scheme again."""
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """What else is to be stored beside the manifest: frozen codebooks, the next number."""
+        """Return the state to store beside the manifest: frozen codebooks, the next number."""
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Take back what `arrays` gave."""
+        """Restore the state that `arrays` returned."""
 
 
 _SCHEMES: dict[str, Callable[..., Scheme]] = {}
 
 
 def register_scheme(name: str) -> Callable[[Callable[..., Scheme]], Callable[..., Scheme]]:
-    """Class decorator: make a scheme known under `name`.
+    """Register the decorated scheme under `name`.
 
     Raises:
-        IdentifierError: the name is taken.
+        IdentifierError: the name is registered already.
     """
 
     def register(factory: Callable[..., Scheme]) -> Callable[..., Scheme]:
@@ -118,30 +123,30 @@ def register_scheme(name: str) -> Callable[[Callable[..., Scheme]], Callable[...
 
 
 def get_scheme(name: str, **options: Any) -> Scheme:
-    """A scheme by its name, with its options.
+    """Make the scheme that is registered under `name`, with the given options.
 
     Raises:
-        IdentifierError: nobody registered the name, or the scheme does not take the options.
+        IdentifierError: the name is unknown, or the scheme rejects the options.
     """
-    from llama_index_genret.identifiers import atomic, numeric, semantic, structured  # noqa: F401  they register
+    from llama_index_genret.identifiers import atomic, numeric, semantic, structured  # noqa: F401  imports register the schemes
 
     if name not in _SCHEMES:
-        raise IdentifierError(f"there is no scheme {name!r}: choose one of {sorted(_SCHEMES)}.")
+        raise IdentifierError(f"unknown scheme {name!r}; choose from: {sorted(_SCHEMES)}.")
     try:
         return _SCHEMES[name](**options)
     except TypeError as error:
-        raise IdentifierError(f"the scheme {name!r} does not take the options {options}: {error}.") from error
+        raise IdentifierError(f"the scheme {name!r} rejects the options {options}: {error}.") from error
 
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 class FirstFree(Generic[Key]):
-    """Gives each image the first of its candidates that is free, in time linear in the names given.
+    """Assigns each image its first free candidate, in time linear in the number of assigned identifiers.
 
-        for image: name = next(c for c in candidates(image) if c not in taken); taken.add(name)
+        for image: identifier = next(c for c in candidates(image) if c not in taken); taken.add(identifier)
 
-    Images of one key share one iterator over their candidates: what was taken once stays taken.
+    Images of one key share one iterator over their candidates, as an identifier that is taken stays taken.
     """
 
     def __init__(self, taken: Iterable[Identifier], candidates: Callable[[Key], Iterator[Identifier]]) -> None:
@@ -149,21 +154,21 @@ class FirstFree(Generic[Key]):
         self._candidates = candidates
         self._open: dict[Key, Iterator[Identifier]] = {}
 
-    def name(self, key: Key) -> Identifier:
-        """The next free name of `key`; `candidates` must not end."""
+    def assign(self, key: Key) -> Identifier:
+        """Return the next free identifier for `key`. The candidates must be infinite."""
         if key not in self._open:
             self._open[key] = self._candidates(key)
-        name = next(candidate for candidate in self._open[key] if candidate not in self._taken)
-        self._taken.add(name)
-        return name
+        identifier = next(candidate for candidate in self._open[key] if candidate not in self._taken)
+        self._taken.add(identifier)
+        return identifier
 
 
 def suffix_collisions(codes: Sequence[Identifier], suffix: Callable[[int, int], Identifier]) -> list[Identifier]:
-    """Make identifiers unique: images that share codes all get a suffix, counted from 0; the others none.
+    """Make identifiers unique: all images that share codes get a suffix, counted from 0. Other images get none.
 
     Args:
-        codes: (n,) of one length, so that none begins another.
-        suffix: (count within the group, group size) -> symbols, of one length within a group.
+        codes: n identifiers of one length, so that none is a proper prefix of another.
+        suffix: maps (count within the group, group size) to symbols, of one length within a group.
     """
     groups: dict[Identifier, list[int]] = {}
     for row, code in enumerate(codes):

@@ -1,4 +1,7 @@
-"""Codebooks from features. The only part of the identifiers that needs scikit-learn."""
+"""Fits codebooks to features.
+
+Depends on scikit-learn, as the only module of this package; independent of captions, tokenizers and models.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +31,18 @@ except ImportError as error:
     raise MissingExtra("structured identifiers need scikit-learn: pip install 'llama-index-genret[train]'.") from error
 
 MINI_BATCH_FROM = 4096
-"""Rows from which the mini-batch variant is used (Sculley 2010)."""
+"""Number of distinct rows from which mini-batch k-means is used (Sculley 2010)."""
 
 
 def kmeans_tree(features: Float32, sizes: Sequence[int], *, seed: int, shared: bool = False) -> TreeCodebooks:
-    """A k-means tree over (n, d) features by cosine: each cluster of a level is clustered again on the next.
+    """Fit a k-means tree by cosine similarity. The next level clusters each cluster of a level again.
 
     Args:
-        sizes: most children of a node, level by level. Every node of the tree holds a feature.
-        shared: whether a code leads much the same way from every parent, as the model has one row for it, see
-            `_shared_codes`; else children are counted.
+        features: (n, d) float32, of any scale.
+        sizes: largest number of children of a node, one number per level. Every node contains at least one feature.
+        seed: of k-means.
+        shared: True: a code means a similar direction under every parent, as the model has one embedding row for it
+            (see `_shared_codes`). Default False: the children of each node are numbered from 0.
     """
     unit = unit_rows(features)
     node = np.zeros(len(unit), np.int64)
@@ -59,20 +64,21 @@ def kmeans_tree(features: Float32, sizes: Sequence[int], *, seed: int, shared: b
 
 
 def _shared_codes(away: Float32, offsets: Int64, size: int, *, seed: int) -> Int64:
-    """(m,) codes below `size` for the children of all parents of a level, no two of one parent equal.
+    """Return (m,) codes below `size` for the children of all parents of a level, unique under each parent.
 
-    The ways from parent to child are clustered over all parents; the children of each get the numbers of the clusters
-    by the assignment whose squared distances have the least sum (Kuhn 1955). A child beyond the clusters gets any
-    number that is left.
+    The differences between child and parent are clustered over all parents. The children of each parent get cluster
+    numbers by the assignment with the least sum of squared distances (Kuhn 1955). If a parent has more children than
+    there are clusters, the rest get any free numbers.
 
     Args:
-        away: (m, d) child less parent. offsets: (parents + 1,), see `TreeLevel`.
+        away: (m, d) child minus parent.
+        offsets: (parents + 1,), see `TreeLevel`.
     """
     shared = kmeans(away, size, seed=seed)
     codes = np.empty(len(away), np.int64)
     for first, end in pairwise(offsets.tolist()):
         own = away[first:end]
-        cost = np.full((len(own), max(len(own), len(shared))), np.float32(32))  # more than any in the unit ball
+        cost = np.full((len(own), max(len(own), len(shared))), np.float32(32))  # above any squared distance here
         cost[:, : len(shared)] = (own**2).sum(1)[:, None] + (shared**2).sum(1) - 2 * own @ shared.T
         children, numbers = linear_sum_assignment(cost)
         codes[first + children] = numbers
@@ -80,7 +86,7 @@ def _shared_codes(away: Float32, offsets: Int64, size: int, *, seed: int) -> Int
 
 
 def residual_quantiser(features: Float32, sizes: Sequence[int], *, seed: int) -> ResidualCodebooks:
-    """One codebook a level, each by k-means over what the levels before it left over.
+    """Fit one codebook per level by k-means over the residuals of the levels before it.
 
     Source: the residual quantisation of TIGER's semantic ids (arXiv:2305.05065), on the features themselves.
     """
@@ -94,7 +100,7 @@ def residual_quantiser(features: Float32, sizes: Sequence[int], *, seed: int) ->
 
 
 def kmeans(points: Float32, size: int, *, seed: int) -> Float32:
-    """(m, d) centroids, m <= size, each the nearest of at least one of the (n, d) points."""
+    """Return (m, d) centroids, m <= size. Each is the nearest one of at least one of the (n, d) points."""
     distinct = np.stack(list({point.tobytes(): point for point in points}.values()))
     if len(distinct) > size:
         kind = MiniBatchKMeans if len(distinct) >= MINI_BATCH_FROM else KMeans

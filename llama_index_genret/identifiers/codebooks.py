@@ -1,6 +1,6 @@
-"""Frozen codebooks: from a feature vector to its codes, by grouped matrix products.
+"""Maps feature vectors to codes with frozen codebooks, by grouped matrix products.
 
-Knows arrays only. `clustering` makes them; assignment needs numpy alone.
+Depends on NumPy arrays; independent of scikit-learn. `clustering` fits the codebooks.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
 PRODUCT_ENTRIES = 2**24
-"""Most similarities computed at once (64 MiB)."""
+"""Largest number of similarities computed at once (64 MiB)."""
 
 
 class Codebooks(Protocol):
-    """Gives every feature one code a level."""
+    """Maps every feature to one code per level."""
 
     def encode(self, features: Float32) -> Int64:
-        """(n, levels) codes of (n, d) features; their length does not matter."""
+        """Return (n, levels) codes of (n, d) features. The norm of a feature has no effect."""
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """What is stored."""
+        """Return the arrays to store."""
 
 
 @dataclass(frozen=True, eq=False)
 class TreeLevel:
-    """The centroids of one level of a k-means tree, those of one parent after another.
+    """The centroids of one level of a k-means tree, grouped by parent.
 
-    centroids: (m, d) float32. offsets: (parents + 1,) int64: those of parent p are offsets[p] .. offsets[p + 1] - 1,
-    at least one. The m centroids are the parents of the next level.
-    codes: (m,) int64, no two of one parent equal.
+    centroids: (m, d) float32. They are the parents of the next level.
+    offsets: (parents + 1,) int64: parent p has the centroids offsets[p] .. offsets[p + 1] - 1, at least one.
+    codes: (m,) int64, unique under each parent.
     """
 
     centroids: Float32
@@ -43,9 +43,9 @@ class TreeLevel:
     codes: Int64
 
     def nearest(self, unit: Float32, parent: Int64) -> Int64:
-        """(n,) the nearest centroid of each row's parent; of equals the first.
+        """Return (n,) the nearest centroid under each row's parent, the first of equally near ones.
 
-        for row, p in enumerate(parent): argmin over j in offsets[p] .. offsets[p + 1] of |unit[row] - centroids[j]|²
+        for row, p in enumerate(parent): argmin of |unit[row] - centroids[j]|² over j in range(offsets[p], offsets[p+1])
         """
         nearest = np.empty(len(unit), np.int64)
         order = np.argsort(parent, kind="stable")
@@ -58,7 +58,7 @@ class TreeLevel:
 
 @dataclass(frozen=True, eq=False)
 class TreeCodebooks:
-    """Hierarchical k-means: each code is that of a child of the node that the codes before it lead to."""
+    """Codebooks of hierarchical k-means. Each code selects a child of the node that the previous codes lead to."""
 
     levels: tuple[TreeLevel, ...]
 
@@ -74,26 +74,29 @@ class TreeCodebooks:
         return np.stack(codes, axis=1)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """`centroids{l}`, `offsets{l}` and `codes{l}` of each `TreeLevel`."""
+        """Return `centroids{l}`, `offsets{l}` and `codes{l}` of each `TreeLevel`."""
         return {f"{name}{i}": array for i, level in enumerate(self.levels) for name, array in vars(level).items()}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], levels: int) -> TreeCodebooks:
-        """Take back what `arrays` gave; trees that were stored without codes count the children of a node."""
-        found = []
+        """Restore the codebooks that `arrays` returned.
+
+        In trees that were stored without codes, the codes number the children of each node from 0.
+        """
+        tree_levels = []
         for i in range(levels):
             offsets = arrays[f"offsets{i}"]
-            found.append(
+            tree_levels.append(
                 TreeLevel(arrays[f"centroids{i}"], offsets, arrays.get(f"codes{i}", sibling_positions(offsets)))
             )
-        return cls(tuple(found))
+        return cls(tuple(tree_levels))
 
 
 @dataclass(frozen=True, eq=False)
 class ResidualCodebooks:
-    """Residual quantisation: each level codes what the centroids before it left over.
+    """Codebooks of residual quantisation. Each level encodes the residual of the previous levels.
 
-    centroids: one (m_l, d) float32 a level.
+    centroids: (m_l, d) float32 for each level l.
     """
 
     centroids: tuple[Float32, ...]
@@ -112,22 +115,22 @@ class ResidualCodebooks:
         return np.stack(codes, axis=1)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """`centroids{l}`: (m_l, d) float32."""
+        """Return `centroids{l}`: (m_l, d) float32."""
         return {f"centroids{i}": level for i, level in enumerate(self.centroids)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], levels: int) -> ResidualCodebooks:
-        """Take back what `arrays` gave."""
+        """Restore the codebooks that `arrays` returned."""
         return cls(tuple(arrays[f"centroids{i}"] for i in range(levels)))
 
 
 def sibling_positions(offsets: Int64) -> Int64:
-    """(m,) the place of each child among those of its parent; for `offsets` see `TreeLevel`."""
+    """Return (m,) the position of each child among its siblings. See `TreeLevel` for `offsets`."""
     return np.asarray(np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets)))
 
 
 def nearest_rows(points: Float32, centroids: Float32) -> Int64:
-    """(n,) argmin_c |points[row] - centroids[c]|², as |c|² - 2 p·c; of equals the first."""
+    """Return (n,) argmin_c |points[row] - centroids[c]|², computed from |c|² / 2 - p·c. Of equals, the first wins."""
     nearest = np.empty(len(points), np.int64)
     half_norms = (centroids**2).sum(axis=1) / 2
     chunk = max(1, PRODUCT_ENTRIES // len(centroids))
@@ -138,6 +141,6 @@ def nearest_rows(points: Float32, centroids: Float32) -> Int64:
 
 
 def unit_rows(features: Float32) -> Float32:
-    """(n, d) of length 1; a row of zeros stays."""
+    """Scale the rows of (n, d) to length 1. A row of zeros stays zero."""
     norm = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     return np.asarray(features / np.where(norm == 0, 1, norm), np.float32)

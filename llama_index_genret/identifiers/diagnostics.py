@@ -1,6 +1,6 @@
-"""How well identifiers use their symbols, level by level: what decides how many beams a search needs.
+"""Measures how well identifiers use their symbols, level by level. This decides how many beams a search needs.
 
-Knows identifiers as symbols; nothing of images, tokenizers or models.
+Depends on identifiers as symbols; independent of images, tokenizers and models.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from llama_index_genret.identifiers.base import Identifier
 
 @dataclass(frozen=True)
 class LevelDiagnosis:
-    """One level: the choice of the symbol at one place of an identifier.
+    """Figures of one level: the choice of the symbol at one position of an identifier.
 
-    images: that have a symbol at this place.
-    nodes: distinct beginnings of identifiers up to and with this level.
-    mean_fan_out, max_fan_out: children of a node of the level above that goes on.
-    random_image_fan_out: the mean over images: among how many children the choice is for an image drawn at random.
-    codes_used, codes_available: distinct symbols; None where the scheme fixes no number.
-    entropy_bits: of the symbol of an image drawn at random, whatever came before, base 2.
-    relative_entropy: of the most that so many images could have over the codes; 1 where nothing could vary.
+    images: number of images that have a symbol at this position.
+    nodes: number of distinct prefixes that end with this level.
+    mean_fan_out: mean number of children of the inner nodes of the level above.
+    max_fan_out: largest number of children of these nodes.
+    random_image_fan_out: mean over images of the number of children from which the symbol is chosen.
+    codes_used: number of distinct symbols in use.
+    codes_available: number of symbols that the scheme fixes for the level; None if it fixes none.
+    entropy_bits: entropy, base 2, of the symbol of a random image, without regard to earlier symbols.
+    relative_entropy: entropy divided by the largest value possible for so many images and codes. It is 1 if only one
+        symbol is possible.
     """
 
     images: int
@@ -41,23 +44,28 @@ class LevelDiagnosis:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All levels, and the images that the scheme's own levels did not tell apart; None where it fixes no levels."""
+    """Figures of all levels.
+
+    levels: one entry per level.
+    collisions: number of images that share the codes of another and so have a suffix; None if the scheme fixes no
+        levels.
+    """
 
     levels: tuple[LevelDiagnosis, ...]
     collisions: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """As nested plain values."""
+        """Return nested plain values."""
         return asdict(self)
 
 
 def diagnose(identifiers: Sequence[Identifier], codes_per_level: Sequence[int] = ()) -> Diagnosis:
-    """Figures of unique identifiers.
+    """Compute the figures of unique identifiers.
 
         for level: nodes = {i[:level + 1] for i in identifiers}; children of a node = the nodes that begin with it
 
     Args:
-        codes_per_level: as `Scheme.codes_per_level`; a longer identifier has a suffix because its codes were taken.
+        codes_per_level: see `Scheme.codes_per_level`. A longer identifier has a suffix, as its codes were taken.
     """
     depth = max(map(len, identifiers), default=0)
     available = [*codes_per_level, *([None] * depth)]
@@ -88,7 +96,7 @@ def _level(identifiers: Sequence[Identifier], level: int, available: int | None)
 
 
 def entropy_bits(counts: Iterable[int]) -> float:
-    """-sum p log2 p of the shares p of the counts."""
+    """Return -sum p log2 p, where p are the counts divided by their sum."""
     share = np.array([count for count in counts if count], np.float64)
     share /= share.sum()
     return float(-(share * np.log2(share)).sum() + 0.0)

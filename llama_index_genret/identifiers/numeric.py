@@ -1,6 +1,8 @@
-"""`numeric` and `string`: the running number of the image. GRACE's baselines (arXiv:2402.10805).
+"""The `numeric` and `string` schemes number the images consecutively.
 
-Know nothing of the images.
+Depends on the number of images; independent of their content.
+
+Source: GRACE's baselines (arXiv:2402.10805).
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from llama_index_genret.errors import IdentifierError
 from llama_index_genret.identifiers.base import FirstFree, Identifier, ImageFacts, Need, register_scheme
 
 MOST_DIGITS = 18
-"""Of a number of 64 bits."""
+"""Largest number of digits that always fits into 64 bits."""
 
 
 class CountingScheme(ABC):
-    """What the schemes share that count images. A number is never given twice, even after its image was removed."""
+    """Base of the schemes that number images. A number is never assigned twice, even if its image was removed."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
 
@@ -30,14 +32,14 @@ class CountingScheme(ABC):
 
     @abstractmethod
     def identifier_of(self, number: int) -> Identifier:
-        """The number as an identifier."""
+        """Return the identifier of a number."""
 
     def fit(self, images: ImageFacts, *, seed: int) -> list[Identifier]:
-        """See `Scheme.fit`; only the number of images is used."""
+        """Assign the first numbers. Only the number of images is used. See `Scheme.fit`."""
         return self.extend(images, ())
 
     def extend(self, images: ImageFacts, taken: Collection[Identifier]) -> list[Identifier]:
-        """See `Scheme.extend`: the next numbers that are free."""
+        """Assign the next free numbers. See `Scheme.extend`."""
 
         def candidates(_: None) -> Iterator[Identifier]:
             for number in count(self._next):
@@ -45,34 +47,35 @@ class CountingScheme(ABC):
                 yield self.identifier_of(number)
 
         free = FirstFree(taken, candidates)
-        return [free.name(None) for _ in range(images.n_images)]
+        return [free.assign(None) for _ in range(images.n_images)]
 
     def new_symbols(self) -> list[str]:
-        """None: digits are in every tokenizer."""
+        """Return no symbols, as every tokenizer has digits."""
         return []
 
     def codes_per_level(self) -> tuple[int, ...]:
-        """Not fixed: numbers grow longer."""
+        """Return (), as numbers have no fixed length."""
         return ()
 
     def options(self) -> dict[str, Any]:
-        """None."""
+        """Return no options."""
         return {}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """`next_number`: (1,) int64."""
+        """Return `next_number`: (1,) int64."""
         return {"next_number": np.array([self._next], np.int64)}
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Take back what `arrays` gave."""
+        """Restore the next number."""
         self._next = int(arrays["next_number"][0])
 
 
 @register_scheme("numeric")
 class NumericScheme(CountingScheme):
-    """Digits of the running number, one symbol each: `("0", "4", "2")`, on an unmodified tokenizer.
+    """Makes identifiers like `("0", "4", "2")`: one symbol per digit. The tokenizer stays unmodified.
 
-    digits: numbers are padded with zeros to so many; as the first images need if not given. Later ones may be longer.
+    digits: numbers are padded with zeros to this many digits, 1 to 18. Default None: as many as the first images
+        need. Later numbers may be longer.
     """
 
     name: ClassVar[str] = "numeric"
@@ -86,7 +89,7 @@ class NumericScheme(CountingScheme):
         self.digits = digits
 
     def fit(self, images: ImageFacts, *, seed: int) -> list[Identifier]:
-        """See `Scheme.fit`; only the number of images is used."""
+        """Derive `digits` if it is None, then assign the first numbers. See `Scheme.fit`."""
         self.digits = self.digits or len(str(max(0, images.n_images - 1)))
         return super().fit(images, seed=seed)
 
@@ -95,13 +98,13 @@ class NumericScheme(CountingScheme):
         return tuple(str(number).zfill(self.digits or 1))
 
     def options(self) -> dict[str, Any]:
-        """Digits, as chosen or derived."""
+        """Return `digits`, as given or derived."""
         return {"digits": self.digits}
 
 
 @register_scheme("string")
 class StringScheme(CountingScheme):
-    """The running number as a text, `("42",)`, which the tokenizer spells with the pieces of digits that it has."""
+    """Makes identifiers like `("42",)`: the number as text, which the tokenizer splits into its own tokens."""
 
     name: ClassVar[str] = "string"
     writes: ClassVar[Literal["symbols", "text"]] = "text"

@@ -1,6 +1,8 @@
-"""`semantic`: a handful of words of the caption. GRACE's semantic identifiers (arXiv:2402.10805).
+"""The `semantic` scheme makes identifiers of a few words of the caption.
 
-Knows captions and Unicode; nothing of image features or tokenizers.
+Depends on captions and Unicode; independent of image features and tokenizers.
+
+Source: GRACE's semantic identifiers (arXiv:2402.10805).
 """
 
 from __future__ import annotations
@@ -16,31 +18,33 @@ from llama_index_genret.errors import IdentifierError
 from llama_index_genret.identifiers.base import FirstFree, Identifier, ImageFacts, Need, register_scheme
 
 LONGEST_WORD = 24
-"""Characters. Scripts without spaces give longer runs, which are read as several words."""
+"""In characters. Scripts without spaces give longer runs, which are split into several words."""
 
 _FUNCTION_WORDS = """
 a an the of in on at to by for from with without and or as is are was were be been being it its this that these those
 there here he she they his her their him them i you we my your our s t some
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
-"""English words that tell images apart no better than chance; a caption of nothing else keeps them."""
+"""English words that do not distinguish images. A caption of only such words keeps them."""
 
 FALLBACK_WORD = "image"
-"""What an image without any word is called, before its number."""
+"""The word, before a number, for an image whose captions have no words."""
 
 
 @register_scheme("semantic")
 class SemanticScheme:
-    """`("red apple wooden table",)`: the first content words of the first caption that has any.
+    """Makes identifiers like `("red apple wooden table",)`: the first content words of a caption.
 
-    Where that is taken, more words of the caption follow, then a number. Images without any word are `image 1`, ...
-    words: how many content words to begin with.
+    The first caption that has content words is used. If the identifier is taken, more words of the caption are
+    appended, then a number. Images whose captions have no words get `image 1`, `image 2`, ...
+
+    words: number of content words to start with, at least 1. Default 5.
     """
 
     name: ClassVar[str] = "semantic"
     needs: ClassVar[frozenset[Need]] = frozenset({"captions"})
     writes: ClassVar[Literal["symbols", "text"]] = "text"
-    new_images: ClassVar[str] = "words of its caption; spelled like the words that the model knows already"
+    new_images: ClassVar[str] = "words of its caption, in tokens that the model already has"
 
     def __init__(self, words: int = 5) -> None:
         if not isinstance(words, int) or words < 1:
@@ -48,13 +52,13 @@ class SemanticScheme:
         self.words = words
 
     def fit(self, images: ImageFacts, *, seed: int) -> list[Identifier]:
-        """See `Scheme.fit`; nothing is random."""
+        """Assign identifiers deterministically: the seed has no effect. See `Scheme.fit`."""
         return self.extend(images, ())
 
     def extend(self, images: ImageFacts, taken: Collection[Identifier]) -> list[Identifier]:
-        """See `Scheme.extend`."""
+        """Assign words that are not taken. See `Scheme.extend`."""
         free = FirstFree(taken, self._candidates)
-        return [free.name(_first_words(images.captions_of(row))) for row in range(images.n_images)]
+        return [free.assign(_first_words(images.captions_of(row))) for row in range(images.n_images)]
 
     def _candidates(self, words: tuple[str, ...]) -> Iterator[Identifier]:
         for n in range(self.words, max(self.words, len(words)) + 1):
@@ -64,23 +68,23 @@ class SemanticScheme:
             yield (" ".join([*(words or (FALLBACK_WORD,)), str(number)]),)
 
     def new_symbols(self) -> list[str]:
-        """None: it is text."""
+        """Return no symbols, as identifiers are text."""
         return []
 
     def codes_per_level(self) -> tuple[int, ...]:
-        """Not fixed: the tokenizer spells."""
+        """Return (), as the tokenizer decides the number of tokens."""
         return ()
 
     def options(self) -> dict[str, Any]:
-        """Words, as chosen."""
+        """Return `words`."""
         return {"words": self.words}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """None."""
+        """Return no arrays."""
         return {}
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Nothing to take back."""
+        """Do nothing, as there is no state."""
 
 
 def _first_words(captions: tuple[str, ...]) -> tuple[str, ...]:
@@ -88,10 +92,10 @@ def _first_words(captions: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def content_words(caption: str) -> tuple[str, ...]:
-    """The words of a caption, compatibility-normalised and casefolded, function words left out unless all are.
+    """Return the words of a caption, compatibility-normalised and casefolded, without function words.
 
-    A word is a run of letters with their marks, and digits: markup, emoji, punctuation and control characters part
-    words and are in none.
+    If all words are function words, return all of them. A word is a run of letters with their marks, and digits.
+    Markup, emoji, punctuation and control characters separate words.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", caption).casefold())
     before = " "

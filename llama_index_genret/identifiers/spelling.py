@@ -1,6 +1,6 @@
-"""How the identifiers of a scheme are written in the tokens of one tokenizer, and that it reads them back.
+"""Writes the identifiers of a scheme in the tokens of one tokenizer, and checks that they decode to the same text.
 
-Knows schemes and tokenizers; nothing of models or of the trie.
+Depends on schemes and tokenizers; independent of models and the trie.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from llama_index_genret.identifiers.base import Identifier, Scheme
 from llama_index_genret.models.tokenizer import IndexTokenizer
 
 Alphabet = Literal["new", "existing"]
-"""Where a scheme's new symbols come from: tokens added to the tokenizer, or words that its vocabulary has."""
+"""The source of a scheme's new symbols: tokens added to the tokenizer, or existing words of its vocabulary."""
 
 
 @dataclass(frozen=True, eq=False)
 class Spelling:
-    """Identifiers of a scheme <-> identifiers of an index, whose symbols are entries of the tokenizer's vocabulary.
+    """Converts identifiers of a scheme to identifiers of an index and back.
 
-    tokenizer: the one of the index, with all symbols.
-    is_text: whether the scheme gives texts, which the tokenizer spells.
-    words: the vocabulary entry of every new symbol with the alphabet "existing"; empty with "new".
+    The symbols of an index are entries of the tokenizer's vocabulary.
+
+    tokenizer: the tokenizer of the index, with all symbols.
+    is_text: True if the scheme makes texts, which the tokenizer splits into tokens.
+    words: maps each new symbol to its vocabulary entry with the alphabet "existing". Default and with "new": empty.
     """
 
     tokenizer: IndexTokenizer
@@ -31,13 +33,13 @@ class Spelling:
     words: Mapping[str, str] = field(default_factory=dict)
 
     def spell(self, identifiers: Sequence[Identifier]) -> list[Identifier]:
-        """The identifiers as vocabulary entries, one token each."""
+        """Return the identifiers as vocabulary entries, each one token."""
         if self.is_text:
             return self.tokenizer.spell(["".join(identifier) for identifier in identifiers])
         return [tuple(self.words.get(symbol, symbol) for symbol in identifier) for identifier in identifiers]
 
     def unspell(self, spelled: Sequence[Identifier]) -> list[Identifier]:
-        """What `spell` was given: the names that the scheme knows, for its `extend`."""
+        """Invert `spell`: return the identifiers as the scheme made them, for its `extend`."""
         if self.is_text:
             return [(self.tokenizer.read(identifier),) for identifier in spelled]
         symbols = {word: symbol for symbol, word in self.words.items()}
@@ -46,16 +48,19 @@ class Spelling:
     def check(
         self, identifiers: Sequence[Identifier], spelled: Sequence[Identifier], names: Sequence[str], prompt: str
     ) -> None:
-        """Hold that each spelled identifier, generated after a prompt, reads as what it stands for, and no two alike.
+        """Check that each spelled identifier decodes to its text after a prompt, and that all are distinct.
 
-            for row: decode(prompt ids + ids[row]) == decode(prompt ids) + text[row]  (a leading space apart)
-            with words of the vocabulary also: encode(decode(ids[row])) == ids[row]
+            for row: decode(prompt ids + ids[row]) == decode(prompt ids) + text[row]  (apart from a leading space)
+            with the alphabet "existing" also: encode(decode(ids[row])) == ids[row]
 
         Args:
-            identifiers, spelled: what `spell` was given, and what it gave.
-            names: of the images, for the error. prompt: rendered chat text as it stands before an identifier.
+            identifiers: the input of `spell`.
+            spelled: the output of `spell`.
+            names: names of the images, for error messages.
+            prompt: rendered chat text up to the identifier.
         Raises:
-            IdentifierError: names the image, its identifier and the tokens; IdentifierCollision: two are equal.
+            IdentifierError: an identifier does not decode to its text. The message shows image, identifier and tokens.
+            IdentifierCollision: two spelled identifiers are equal.
         """
         self._check_distinct(spelled, names)
         ids = [[self.tokenizer.symbol_id(piece) for piece in identifier] for identifier in spelled]
@@ -66,14 +71,15 @@ class Spelling:
             read = whole[len(before) :].removeprefix(" ") if whole.startswith(before) else whole
             if read != text:
                 raise IdentifierError(
-                    f"{name!r} has the identifier {text!r}, but its tokens {row} read {read!r} after the prompt: this "
-                    "tokenizer drops or changes a part of it. Choose the scheme 'structured', or another base model."
+                    f"{name!r} has the identifier {text!r}, but its tokens {row} decode to {read!r} after the "
+                    "prompt: this tokenizer drops or changes a part of it. "
+                    "Choose the scheme 'structured', or another base model."
                 )
         if self.words:
             self._check_retokenised(ids, names)
 
     def _texts(self, identifiers: Sequence[Identifier], spelled: Sequence[Identifier]) -> list[str]:
-        """The text that each identifier stands for: words of the vocabulary stand apart, other symbols together."""
+        """Return the text of each identifier. Spaces separate words of the vocabulary, but not other symbols."""
         if not self.words:
             return ["".join(identifier) for identifier in identifiers]
         words = {piece: self.tokenizer.read([piece]) for piece in {p for identifier in spelled for p in identifier}}
@@ -85,7 +91,7 @@ class Spelling:
             if identifier in first:
                 raise IdentifierCollision(
                     f"{first[identifier]!r} and {name!r} are both spelled {identifier} by this tokenizer, which cannot "
-                    "write what tells them apart. Choose the scheme 'structured', or another base model."
+                    "represent their difference. Choose the scheme 'structured', or another base model."
                 )
             first[identifier] = name
 
@@ -95,19 +101,19 @@ class Spelling:
             if again != row:
                 raise IdentifierError(
                     f"{name!r} has the identifier {text!r} of the tokens {row}, but the tokenizer encodes that text as "
-                    f"{again}: its words do not stay apart. Use the alphabet 'new'."
+                    f"{again}: it merges words of the identifier. Use the alphabet 'new'."
                 )
 
 
 def spelling_of(scheme: Scheme, tokenizer: IndexTokenizer, alphabet: Alphabet) -> Spelling:
-    """How `scheme` is written by `tokenizer`.
+    """Return the spelling of the identifiers of `scheme` in the tokens of `tokenizer`.
 
     Args:
-        tokenizer: of the base model, or of an index of that scheme; symbols that it lacks are added.
-        alphabet: "new": each new symbol becomes a token of its own at the end of the vocabulary. "existing": each
-            stands for a whole word that is there, the same one however many symbols follow; nothing is added.
+        tokenizer: of the base model, or of an index with this scheme. Missing symbols are added to a copy.
+        alphabet: "new": each new symbol becomes a new token at the end of the vocabulary. "existing": each new symbol
+            maps to an existing whole word, and nothing is added. A word stays the same when symbols are appended.
     Raises:
-        IdentifierError: the vocabulary has too few whole words.
+        IdentifierError: the alphabet is unknown, or the vocabulary has too few whole words.
     """
     if alphabet not in ("new", "existing"):
         raise IdentifierError(f"alphabet={alphabet!r} must be 'new' or 'existing'.")
@@ -117,6 +123,6 @@ def spelling_of(scheme: Scheme, tokenizer: IndexTokenizer, alphabet: Alphabet) -
     if len(symbols) > len(tokenizer.words):
         raise IdentifierError(
             f"the scheme {scheme.name!r} needs {len(symbols)} symbols, but the vocabulary has {len(tokenizer.words)} "
-            "whole words of plain letters to take. Use the alphabet 'new', or fewer codes per level."
+            "whole words of plain letters. Use the alphabet 'new', or fewer codes per level."
         )
     return Spelling(tokenizer, is_text, dict(zip(symbols, tokenizer.words, strict=False)))

@@ -1,7 +1,7 @@
-"""`structured`: codes of an image embedding, one symbol alphabet a level. The default.
+"""The `structured` scheme, the default, makes identifiers of the codes of an embedding, one alphabet per level.
 
-Knows features; nothing of captions or models. The codebooks are frozen, so that a new image gets its codes without
-training.
+Depends on features; independent of captions and models. The codebooks are frozen, so that a new image gets its codes
+without training.
 
 Source: structured identifiers of GRACE (arXiv:2402.10805, recursive k-means), after DSI (arXiv:2202.06991);
 residual quantisation after TIGER (arXiv:2305.05065).
@@ -28,24 +28,31 @@ from llama_index_genret.identifiers.base import (
 from llama_index_genret.identifiers.codebooks import Codebooks, ResidualCodebooks, TreeCodebooks
 
 SUFFIX_SYMBOLS = 32
-"""Alphabet of the symbol that parts images with equal codes; more of them take more such symbols."""
+"""Size of the alphabet of suffix symbols, which distinguish images with equal codes.
+
+Larger groups of such images need more than one suffix symbol each.
+"""
 
 MOST_LEVELS, MOST_CODES = 32, 2**16
-"""Levels, and codes of one: two codes at each of 32 levels are four billion names; each code is a row of the model."""
+"""Limits of the number of levels and of codes per level.
+
+Two codes at each of 32 levels give four billion identifiers. Each code is one embedding row of the model.
+"""
 
 SUFFIXES = tuple(f"<s_{number}>" for number in range(SUFFIX_SYMBOLS))
 
 
 @register_scheme("structured")
 class StructuredScheme:
-    """`<g0_17><g1_5>`, and `<s_1>` after it only where images share their codes.
+    """Makes identifiers like `<g0_17><g1_5>`. A suffix like `<s_1>` follows only if images share their codes.
 
-    method: "kmeans", a tree of clusters, or "rq", residual quantisation: one codebook a level, shared by all nodes:
-        far smaller, but images of one dense cluster share their codes more often. `genret inspect` counts them.
-    levels: codes per identifier; derived from the number of images if not given (2 up to 1,024, 3 up to 32,768).
-    sizes: codes of each level, one number for all or one a level; derived so that a leaf holds about one image.
-    encoder: a text encoder that `sentence-transformers` loads. The codes are then those of the captions in its space,
-        which a text query tells, where the features of the model's own tower tell looks. Every image needs a caption.
+    method: "kmeans", the default: a tree of clusters. "rq": residual quantisation, one codebook per level for all
+        nodes. It is far smaller, but images of one dense cluster share codes more often; `genret inspect` counts them.
+    levels: codes per identifier. Default None: by the number of images (2 up to 1,024, 3 up to 32,768).
+    sizes: codes per level: one number for all levels, or one for each. Default None: about one image per leaf.
+    encoder: folder or hub id of a text encoder for `sentence-transformers`. The codes are then derived from caption
+        embeddings, which suit text queries. Every image needs a caption. Default None: the codes are derived from
+        the image features of the model's vision tower, which represent appearance.
     """
 
     name: ClassVar[str] = "structured"
@@ -63,7 +70,9 @@ class StructuredScheme:
             raise IdentifierError(f"method={method!r} must be 'kmeans' or 'rq'.")
         given = [sizes] if isinstance(sizes, int) else list(sizes or [])
         if not all(isinstance(size, int) and 2 <= size <= MOST_CODES for size in given):
-            raise IdentifierError(f"sizes={sizes} must be integers from 2 to {MOST_CODES}, or one.")
+            raise IdentifierError(
+                f"sizes={sizes} must be one integer or a list of integers, each from 2 to {MOST_CODES}."
+            )
         if levels is not None and not (isinstance(levels, int) and 1 <= levels <= MOST_LEVELS):
             raise IdentifierError(f"levels={levels} must be an integer from 1 to {MOST_LEVELS}.")
         if sizes is not None and not isinstance(sizes, int):
@@ -80,21 +89,21 @@ class StructuredScheme:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Features of the pictures, or of the captions."""
+        """Return image features, or captions and their features if there is an encoder."""
         return frozenset({"captions", "caption features"} if self.encoder else {"features"})
 
     def fit(self, images: ImageFacts, *, seed: int) -> list[Identifier]:
-        """Cluster the features, freeze the codebooks, and name the images.
+        """Cluster the features, freeze the codebooks, and assign identifiers.
 
         Args:
-            images: with features of any scale; they are compared by cosine.
+            images: with features of any scale. They are compared by cosine similarity.
         Raises:
-            IdentifierError: there are no images, or no features.
+            IdentifierError: there are no images or no features.
         """
         features = _features(images)
         n = len(features)
         if not n:
-            raise IdentifierError("there are no images: structured identifiers need some to learn codes from.")
+            raise IdentifierError("there are no images: structured identifiers need at least one to fit codebooks.")
         self.levels = self.levels or max(2, int(np.ceil(np.log(n) / np.log(32) - 1e-9)))
         self.sizes = self.sizes or max(2, int(np.ceil(1.25 * n ** (1 / self.levels))))
         from llama_index_genret.identifiers.clustering import kmeans_tree, residual_quantiser
@@ -107,15 +116,15 @@ class StructuredScheme:
         return suffix_collisions(self._codes(features), _suffix)
 
     def extend(self, images: ImageFacts, taken: Collection[Identifier]) -> list[Identifier]:
-        """Codes by the frozen codebooks, and a suffix where they are taken. See `Scheme.extend`."""
+        """Assign codes by the frozen codebooks, and a suffix if the codes are taken. See `Scheme.extend`."""
         free = FirstFree(taken, _with_suffixes)
-        return [free.name(code) for code in self._codes(_features(images))]
+        return [free.assign(code) for code in self._codes(_features(images))]
 
     def encode(self, features: NDArray[np.float32]) -> NDArray[np.int64]:
-        """(n, levels) codes of (n, d) features by the frozen codebooks.
+        """Return (n, levels) codes of (n, d) features by the frozen codebooks.
 
         Raises:
-            IdentifierError: there are none yet.
+            IdentifierError: the scheme has no codebooks yet.
         """
         if self._codebooks is None:
             raise IdentifierError("the scheme has no codebooks yet: fit it, or restore them.")
@@ -126,28 +135,28 @@ class StructuredScheme:
         return [tuple(f"<g{level}_{code}>" for level, code in enumerate(row)) for row in rows]
 
     def new_symbols(self) -> list[str]:
-        """All codes of all levels, and the suffix symbols, in use or not: an image added later may need one."""
+        """Return all codes of all levels, then the suffix symbols. An image added later may need an unused one."""
         codes = [f"<g{level}_{code}>" for level, size in enumerate(self.codes_per_level()) for code in range(size)]
         return codes + list(SUFFIXES)
 
     def codes_per_level(self) -> tuple[int, ...]:
-        """The size of each level, once chosen or derived."""
+        """Return the size of each level, or () until sizes and levels are given or derived."""
         if self.sizes is None or self.levels is None:
             return ()
         return (self.sizes,) * self.levels if isinstance(self.sizes, int) else tuple(self.sizes)
 
     def options(self) -> dict[str, Any]:
-        """Method, levels and sizes, as chosen or derived, and the encoder where there is one."""
+        """Return method, levels and sizes, as given or derived, and the encoder if there is one."""
         sizes = self.sizes if self.sizes is None or isinstance(self.sizes, int) else list(self.sizes)
         options = {"method": self.method, "levels": self.levels, "sizes": sizes}
         return options | {"encoder": self.encoder} if self.encoder else options
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """See `TreeCodebooks.arrays` and `ResidualCodebooks.arrays`."""
+        """Return the codebooks. See `TreeCodebooks.arrays` and `ResidualCodebooks.arrays`."""
         return self._codebooks.arrays() if self._codebooks else {}
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Take back what `arrays` gave."""
+        """Restore the codebooks that `arrays` returned."""
         kind = TreeCodebooks if self.method == "kmeans" else ResidualCodebooks
         self._codebooks = kind.from_arrays(arrays, self.levels or 0)
 
@@ -159,7 +168,7 @@ def _features(images: ImageFacts) -> NDArray[np.float32]:
 
 
 def _suffix(number: int, group_size: int) -> Identifier:
-    """`number` in base SUFFIX_SYMBOLS, with as many digits as the group needs."""
+    """Return `number` in base SUFFIX_SYMBOLS, with as many digits as the group needs."""
     digits = []
     while group_size > 1:
         digits.append(SUFFIXES[number % SUFFIX_SYMBOLS])
@@ -168,5 +177,5 @@ def _suffix(number: int, group_size: int) -> Identifier:
 
 
 def _with_suffixes(code: Identifier) -> Iterator[Identifier]:
-    """The code alone, with every suffix symbol, with every pair of them, ..."""
+    """Yield the code alone, then with every suffix symbol, then with every pair of them, ..."""
     return chain([code], (code + suffix for length in count(1) for suffix in product(SUFFIXES, repeat=length)))

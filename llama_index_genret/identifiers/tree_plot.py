@@ -1,6 +1,6 @@
-"""A picture of an identifier tree: a band for each first symbol, in it a box for each second, in that its images.
+"""Draws an identifier tree: one band per first symbol, in it one box per second symbol, in the box its images.
 
-Knows identifiers, image files and Pillow; nothing of indexes or models. The same input gives the same picture.
+Depends on identifiers, image files and Pillow; independent of indexes and models. The plot is deterministic.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ MARGIN, GAP, PADDING = 24, 10, 8
 THUMBNAIL = 64
 LABEL_WIDTH = 150
 HEADER = 62
-"""Height of title and facts."""
+"""Height of the title and the line of figures."""
 
 CAPTION = 22
-"""Height of a line above the thumbnails of a box."""
+"""Height of the line above the thumbnails of a box."""
 
 MOST_IN_BOX, MOST_BOXES, MOST_BANDS = 6, 24, 60
-"""What is shown of each; a caption counts the rest."""
+"""Largest number of images per box, boxes per band, and bands. A label counts the rest."""
 
 PAGE, PAPER, INK, FAINT, LINE = "#ffffff", "#f6f7f9", "#1b1f24", "#687076", "#d5d9de"
 COLOURS = ("#3b6fb6", "#c2571a", "#2f8f5b", "#8a4fb0", "#b3364c", "#0f8a99", "#8c7413", "#5a6570")
@@ -36,7 +36,13 @@ COLOURS = ("#3b6fb6", "#c2571a", "#2f8f5b", "#8a4fb0", "#b3364c", "#0f8a99", "#8
 
 @dataclass(frozen=True)
 class Box:
-    """One node of the second level, as drawn. rows: of its images, those shown first; x, y: within its band."""
+    """The layout of one node of the second level.
+
+    label: the second symbol.
+    rows: rows of all its images, in drawing order.
+    x: left edge in pixels, within the band.
+    y: top edge in pixels, within the band.
+    """
 
     label: str
     rows: tuple[int, ...]
@@ -45,19 +51,26 @@ class Box:
 
     @property
     def width(self) -> int:
-        """Pixels: as many thumbnails as are shown, and room for a count of the rest."""
+        """Return the width in pixels: the thumbnails shown, and space for a count of the rest."""
         shown = min(len(self.rows), MOST_IN_BOX)
         return 2 * PADDING + shown * THUMBNAIL + (shown - 1) * PADDING + (THUMBNAIL if self.hidden else 0)
 
     @property
     def hidden(self) -> int:
-        """Images that are only counted."""
+        """Return the number of images that are counted but not shown."""
         return len(self.rows) - min(len(self.rows), MOST_IN_BOX)
 
 
 @dataclass(frozen=True)
 class Band:
-    """One node of the first level. boxes: those shown; hidden_boxes, hidden_images: the rest."""
+    """The layout of one node of the first level.
+
+    label: the first symbol.
+    n_images: number of all its images.
+    n_boxes: number of all its second symbols.
+    boxes: the boxes that are shown.
+    height: in pixels.
+    """
 
     label: str
     n_images: int
@@ -67,22 +80,25 @@ class Band:
 
     @property
     def hidden_images(self) -> int:
-        """Images of the boxes that are not shown."""
+        """Return the number of images in boxes that are not shown."""
         return self.n_images - sum(len(box.rows) for box in self.boxes)
 
 
 BOX_HEIGHT = CAPTION + THUMBNAIL + 2 * PADDING
 INNER = WIDTH - 2 * MARGIN - LABEL_WIDTH
-"""Pixels that the boxes of a band share."""
+"""Width in pixels for the boxes of a band."""
 
 
 def draw_tree(identifiers: Sequence[Identifier], images: Sequence[Path], out: Path, *, title: str = "") -> None:
-    """Write a PNG, WIDTH pixels wide, as tall as it needs.
+    """Write a PNG that is WIDTH pixels wide and as tall as needed.
 
     Args:
-        identifiers: with symbols as people read them. images: the file of each; a broken one is a grey square.
+        identifiers: one for each image, with readable symbols.
+        images: the image file of each identifier. A broken file is drawn as a grey square.
+        out: the PNG. Missing folders are created.
+        title: default "": "Identifiers".
     Raises:
-        NotWritten: `out` is a folder, or the disk is full or read only.
+        NotWritten: `out` is a folder, or the disk is full or read-only.
     """
     bands = layout(identifiers)
     shown = bands[:MOST_BANDS]
@@ -92,7 +108,7 @@ def draw_tree(identifiers: Sequence[Identifier], images: Sequence[Path], out: Pa
     draw = ImageDraw.Draw(canvas)
     draw.text((MARGIN, MARGIN - 4), _shorten(title or "Identifiers", 26, WIDTH - 2 * MARGIN), INK, _font(26))
     nodes = sum(band.n_boxes for band in bands)
-    facts = f"{len(identifiers):,} images · {len(bands):,} first symbols · {nodes:,} beginnings of two symbols"
+    facts = f"{len(identifiers):,} images · {len(bands):,} first symbols · {nodes:,} prefixes of two symbols"
     draw.text((MARGIN, MARGIN + 28), facts, FAINT, _font(15))
     y = MARGIN + HEADER
     for number, band in enumerate(shown):
@@ -109,7 +125,7 @@ def draw_tree(identifiers: Sequence[Identifier], images: Sequence[Path], out: Pa
 
 
 def layout(identifiers: Sequence[Identifier]) -> list[Band]:
-    """The bands in the order of their symbols, the boxes of each flowing into rows of INNER pixels."""
+    """Return the bands in the order of their symbols. The boxes of each wrap into rows of INNER pixels."""
     tree: dict[str, dict[str, list[int]]] = {}
     for row in sorted(range(len(identifiers)), key=lambda row: [_natural(symbol) for symbol in identifiers[row]]):
         first, second = (*identifiers[row], "")[:2]
@@ -170,7 +186,7 @@ def _thumbnail(path: Path) -> Image.Image:
 
 
 def _shorten(text: str, size: int, width: int) -> str:
-    """The text, shortened with an ellipsis where it is wider than `width` pixels."""
+    """Return the text, shortened with an ellipsis if it is wider than `width` pixels."""
     font = _font(size)
     if font.getlength(text) <= width:
         return text
@@ -184,7 +200,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _natural(symbol: str) -> tuple[str, int, str]:
-    """Sorts `<g0_9>` before `<g0_10>`: by what stands before the last number, then by that number."""
+    """Return a sort key that puts `<g0_9>` before `<g0_10>`: the text before the last number, then the number."""
     body = symbol.rstrip(">")
     head = body.rstrip("0123456789")
     number = body[len(head) :]

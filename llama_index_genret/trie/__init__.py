@@ -1,4 +1,4 @@
-"""All identifiers of an index as a prefix tree over token ids."""
+"""Stores all identifiers of an index as a prefix tree over token ids."""
 
 from llama_index_genret.trie.build import build_trie
 from llama_index_genret.trie.children import Children

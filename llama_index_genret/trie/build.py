@@ -1,6 +1,6 @@
-"""Building the flat trie: sort the identifiers, mark where each level's prefixes begin, read off the arrays.
+"""Builds the flat trie: sorts the identifiers, marks where each level's prefixes begin, derives the arrays.
 
-Knows token ids and arrays; nothing of files.
+Depends on token ids and arrays; independent of files.
 """
 
 from __future__ import annotations
@@ -19,22 +19,26 @@ _MAX_TOKEN_ID = np.iinfo(np.int32).max
 
 
 def build_trie(identifiers: Sequence[Sequence[int]] | NDArray[np.integer]) -> tuple[Trie, Int64]:
-    """Build the trie of n identifiers; fastest from sorted ones.
+    """Build the trie of n identifiers. Sorted input is fastest.
 
     Args:
         identifiers: n sequences of token ids in 0 .. 2^31 - 1, or one (n, L) integer array. Lengths may differ
-            as long as no identifier is the beginning of another.
+            as long as no identifier is a prefix of another.
     Returns:
-        The trie, and order: (n,) int64, the input row of every leaf.
+        (trie, order). order: (n,) int64, the input row of every leaf.
     Raises:
-        IdentifierError: there is no identifier, an empty one, or one with something that is no token id.
-        IdentifierCollision: two are equal, or one is the beginning of another; names both.
+        IdentifierError: there is no identifier, or one is empty, or one holds a value that is no token id.
+        IdentifierCollision: two identifiers are equal, or one is a prefix of another. The message shows both.
     """
     return _build(*_columns(identifiers))
 
 
 def build_trie_of_paths(paths: NDArray[np.int32]) -> tuple[Trie, Int64]:
-    """`build_trie` of identifiers as `Trie.paths` gives them: (n, L) int32, -1 after the end of a short one."""
+    """Build the trie from paths in the format of `Trie.paths`.
+
+    Args:
+        paths: (n, L) int32, -1 after the end of a short identifier.
+    """
     return _build(np.ascontiguousarray(paths.T), (paths >= 0).sum(axis=1))
 
 
@@ -75,11 +79,11 @@ def _build(columns: NDArray[np.int32], lengths: Int64) -> tuple[Trie, Int64]:
 
 
 def _columns(identifiers: Sequence[Sequence[int]] | NDArray[np.integer]) -> tuple[NDArray[np.int32], Int64]:
-    """(L, n) token ids, -1 after an identifier's end, and the (n,) lengths. -1 sorts before every token."""
+    """Return (L, n) token ids, -1 after an identifier's end, and the (n,) lengths. -1 sorts before every token."""
     flat: NDArray[Any]
     if isinstance(identifiers, np.ndarray):
         if identifiers.ndim != 2:
-            raise IdentifierError(f"an array of identifiers has the shape (n, L), not {identifiers.shape}.")
+            raise IdentifierError(f"an array of identifiers must have the shape (n, L), not {identifiers.shape}.")
         lengths, flat = np.full(len(identifiers), identifiers.shape[1]), identifiers.reshape(-1)
     else:
         lengths = np.fromiter(map(len, identifiers), np.int64, len(identifiers))
@@ -87,13 +91,13 @@ def _columns(identifiers: Sequence[Sequence[int]] | NDArray[np.integer]) -> tupl
     if not lengths.size:
         raise IdentifierError("there are no identifiers: a trie needs at least one.")
     if not lengths.all():
-        raise IdentifierError(f"identifier {lengths.argmin()} is empty: give it at least one token.")
+        raise IdentifierError(f"identifier {lengths.argmin()} is empty: it needs at least one token.")
     if flat.dtype.kind not in "iu":
-        raise IdentifierError(f"token ids are integers, these are {flat.dtype}: tokenize the identifiers first.")
+        raise IdentifierError(f"token ids must be integers, not {flat.dtype}: tokenize the identifiers first.")
     if flat.min() < 0 or flat.max() > _MAX_TOKEN_ID:
         at = int(np.argmax((flat < 0) | (flat > _MAX_TOKEN_ID)))
         row = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
-        raise IdentifierError(f"identifier {row} has the token id {flat[at]}: want 0 .. {_MAX_TOKEN_ID}.")
+        raise IdentifierError(f"identifier {row} has the token id {flat[at]}: expected 0 .. {_MAX_TOKEN_ID}.")
     if lengths.min() == lengths.max():
         return np.ascontiguousarray(flat.reshape(len(lengths), -1).T, np.int32), lengths
     columns = np.full((lengths.max(), len(lengths)), -1, np.int32)
@@ -118,19 +122,20 @@ def _collision(columns: NDArray[np.int32], lengths: Int64, order: Int64, leaf: i
             f"identifiers {order[leaf]} and {order[leaf + 1]} are both {first}. Append a token to one of them."
         )
     return IdentifierCollision(
-        f"identifier {order[leaf]}, {first}, is the beginning of identifier {order[leaf + 1]}, {second}: nothing "
-        "would tell where the first one ends. Close every identifier with an end token, or give all one length."
+        f"identifier {order[leaf]}, {first}, is a prefix of identifier {order[leaf + 1]}, {second}: "
+        "a search could not tell where the first one ends. Close every identifier with an end token, "
+        "or give all identifiers the same length."
     )
 
 
 def _encode(token_ids: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.unsignedinteger]]:
-    """The sorted distinct tokens, and every token's position among them."""
+    """Return the sorted distinct tokens, and every token's position among them."""
     low, span = int(token_ids.min()), int(token_ids.max()) - int(token_ids.min()) + 1
-    if span > 1 << 24:  # no vocabulary is that large, and a table over it would be
+    if span > 1 << 24:  # larger than any vocabulary: a lookup table of this span would be too large
         tokens = np.unique(token_ids)
         return tokens, np.searchsorted(tokens, token_ids).astype(np.min_scalar_type(len(tokens) - 1))
     place = np.subtract(token_ids, low, dtype=np.int64)
-    alphabet = np.flatnonzero(np.bincount(place, minlength=span))  # a table instead of a sort
+    alphabet = np.flatnonzero(np.bincount(place, minlength=span))  # a lookup table is faster than a sort
     position = np.zeros(span, np.min_scalar_type(len(alphabet) - 1))
     position[alphabet] = np.arange(len(alphabet))
     return (alphabet + low).astype(np.int32), position.take(place)

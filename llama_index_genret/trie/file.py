@@ -1,6 +1,6 @@
-"""The trie's file: one header, arrays from multiples of 64 bytes, a checksum; opened by mapping it.
+"""Saves a trie to one file and memory-maps it: a header, arrays aligned to 64 bytes, a checksum.
 
-Knows files and arrays; nothing of what the trie answers.
+Depends on files and arrays; independent of the queries that a trie answers.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ _PREAMBLE_BYTES, _DIGEST_BYTES = 16, 32
 
 
 def save_trie(trie: Trie, path: Path | str) -> None:
-    """Write one file that `open_trie` maps. It appears whole or not at all, over an older one too."""
+    """Write one file that `open_trie` maps. The write is atomic and replaces an older file."""
     write_file(Path(path), _serialise(trie.arrays()))
 
 
 def _serialise(arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """Magic, header length, JSON header padded with spaces, each array from a multiple of 64 bytes, SHA-256."""
+    """Return the bytes of the file.
+
+    The order is: magic, header length, JSON header padded with spaces, arrays, SHA-256 of all before it. Each array
+    starts at a multiple of 64 bytes.
+    """
     entries, payload = {}, bytearray()
     for name, array in arrays.items():
         entries[name] = (array.dtype.str, len(array), len(payload))
@@ -42,12 +46,12 @@ def _serialise(arrays: Mapping[str, NDArray[Any]]) -> bytes:
 
 
 def open_trie(path: Path | str) -> Trie:
-    """Map the file that `save_trie` wrote, read only: the cost is the same at any size.
+    """Map the file that `save_trie` wrote, read-only. The cost does not depend on its size.
 
-    Contents are read as they are needed; `verify_trie` compares the checksum.
+    Pages are read on first access. `verify_trie` compares the checksum.
     Raises:
-        IndexDamaged: the file is missing, no trie, cut short, or contradicts itself.
-        IndexVersionError: another version of the format.
+        IndexDamaged: the file is missing, is no trie, has the wrong length, or has inconsistent arrays.
+        IndexVersionError: the file has another version of the format.
     """
     try:
         with Path(path).open("rb") as file:
@@ -59,27 +63,28 @@ def open_trie(path: Path | str) -> Trie:
         if header["version"] != _VERSION:
             raise IndexVersionError(
                 f"{path} has the trie format {header['version']!r}, this package reads {_VERSION}: "
-                "install the version that wrote it, or build the index anew."
+                "install the version that wrote it, or rebuild the index."
             )
         if len(content) != start + header["payload_bytes"] + _DIGEST_BYTES:
-            raise ValueError(f"it has {len(content)} bytes, its header speaks of {header['payload_bytes']}")
+            raise ValueError(f"it has {len(content)} bytes, its header declares a payload of {header['payload_bytes']}")
         arrays = {}
         for name, (dtype, length, offset) in dict(header["arrays"]).items():
             if dtype not in DTYPES.get(name, ()):
-                raise ValueError(f"{name} of type {dtype}")
+                raise ValueError(f"{name} of type {dtype}, expected one of {DTYPES.get(name, ())}")
             arrays[name] = np.frombuffer(content, dtype, length, start + offset)
         return Trie.from_arrays(arrays)
     except (IndexDamaged, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise IndexDamaged(f"no usable trie file {path}: {error}. Restore it or build the index anew.") from error
+        raise IndexDamaged(f"no usable trie file {path}: {error}. Restore it or rebuild the index.") from error
 
 
 def verify_trie(path: Path | str) -> None:
     """Read the whole file and compare its checksum.
 
     Raises:
-        IndexDamaged, IndexVersionError: as `open_trie`, or a byte differs from what was written.
+        IndexDamaged: as in `open_trie`, or the content differs from its checksum.
+        IndexVersionError: as in `open_trie`.
     """
     open_trie(path)
     content = Path(path).read_bytes()
     if hashlib.sha256(content[:-_DIGEST_BYTES]).digest() != content[-_DIGEST_BYTES:]:
-        raise IndexDamaged(f"the trie file {path} differs from its checksum. Restore it or build the index anew.")
+        raise IndexDamaged(f"the trie file {path} differs from its checksum. Restore it or rebuild the index.")

@@ -1,6 +1,6 @@
-"""Which leaves may be returned: a bitmap in leaf order with rank counts.
+"""Stores the leaves that a search may return: a bitmap in leaf order with rank counts.
 
-Knows leaf numbers only. The slow twin is `_reference.count_allowed`.
+Depends on leaf numbers; independent of token ids, records and searches. The slow twin is `_reference.count_allowed`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _EARLIER_BITS = (np.uint64(1) << np.arange(64, dtype=np.uint64)) - np.uint64(1) 
 
 @dataclass(frozen=True, eq=False)
 class LeafFilter:
-    """Which leaves are allowed: a bitmap in leaf order, with the number of allowed leaves before every word.
+    """The set of allowed leaves: a bitmap in leaf order, with the number of allowed leaves before every word.
 
-    n_leaves: size of the trie that it was made for.
-    words: (n_leaves // 64 + 1,) uint64, the bit of leaf i is bit i % 64 of word i // 64.
-    before: int64, of the same shape.
+    n_leaves: number of leaves of the trie that the filter was made for.
+    words: (n_leaves // 64 + 1,) uint64; bit i % 64 of word i // 64 stands for leaf i.
+    before: (n_leaves // 64 + 1,) int64, number of allowed leaves before every word.
     """
 
     n_leaves: int
@@ -35,77 +35,80 @@ class LeafFilter:
         """Pack a mask of shape (n_leaves,), in leaf order.
 
         Raises:
-            FilterError: it is not a one-dimensional array of booleans.
+            FilterError: the mask is not a one-dimensional array of booleans.
         """
         if mask.ndim != 1 or mask.dtype != np.bool_:
-            raise FilterError(f"a leaf mask is (n_leaves,) of bool, not {mask.shape} of {mask.dtype}.")
+            raise FilterError(f"a leaf mask must be (n_leaves,) of bool, not {mask.shape} of {mask.dtype}.")
         packed = np.packbits(mask, bitorder="little")
         words = np.zeros(len(mask) // 64 + 1, "<u8")
         words.view(np.uint8)[: len(packed)] = packed
-        return cls._of_words(len(mask), words)
+        return cls._from_words(len(mask), words)
 
     @classmethod
-    def _of_words(cls, n_leaves: int, words: NDArray[np.uint64]) -> LeafFilter:
+    def _from_words(cls, n_leaves: int, words: NDArray[np.uint64]) -> LeafFilter:
         before = np.zeros(len(words), np.int64)
         np.cumsum(_popcount(words[:-1]), out=before[1:])
         return cls(n_leaves, read_only(words), read_only(before))
 
     @cached_property
     def n_allowed(self) -> int:
-        """Number of allowed leaves."""
+        """Return the number of allowed leaves."""
         return int(self.before_leaf(np.array(self.n_leaves)))
 
     def __and__(self, other: LeafFilter) -> LeafFilter:
-        """The leaves that both allow.
+        """Return the filter of the leaves that both filters allow.
 
         Raises:
-            FilterError: they are of tries of other sizes.
+            FilterError: the two were made for tries of different sizes.
         """
         if self.n_leaves != other.n_leaves:
-            raise FilterError(f"filters over {self.n_leaves} and {other.n_leaves} leaves are of different tries.")
-        return self._of_words(self.n_leaves, self.words & other.words)
+            raise FilterError(
+                f"filters over {self.n_leaves} and {other.n_leaves} leaves belong to different tries. "
+                "Make both for the same trie."
+            )
+        return self._from_words(self.n_leaves, self.words & other.words)
 
     def without(self, leaves: Int64) -> LeafFilter:
-        """The same without some leaves."""
+        """Return a filter that also excludes the given leaves."""
         words = self.words.copy()
         np.bitwise_and.at(words, leaves >> 6, ~(np.uint64(1) << (leaves & 63).astype(np.uint64)))
-        return self._of_words(self.n_leaves, words)
+        return self._from_words(self.n_leaves, words)
 
     def resized(self, n_leaves: int) -> LeafFilter:
-        """The same of a trie with fewer or more leaves at the end; those more are allowed."""
+        """Return the filter for a trie with fewer or more leaves at the end. Extra leaves are allowed."""
         bits = np.unpackbits(self.words.view(np.uint8), count=min(n_leaves, self.n_leaves), bitorder="little")
         return self.from_mask(np.pad(bits.view(np.bool_), (0, n_leaves - len(bits)), constant_values=True))
 
     def contains(self, leaves: Int64) -> NDArray[np.bool_]:
-        """Whether each leaf is allowed."""
+        """Return True for each leaf that is allowed."""
         bits = self.words.take(leaves >> 6) >> (leaves & 63).astype(np.uint64)
         return (bits & np.uint64(1)).astype(np.bool_)
 
     def count(self, lo: Int64, hi: Int64) -> Int64:
-        """How many of the leaves lo .. hi - 1 are allowed, exactly, for arrays of ranges of one shape.
+        """Count the allowed leaves in lo .. hi - 1, exactly, for two arrays of one shape.
 
             for first, end in zip(lo, hi): yield sum(mask[first:end])
 
         Raises:
-            FilterError: a range leaves 0 .. n_leaves: the filter was made for another trie.
+            FilterError: a range is reversed or exceeds 0 .. n_leaves, as the filter was made for another trie.
         """
         lo, hi = np.asarray(lo), np.asarray(hi)
         if lo.size and (lo.min() < 0 or hi.max() > self.n_leaves or (hi < lo).any()):
             raise FilterError(
-                f"leaves {lo.min()} .. {hi.max()} were asked of a filter over {self.n_leaves} leaves. "
-                "Make the filter anew from the trie that is searched."
+                f"cannot count leaves {lo.min()} .. {hi.max()} with a filter over {self.n_leaves} leaves. "
+                "Rebuild the filter from the trie that is searched."
             )
         return self.before_leaf(hi) - self.before_leaf(lo)
 
     def before_leaf(self, leaves: Int64) -> Int64:
-        """How many of the leaves before each, which are not checked to exist, are allowed."""
+        """Count the allowed leaves before each given leaf. Leaf numbers are not checked."""
         word = leaves >> 6
         earlier = self.words.take(word) & _EARLIER_BITS.take(leaves & 63)
         return np.asarray(self.before.take(word) + _popcount(earlier))
 
 
 def _popcount_by_table(words: NDArray[np.uint64]) -> NDArray[np.uint8]:
-    """`np.bitwise_count` for NumPy 1."""
+    """Count the set bits of every word, for NumPy 1, which has no `np.bitwise_count`."""
     ones = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
     by_byte = ones[np.ascontiguousarray(words).reshape(-1, 1).view(np.uint8)]
     return np.asarray(by_byte.sum(axis=1, dtype=np.uint8).reshape(np.shape(words)))

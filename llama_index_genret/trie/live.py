@@ -1,10 +1,10 @@
-"""The identifiers of an index that changes: an immutable base, a small second trie of what was added, tombstones.
+"""Stores the identifiers of an index that changes: an immutable base, a small trie of added identifiers, tombstones.
 
-A `LiveTrie` is one version, itself immutable: an edit makes another, and searches go on with the version that they
-began with. A prefix is a node of the base, of the added ones, or of both; what no live identifier begins with does
-not exist. So every answer equals that of a trie built anew, which the tests hold.
+A `LiveTrie` is one immutable version. An edit makes another version, and a running search keeps the version with which
+it began. A prefix is a node of the base, of the added trie, or of both. A prefix exists only if a live identifier
+begins with it. So every result equals that of a trie rebuilt from scratch, which tests compare.
 
-Knows the flat trie; nothing of searches, files or threads.
+Depends on the flat trie; independent of searches, files and threads.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class Nodes:
     """n prefixes of a `LiveTrie`.
 
     base: (n,) int64, node of the base trie, -1 where no live identifier of the base begins with the prefix.
-    added: the same of the added identifiers; None where there are none.
+    added: (n,) int64, the same for the added trie. Default None: no identifiers were added.
     """
 
     base: Int64
     added: Int64 | None = None
 
     def take(self, rows: Int64) -> Nodes:
-        """Some of them."""
+        """Return the prefixes at the given rows."""
         return Nodes(self.base[rows], None if self.added is None else self.added[rows])
 
     def put(self, rows: Int64, nodes: Nodes) -> Nodes:
-        """The same with others in the places `rows`."""
+        """Return a copy in which `nodes` replace the prefixes at `rows`."""
         base, added = self.base.copy(), None if self.added is None else self.added.copy()
         base[rows] = nodes.base
         if added is not None and nodes.added is not None:
@@ -54,11 +54,12 @@ class Nodes:
 
 @dataclass(frozen=True, eq=False)
 class _TrieChildren:
-    """The children that one of the two tries gives to an expansion.
+    """The children that one of the two tries contributes to an expansion.
 
-    parents: (r,) int64, those of its nodes that are expanded.
-    entry: (m,) int64, for each child of the expansion its place in `children`, -1 for none; None if the same.
-    leaf_start: leaf number of the trie's first leaf.
+    parents: (r,) int64, the expanded nodes of this trie.
+    leaf_start: leaf number of the first leaf of this trie.
+    entry: (m,) int64, the position in `children` of each child of the expansion, -1 where this trie has none.
+        Default None: the positions are equal.
     """
 
     trie: Trie
@@ -68,7 +69,7 @@ class _TrieChildren:
     entry: Int64 | None = None
 
     def take(self, entries: Int64) -> Int64:
-        """The nodes of some children of the expansion, -1 where this trie has none."""
+        """Return the nodes of the given children of the expansion, -1 where this trie has none."""
         if self.entry is None:
             return self.children.nodes_at(entries, self.children.rows_of(entries))
         place = self.entry[entries]
@@ -78,9 +79,9 @@ class _TrieChildren:
         return node
 
     def allowed(self, leaves: LeafFilter) -> NDArray[np.bool_]:
-        """Whether any leaf below each of `children` is allowed.
+        """Return True for each of `children` with an allowed leaf below it.
 
-        One rank at the first leaf of each child: siblings' leaves follow each other.
+        One rank at the first leaf of each child is enough, as the leaves of siblings are consecutive.
         """
         node = self.children.node
         if not len(node):
@@ -98,7 +99,7 @@ class _TrieChildren:
 
 @dataclass(frozen=True, eq=False)
 class Expansion:
-    """The children of n prefixes, one after another: a ragged array of m entries.
+    """The children of n prefixes in a row: a ragged array of m entries.
 
     offsets: (n + 1,) int64, the children of row i are the entries offsets[i] .. offsets[i + 1].
     """
@@ -109,12 +110,12 @@ class Expansion:
 
     @cached_property
     def row(self) -> Int64:
-        """(m,) int64, the position of each one's parent."""
+        """Return (m,) int64, the position of each child's parent."""
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
 
     @cached_property
     def token_ids(self) -> Int64:
-        """(m,) int64, the token that leads to each child; they ascend within a row."""
+        """Return (m,) int64, the token that leads to each child. Tokens ascend within a row."""
         if self._merged_token_ids is not None:
             return self._merged_token_ids
         token_ids = self._only.children.token_ids
@@ -122,18 +123,22 @@ class Expansion:
 
     @cached_property
     def alphabet(self) -> Int64 | NDArray[np.int32]:
-        """(a,) ascending: holds the tokens of all children, and few others."""
+        """Return (a,) ascending: the tokens of all children, and few others."""
         return np.unique(self._merged_token_ids) if self._merged_token_ids is not None else self._only.children.alphabet
 
     def gather(self, block: NDArray[np.floating]) -> NDArray[np.floating]:
-        """(m,) scores out of a `block` (n, a) that has a column for each token of `alphabet`."""
+        """Return (m,) the entry of `block` for each child.
+
+        Args:
+            block: (n, a), one column for each token of `alphabet`.
+        """
         if self._merged_token_ids is not None:
             return block[self.row, np.searchsorted(self.alphabet, self._merged_token_ids)]
         values = self._only.children.gather(block)
         return values if self._only.entry is None else values[self._only.entry]
 
     def token_ids_at(self, entries: Int64) -> Int64:
-        """The tokens of some of the children."""
+        """Return the tokens of the given children."""
         if self._merged_token_ids is not None:
             return self._merged_token_ids[entries]
         children, place = self._only.children, entries if self._only.entry is None else self._only.entry[entries]
@@ -141,32 +146,34 @@ class Expansion:
         return children.token_ids_at(children.nodes_at(place, rows), rows)
 
     def take(self, entries: Int64) -> Nodes:
-        """Some of the children."""
+        """Return the given children as prefixes."""
         return Nodes(*(part.take(entries) for part in self._parts))
 
     @property
     def _only(self) -> _TrieChildren:
-        """The base, where nothing was added."""
+        """Return the part of the base. Valid only if no identifiers were added."""
         return self._parts[0]
 
     def allowed(self, leaves: LeafFilter) -> NDArray[np.bool_]:
-        """(m,) whether any leaf below each child is allowed."""
-        found = np.zeros(self.offsets[-1], np.bool_)
+        """Return (m,) bool, True for each child with an allowed leaf below it."""
+        has_leaf = np.zeros(self.offsets[-1], np.bool_)
         for part in self._parts:
             if part.entry is None:
                 return part.allowed(leaves)
             here = part.entry >= 0
-            found[here] |= part.allowed(leaves)[part.entry[here]]
-        return found
+            has_leaf[here] |= part.allowed(leaves)[part.entry[here]]
+        return has_leaf
 
 
 @dataclass(frozen=True, eq=False)
 class LiveTrie:
-    """One version of a changing set of identifiers. Leaves are those of `base`, then those of `added`.
+    """One version of a changing set of identifiers. Leaf numbers count the leaves of `base`, then of `added`.
 
-    live: which leaves exist; None for all.
-    keys: (leaves of base,) int64, what each stands for; None for the leaf's own number.
-    added_keys: the same for the leaves of `added`.
+    base: the immutable trie.
+    added: the trie of the identifiers that were added since. Default None: there are none.
+    live: the leaves that exist. Default None: all.
+    keys: (leaves of base,) int64, the caller's key of each leaf. Default None: the leaf number.
+    added_keys: (leaves of added,) int64, the same for the leaves of `added`.
     """
 
     base: Trie
@@ -177,25 +184,25 @@ class LiveTrie:
 
     @cached_property
     def n_leaves(self) -> int:
-        """Number of leaf numbers, removed ones included."""
+        """Return the number of leaves, including removed ones."""
         return self.base.n_leaves + (self.added.n_leaves if self.added else 0)
 
     @property
     def n_live(self) -> int:
-        """Number of identifiers."""
+        """Return the number of identifiers, without removed ones."""
         return self.n_leaves if self.live is None else self.live.n_allowed
 
     @cached_property
     def depth(self) -> int:
-        """Tokens in the longest identifier, removed ones included."""
+        """Return the number of tokens in the longest identifier, including removed ones."""
         return max(self.base.depth, self.added.depth if self.added else 0)
 
     def roots(self, n: int) -> Nodes:
-        """n times the root."""
+        """Return n copies of the root."""
         return Nodes(np.zeros(n, np.int64), None if self.added is None else np.zeros(n, np.int64))
 
     def expand(self, nodes: Nodes) -> Expansion:
-        """All live children of all nodes, none of which may be a leaf.
+        """Return all live children of all nodes. No node may be a leaf.
 
         for row, prefix in enumerate(nodes):
             for token in sorted({live identifier[len(prefix)] for those that begin with prefix}): yield row, token
@@ -220,21 +227,21 @@ class LiveTrie:
         return Expansion(offsets, tuple(parts), merged & ((1 << _TOKEN_BITS) - 1))
 
     def is_leaf(self, nodes: Nodes) -> NDArray[np.bool_]:
-        """Whether an identifier ends at each node."""
+        """Return True for each node at which an identifier ends."""
         ends = self.base.is_leaf(np.maximum(nodes.base, 0)) & (nodes.base >= 0)
         if nodes.added is not None and self.added is not None:
             ends |= self.added.is_leaf(np.maximum(nodes.added, 0)) & (nodes.added >= 0)
         return ends
 
     def leaf(self, nodes: Nodes) -> Int64:
-        """The leaf number of each node, all of which must be leaves."""
+        """Return the leaf number of each node. All nodes must be leaves."""
         if nodes.added is None or self.added is None:
             return self.base.leaf_rank(nodes.base)
         added = self.added.first_leaf(np.maximum(nodes.added, 0)) + self.base.n_leaves
         return np.where(nodes.base >= 0, self.base.first_leaf(np.maximum(nodes.base, 0)), added)
 
     def order(self, nodes: Nodes) -> Int64:
-        """Numbers that ascend like the token ids of prefixes of which none is the beginning of another."""
+        """Return numbers that sort the prefixes as their token ids do. No prefix may be a prefix of another."""
         if nodes.added is None or self.added is None:
             return self.base.first_leaf(nodes.base)
         base = self.base.first_leaf(np.maximum(nodes.base, 0))
@@ -245,29 +252,30 @@ class LiveTrie:
         return np.asarray(base_before + added_before)
 
     def key(self, leaves: Int64) -> Int64:
-        """What each leaf stands for."""
+        """Return the caller's key of each leaf."""
         if self.added_keys is None:
             return leaves if self.keys is None else self.keys[leaves]
         n_base = self.base.n_leaves
         base = np.minimum(leaves, n_base - 1)
-        of_base = base if self.keys is None else self.keys[base]
-        return np.where(leaves < n_base, of_base, self.added_keys[np.maximum(leaves - n_base, 0)])
+        base_keys = base if self.keys is None else self.keys[base]
+        return np.where(leaves < n_base, base_keys, self.added_keys[np.maximum(leaves - n_base, 0)])
 
     def restrict(self, leaf_filter: LeafFilter) -> LeafFilter:
-        """The allowed leaves that exist.
+        """Return the filter of the allowed leaves that exist.
 
         Raises:
             FilterError: `leaf_filter` was made for another version.
         """
         if leaf_filter.n_leaves != self.n_leaves:
             raise FilterError(
-                f"the filter knows {leaf_filter.n_leaves} identifiers, the trie {self.n_leaves}: build it anew."
+                f"the filter covers {leaf_filter.n_leaves} identifiers, the trie {self.n_leaves}: "
+                "rebuild the filter from this version of the trie."
             )
         return leaf_filter if self.live is None else leaf_filter & self.live
 
     @cached_property
     def _base_before_added(self) -> Int64:
-        """(added leaves,) int64, how many leaves of the base sort before each."""
+        """Return (added leaves,) int64, the number of leaves of the base that sort before each."""
         return leaves_before(self.base, self.added.paths()) if self.added else np.zeros(0, np.int64)
 
     @staticmethod
@@ -276,7 +284,7 @@ class LiveTrie:
         return _TrieChildren(trie, nodes[rows], trie.children(nodes[rows]), leaf_start), rows
 
     def _live_keys(self, part: _TrieChildren, rows: Int64) -> tuple[Int64, Int64]:
-        """(row, token) of the live children as one number each, and their places among the children."""
+        """Return (row, token) of each live child packed into one integer, and its position among the children."""
         keys = (rows[part.children.row] << _TOKEN_BITS) + part.children.token_ids
         if self.live is None or part.leaf_start:
             return keys, np.arange(len(keys))
@@ -291,9 +299,12 @@ class LiveTrie:
 
 
 def leaves_before(trie: Trie, paths: NDArray[np.int32]) -> Int64:
-    """(n,) how many identifiers of `trie` sort before each path: (n, L) int32, -1 after the end.
+    """Count the identifiers of `trie` that sort before each path. Return (n,) int64.
 
     for path in paths: yield sum(identifier < path for identifier in identifiers)
+
+    Args:
+        paths: (n, L) int32, -1 after the end of a short path.
     """
     rank = np.zeros(len(paths), np.int64)
     rows, node = np.arange(len(paths)), np.zeros(len(paths), np.int64)

@@ -1,7 +1,7 @@
-"""How probable the images below a prefix are without a query: of every node the sum, and the least of its images.
+"""Stores the probability of the images below each prefix without a query: per node the sum and the minimum.
 
-Knows the live trie and numbers; nothing of models. `tuning.image_prior` computes what it is made from.
-The slow twin is `_reference.prior_below`; the tests hold the two equal.
+Depends on the live trie and numbers; independent of models. `tuning.image_prior` computes the priors of the images.
+The slow twin is `_reference.prior_below`; tests compare the two.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 LOG_MASS, LEAST = 0, 1
-"""Columns of a node's prior."""
+"""Columns of the prior of a node."""
 
 _NONE = (-np.inf, np.inf)
-"""Of a prefix without images: adds nothing to a sum, and is no minimum."""
+"""The prior of a prefix without images: neutral in a sum and in a minimum."""
 
 
 @dataclass(frozen=True, eq=False)
 class TriePrior:
     """The prior of every prefix of one version of a trie.
 
-    base, added: (n_nodes, 2) float32, natural logarithms of each node of `LiveTrie.base` and `LiveTrie.added`: of the
-        sum of the probabilities of the live images below it, and of the smallest of them.
+    base: (n_nodes, 2) float32, for each node of `LiveTrie.base` two natural logarithms. LOG_MASS: the sum of the
+        probabilities of the live images below it. LEAST: the smallest of these probabilities.
+    added: the same for `LiveTrie.added`; None if no identifiers were added.
     """
 
     base: Float32
@@ -37,30 +38,30 @@ class TriePrior:
 
     @classmethod
     def of_leaves(cls, trie: LiveTrie, log_prior: Float32) -> TriePrior | None:
-        """Sum up the priors of the images; those of removed ones are left out.
+        """Sum up the priors of the live images.
 
-        An image of unknown prior, added since the priors were computed, gets the least of the images below the longest
-        beginning that it shares with one of known prior. The model never learnt its name, so its own prior is hardly
-        larger; and it is not preferred to all relatives either, as a smaller one would have it.
+        An image that was added after the priors were computed has an unknown prior. It gets the least prior below the
+        longest prefix that it shares with an image of known prior. The model was not trained on its identifier, so its
+        true prior is hardly larger. A smaller prior would rank it above all images with that prefix.
 
         Args:
-            log_prior: (n_leaves,) natural logarithms, finite; NaN where it is not known.
+            log_prior: (n_leaves,) natural logarithms, finite, or NaN where unknown.
         Returns:
-            None where no live image has a known prior.
+            The prior, or None if no live image has a known prior.
         """
         live = np.ones(trie.n_leaves, np.bool_) if trie.live is None else trie.live.contains(np.arange(trie.n_leaves))
         known = live & ~np.isnan(log_prior)
         if not known.any():
             return None
-        prior = cls._summed(trie, log_prior, known)
+        prior = cls._sum_leaves(trie, log_prior, known)
         if (unknown := np.flatnonzero(live & ~known)).size:
             log_prior = log_prior.copy()
-            log_prior[unknown] = prior._least_of_relatives(trie, unknown)
-            prior = cls._summed(trie, log_prior, live)
+            log_prior[unknown] = prior._least_relative(trie, unknown)
+            prior = cls._sum_leaves(trie, log_prior, live)
         return prior
 
     def of(self, nodes: Nodes) -> Float64:
-        """(n, 2) float64, columns LOG_MASS and LEAST, of n prefixes.
+        """Return (n, 2) float64, columns LOG_MASS and LEAST, for n prefixes.
 
         for prefix in nodes: yield log(sum(p of images below)), log(min(p of images below))
         """
@@ -71,15 +72,15 @@ class TriePrior:
         return np.stack([mass, np.minimum(base[:, LEAST], added[:, LEAST])], axis=1)
 
     @classmethod
-    def _summed(cls, trie: LiveTrie, log_prior: Float32, counted: NDArray[np.bool_]) -> TriePrior:
-        leaves = np.where(counted[:, None], log_prior[:, None], _NONE)
+    def _sum_leaves(cls, trie: LiveTrie, log_prior: Float32, mask: NDArray[np.bool_]) -> TriePrior:
+        leaves = np.where(mask[:, None], log_prior[:, None], _NONE)
         n_base = trie.base.n_leaves
-        added = _below_nodes(trie.added, leaves[n_base:]) if trie.added else None
-        return cls(_below_nodes(trie.base, leaves[:n_base]), added)
+        added = _sum_below_nodes(trie.added, leaves[n_base:]) if trie.added else None
+        return cls(_sum_below_nodes(trie.base, leaves[:n_base]), added)
 
-    def _least_of_relatives(self, trie: LiveTrie, leaves: Int64) -> Float64:
-        """(n,) the least prior below the longest beginning of each leaf that has one, which the root has."""
-        paths = np.concatenate([_padded(t.paths(), trie.depth) for t in (trie.base, trie.added) if t])[leaves]
+    def _least_relative(self, trie: LiveTrie, leaves: Int64) -> Float64:
+        """Return (n,) the least prior below the longest prefix of each leaf that has a prior. The root has one."""
+        paths = np.concatenate([_pad(t.paths(), trie.depth) for t in (trie.base, trie.added) if t])[leaves]
         nodes = trie.roots(len(leaves))
         least = self.of(nodes)[:, LEAST]
         for column in paths.T:
@@ -91,10 +92,10 @@ class TriePrior:
         return least
 
 
-def _below_nodes(trie: Trie, leaves: Float64) -> Float32:
-    """(n_nodes, 2) of (n_leaves, 2): bottom up, one level at a time, so that no sum spans more than siblings.
+def _sum_below_nodes(trie: Trie, leaves: Float64) -> Float32:
+    """Reduce (n_leaves, 2) to (n_nodes, 2), bottom up, one level at a time. Each sum spans siblings only.
 
-    Sums of neighbours keep the precision that differences of running sums over all leaves would lose.
+    Such sums keep the precision that differences of running sums over all leaves would lose.
     """
     below = np.empty((trie.n_nodes, 2))
     for level in range(trie.depth, -1, -1):
@@ -110,7 +111,7 @@ def _below_nodes(trie: Trie, leaves: Float64) -> Float32:
 
 
 def _log_sums(values: Float64, starts: Int64) -> Float64:
-    """Logarithm of the sum of the exponentials of each segment."""
+    """Return the logarithm of the sum of the exponentials of each segment."""
     top = np.maximum.reduceat(values, starts)
     top[np.isneginf(top)] = 0.0
     shifted = np.exp(values - np.repeat(top, np.diff(starts, append=len(values))))
@@ -118,19 +119,19 @@ def _log_sums(values: Float64, starts: Int64) -> Float64:
         return np.asarray(top + np.log(np.add.reduceat(shifted, starts)))
 
 
-def _padded(paths: NDArray[np.int32], width: int) -> NDArray[np.int32]:
+def _pad(paths: NDArray[np.int32], width: int) -> NDArray[np.int32]:
     return np.pad(paths, ((0, 0), (0, width - paths.shape[1])), constant_values=-1)
 
 
 def _at(values: Float32, nodes: Int64) -> Float64:
-    """(n, 2) of the nodes that there are, and of those that are -1 what stands for no images."""
-    found = values.take(np.maximum(nodes, 0), axis=0).astype(np.float64)
-    found[nodes < 0] = _NONE
-    return found
+    """Return (n, 2) the priors of the nodes, `_NONE` where a node is -1."""
+    rows = values.take(np.maximum(nodes, 0), axis=0).astype(np.float64)
+    rows[nodes < 0] = _NONE
+    return rows
 
 
 def _step(trie: Trie, nodes: Int64, token_ids: NDArray[np.int32]) -> Int64:
-    """The child of each node by its token, -1 where it has none."""
+    """Return the child of each node for its token, -1 where it has none."""
     there = (nodes >= 0) & (token_ids >= 0)
     child = np.full(len(nodes), -1)
     child[there] = trie.advance(nodes[there], token_ids[there])

@@ -83,10 +83,10 @@ def test_an_encoder_reaches_the_scheme(pictures, tiny_model_dir, encoder, tmp_pa
     ("arguments", "words", "code"),
     [
         (["--scheme-option", "colour=1"], "colour", 1),
-        (["--scheme", "roman"], "there is no scheme 'roman'", 1),
+        (["--scheme", "roman"], "unknown scheme 'roman'", 1),
         (["--scheme-option", "levels"], "key=value", 2),
         (["--alphabet", "greek"], "existing", 2),
-        (["--scheme", "atomic", "--encoder", "minilm"], "does not take the options", 1),
+        (["--scheme", "atomic", "--encoder", "minilm"], "rejects the options", 1),
         (["--scheme-option", "encoder=e5", "--encoder", "minilm"], "--encoder and", 2),
     ],
 )

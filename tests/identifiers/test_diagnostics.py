@@ -1,4 +1,4 @@
-"""Figures of an identifier tree against their definitions, and its picture."""
+"""Test the figures of an identifier tree against their definitions, and its plot."""
 
 import json
 import math
@@ -25,7 +25,7 @@ unique_identifiers = st.sets(st.lists(st.sampled_from("abcd"), min_size=1, max_s
 
 
 @given(unique_identifiers.map(sorted))
-def test_figures_of_a_level_are_those_of_plain_loops_over_prefixes(identifiers):
+def test_figures_of_a_level_equal_plain_loops(identifiers):
     diagnosis = diagnose(identifiers, (4, 4))
     assert len(diagnosis.levels) == max(map(len, identifiers))
     assert diagnosis.collisions == sum(len(i) > 2 for i in identifiers)
@@ -46,7 +46,7 @@ def test_figures_of_a_level_are_those_of_plain_loops_over_prefixes(identifiers):
         assert -1e-9 <= found.relative_entropy <= 1 + 1e-9
 
 
-def test_even_use_of_all_codes_is_full_entropy_and_one_code_is_none():
+def test_entropy_is_full_for_even_use_and_0_for_one_code():
     assert entropy_bits([5, 5, 5, 5]) == 2.0
     assert entropy_bits([7]) == 0.0
     even, one = diagnose([("a", "x"), ("b", "x"), ("c", "x"), ("d", "x")], (4, 4)).levels
@@ -54,13 +54,13 @@ def test_even_use_of_all_codes_is_full_entropy_and_one_code_is_none():
     assert (one.entropy_bits, one.relative_entropy) == (0.0, 0.0)
 
 
-def test_collisions_are_unknown_where_a_scheme_fixes_no_levels():
+def test_collisions_are_none_without_fixed_levels():
     diagnosis = diagnose([("1",), ("1", "2")])
     assert diagnosis.collisions is None
     assert json.loads(json.dumps(diagnosis.to_json()))["levels"][0]["codes_available"] is None
 
 
-def test_every_image_is_in_one_box_or_counted_and_symbols_are_in_the_order_of_their_numbers():
+def test_layout_covers_every_image_in_symbol_order():
     identifiers = [(f"<g0_{i % 12}>", f"<g1_{i % 37}>", f"<s_{i}>") for i in range(900)]
     bands = layout(identifiers)
     assert [band.label for band in bands] == [f"<g0_{i}>" for i in range(12)]
@@ -78,7 +78,7 @@ def test_boxes_of_a_band_do_not_overlap():
             assert not any(t == top and left < r and le < right for le, t, r in places[at + 1 :])
 
 
-def test_the_picture_shows_the_images_and_is_the_same_each_time(pictures, tmp_path):
+def test_plot_shows_the_images_and_is_deterministic(pictures, tmp_path):
     files = sorted(pictures.glob("*.png"))
     identifiers = [(f"<g0_{i // 5}>", f"<g1_{i % 5}>") for i in range(len(files))]
     for name in ("one.png", "two.png"):
@@ -90,7 +90,7 @@ def test_the_picture_shows_the_images_and_is_the_same_each_time(pictures, tmp_pa
     assert {(220, 30, 30), (20, 160, 60), (30, 60, 220)} <= colours
 
 
-def test_a_missing_image_is_a_grey_square_and_too_many_bands_are_counted(tmp_path):
+def test_plot_accepts_missing_images_and_many_bands(tmp_path):
     identifiers = [(f"<i_{i}>",) for i in range(MOST_BANDS + 5)]
     draw_tree(identifiers, [tmp_path / "missing.png"] * len(identifiers), tmp_path / "tree.png")
     assert Image.open(tmp_path / "tree.png").getpixel((2, 2)) == tuple(bytes.fromhex(PAGE[1:]))

@@ -1,4 +1,4 @@
-"""Identifiers: no two equal for any input, the same for the same input, and none changes when images join."""
+"""Test that identifiers are unique, deterministic, and unchanged when images are added."""
 
 from itertools import pairwise
 
@@ -39,7 +39,7 @@ def captions():
 
 @st.composite
 def image_facts(draw, most=25):
-    """Images of which many are alike, in features and in captions."""
+    """Draw images of which many have equal features and captions."""
     n = draw(st.integers(1, most))
     features = np.random.default_rng(draw(st.integers(0, 5))).normal(size=(4, 3))
     rows = draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
@@ -61,7 +61,7 @@ def assert_unique(identifiers):
 
 
 def assert_prefix_free(identifiers):
-    """Sorted, a beginning stands directly before what it begins."""
+    """Check neighbours only: in sorted order a prefix is directly before an identifier that begins with it."""
     ordered = sorted(identifiers)
     assert len(set(ordered)) == len(ordered)
     assert not any(later[: len(first)] == first for first, later in pairwise(ordered))
@@ -69,52 +69,52 @@ def assert_prefix_free(identifiers):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @given(image_facts(), image_facts(), image_facts())
-def test_no_two_images_ever_share_an_identifier_whatever_they_are_and_whenever_they_come(scheme, first, second, third):
+def test_identifiers_are_unique_for_any_and_added_images(scheme, first, second, third):
     options = {"sizes": 2} if scheme == "structured" else {}
-    naming = get_scheme(scheme, **options)
-    names = naming.fit(first, seed=0)
-    symbols = naming.new_symbols()
+    instance = get_scheme(scheme, **options)
+    identifiers = instance.fit(first, seed=0)
+    symbols = instance.new_symbols()
     for later in (second, third):
-        added = naming.extend(later, set(names))
-        restored = get_scheme(scheme, **naming.options())
-        restored.restore(naming.arrays())
-        assert restored.new_symbols() == naming.new_symbols()
+        added = instance.extend(later, set(identifiers))
+        restored = get_scheme(scheme, **instance.options())
+        restored.restore(instance.arrays())
+        assert restored.new_symbols() == instance.new_symbols()
         assert len(added) == later.n_images
-        names += added
-        assert_unique(names)
-    assert naming.new_symbols()[: len(symbols)] == symbols
+        identifiers += added
+        assert_unique(identifiers)
+    assert instance.new_symbols()[: len(symbols)] == symbols
     if symbols:
-        assert {symbol for name in names for symbol in name} <= set(naming.new_symbols())
+        assert {symbol for identifier in identifiers for symbol in identifier} <= set(instance.new_symbols())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_thousands_of_identical_images_get_thousands_of_identifiers_before_and_after(scheme):
-    naming, n = get_scheme(scheme), 3000
+def test_identical_images_get_distinct_identifiers(scheme):
+    instance, n = get_scheme(scheme), 3000
     images = facts(n, np.ones((n, 4), np.float32), [("a red apple on a table",)] * n)
-    names = naming.fit(images, seed=0)
-    assert_unique(names + naming.extend(images, names))
+    identifiers = instance.fit(images, seed=0)
+    assert_unique(identifiers + instance.extend(images, identifiers))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_same_images_and_seed_give_the_same_identifiers_and_a_restored_scheme_goes_on_alike(scheme):
+def test_schemes_are_deterministic_and_restorable(scheme):
     images = facts(60, random_features(60), [(HOSTILE[i % len(HOSTILE)],) for i in range(60)])
     one, two = get_scheme(scheme), get_scheme(scheme)
-    names = one.fit(images, seed=4)
-    assert two.fit(images, seed=4) == names
+    identifiers = one.fit(images, seed=4)
+    assert two.fit(images, seed=4) == identifiers
     restored = get_scheme(scheme, **one.options())
     restored.restore(one.arrays())
-    assert restored.extend(images, names) == one.extend(images, names)
+    assert restored.extend(images, identifiers) == one.extend(images, identifiers)
 
 
 @pytest.mark.parametrize("scheme", ["numeric", "string", "atomic"])
-def test_a_number_is_not_given_again_after_its_image_was_removed(scheme):
-    naming = get_scheme(scheme)
-    names = naming.fit(facts(12), seed=0)
-    assert naming.extend(facts(1), names[:5])[0] not in names
+def test_number_of_a_removed_image_is_not_reused(scheme):
+    instance = get_scheme(scheme)
+    identifiers = instance.fit(facts(12), seed=0)
+    assert instance.extend(facts(1), identifiers[:5])[0] not in identifiers
 
 
 @given(st.integers(1, 2000))
-def test_numbers_are_padded_to_one_length_and_later_ones_go_on(n):
+def test_numbers_are_padded_and_continue(n):
     scheme = get_scheme("numeric")
     identifiers = scheme.fit(facts(n), seed=0)
     assert_prefix_free(identifiers)
@@ -122,12 +122,12 @@ def test_numbers_are_padded_to_one_length_and_later_ones_go_on(n):
     assert scheme.extend(facts(1), identifiers) == [tuple(str(n).zfill(len(str(n - 1))))]
 
 
-def test_the_first_free_name_skips_what_others_took():
+def test_first_free_skips_taken_identifiers():
     free = FirstFree([("a0",)], lambda key: ((f"{key}{n}",) for n in range(9)))
-    assert [free.name("a"), free.name("b"), free.name("a")] == [("a1",), ("b0",), ("a2",)]
+    assert [free.assign("a"), free.assign("b"), free.assign("a")] == [("a1",), ("b0",), ("a2",)]
 
 
-def test_missing_or_broken_facts_are_errors_that_say_so():
+def test_missing_or_invalid_inputs_are_errors():
     with pytest.raises(IdentifierError, match=r"\(3, d\)"):
         get_scheme("structured").fit(facts(3), seed=0)
     with pytest.raises(IdentifierError, match="image 1"):
@@ -161,17 +161,17 @@ def test_missing_or_broken_facts_are_errors_that_say_so():
         ("semantic", {"words": 2.5}, "words=2.5"),
     ],
 )
-def test_a_wrong_option_is_an_error_that_names_it(scheme, options, words):
+def test_error_for_an_invalid_option_shows_it(scheme, options, words):
     with pytest.raises(IdentifierError, match=words):
         get_scheme(scheme, **options)
 
 
-def test_an_unknown_scheme_names_the_known_ones():
+def test_error_for_an_unknown_scheme_lists_the_schemes():
     with pytest.raises(IdentifierError, match=r"atomic.*numeric.*semantic.*string.*structured"):
         get_scheme("roman")
 
 
-def test_a_scheme_of_ones_own_is_found_by_its_name_and_a_taken_name_is_an_error():
+def test_custom_scheme_is_registered_under_a_free_name():
     register_scheme("test-own")(lambda **options: ("mine", options))
     assert get_scheme("test-own", a=1) == ("mine", {"a": 1})
     with pytest.raises(IdentifierError, match="registered already"):

@@ -1,4 +1,4 @@
-"""Every scheme from a folder to recalled images: named, trained for a moment, searched."""
+"""Test every scheme from a folder to recalled images: assign identifiers, train briefly, search."""
 
 import math
 
@@ -27,9 +27,7 @@ pytestmark = pytest.mark.torch
         ("atomic", {}),
     ],
 )
-def test_every_image_is_recalled_once_and_their_probabilities_sum_to_one(
-    pictures, tiny_mllm, tmp_path, scheme, options
-):
+def test_all_images_are_recalled_with_probabilities_of_sum_1(pictures, tiny_mllm, tmp_path, scheme, options):
     corpus = read_corpus(pictures)
     index = build_index(corpus, tmp_path / "index", tiny_mllm, scheme=scheme, scheme_options=options)
     index = train(index, TrainOptions(max_steps=2, lora_rank=2), device="cpu", show_progress=False)

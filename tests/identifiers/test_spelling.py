@@ -1,4 +1,4 @@
-"""Identifiers in the tokens of a tokenizer: distinct, readable after a prompt, and on words that are there already."""
+"""Test identifiers in the tokens of a tokenizer: distinct, decodable after a prompt, and made of existing words."""
 
 import json
 import random
@@ -36,7 +36,7 @@ MARKUP = ["<|user|>", "<|assistant|>", "<|end|>"]
 
 
 def byte_level():
-    """As GPT-2 and its successors: every byte is a letter of the alphabet, a leading space belongs to its word."""
+    """Make a tokenizer like that of GPT-2: every byte is a letter, a leading space belongs to its word."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,7 +48,7 @@ def byte_level():
 
 
 def sentencepiece(kind):
-    """As Llama, Mistral and T5: spaces are letters, unknown characters fall back to bytes."""
+    """Make a tokenizer like that of Llama or T5: spaces are letters, unknown characters fall back to bytes."""
     is_bpe = kind == "bpe"
     tokenizer = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True) if is_bpe else Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -80,9 +80,7 @@ KINDS = pytest.mark.parametrize("kind", ["byte-level", "bpe", "unigram"])
 
 @KINDS
 @given(st.lists(captions(), min_size=1, max_size=20))
-def test_whatever_captions_say_their_identifiers_differ_in_tokens_and_read_back_after_a_prompt(
-    tokenizers, kind, all_captions
-):
+def test_identifiers_of_any_captions_differ_and_decode(tokenizers, kind, all_captions):
     scheme, n = get_scheme("semantic"), len(all_captions)
     identifiers = scheme.fit(ImageFacts(n, None, tuple(all_captions)), seed=0)
     spelling = spelling_of(scheme, tokenizers[kind], "new")
@@ -97,9 +95,9 @@ def test_whatever_captions_say_their_identifiers_differ_in_tokens_and_read_back_
 @KINDS
 @pytest.mark.parametrize("scheme", ["numeric", "string"])
 def test_numbers_need_no_new_token(tokenizers, kind, scheme):
-    naming = get_scheme(scheme)
-    identifiers = naming.fit(ImageFacts(120), seed=0)
-    spelling = spelling_of(naming, tokenizers[kind], "existing")
+    instance = get_scheme(scheme)
+    identifiers = instance.fit(ImageFacts(120), seed=0)
+    spelling = spelling_of(instance, tokenizers[kind], "existing")
     spelled = spelling.spell(identifiers)
     spelling.check(identifiers, spelled, [str(i) for i in range(120)], PROMPT)
     assert spelling.tokenizer is tokenizers[kind]
@@ -111,22 +109,22 @@ def test_numbers_need_no_new_token(tokenizers, kind, scheme):
 @KINDS
 @pytest.mark.parametrize("alphabet", ["new", "existing"])
 @pytest.mark.parametrize("scheme", ["structured", "atomic"])
-def test_symbols_are_one_token_each_and_existing_ones_leave_the_tokenizer_alone(tokenizers, kind, alphabet, scheme):
-    base, naming = tokenizers[kind], get_scheme(scheme)
-    identifiers = naming.fit(ImageFacts(60, random_features(60)), seed=0)
-    spelling = spelling_of(naming, base, alphabet)
+def test_each_symbol_is_one_new_or_existing_token(tokenizers, kind, alphabet, scheme):
+    base, instance = tokenizers[kind], get_scheme(scheme)
+    identifiers = instance.fit(ImageFacts(60, random_features(60)), seed=0)
+    spelling = spelling_of(instance, base, alphabet)
     spelled = spelling.spell(identifiers)
     spelling.check(identifiers, spelled, [str(i) for i in range(60)], PROMPT)
     assert [len(i) for i in spelled] == [len(i) for i in identifiers]
     assert spelling.unspell(spelled) == identifiers
     added = spelling.tokenizer.vocab_size - base.vocab_size
-    assert added == (len(naming.new_symbols()) if alphabet == "new" else 0)
+    assert added == (len(instance.new_symbols()) if alphabet == "new" else 0)
     if alphabet == "existing":
         assert all(len(w) >= 3 and w.isalpha() for i in spelled for w in spelling.tokenizer.read(i).split(" "))
 
 
 @KINDS
-def test_any_sequence_of_the_chosen_words_is_encoded_as_these_words(tokenizers, kind):
+def test_any_sequence_of_words_is_encoded_as_these_words(tokenizers, kind):
     tokenizer, rng = tokenizers[kind], random.Random(0)
     assert len(tokenizer.words) > 100
     ids = [tokenizer.symbol_id(word) for word in tokenizer.words]
@@ -136,8 +134,8 @@ def test_any_sequence_of_the_chosen_words_is_encoded_as_these_words(tokenizers, 
             assert tokenizer.encode_text(tokenizer.decode(row)) == row
 
 
-def test_a_word_that_the_tokenizer_never_writes_is_not_chosen():
-    """An entry without merges, as pruned vocabularies have them: its text is encoded otherwise."""
+def test_word_that_is_never_encoded_is_not_chosen():
+    """Pruned vocabularies have entries without merges, whose text is encoded as other tokens."""
     serialized = json.loads(byte_level().to_str())
     serialized["model"]["vocab"]["Ġzebra"] = len(serialized["model"]["vocab"])
     tokenizer = IndexTokenizer(Tokenizer.from_str(json.dumps(serialized)))
@@ -147,27 +145,27 @@ def test_a_word_that_the_tokenizer_never_writes_is_not_chosen():
 
 
 @KINDS
-def test_levels_share_no_word_and_images_that_join_change_none(tokenizers, kind):
-    naming = get_scheme("atomic")
-    naming.fit(ImageFacts(20), seed=0)
-    before = spelling_of(naming, tokenizers[kind], "existing")
+def test_words_are_distinct_and_stay_when_images_are_added(tokenizers, kind):
+    instance = get_scheme("atomic")
+    instance.fit(ImageFacts(20), seed=0)
+    before = spelling_of(instance, tokenizers[kind], "existing")
     assert len(set(before.words.values())) == len(before.words) == 20
-    naming.extend(ImageFacts(5), ())
-    after = spelling_of(naming, tokenizers[kind], "existing")
+    instance.extend(ImageFacts(5), ())
+    after = spelling_of(instance, tokenizers[kind], "existing")
     assert list(after.words.items())[:20] == list(before.words.items())
 
 
-def test_too_few_words_is_an_error_with_both_numbers(tokenizers):
-    naming = get_scheme("structured", sizes=500, levels=2)
-    naming.fit(ImageFacts(4, random_features(4)), seed=0)
+def test_error_for_too_few_words_shows_both_numbers(tokenizers):
+    instance = get_scheme("structured", sizes=500, levels=2)
+    instance.fit(ImageFacts(4, random_features(4)), seed=0)
     n_words = len(tokenizers["bpe"].words)
     with pytest.raises(IdentifierError, match=rf"needs 1032 symbols.* has {n_words} whole words"):
-        spelling_of(naming, tokenizers["bpe"], "existing")
+        spelling_of(instance, tokenizers["bpe"], "existing")
     with pytest.raises(IdentifierError, match="'new' or 'existing'"):
-        spelling_of(naming, tokenizers["bpe"], "borrowed")
+        spelling_of(instance, tokenizers["bpe"], "borrowed")
 
 
-def test_a_tokenizer_that_cannot_write_a_caption_is_an_error_that_names_image_identifier_and_tokens():
+def test_caption_that_does_not_decode_is_an_error():
     words = {"<unk>": 0, "Find": 1, ":": 2, "red": 3, "apple": 4}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -186,24 +184,24 @@ def test_a_tokenizer_that_cannot_write_a_caption_is_an_error_that_names_image_id
         check("blue apple", "green apple")
 
 
-def test_words_that_merge_are_found_out(tokenizers):
-    """A spelling with pieces that are no whole words: 'b' after 'a' is not encoded as these two."""
+def test_words_that_merge_are_detected(tokenizers):
+    """The symbols are no whole words: 'b' followed by 'a' is encoded as one token."""
     tokenizer = tokenizers["byte-level"]
     spelling = Spelling(tokenizer, False, {"<g0_0>": "b", "<g0_1>": "a"})
     assert tokenizer.spell(["ba"]) == [("ba",)]
     with pytest.raises(IdentifierError):
         spelling.check([("<g0_0>", "<g0_1>")], [("b", "a")], ["x.png"], PROMPT)
-    with pytest.raises(IdentifierError, match="do not stay apart"):
+    with pytest.raises(IdentifierError, match="merges words"):
         spelling._check_retokenised([[tokenizer.symbol_id("b"), tokenizer.symbol_id("a")]], ["x.png"])
 
 
 @pytest.fixture(scope="module")
 def wordy_mllm(tmp_path_factory):
-    """The tiny model with a vocabulary of a few hundred words."""
+    """Return the tiny model with a vocabulary of a few hundred words."""
     return load_mllm(str(make_wordy_model(tmp_path_factory.mktemp("wordy") / "tiny")), device="cpu")
 
 
-def test_an_index_on_existing_words_trains_a_plain_adapter_and_recalls(pictures, wordy_mllm, tmp_path):
+def test_existing_words_train_a_plain_adapter(pictures, wordy_mllm, tmp_path):
     index = build_index(read_corpus(pictures), tmp_path / "index", wordy_mllm, alphabet="existing")
     assert index.manifest.alphabet == "existing"
     assert index.tokenizer.fingerprint == index.manifest.model.base_tokenizer
@@ -220,9 +218,7 @@ def test_an_index_on_existing_words_trains_a_plain_adapter_and_recalls(pictures,
 
 
 @pytest.mark.parametrize("options", [{"alphabet": "existing"}, {"scheme": "semantic"}])
-def test_to_describe_an_image_the_prompt_holds_the_very_tokens_of_its_identifier(
-    pictures, wordy_mllm, tmp_path, options
-):
+def test_describe_prompt_contains_the_identifier_tokens(pictures, wordy_mllm, tmp_path, options):
     index = build_index(read_corpus(pictures), tmp_path / "index", wordy_mllm, **options)
     describe = {"describe": examples_of(index)["describe"]}
     tensors = ExampleTensors(index, wordy_mllm, InterleavedExamples(describe, 20, seed=0))
@@ -232,7 +228,7 @@ def test_to_describe_an_image_the_prompt_holds_the_very_tokens_of_its_identifier
         assert tensors[i]["input_ids"].tolist()[: len(before) + len(ids)] == before + ids
 
 
-def test_an_index_of_words_shows_words(pictures, tiny_mllm, tmp_path):
+def test_semantic_index_reads_as_captions(pictures, tiny_mllm, tmp_path):
     index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm, scheme="semantic")
     named = {index.tokenizer.read(identifier) for identifier in index.identifiers}
     assert named == {record.captions[0] for record in index.records}
@@ -241,7 +237,7 @@ def test_an_index_of_words_shows_words(pictures, tiny_mllm, tmp_path):
 
 
 @pytest.mark.parametrize(("scheme", "alphabet"), [("structured", "new"), ("structured", "existing"), ("atomic", "new")])
-def test_images_that_join_an_index_get_names_of_their_own(pictures, wordy_mllm, tmp_path, scheme, alphabet):
+def test_added_images_get_new_identifiers(pictures, wordy_mllm, tmp_path, scheme, alphabet):
     index = build_index(read_corpus(pictures), tmp_path / "index", wordy_mllm, scheme=scheme, alphabet=alphabet)
     names = assign_identifiers(load_index(tmp_path / "index"), index.records[:5], wordy_mllm)
     assert not set(names.identifiers) & set(index.identifiers)

@@ -1,4 +1,4 @@
-"""Codes of image features: their clusters, their levels, and the suffix where two collide."""
+"""Test the codes of image features: clusters, levels, and the suffix for collisions."""
 
 import sys
 from itertools import pairwise, permutations
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.torch
 
 
 @given(st.sampled_from(["kmeans", "rq"]), st.integers(1, 60), st.integers(1, 60), st.integers(0, 99))
-def test_structured_identifiers_begin_no_other_however_many_images_are_alike(method, n_distinct, copies, seed):
+def test_structured_identifiers_are_prefix_free(method, n_distinct, copies, seed):
     features = np.repeat(random_features(n_distinct, 5, seed), copies, axis=0)[:300]
     scheme = get_scheme("structured", method=method, levels=2, sizes=3)
     identifiers = scheme.fit(facts(len(features), features), seed=seed)
@@ -26,27 +26,29 @@ def test_structured_identifiers_begin_no_other_however_many_images_are_alike(met
     assert {s for identifier in identifiers for s in identifier} <= set(scheme.new_symbols())
 
 
-def test_a_suffix_stands_only_where_codes_collide():
+def test_suffix_is_added_only_where_codes_collide():
     codes = [("a",), ("b",), ("a",), ("c",)]
     named = suffix_collisions(codes, lambda count, size: (f"s{count}/{size}",))
     assert named == [("a", "s0/2"), ("b",), ("a", "s1/2"), ("c",)]
 
 
-def test_an_image_with_the_codes_of_another_joins_with_a_suffix_that_the_tokenizer_has():
+def test_added_image_with_taken_codes_gets_known_suffix():
     features = random_features(40)
     scheme = StructuredScheme()
-    names = scheme.fit(facts(40, features), seed=0)
-    row = next(row for row, name in enumerate(names) if len(name) == 2)
+    identifiers = scheme.fit(facts(40, features), seed=0)
+    row = next(row for row, identifier in enumerate(identifiers) if len(identifier) == 2)
     symbols = scheme.new_symbols()
-    added = scheme.extend(facts(SUFFIX_SYMBOLS + 1, np.repeat(features[[row]], SUFFIX_SYMBOLS + 1, axis=0)), names)
-    assert added[0] == (*names[row], "<s_0>")
-    assert added[-1] == (*names[row], "<s_0>", "<s_0>")
+    added = scheme.extend(
+        facts(SUFFIX_SYMBOLS + 1, np.repeat(features[[row]], SUFFIX_SYMBOLS + 1, axis=0)), identifiers
+    )
+    assert added[0] == (*identifiers[row], "<s_0>")
+    assert added[-1] == (*identifiers[row], "<s_0>", "<s_0>")
     assert scheme.new_symbols() == symbols
 
 
 @pytest.mark.parametrize("method", ["kmeans", "rq"])
 def test_codes_are_the_nearest_centroids_by_definition(method):
-    """Plain loops over the stored arrays."""
+    """Compare with plain loops over the stored arrays."""
     features = random_features(120)
     scheme = StructuredScheme(method, levels=3, sizes=[4, 3, 5])
     scheme.fit(facts(120, features), seed=0)
@@ -65,8 +67,8 @@ def test_codes_are_the_nearest_centroids_by_definition(method):
         assert found == expected
 
 
-def test_a_code_of_the_tree_leads_the_same_way_under_every_parent():
-    """Clusters in a few far places, each with children in the same four directions, some of which lack."""
+def test_shared_code_means_one_direction_under_all_parents():
+    """Six distant clusters have children in the same four directions; three of them lack one direction."""
     draw = np.random.default_rng(0)
     places, ways = np.eye(12, dtype=np.float32)[:6], 0.3 * np.eye(12, dtype=np.float32)[6:10]
     chosen = [(place, way) for place in range(6) for way in draw.permutation(4)[: 4 if place < 3 else 3]]
@@ -81,7 +83,7 @@ def test_a_code_of_the_tree_leads_the_same_way_under_every_parent():
     assert sorted(map(sorted, of_way)) == [[0], [1], [2], [3]]
 
 
-def test_codes_of_all_parents_are_the_assignment_of_the_least_sum():
+def test_shared_codes_minimise_the_sum_of_distances():
     draw = np.random.default_rng(1)
     for children in (1, 3, 5):
         away = draw.normal(size=(2 * children, 4)).astype(np.float32)
@@ -93,7 +95,7 @@ def test_codes_of_all_parents_are_the_assignment_of_the_least_sum():
             assert own[range(children), found].sum() == pytest.approx(min(sums))
 
 
-def test_a_tree_that_was_stored_without_codes_counts_the_children_of_each_node():
+def test_tree_stored_without_codes_numbers_children():
     features = random_features(60)
     scheme = StructuredScheme(levels=2, sizes=5, encoder="any")
     scheme.fit(facts(60, features), seed=0)
@@ -104,11 +106,13 @@ def test_a_tree_that_was_stored_without_codes_counts_the_children_of_each_node()
     for parent in range(5):
         below = codes[codes[:, 0] == parent, 1]
         assert set(below) == set(range(len(set(below))))
-    assert len(np.unique(np.hstack([codes, known]), axis=0)) == len(np.unique(codes, axis=0))  # other numbers, one tree
+    assert len(np.unique(np.hstack([codes, known]), axis=0)) == len(
+        np.unique(codes, axis=0)
+    )  # different numbers, same tree
 
 
 def test_only_occupied_nodes_of_the_tree_are_stored():
-    """Four levels of 50 would be 6,250,000 nodes as a dense array."""
+    """Four levels of 50 would need 6,250,000 nodes as a dense array."""
     features = random_features(200)
     scheme = StructuredScheme(levels=4, sizes=50)
     scheme.fit(facts(200, features), seed=0)
@@ -117,7 +121,7 @@ def test_only_occupied_nodes_of_the_tree_are_stored():
         assert len(scheme.arrays()[f"centroids{level}"]) == len(np.unique(codes[:, : level + 1], axis=0))
 
 
-def test_a_hundred_thousand_images_are_assigned_in_seconds():
+def test_encode_calls_do_not_grow_with_images():
     features = random_features(2000, 64)
     scheme = StructuredScheme(levels=3, sizes=10)
     scheme.fit(facts(2000, features), seed=0)
@@ -126,7 +130,7 @@ def test_a_hundred_thousand_images_are_assigned_in_seconds():
 
 
 def calls_of(work):
-    """Count the functions that Python calls during `work`: no loop over images, however fast the machine is."""
+    """Count the Python function calls during `work`, which do not depend on the speed of the machine."""
     calls = 0
 
     def count(frame, event, argument):
@@ -141,8 +145,8 @@ def calls_of(work):
     return calls
 
 
-def test_alike_images_share_the_beginning_of_their_identifiers():
-    """What makes a wrong answer a near one: two far clusters never share the first symbol."""
+def test_distant_clusters_do_not_share_first_symbols():
+    """Similar images share prefixes, so that a wrong result is a similar image."""
     rng = np.random.default_rng(0)
     features = (np.repeat(np.eye(3)[:2], 20, axis=0) + rng.normal(0, 0.01, (40, 3))).astype(np.float32)
     for method in ("kmeans", "rq"):
@@ -150,7 +154,7 @@ def test_alike_images_share_the_beginning_of_their_identifiers():
         assert not {i[0] for i in identifiers[:20]} & {i[0] for i in identifiers[20:]}
 
 
-def test_each_level_of_residual_quantisation_comes_nearer_to_the_features():
+def test_each_residual_level_reduces_the_error():
     features = random_features(300)
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     scheme = StructuredScheme("rq", levels=4, sizes=8)
@@ -162,7 +166,7 @@ def test_each_level_of_residual_quantisation_comes_nearer_to_the_features():
     assert all(later < 0.95 * before for before, later in pairwise(errors))
 
 
-def test_each_residual_centroid_is_the_mean_of_what_it_codes():
+def test_each_residual_centroid_is_a_cluster_mean():
     features = random_features(300)
     scheme = StructuredScheme("rq", levels=3, sizes=8)
     scheme.fit(facts(300, features), seed=0)
@@ -174,18 +178,18 @@ def test_each_residual_centroid_is_the_mean_of_what_it_codes():
 
 
 @pytest.mark.parametrize("method", ["kmeans", "rq"])
-def test_images_that_differ_by_rounding_only_are_named_all_the_same(method):
-    """Centroids as close as that attract no image: they must not be counted as nodes."""
+def test_images_that_differ_by_rounding_get_identifiers(method):
+    """Centroids this close have no nearest image. They must not count as nodes."""
     features = 1 + random_features(60) * np.float32(1e-7)
     scheme = StructuredScheme(method, levels=3, sizes=20)
-    names = scheme.fit(facts(60, features), seed=0)
-    assert_prefix_free(names)
-    assert_unique(names + scheme.extend(facts(60, features), names))
+    identifiers = scheme.fit(facts(60, features), seed=0)
+    assert_prefix_free(identifiers)
+    assert_unique(identifiers + scheme.extend(facts(60, features), identifiers))
     first = scheme.encode(features)[:, 0]
     assert len(scheme.arrays()["centroids0"]) == len(np.unique(first))
 
 
-def test_the_scale_of_a_feature_does_not_matter():
+def test_scale_of_features_has_no_effect():
     features = random_features(50)
     scheme = StructuredScheme()
     scheme.fit(facts(50, features), seed=0)

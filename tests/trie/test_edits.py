@@ -1,4 +1,4 @@
-"""A changing set of identifiers answers like a trie that is built anew after every change."""
+"""Test that an edited trie equals a trie that is rebuilt after every edit."""
 
 from collections import Counter
 
@@ -31,28 +31,28 @@ from llama_index_genret.trie import (
 END = 5
 SCORER = FakeScorer(vocab_size=6)
 PROMPT = Prompt((1,))
-NAMES = st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple)
+IDENTIFIERS = st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple)
 OPERATIONS = Counter()
 
 
-def name_of(token_ids):
-    """Without the token that closes it."""
+def without_end(token_ids):
+    """Return the identifier without its end token."""
     return token_ids[:-1] if token_ids[-1] == END else token_ids
 
 
-def found(trie, **options):
-    """(key, name, log p) of the hits, and whether they are certain."""
+def search_hits(trie, **options):
+    """Return (key, identifier, log p) of each hit, and True if the ranking is exact."""
     (ranking,) = recall(SCORER, trie, [PROMPT], SearchOptions(**options))
-    return [(hit.key, name_of(hit.token_ids), round(hit.log_prob, 9)) for hit in ranking.hits], ranking.exact
+    return [(hit.key, without_end(hit.token_ids), round(hit.log_prob, 9)) for hit in ranking.hits], ranking.exact
 
 
 def live_of(trie):
-    """{name: key} by walking everything."""
-    names, ends, open_nodes = {}, [], [(trie.roots(1), ())] if trie.n_live else []
+    """Return {identifier: key} by walking the whole trie."""
+    identifiers, ends, open_nodes = {}, [], [(trie.roots(1), ())] if trie.n_live else []
     while open_nodes:
         nodes, prefix = open_nodes.pop()
         if trie.is_leaf(nodes)[0]:
-            names[name_of(prefix)] = int(trie.key(trie.leaf(nodes))[0])
+            identifiers[without_end(prefix)] = int(trie.key(trie.leaf(nodes))[0])
             ends.append((prefix, int(trie.order(nodes)[0])))
             continue
         expansion = trie.expand(nodes)
@@ -60,43 +60,43 @@ def live_of(trie):
         for entry, token in enumerate(expansion.token_ids.tolist()):
             open_nodes.append((expansion.take(np.array([entry])), (*prefix, token)))
     assert [prefix for prefix, _ in sorted(ends)] == [prefix for prefix, _ in sorted(ends, key=lambda end: end[1])]
-    return names
+    return identifiers
 
 
 class Editing(RuleBasedStateMachine):
-    """Edits in any order, against a dictionary of what should be there."""
+    """Edit in any order and compare with a dictionary of the expected identifiers."""
 
-    @initialize(names=st.sets(NAMES, min_size=1, max_size=12))
-    def build(self, names):
-        self.model = {name: key for key, name in enumerate(sorted(names))}
+    @initialize(identifiers=st.sets(IDENTIFIERS, min_size=1, max_size=12))
+    def build(self, identifiers):
+        self.model = {identifier: key for key, identifier in enumerate(sorted(identifiers))}
         trie, order = build_trie(close_beginnings(list(self.model), END))
         self.trie = LiveTrie(trie, keys=order)
         self.next_key = len(self.model)
 
-    @rule(names=st.lists(NAMES, min_size=1, max_size=3))
-    def add(self, names):
+    @rule(identifiers=st.lists(IDENTIFIERS, min_size=1, max_size=3))
+    def add(self, identifiers):
         OPERATIONS["add"] += 1
-        keys = range(self.next_key, self.next_key + len(names))
-        if len(set(names)) < len(names) or self.model.keys() & set(names):
+        keys = range(self.next_key, self.next_key + len(identifiers))
+        if len(set(identifiers)) < len(identifiers) or self.model.keys() & set(identifiers):
             with pytest.raises(IdentifierCollision):
-                add_identifiers(self.trie, names, keys, end_token=END)
+                add_identifiers(self.trie, identifiers, keys, end_token=END)
             return
-        self.trie = add_identifiers(self.trie, names, keys, end_token=END)
-        self.model |= dict(zip(names, keys, strict=True))
-        self.next_key += len(names)
+        self.trie = add_identifiers(self.trie, identifiers, keys, end_token=END)
+        self.model |= dict(zip(identifiers, keys, strict=True))
+        self.next_key += len(identifiers)
 
-    @rule(names=st.lists(NAMES, min_size=1, max_size=2), data=st.data())
-    def remove(self, names, data):
+    @rule(identifiers=st.lists(IDENTIFIERS, min_size=1, max_size=2), data=st.data())
+    def remove(self, identifiers, data):
         OPERATIONS["remove"] += 1
         if self.model and data.draw(st.booleans()):
-            names = [data.draw(st.sampled_from(sorted(self.model)))]
-        if len(set(names)) < len(names) or not set(names) <= self.model.keys():
+            identifiers = [data.draw(st.sampled_from(sorted(self.model)))]
+        if len(set(identifiers)) < len(identifiers) or not set(identifiers) <= self.model.keys():
             with pytest.raises(IdentifierError):
-                remove_identifiers(self.trie, names, end_token=END)
+                remove_identifiers(self.trie, identifiers, end_token=END)
             return
-        self.trie = remove_identifiers(self.trie, names, end_token=END)
-        for name in names:
-            del self.model[name]
+        self.trie = remove_identifiers(self.trie, identifiers, end_token=END)
+        for identifier in identifiers:
+            del self.model[identifier]
 
     @rule()
     def compact(self):
@@ -112,33 +112,35 @@ class Editing(RuleBasedStateMachine):
     @precondition(lambda self: self.model)
     @rule(data=st.data(), k=st.integers(1, 5), width=st.integers(1, 4))
     def search(self, data, k, width):
-        """Beam and exact, filtered or not, as over a trie that is built of the same identifiers from scratch."""
+        """Compare beam and exact search, filtered or not, with a trie built from scratch."""
         OPERATIONS["search"] += 1
-        names = sorted(self.model)
-        rebuilt, order = build_trie(close_beginnings(names, END))
-        kept = set(data.draw(st.lists(st.sampled_from(names)))) if data.draw(st.booleans()) else set(names)
-        keys = {self.model[name] for name in kept}
+        identifiers = sorted(self.model)
+        rebuilt, order = build_trie(close_beginnings(identifiers, END))
+        kept = set(data.draw(st.lists(st.sampled_from(identifiers)))) if data.draw(st.booleans()) else set(identifiers)
+        keys = {self.model[identifier] for identifier in kept}
         leaves = np.arange(self.trie.n_leaves)
         removed = np.zeros(len(leaves), bool) if self.trie.live is None else ~self.trie.live.contains(leaves)
         allowed = LeafFilter.from_mask(np.isin(self.trie.key(leaves), list(keys)) | removed)
-        fresh = LiveTrie(rebuilt, keys=np.array([self.model[names[row]] for row in order]))
+        fresh = LiveTrie(rebuilt, keys=np.array([self.model[identifiers[row]] for row in order]))
         fresh_allowed = LeafFilter.from_mask(np.isin(fresh.keys, list(keys)))
         for mode in ("beam", "exact"):
-            ours = found(self.trie, k=k, width=width, mode=mode, leaf_filter=allowed)
-            assert ours == found(fresh, k=k, width=width, mode=mode, leaf_filter=fresh_allowed)
+            ours = search_hits(self.trie, k=k, width=width, mode=mode, leaf_filter=allowed)
+            assert ours == search_hits(fresh, k=k, width=width, mode=mode, leaf_filter=fresh_allowed)
             assert len(ours[0]) == min(k, len(kept))
-        everything = rank_all(close_beginnings(names, END), lambda p: SCORER.logits(PROMPT, p), over_children=True)
-        best = [name_of(path) for _, path in everything if name_of(path) in kept][:k]
-        assert ([name for _, name, _ in ours[0]], ours[1]) == (best, True)
+        everything = rank_all(
+            close_beginnings(identifiers, END), lambda p: SCORER.logits(PROMPT, p), over_children=True
+        )
+        best = [without_end(path) for _, path in everything if without_end(path) in kept][:k]
+        assert ([identifier for _, identifier, _ in ours[0]], ours[1]) == (best, True)
 
     @invariant()
-    def holds_what_it_should(self):
+    def trie_equals_the_model(self):
         assert self.trie.n_live == len(self.model)
         assert live_of(self.trie) == self.model
 
 
-def test_edits_in_any_order_equal_a_trie_built_from_scratch():
-    """Ten thousand operations in CI."""
+def test_edits_in_any_order_equal_a_rebuilt_trie():
+    """Run ten thousand operations in CI."""
     OPERATIONS.clear()
     Editing.TestCase.settings = settings(max_examples=3 * settings.default.max_examples)
     Editing.TestCase("runTest").runTest()
@@ -146,7 +148,7 @@ def test_edits_in_any_order_equal_a_trie_built_from_scratch():
     assert OPERATIONS.total() >= 2 / 3 * most, OPERATIONS
 
 
-def test_one_version_stays_as_it_is_while_others_follow():
+def test_edits_leave_earlier_versions_unchanged():
     trie, _ = build_trie([(0, 1), (2, 3)])
     first = LiveTrie(trie)
     second = add_identifiers(first, [(2, 4)], [7])
@@ -158,33 +160,33 @@ def test_one_version_stays_as_it_is_while_others_follow():
     ]
 
 
-def test_without_an_end_token_a_beginning_is_refused():
+def test_prefix_without_an_end_token_is_rejected():
     trie = LiveTrie(build_trie([(0, 1), (2,)])[0])
-    for name in [(0,), (2, 3)]:
+    for identifier in [(0,), (2, 3)]:
         with pytest.raises(IdentifierCollision, match="end token"):
-            add_identifiers(trie, [name], [9])
+            add_identifiers(trie, [identifier], [9])
     with pytest.raises(IdentifierCollision):
         add_identifiers(trie, [(1,), (1, 1)], [8, 9])
 
 
-def test_an_end_token_inside_an_identifier_is_refused():
+def test_end_token_inside_an_identifier_is_rejected():
     trie = LiveTrie(build_trie([(0, 1)])[0])
     with pytest.raises(IdentifierError, match="end token 5"):
         add_identifiers(trie, [(0, END, 2)], [1], end_token=END)
 
 
 @pytest.mark.parametrize("bad", [[()], [(-1,)], [(2**31,)]])
-def test_what_is_no_identifier_is_refused(bad):
+def test_invalid_identifier_is_rejected(bad):
     with pytest.raises(IdentifierError, match="identifier 0"):
         add_identifiers(LiveTrie(build_trie([(0, 1)])[0]), bad, [1])
 
 
-def test_keys_must_come_one_for_each():
+def test_add_needs_one_key_for_each_identifier():
     with pytest.raises(IdentifierError, match="2 identifiers came with 1 keys"):
         add_identifiers(LiveTrie(build_trie([(0, 1)])[0]), [(1,), (2,)], [1])
 
 
-def test_a_filter_of_an_older_version_is_refused():
+def test_filter_of_an_older_version_is_rejected():
     trie = LiveTrie(build_trie([(0, 1), (2, 3)])[0])
     allowed = LeafFilter.from_mask(np.ones(2, bool))
     newer = add_identifiers(trie, [(4, 4)], [2])
@@ -192,31 +194,31 @@ def test_a_filter_of_an_older_version_is_refused():
         recall(SCORER, newer, [PROMPT], SearchOptions(k=1, leaf_filter=allowed))
 
 
-def test_a_filter_reaches_what_was_added():
-    """Identifiers of one length on both sides: leaf by leaf, and by ranges of leaves."""
+def test_filter_selects_each_added_identifier():
+    """Base and added identifiers have one length: test single leaves and ranges of leaves."""
     trie = LiveTrie(build_trie([(0, 1), (0, 2), (3, 1), (3, 2)])[0])
     trie = add_identifiers(trie, [(0, 3), (0, 4), (3, 3), (1, 1), (1, 2)], range(4, 9))
     for leaf in range(trie.n_leaves):
         allowed = LeafFilter.from_mask(np.arange(trie.n_leaves) == leaf)
-        hits, _ = found(trie, k=3, leaf_filter=allowed)
+        hits, _ = search_hits(trie, k=3, leaf_filter=allowed)
         assert [key for key, _, _ in hits] == [int(trie.key(np.array([leaf]))[0])]
 
 
-def test_when_all_are_removed_nothing_is_found_and_adding_goes_on():
+def test_empty_trie_finds_nothing_and_accepts_additions():
     trie = remove_identifiers(LiveTrie(build_trie([(0, 1), (2, 3)])[0]), [(0, 1), (2, 3)])
     for version in (trie, compact(trie)):
-        assert found(version, k=3) == ([], True)
+        assert search_hits(version, k=3) == ([], True)
         assert live_of(add_identifiers(version, [(0, 1)], [9])) == {(0, 1): 9}
 
 
-def test_a_removed_sibling_takes_no_probability():
-    """Scores are those of a trie that never held it: the survivor's probability is 1."""
+def test_removed_sibling_takes_no_probability():
+    """Scores equal those of a trie without the sibling: the probability is 1."""
     trie = remove_identifiers(LiveTrie(build_trie([(0, 1), (0, 2)])[0]), [(0, 2)])
     (ranking,) = recall(SCORER, trie, [PROMPT], SearchOptions(k=2, normalise=Normalise.CHILDREN))
     assert [(hit.token_ids, hit.score) for hit in ranking.hits] == [((0, 1), 1.0)]
 
 
-def test_an_edited_and_compacted_trie_is_stored_and_opened_again(tmp_path):
+def test_compacted_trie_is_saved_and_opened(tmp_path):
     trie = add_identifiers(LiveTrie(build_trie([(9, 9)])[0]), [(1, row) for row in range(10, 80)], range(10, 80))
     trie = compact(remove_identifiers(trie, [(1, row) for row in range(10, 80, 3)]))
     save_trie(trie.base, tmp_path / "trie.bin")

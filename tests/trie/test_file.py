@@ -1,4 +1,4 @@
-"""A trie on disk: an opened one answers like the saved one, and each damage is an error."""
+"""Test that an opened trie equals the saved one, and that damage to its file is an error."""
 
 import json
 from pathlib import Path
@@ -9,15 +9,15 @@ from hypothesis import given
 from llama_index_genret.errors import IndexDamaged, IndexVersionError, StoreError
 from llama_index_genret.trie import build_trie, open_trie, save_trie, verify_trie
 from llama_index_genret.trie._reference import DictTrie
-from tests.trie.test_flat import VARIABLE, assert_same_answers, identifier_sets
+from tests.trie.test_flat import VARIABLE, assert_equal_tries, identifier_sets
 
 
 @given(identifier_sets)
-def test_an_opened_trie_answers_like_the_saved_one(tmp_path_factory: pytest.TempPathFactory, identifiers) -> None:
+def test_opened_trie_equals_the_saved_one(tmp_path_factory: pytest.TempPathFactory, identifiers) -> None:
     path = tmp_path_factory.mktemp("trie") / "trie.bin"
     save_trie(build_trie(identifiers)[0], path)
     verify_trie(path)
-    assert_same_answers(open_trie(path), DictTrie(identifiers))
+    assert_equal_tries(open_trie(path), DictTrie(identifiers))
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
-def test_arrays_lie_aligned_in_the_file_and_cannot_be_written(saved: Path) -> None:
+def test_arrays_are_aligned_and_read_only(saved: Path) -> None:
     for trie in (open_trie(saved), build_trie(VARIABLE)[0]):
         for array in trie.arrays().values():
             with pytest.raises(ValueError, match="read-only"):
@@ -35,25 +35,25 @@ def test_arrays_lie_aligned_in_the_file_and_cannot_be_written(saved: Path) -> No
     assert all(a.ctypes.data % 64 == 0 for a in open_trie(saved).arrays().values())
 
 
-def test_a_trie_in_use_survives_being_replaced(saved: Path) -> None:
+def test_open_trie_survives_replacement_of_its_file(saved: Path) -> None:
     before = open_trie(saved)
     save_trie(build_trie([(1, 2)])[0], saved)
-    assert_same_answers(before, DictTrie(VARIABLE))
+    assert_equal_tries(before, DictTrie(VARIABLE))
     assert open_trie(saved).token_ids_of(0) == (1, 2)
 
 
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_leaves_only_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(_: int) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_trie(build_trie([(1, 2)])[0], saved)
-    assert_same_answers(open_trie(saved), DictTrie(VARIABLE))
+    assert_equal_tries(open_trie(saved), DictTrie(VARIABLE))
     assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_every_flipped_byte_is_noticed(saved: Path) -> None:
+def test_every_flipped_byte_is_detected(saved: Path) -> None:
     content = saved.read_bytes()
     for position in range(len(content)):
         for flip in (0x01, 0x80):
@@ -64,7 +64,7 @@ def test_every_flipped_byte_is_noticed(saved: Path) -> None:
                 verify_trie(saved)
 
 
-def test_a_file_cut_or_lengthened_anywhere_does_not_open(saved: Path) -> None:
+def test_truncated_or_extended_file_does_not_open(saved: Path) -> None:
     content = saved.read_bytes()
     for broken in [*(content[:length] for length in range(len(content))), content + b"\0"]:
         saved.write_bytes(broken)
@@ -72,12 +72,12 @@ def test_a_file_cut_or_lengthened_anywhere_does_not_open(saved: Path) -> None:
             open_trie(saved)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file_error_shows_its_path(tmp_path: Path) -> None:
     with pytest.raises(IndexDamaged, match=r"gone\.bin"):
         open_trie(tmp_path / "gone.bin")
 
 
-def test_a_future_version_says_so(saved: Path) -> None:
+def test_future_version_is_reported(saved: Path) -> None:
     content = saved.read_bytes()
     saved.write_bytes(content.replace(b'{"version": 2', b'{"version": 9'))
     with pytest.raises(IndexVersionError, match=r"trie\.bin has the trie format 9"):
@@ -94,14 +94,14 @@ def test_a_future_version_says_so(saved: Path) -> None:
         ({"version": 2, "payload_bytes": 0, "arrays": {"code": ["|u1", 10**30, 0]}}, "large"),
     ],
 )
-def test_a_strange_header_is_damage(saved: Path, header: object, match: str) -> None:
+def test_invalid_header_is_damage(saved: Path, header: object, match: str) -> None:
     text = json.dumps(header).encode()
     saved.write_bytes(b"genrTRIE" + len(text).to_bytes(8, "little") + text + bytes(32))
     with pytest.raises(IndexDamaged, match=rf"trie\.bin.*{match}"):
         open_trie(saved)
 
 
-def test_a_file_of_another_kind_is_called_so(saved: Path) -> None:
+def test_file_of_another_type_is_reported(saved: Path) -> None:
     saved.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(1000))
     with pytest.raises(IndexDamaged, match=r"begins with .*PNG"):
         open_trie(saved)

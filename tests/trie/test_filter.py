@@ -1,4 +1,4 @@
-"""Filters count and combine leaves as loops and sets do."""
+"""Test that filters count leaves like a loop and combine like sets."""
 
 import numpy as np
 import pytest
@@ -14,13 +14,13 @@ from tests.trie.test_flat import Identifiers, all_nodes, identifier_sets
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=200))
 def test_filters_combine_like_sets(bits: list[tuple[bool, bool, bool]]) -> None:
-    first, second, gone = np.array(bits).T
+    first, second, removed = np.array(bits).T
     leaves = np.arange(len(bits))
     both = LeafFilter.from_mask(first) & LeafFilter.from_mask(second)
     assert both.contains(leaves).tolist() == (first & second).tolist()
     assert both.n_allowed == (first & second).sum()
-    rest = LeafFilter.from_mask(first).without(np.flatnonzero(gone))
-    assert rest.count(leaves, leaves + 1).tolist() == (first & ~gone).tolist()
+    rest = LeafFilter.from_mask(first).without(np.flatnonzero(removed))
+    assert rest.count(leaves, leaves + 1).tolist() == (first & ~removed).tolist()
     with pytest.raises(FilterError, match="different tries"):
         both & LeafFilter.from_mask(np.ones(len(bits) + 1, bool))
 
@@ -35,7 +35,7 @@ def test_filter_counts_equal_a_loop_over_the_mask(identifiers: Identifiers, data
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 128, 1000])
-def test_filter_counts_are_exact_for_every_range_across_words(n: int) -> None:
+def test_filter_counts_are_exact_across_words(n: int) -> None:
     mask = np.random.default_rng(n).random(n) < 0.4
     before = np.array([count_allowed(mask.tolist(), 0, leaf) for leaf in range(n + 1)])
     lo, hi = np.triu_indices(n + 1)
@@ -44,19 +44,19 @@ def test_filter_counts_are_exact_for_every_range_across_words(n: int) -> None:
     assert leaf_filter.n_allowed == before[-1]
 
 
-def test_bits_are_counted_alike_with_and_without_numpy_2() -> None:
+def test_popcount_without_numpy_2_equals_numpy_2() -> None:
     words = np.random.default_rng(0).integers(0, 2**64, (3, 5), dtype=np.uint64)
     assert filter_module._popcount_by_table(words).tolist() == [[bin(w).count("1") for w in row] for row in words]
     assert filter_module._popcount(words).tolist() == filter_module._popcount_by_table(words).tolist()
 
 
 @pytest.mark.parametrize(("lo", "hi"), [(0, 6), (-1, 2), (3, 2)])
-def test_a_filter_refuses_ranges_of_another_trie(lo: int, hi: int) -> None:
+def test_filter_rejects_ranges_of_another_trie(lo: int, hi: int) -> None:
     with pytest.raises(FilterError, match="over 5 leaves"):
         LeafFilter.from_mask(np.ones(5, bool)).count(np.array([lo]), np.array([hi]))
 
 
 @pytest.mark.parametrize("mask", [np.ones(3, np.int64), np.ones((2, 2), bool)])
-def test_a_mask_must_be_a_row_of_booleans(mask: np.ndarray) -> None:
+def test_mask_must_be_a_boolean_vector(mask: np.ndarray) -> None:
     with pytest.raises(FilterError, match="n_leaves"):
         LeafFilter.from_mask(mask)

@@ -1,4 +1,4 @@
-"""The flat trie against its slow twin, its file against damage, its size against the budget."""
+"""Test the flat trie against its slow twin, and its size against a limit."""
 
 import numpy as np
 import pytest
@@ -40,8 +40,8 @@ def all_nodes(trie: Trie) -> np.ndarray:
     return np.arange(trie.n_nodes)
 
 
-def assert_same_answers(trie: Trie, twin: DictTrie) -> None:
-    """Every question of every node, through the numbering that `DictTrie.nodes` defines."""
+def assert_equal_tries(trie: Trie, twin: DictTrie) -> None:
+    """Compare every method for every node, with the node numbers that `DictTrie.nodes` defines."""
     prefixes = twin.nodes()
     number = {prefix: node for node, prefix in enumerate(prefixes)}
     assert (trie.n_nodes, trie.n_leaves) == (len(prefixes), len(twin.identifiers))
@@ -71,10 +71,10 @@ def assert_same_answers(trie: Trie, twin: DictTrie) -> None:
 
 
 @given(identifier_sets)
-def test_every_answer_equals_that_of_nested_dicts(identifiers: Identifiers) -> None:
+def test_flat_trie_equals_nested_dicts(identifiers: Identifiers) -> None:
     trie, order = build_trie(identifiers)
     twin = DictTrie(identifiers)
-    assert_same_answers(trie, twin)
+    assert_equal_tries(trie, twin)
     assert order.tolist() == twin.order
 
 
@@ -85,7 +85,7 @@ def test_paths_are_the_sorted_identifiers(identifiers: Identifiers) -> None:
 
 
 @given(identifier_sets, st.data())
-def test_gathering_takes_each_childs_column(identifiers: Identifiers, data: st.DataObject) -> None:
+def test_gather_returns_the_column_of_each_child(identifiers: Identifiers, data: st.DataObject) -> None:
     trie, _ = build_trie(identifiers)
     inner = all_nodes(trie)[~trie.is_leaf(all_nodes(trie))].tolist()
     children = trie.children(np.array(data.draw(st.lists(st.sampled_from(inner), min_size=1, max_size=6))))
@@ -95,14 +95,14 @@ def test_gathering_takes_each_childs_column(identifiers: Identifiers, data: st.D
 
 
 @given(fixed_length_sets())
-def test_an_array_and_a_list_of_identifiers_build_the_same_trie(identifiers: Identifiers) -> None:
+def test_array_and_list_build_the_same_trie(identifiers: Identifiers) -> None:
     trie, order = build_trie(np.array(identifiers))
-    assert_same_answers(trie, DictTrie(identifiers))
+    assert_equal_tries(trie, DictTrie(identifiers))
     assert order.tolist() == build_trie(identifiers)[1].tolist()
 
 
 @given(st.lists(st.lists(TOKEN_IDS, max_size=3).map(tuple), max_size=8))
-def test_a_set_is_refused_exactly_when_it_is_no_prefix_free_set(identifiers: Identifiers) -> None:
+def test_build_accepts_exactly_prefix_free_sets(identifiers: Identifiers) -> None:
     def outcome(build: object) -> type | None:
         try:
             build(identifiers)  # type: ignore[operator]
@@ -114,7 +114,7 @@ def test_a_set_is_refused_exactly_when_it_is_no_prefix_free_set(identifiers: Ide
 
 
 @given(identifier_sets, st.data())
-def test_repeated_and_unordered_nodes_are_answered_row_by_row(identifiers: Identifiers, data: st.DataObject) -> None:
+def test_repeated_unordered_nodes_give_children_per_row(identifiers: Identifiers, data: st.DataObject) -> None:
     trie, _ = build_trie(identifiers)
     inner = all_nodes(trie)[~trie.is_leaf(all_nodes(trie))]
     rows = data.draw(st.lists(st.sampled_from(inner.tolist()), max_size=6))
@@ -127,8 +127,8 @@ def test_repeated_and_unordered_nodes_are_answered_row_by_row(identifiers: Ident
 
 
 @pytest.mark.parametrize("n", [1, 256, 257, 65_537])
-def test_an_alphabet_of_any_size_keeps_its_tokens(n: int) -> None:
-    """One symbol per image: codes of 1, 2 and 4 bytes."""
+def test_alphabet_of_any_size_keeps_its_tokens(n: int) -> None:
+    """One symbol per image needs codes of 1, 2 and 4 bytes."""
     identifiers = np.arange(n)[:, None] * 3 + 5
     trie, order = build_trie(identifiers[::-1])
     assert trie.children(np.zeros(1, np.int64)).token_ids.tolist() == identifiers[:, 0].tolist()
@@ -138,13 +138,13 @@ def test_an_alphabet_of_any_size_keeps_its_tokens(n: int) -> None:
 
 
 @given(identifier_sets)
-def test_wide_offsets_answer_like_narrow_ones(identifiers: Identifiers) -> None:
+def test_int64_offsets_equal_int32_offsets(identifiers: Identifiers) -> None:
     arrays = build_trie(identifiers)[0].arrays()
     wide = {name: a.astype(np.int64) if name in ("first_child", "leaf_lo") else a for name, a in arrays.items()}
-    assert_same_answers(Trie.from_arrays(wide), DictTrie(identifiers))
+    assert_equal_tries(Trie.from_arrays(wide), DictTrie(identifiers))
 
 
-def test_offsets_widen_where_four_bytes_end() -> None:
+def test_offsets_beyond_int32_are_int64() -> None:
     assert [build_module._offset_dtype(n) for n in (2**31 - 1, 2**31)] == [np.int32, np.int64]
 
 
@@ -163,35 +163,35 @@ def test_offsets_widen_where_four_bytes_end() -> None:
         (np.arange(3), "shape"),
     ],
 )
-def test_what_is_no_identifier_is_named(identifiers: object, match: str) -> None:
+def test_invalid_identifier_is_reported(identifiers: object, match: str) -> None:
     with pytest.raises(IdentifierError, match=match):
         build_trie(identifiers)  # type: ignore[arg-type]
 
 
-def test_a_duplicate_names_both_rows_and_the_identifier() -> None:
+def test_duplicate_error_shows_rows_and_identifier() -> None:
     with pytest.raises(IdentifierCollision, match=r"identifiers 0 and 2 are both \(5, 6\).*Append"):
         build_trie([(5, 6), (4, 6), (5, 6)])
 
 
-def test_a_beginning_of_another_identifier_names_both() -> None:
+def test_prefix_error_shows_both_identifiers() -> None:
     with pytest.raises(IdentifierCollision, match=r"identifier 2, \(5,\), .* identifier 0, \(5, 6\).*end token"):
         build_trie([(5, 6), (4,), (5,)])
 
 
 @pytest.mark.parametrize("identifiers", [VARIABLE, [(1, 2), (3, 4)]])
-def test_a_leaf_has_no_next_token(identifiers: Identifiers) -> None:
+def test_children_of_a_leaf_raise_dead_end(identifiers: Identifiers) -> None:
     trie, _ = build_trie(identifiers)
     for identifier in identifiers:
         with pytest.raises(DeadEnd, match="row 1"):
             trie.children(np.array([0, trie.walk(identifier)]))
 
 
-def test_impossible_questions_are_search_errors() -> None:
+def test_invalid_nodes_and_leaves_raise_search_errors() -> None:
     trie, _ = build_trie(VARIABLE)
     for nodes in ([-1], [trie.n_nodes], [0.5]):
         with pytest.raises(SearchError, match="integers in 0"):
             trie.leaf_range(np.array(nodes))
-    with pytest.raises(SearchError, match="node 0 is the beginning"):
+    with pytest.raises(SearchError, match="node 0 is no leaf"):
         trie.leaf_rank(np.array([1, 0]))
     with pytest.raises(SearchError, match="shape"):
         trie.children(np.zeros((1, 1), np.int64))
@@ -200,7 +200,7 @@ def test_impossible_questions_are_search_errors() -> None:
             trie.token_ids_of(leaf)
 
 
-def test_walking_out_of_the_trie_names_depth_and_token() -> None:
+def test_walk_error_shows_token_and_depth() -> None:
     trie, _ = build_trie(VARIABLE)
     with pytest.raises(IdentifierError, match=r"token 8 at depth 1 .*no identifier continues"):
         trie.walk((6, 8))
@@ -209,7 +209,7 @@ def test_walking_out_of_the_trie_names_depth_and_token() -> None:
 
 
 @pytest.mark.parametrize("name", build_trie(VARIABLE)[0].arrays())
-def test_arrays_that_do_not_fit_together_are_refused(name: str) -> None:
+def test_arrays_of_wrong_shape_or_dtype_are_rejected(name: str) -> None:
     arrays = build_trie(VARIABLE)[0].arrays()
     for wrong in (arrays[name][:-1], arrays[name].astype(np.float32), arrays[name][:, None]):
         with pytest.raises(IndexDamaged):
@@ -230,7 +230,7 @@ def test_arrays_that_do_not_fit_together_are_refused(name: str) -> None:
         ("alphabet_start", [1]),
     ],
 )
-def test_arrays_that_contradict_each_other_are_refused(name: str, entries: list[int]) -> None:
+def test_inconsistent_arrays_are_rejected(name: str, entries: list[int]) -> None:
     arrays = build_trie(VARIABLE)[0].arrays()
     wrong = arrays[name].copy()
     wrong[: len(entries)] = entries
@@ -238,13 +238,13 @@ def test_arrays_that_contradict_each_other_are_refused(name: str, entries: list[
         Trie.from_arrays({**arrays, name: wrong})
 
 
-def test_every_level_needs_its_alphabet() -> None:
+def test_level_without_alphabet_is_rejected() -> None:
     arrays = build_trie(VARIABLE)[0].arrays()
     with pytest.raises(IndexDamaged, match=r"alphabet_start is .* for 4 levels"):
         Trie.from_arrays({**arrays, "alphabet_start": np.delete(arrays["alphabet_start"], 1)})
 
 
-def test_a_million_identifiers_take_at_most_four_and_a_half_bytes_each() -> None:
+def test_million_identifiers_take_at_most_4_5_bytes_each() -> None:
     trie, _ = build_trie(Corpus.sample(1_000_000, seed=0).token_ids)
     assert trie.n_leaves == 1_000_000
     assert sum(array.nbytes for array in trie.arrays().values()) / trie.n_leaves <= 4.5

@@ -1,4 +1,4 @@
-"""Scores less the prior: of every prefix the prior by its definition, and searches against scoring every identifier."""
+"""Test the prior of every prefix against its definition, and debiased searches against scoring every identifier."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ ETAS = st.sampled_from([0.1, 0.5, 1.0, 1.5])
 
 @st.composite
 def edited_tries(draw):
-    """(live trie, {identifier: log prior, None if unknown}, the priors in the order of the leaves)."""
+    """Draw (live trie, {identifier: log prior, None if unknown}, the priors in leaf order)."""
     identifiers = draw(identifier_sets())
     base, order = build_trie(identifiers)
     live = LiveTrie(base, keys=order)
@@ -29,25 +29,27 @@ def edited_tries(draw):
         live = add_identifiers(live, more, range(len(identifiers), len(identifiers) + len(more)))
     everything = [*identifiers, *more]
     if len(identifiers) > 1 and draw(st.booleans()):
-        gone = draw(st.lists(st.sampled_from(identifiers), max_size=len(identifiers) - 1, unique=True))
-        live = remove_identifiers(live, gone) if gone else live
-        kept = [identifier for identifier in everything if identifier not in gone]
+        removed = draw(st.lists(st.sampled_from(identifiers), max_size=len(identifiers) - 1, unique=True))
+        live = remove_identifiers(live, removed) if removed else live
+        kept = [identifier for identifier in everything if identifier not in removed]
     else:
         kept = everything
     value = st.floats(-300, 0, width=32) if draw(st.booleans()) else st.floats(-4, 0, width=32)
     drawn = draw(st.lists(value, min_size=len(everything), max_size=len(everything)))
     unknown = draw(st.sets(st.sampled_from(everything)))
-    priors = {name: None if name in unknown else p for name, p in zip(everything, drawn, strict=True)}
-    if all(priors[name] is None for name in kept):
+    priors = {identifier: None if identifier in unknown else p for identifier, p in zip(everything, drawn, strict=True)}
+    if all(priors[identifier] is None for identifier in kept):
         priors[kept[0]] = drawn[0]
-    by_key = np.array([np.nan if priors[name] is None else priors[name] for name in everything], np.float32)
-    return live, {name: priors[name] for name in kept}, by_key[live.key(np.arange(live.n_leaves))]
+    by_key = np.array(
+        [np.nan if priors[identifier] is None else priors[identifier] for identifier in everything], np.float32
+    )
+    return live, {identifier: priors[identifier] for identifier in kept}, by_key[live.key(np.arange(live.n_leaves))]
 
 
 @settings(max_examples=3 * settings.default.max_examples)
 @given(edited_tries())
-def test_of_every_prefix_sum_and_least_are_those_of_the_images_below(edited):
-    """Down to e^-300: removed ones are left out, unknown ones get the least of their relatives."""
+def test_prior_of_every_prefix_equals_its_definition(edited):
+    """Priors reach e^-300. Removed images are left out, unknown ones get the least of their relatives."""
     live, priors, leaves = edited
     prior = TriePrior.of_leaves(live, leaves)
     open_nodes = [(live.roots(1), ())]
@@ -69,7 +71,7 @@ def expected_scores(scorer, priors, eta, normalise):
 
 
 def assert_ranked(hits, expected):
-    """By score; where two are within rounding, either may come first."""
+    """Compare by score. Of two scores that differ by rounding, either may come first."""
     scores = dict(map(reversed, expected))
     np.testing.assert_allclose([h.ranked_by for h in hits], [score for score, _ in expected[: len(hits)]], atol=1e-4)
     np.testing.assert_allclose([h.ranked_by for h in hits], [scores[h.token_ids] for h in hits], atol=1e-4)
@@ -79,18 +81,18 @@ def assert_ranked(hits, expected):
 LIMITED = [{"mode": "beam"}, *({"mode": "exact", "max_expansions": most} for most in (1, 2, 100))]
 
 
-def searched(live, leaves, scorer, **options):
+def search_with_prior(live, leaves, scorer, **options):
     prior = TriePrior.of_leaves(live, leaves)
     return recall(scorer, live, [PROMPT], SearchOptions(prior=prior, **options))[0]
 
 
 @settings(max_examples=3 * settings.default.max_examples)
 @given(edited_tries(), st.integers(0, 2**32 - 1), st.integers(1, 6), ETAS, st.sampled_from(Normalise), st.data())
-def test_exact_search_with_a_prior_equals_scoring_every_identifier(edited, seed, k, eta, normalise, data):
-    """The least prior below a prefix bounds its identifiers, whatever the sums say."""
+def test_exact_search_with_a_prior_equals_brute_force(edited, seed, k, eta, normalise, data):
+    """The least prior below a prefix bounds its identifiers, independent of the sums."""
     width = data.draw(st.integers(1, 4))
     (live, priors, leaves), scorer = edited, FakeScorer(40, seed=seed, spread=seed % 5)
-    ranking = searched(live, leaves, scorer, k=k, width=width, mode="exact", normalise=normalise, eta=eta)
+    ranking = search_with_prior(live, leaves, scorer, k=k, width=width, mode="exact", normalise=normalise, eta=eta)
     assert ranking.exact
     assert len(ranking.hits) == min(k, len(priors))
     assert_ranked(ranking.hits, expected_scores(scorer, priors, eta, normalise))
@@ -98,12 +100,12 @@ def test_exact_search_with_a_prior_equals_scoring_every_identifier(edited, seed,
 
 @settings(max_examples=3 * settings.default.max_examples)
 @given(edited_tries(), st.integers(0, 2**32 - 1), st.integers(1, 4), ETAS, st.data())
-def test_with_a_prior_too_a_certificate_is_never_given_to_a_wrong_ranking(edited, seed, k, eta, data):
+def test_exact_flag_with_a_prior_is_never_wrong(edited, seed, k, eta, data):
     (live, priors, leaves), scorer = edited, FakeScorer(40, seed=seed, spread=3.0)
     mode, width = data.draw(st.sampled_from(LIMITED)), data.draw(st.integers(1, 3))
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=live.n_leaves, max_size=live.n_leaves)))
     allowed = data.draw(st.sampled_from([None, LeafFilter.from_mask(mask)]))
-    ranking = searched(live, leaves, scorer, k=k, width=width, eta=eta, leaf_filter=allowed, **mode)
+    ranking = search_with_prior(live, leaves, scorer, k=k, width=width, eta=eta, leaf_filter=allowed, **mode)
     everything = expected_scores(scorer, priors, eta, Normalise.CHILDREN)
     if allowed is not None:
         live_leaves = [leaf for leaf in range(live.n_leaves) if live.live is None or live.live.contains(np.array(leaf))]
@@ -122,14 +124,14 @@ def path_of(live, leaf):
 
 
 @given(edited_tries(), st.integers(0, 2**32 - 1), st.integers(1, 4))
-def test_without_eta_a_prior_changes_nothing(edited, seed, k):
+def test_prior_with_eta_0_changes_nothing(edited, seed, k):
     (live, _, leaves), scorer = edited, FakeScorer(40, seed=seed)
     plain = recall(scorer, live, [PROMPT], SearchOptions(k=k, width=2))
-    assert [searched(live, leaves, scorer, k=k, width=2, eta=0.0)] == plain
+    assert [search_with_prior(live, leaves, scorer, k=k, width=2, eta=0.0)] == plain
 
 
-def test_a_rare_image_that_the_query_makes_likelier_comes_before_one_that_is_always_likely():
-    """p(id | query) alone would rank them the other way round; log_prob still tells it."""
+def test_rare_image_outranks_one_that_is_always_likely():
+    """p(id | query) alone would reverse the ranking; `log_prob` still reports it."""
     trie, _ = build_trie([(0,), (1,)])
     scorer = FakeScorer(VOCABULARY, spread=0.0, table={(PROMPT.token_ids, ()): {0: np.log(0.6), 1: np.log(0.4)}})
     prior = TriePrior.of_leaves(LiveTrie(trie), np.log(np.float32([0.9, 0.1])))
@@ -140,7 +142,7 @@ def test_a_rare_image_that_the_query_makes_likelier_comes_before_one_that_is_alw
 
 
 def flat(identifiers, priors):
-    """(scorer under which every step is even, trie, its prior)."""
+    """Return (a scorer with equal probabilities at every step, trie, its prior)."""
     trie, order = build_trie(identifiers)
     return (
         FakeScorer(VOCABULARY, spread=0.0),
@@ -150,8 +152,8 @@ def flat(identifiers, priors):
 
 
 @pytest.mark.parametrize("mode", LIMITED[:2])
-def test_a_beam_that_drops_a_prefix_with_a_rare_image_is_not_certain_however_low_the_prefix_stood(mode):
-    """(2, 4) would win, but its prefix is last of three by its own score."""
+def test_beam_that_drops_a_rare_image_is_not_exact(mode):
+    """(2, 4) has the best score, but its prefix is last of three by its own score."""
     scorer, trie, prior = flat([(0,), (1,), (2, 3), (2, 4)], [0.2, 0.25, 0.549, 0.001])
     (beam,) = recall(scorer, trie, [PROMPT], SearchOptions(k=1, width=1, prior=prior, eta=1.0, **mode))
     (exact,) = recall(scorer, trie, [PROMPT], SearchOptions(k=1, width=1, mode="exact", prior=prior, eta=1.0))
@@ -159,28 +161,28 @@ def test_a_beam_that_drops_a_prefix_with_a_rare_image_is_not_certain_however_low
     assert (exact.hits[0].token_ids, exact.exact) == ((2, 4), True)
 
 
-def test_an_exact_search_goes_first_where_the_best_image_may_be():
-    """The prefix (0,) has the better score, (2,) the rare image: its win makes (0,) not worth expanding."""
+def test_exact_search_expands_the_best_bound_first():
+    """The prefix (0,) has the better score, (2,) the rare image. Once it is found, (0,) cannot win."""
     scorer, trie, prior = flat([(0, 1), (0, 2), (2, 3), (2, 4)], [0.2, 0.2, 0.599, 0.001])
     (exact,) = recall(scorer, trie, [PROMPT], SearchOptions(k=1, width=1, mode="exact", prior=prior, eta=1.0))
     assert (exact.hits[0].token_ids, exact.nodes_expanded) == ((2, 4), 2)
 
 
 @pytest.mark.parametrize("ranked_by", [-np.inf, -1e6, -800.0, -1.0, 0.0, 1.0, 30.0, 1e6])
-def test_a_score_lies_above_0_and_at_most_at_1_whatever_it_is_ranked_by(ranked_by):
+def test_score_is_above_0_and_at_most_1(ranked_by):
     assert 0.0 < Hit(0, 0, (1,), -1.0, ranked_by).score <= 1.0
 
 
 @pytest.mark.parametrize("eta", [-0.1, np.nan, np.inf])
-def test_an_eta_that_is_no_weight_is_an_error(eta):
+def test_invalid_eta_is_an_error(eta):
     with pytest.raises(SearchError, match="eta="):
         recall(FakeScorer(VOCABULARY), build_trie([(0,)])[0], [PROMPT], SearchOptions(k=1, eta=eta))
 
 
-def test_an_eta_without_a_prior_says_how_to_make_one():
+def test_eta_without_a_prior_names_the_command():
     with pytest.raises(SearchError, match="genret tune"):
         recall(FakeScorer(VOCABULARY), build_trie([(0,)])[0], [PROMPT], SearchOptions(k=1, eta=1.0))
 
 
-def test_where_no_image_has_a_known_prior_there_is_none():
+def test_prior_without_known_images_is_none():
     assert TriePrior.of_leaves(LiveTrie(build_trie([(0,), (1,)])[0]), np.full(2, np.nan, np.float32)) is None
