@@ -24,7 +24,7 @@ from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.abstention import Signals, log_odds
 from llama_index_genret.scorers.base import AsyncScorer, Scorer, Scores
 from llama_index_genret.scorers.rerank import Continuation, Float64, checked_likelihoods, describing_prompt
-from llama_index_genret.search import Normalise, Row, Rows, checked
+from llama_index_genret.search import Normalise, Row, Rows, check_scores
 from llama_index_genret.store import Index
 from llama_index_genret.store.scoring import RerankBy
 
@@ -143,7 +143,7 @@ def _asked(inquiries: Sequence[Inquiry]) -> tuple[list[Continuation], Rows]:
 
 def _parted(inquiries: Sequence[Inquiry], likelihoods: Float64, rows: Rows, answer: Scores) -> list[Evidence]:
     found, told, named = [], 0, 0
-    likelihoods, scores = checked_likelihoods(likelihoods), rows.split(np.asarray(checked(answer, rows.offsets)))
+    likelihoods, scores = checked_likelihoods(likelihoods), rows.split(np.asarray(check_scores(answer, rows.offsets)))
     for inquiry in inquiries:
         n, m = len(inquiry.told()), len(inquiry.names(0))
         found.append(inquiry.evidence(likelihoods[told : told + n], scores[named : named + m]))
