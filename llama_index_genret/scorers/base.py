@@ -146,6 +146,6 @@ async def arecall(
 
 
 def _steps(trie: Trie | LiveTrie, n_queries: int, options: SearchOptions, rerank: Rerank | None) -> Steps:
-    """Search for the number of hits that the re-ranking needs, at least `options.k`."""
+    """Search for the number of hits that the re-ranking needs, at least the `k` of the options."""
     k = max(options.k, rerank.candidates) if rerank else options.k
     return search(trie, replace(options, k=k), n_queries=n_queries)
