@@ -34,7 +34,7 @@ def measured(memory: ImageMemory, limit: int | None = None) -> dict[str, dict[st
     right: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in WAYS}
     for record, q in tqdm(asked, file=sys.stderr, desc="Asking"):
         said = memory.answer_from_memory(record.image_id, q.question)
-        answers = (said.from_memory, said.seeing or "", usual[q.question])
+        answers = (said.from_memory, said.from_image or "", usual[q.question])
         for way, answer in zip(WAYS, answers, strict=True):
             right[way][q.question].append(float(same_answer(answer, q.answer)))
     return {way: dict(of_question) for way, of_question in right.items()}

@@ -34,7 +34,7 @@ from llama_index_genret.evaluation.metrics import auroc, bootstrap_interval
 from llama_index_genret.evaluation.queries import EvaluationQuery, read_queries
 from llama_index_genret.scorers.abstention import Abstention, Signals, fit_abstention, log_odds
 from llama_index_genret.scorers.base import Scorer, recall
-from llama_index_genret.scorers.evidence import Evidence, Inquiry, inquired
+from llama_index_genret.scorers.evidence import Evidence, Inquiry, gather_evidence
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.search import Hit, SearchOptions
 from llama_index_genret.store import Index, load_index
@@ -110,7 +110,7 @@ def verified(
             Inquiry(index, prompt, tuple(hit.key for hit in ranking.hits), by, tuple(drawn.tolist()))
             for prompt, ranking in zip(prompts, rankings, strict=True)
         ]
-        evidence = inquired(scorer, inquiries)
+        evidence = gather_evidence(scorer, inquiries)
         for query, ranking, one in zip(part, rankings, evidence, strict=True):
             first = index.record_of(ranking.hits[0]).image_id
             found.append(Verified(query, ranking.hits, first in query.image_ids, one))

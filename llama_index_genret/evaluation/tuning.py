@@ -21,7 +21,7 @@ from llama_index_genret.evaluation.evaluate import DEPTH, evaluation_of
 from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, recall
-from llama_index_genret.scorers.rerank import Continuation, describing_prompt, rescored, with_scoring
+from llama_index_genret.scorers.rerank import Continuation, describing_prompt, rescore, with_scoring
 from llama_index_genret.search import Hit, Normalise, Row, Rows, SearchOptions, search
 from llama_index_genret.store import Index, Scoring, TunedScoring, store_tuning
 from llama_index_genret.store.scoring import RerankBy
@@ -144,7 +144,7 @@ def trials_of(
         scoring = Scoring(eta=eta, rerank=rerank, rerank_weight=weight, rerank_by=rerank_by)
         ranked = found[eta]
         if weight:
-            ranked = [rescored(hits, likelihoods.of(row, hits), weight) for row, hits in enumerate(ranked)]
+            ranked = [rescore(hits, likelihoods.of(row, hits), weight) for row, hits in enumerate(ranked)]
         figures = evaluation_of(index, queries, [hits[:DEPTH] for hits in ranked]).figures()
         trials.append(Trial(scoring, figures))
     return trials

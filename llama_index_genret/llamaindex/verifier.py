@@ -20,7 +20,7 @@ from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index_genret.errors import QueryError, UnknownImage
 from llama_index_genret.llamaindex.retriever import GenerativeImageRetriever
 from llama_index_genret.scorers.abstention import Abstention, Signals, fit_abstention, log_odds, logistic
-from llama_index_genret.scorers.evidence import Evidence, Inquiry, ainquired, inquired
+from llama_index_genret.scorers.evidence import Evidence, Inquiry, agather_evidence, gather_evidence
 from llama_index_genret.store.scoring import RerankBy
 
 dispatcher = get_dispatcher(__name__)
@@ -98,7 +98,7 @@ class RecallVerifier(BaseNodePostprocessor):
         if not nodes:
             return None
         inquiry = self._inquiry(nodes, QueryBundle(query))
-        (evidence,) = inquired(self._retriever._scorer, [inquiry])
+        (evidence,) = gather_evidence(self._retriever._scorer, [inquiry])
         return evidence.signals([node.score for node in nodes])
 
     def _postprocess_nodes(
@@ -107,7 +107,7 @@ class RecallVerifier(BaseNodePostprocessor):
         if not nodes:
             return []
         inquiry = self._start(nodes, query_bundle)
-        (evidence,) = inquired(self._retriever._scorer, [inquiry])
+        (evidence,) = gather_evidence(self._retriever._scorer, [inquiry])
         return self._decide(nodes, evidence)
 
     async def _apostprocess_nodes(
@@ -116,7 +116,7 @@ class RecallVerifier(BaseNodePostprocessor):
         if not nodes:
             return []
         inquiry = self._start(nodes, query_bundle)
-        (evidence,) = await ainquired(self._retriever._scorer, [inquiry])
+        (evidence,) = await agather_evidence(self._retriever._scorer, [inquiry])
         return self._decide(nodes, evidence)
 
     def _start(self, nodes: list[NodeWithScore], query: QueryBundle | None) -> Inquiry:

@@ -1,8 +1,9 @@
-"""When no image is the right answer: one number for how sure a recall is, and the threshold that it must reach.
+"""Decide that no image matches a query: the confidence of a recall, and the threshold that it must reach.
 
-Chosen on validation queries: some about images of the index, and, where there are any, some about nothing in it.
+The threshold is fitted on validation queries about images of the index (known). Queries about no image of the index
+(unknown) are optional.
 
-Knows numbers; nothing of models or LlamaIndex.
+Depends on numbers; independent of models and LlamaIndex.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from llama_index_genret.errors import QueryError
 Float64 = NDArray[np.float64]
 
 PENALTY = 1.0
-"""Of the squared weights of standardised signals: two that say the same share their weight."""
+"""Factor of the squared weights of standardised signals; redundant signals then share their weight."""
 
 NEWTON_STEPS = 50
 
 
 class Signals(NamedTuple):
-    """What tells of one query whether its image was recalled. Natural logarithms; larger is surer.
+    """Signals that the image of one query was recalled. Natural logarithms; larger means more confident.
 
-    odds: log p / (1 - p) of the first image's score. lead: by how much it is ahead of the second's.
-    information: the largest log p(query | image) - log p(query), for each token of the query.
-    named: log of what the recalled identifiers have together of the whole vocabulary's probability.
+    odds: log p / (1 - p) of the first image's score.
+    lead: odds of the first image less odds of the second.
+    information: the largest log p(query | image) - log p(query), divided by the number of query tokens.
+    named: log of the total probability of the recalled identifiers, over the whole vocabulary.
     """
 
     odds: float
@@ -44,7 +46,7 @@ DEFAULT_SIGNALS = ("odds", "lead", "information", "named")
 
 
 class Abstention(BaseModel):
-    """A recall is answered with no image where its confidence is below `threshold`.
+    """A rule that rejects all images of a recall whose confidence is below `threshold`.
 
     confidence = logistic(bias + weights * signals), in (0, 1).
     """
@@ -55,12 +57,16 @@ class Abstention(BaseModel):
     threshold: float = 0.0
 
     def confidence(self, signals: Signals) -> float:
-        """In (0, 1): where it was fitted with both kinds of queries in equal shares, the chance that it is a known."""
+        """Return the confidence in (0, 1).
+
+        If the weights were fitted with unknown queries, this is the probability that the query is known, for equal
+        shares of known and unknown queries.
+        """
         total = self.bias + sum(weight * getattr(signals, name) for name, weight in self.weights.items())
         return logistic(total)
 
     def abstains(self, signals: Signals) -> bool:
-        """Whether no image is the answer."""
+        """Return True if no image should be returned."""
         return self.confidence(signals) < self.threshold
 
 
@@ -71,24 +77,29 @@ def fit_abstention(
     lost: float = 0.05,
     signals: Sequence[str] = DEFAULT_SIGNALS,
 ) -> Abstention:
-    """The threshold below which at most a share `lost` of the known queries fall.
+    """Fit the threshold below which at most a share `lost` of the known queries fall.
 
     Args:
-        known: of queries about images of the index; held out, as those who will ask are.
-        unknown: of queries about nothing in it. With them, logistic regression weighs the signals (with both kinds
-            in equal shares); without, the first of `signals` alone is taken.
+        known: signals of queries about images of the index; these queries must not be in the training data.
+        unknown: signals of queries about no image of the index. With them, logistic regression weights the signals
+            (both kinds count equally). Without them, the confidence uses only the first of `signals`.
+        lost: share of the known queries that may be rejected, in [0, 1), default 0.05.
+        signals: names of the signals to use, default all.
     Raises:
         QueryError: there are no known queries, or `lost` is not in [0, 1).
     """
     if not known or not 0 <= lost < 1:
-        raise QueryError(f"{len(known)} known queries and lost={lost}: a threshold needs some, and lost in [0, 1).")
-    chosen = Abstention(weights={signals[0]: 1.0}) if not unknown else _fitted(known, unknown, signals)
-    confidences = sorted(chosen.confidence(one) for one in known)
-    return chosen.model_copy(update={"threshold": confidences[math.floor(lost * len(confidences))]})
+        raise QueryError(
+            f"a threshold needs at least one known query and lost in [0, 1), got {len(known)} known queries and "
+            f"lost={lost}."
+        )
+    fitted = Abstention(weights={signals[0]: 1.0}) if not unknown else _fit(known, unknown, signals)
+    confidences = sorted(fitted.confidence(one) for one in known)
+    return fitted.model_copy(update={"threshold": confidences[math.floor(lost * len(confidences))]})
 
 
-def _fitted(known: Sequence[Signals], unknown: Sequence[Signals], names: Sequence[str]) -> Abstention:
-    """Penalised logistic regression by Newton's method."""
+def _fit(known: Sequence[Signals], unknown: Sequence[Signals], names: Sequence[str]) -> Abstention:
+    """Fit a penalised logistic regression by Newton's method."""
     table = np.array([[getattr(one, name) for name in names] for one in (*known, *unknown)])
     mean, deviation = table.mean(0), table.std(0)
     deviation[deviation == 0] = 1.0
@@ -107,7 +118,7 @@ def _fitted(known: Sequence[Signals], unknown: Sequence[Signals], names: Sequenc
 
 
 def log_odds(score: float | None) -> float:
-    """log p / (1 - p) of a score, one outside (0, 1) taken as the nearest inside; of none, 0: even odds."""
+    """Return log p / (1 - p) of a score clipped into (0, 1), or 0 (even odds) for None."""
     if score is None:
         return 0.0
     p = min(max(score, sys.float_info.min), 1 - sys.float_info.epsilon)
@@ -115,6 +126,6 @@ def log_odds(score: float | None) -> float:
 
 
 def logistic(log_odds: float) -> float:
-    """The probability of log-odds; too small for a float, the smallest normal float."""
+    """Return the probability of log-odds, at least the smallest normal float."""
     odds = math.exp(-abs(log_odds))
     return max((1.0 if log_odds > 0 else odds) / (1.0 + odds), sys.float_info.min)

@@ -1,6 +1,6 @@
-"""What a scorer promises, and the two drivers that run a search with one.
+"""Define the protocol of scorers, and the two drivers that run a search with a scorer.
 
-Knows searches and prompts; nothing of models or HTTP.
+Depends on searches and prompts; independent of models and HTTP.
 """
 
 from __future__ import annotations
@@ -24,55 +24,55 @@ Scores = NDArray[np.floating]
 
 
 class Session(Protocol):
-    """One search's hold on a scorer, which may keep what its rows share (a KV cache)."""
+    """A scorer opened for the prompts of one search. It may cache what its rows share, such as a KV cache."""
 
     def score(self, rows: Rows) -> Scores:
-        """(m,) floats, one for each of `rows.token_ids`; see `search.search` for the meaning."""
+        """Return (m,) floats, one for each of `rows.token_ids`; `search.search` defines their meaning."""
 
     def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
-        """(n,) natural log of the probability of each one's tokens after its prompt, over the whole vocabulary.
+        """Return (n,) natural log-probabilities of the continuations' tokens, over the whole vocabulary.
 
             for one in continuations: yield sum(log p(token | prompt, tokens before it) for token in one.token_ids)
 
-        The prompts are those of the continuations, not of the session.
+        Each continuation brings its own prompt; the prompts of the session are not used.
         """
 
 
 class AsyncSession(Protocol):
-    """The same for an event loop; it never blocks it."""
+    """A `Session` for an event loop, which it never blocks."""
 
     async def score(self, rows: Rows) -> Scores:
-        """As `Session.score`."""
+        """Return the same as `Session.score`."""
 
     async def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
-        """As `Session.log_likelihoods`."""
+        """Return the same as `Session.log_likelihoods`."""
 
 
 @dataclass(frozen=True)
 class ThreadSession:
-    """A `Session` that computes in this process, for an event loop: each step in a thread, one at a time."""
+    """An `AsyncSession` around a `Session` of this process. Each step runs in a thread, one step at a time."""
 
     session: Session
     lock: threading.Lock
 
     async def score(self, rows: Rows) -> Scores:
-        """As `Session.score`."""
+        """Return the same as `Session.score`."""
         return await asyncio.to_thread(self._locked, self.session.score, rows)
 
     async def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
-        """As `Session.log_likelihoods`."""
+        """Return the same as `Session.log_likelihoods`."""
         return await asyncio.to_thread(self._locked, self.session.log_likelihoods, continuations)
 
-    def _locked(self, compute: Callable[[Any], Any], asked: Any) -> Any:
+    def _locked(self, compute: Callable[[Any], Any], argument: Any) -> Any:
         with self.lock:
-            return compute(asked)
+            return compute(argument)
 
 
 class AsyncScorer(Protocol):
-    """Gives log-probabilities of next tokens, inside an event loop.
+    """A source of log-probabilities of next tokens, inside an event loop.
 
-    `normalise` tells a session what its search will do: under CHILDREN it may answer raw logits.
-    A search's prompts are known when its session opens; its rows name them by position.
+    `normalise` is the option of the search. Under CHILDREN a session may return raw logits.
+    A session receives the prompts of its search when it opens; rows refer to them by position.
     """
 
     def async_session(
@@ -82,7 +82,7 @@ class AsyncScorer(Protocol):
 
 
 class Scorer(AsyncScorer, Protocol):
-    """The same, and without an event loop too."""
+    """An `AsyncScorer` that also works without an event loop."""
 
     def session(self, prompts: Sequence[Prompt], normalise: Normalise) -> AbstractContextManager[Session]:
         """Open a session."""
@@ -99,23 +99,24 @@ def recall(
     """Return the best `k` identifiers for each prompt. Errors are those of `search.search`.
 
     Args:
-        options: of the search; `scorers.rerank.with_scoring` adds the prior of an index.
+        options: options of the search; `scorers.rerank.with_scoring` adds the prior of an index.
         rerank: re-ranks the best hits, None for none. `Ranking.exact` then describes the candidates.
     Raises:
-        QueryError: a prompt that is re-ranked has no words.
+        QueryError: `rerank` is given and a prompt has no words.
     """
     steps = _steps(trie, len(prompts), options, rerank)
     with scorer.session(prompts, options.normalise) as session:
-        answer: Any = None
+        scores: Any = None
         try:
             while True:
-                answer = session.score(steps.send(answer))
+                scores = session.score(steps.send(scores))
         except StopIteration as stop:
             rankings: list[Ranking] = stop.value
         if rerank is None:
             return rankings
-        asked = rerank.asked(prompts, rankings)
-        return rerank.ranked(rankings, session.log_likelihoods(asked) if asked else np.zeros(0), options.k)
+        continuations = rerank.continuations(prompts, rankings)
+        likelihoods = session.log_likelihoods(continuations) if continuations else np.zeros(0)
+        return rerank.apply(rankings, likelihoods, options.k)
 
 
 async def arecall(
@@ -126,24 +127,25 @@ async def arecall(
     *,
     rerank: Rerank | None = None,
 ) -> list[Ranking]:
-    """Run `recall` in an event loop: the same steps, each awaited."""
+    """Run `recall` in an event loop, with the same steps, each awaited."""
     steps = _steps(trie, len(prompts), options, rerank)
     async with scorer.async_session(prompts, options.normalise) as session:
-        answer: Any = None
+        scores: Any = None
         while True:
             try:
-                rows = steps.send(answer)
+                rows = steps.send(scores)
             except StopIteration as stop:
                 rankings: list[Ranking] = stop.value
                 break
-            answer = await session.score(rows)
+            scores = await session.score(rows)
         if rerank is None:
             return rankings
-        asked = rerank.asked(prompts, rankings)
-        return rerank.ranked(rankings, await session.log_likelihoods(asked) if asked else np.zeros(0), options.k)
+        continuations = rerank.continuations(prompts, rankings)
+        likelihoods = await session.log_likelihoods(continuations) if continuations else np.zeros(0)
+        return rerank.apply(rankings, likelihoods, options.k)
 
 
 def _steps(trie: Trie | LiveTrie, n_queries: int, options: SearchOptions, rerank: Rerank | None) -> Steps:
-    """Search for as many hits as the re-ranking takes."""
+    """Search for the number of hits that the re-ranking needs, at least the `k` of the options."""
     k = max(options.k, rerank.candidates) if rerank else options.k
     return search(trie, replace(options, k=k), n_queries=n_queries)

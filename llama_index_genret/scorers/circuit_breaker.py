@@ -1,13 +1,15 @@
-"""Whether a server that failed again and again is asked at all: a circuit breaker.
+"""Stop sending requests to a server that keeps failing: a circuit breaker.
 
-    closed      every request goes out; FAILED_REQUESTS that fail in a row open it
-    open        none goes out, for OPEN_S seconds: each fails at once, and says why
-    half open   one goes out as a probe, the others fail at once; an answer closes the circuit, a failure opens it anew
+    closed      every request is sent; FAILED_REQUESTS failures in a row open the circuit
+    open        no request is sent for OPEN_S seconds: each fails at once with the reason
+    half open   one request is sent as a probe, the others fail at once; a response closes the circuit, a failure
+                opens it again
 
-A request has failed where no answer came, in time or at all, after its last try, or where a proxy or the server says
-that it is not there (502, 503, 504). A refusal is an answer. A request that its caller gives up tells nothing.
+A request has failed if no response came, in time or at all, after its last try. It has also failed if a proxy or the
+server responds that the server is unavailable (502, 503, 504). An error response such as 400 is not a failure. A
+request that its caller cancels counts neither as a failure nor as a success.
 
-Safe to share between threads and event loops: the lock is never held while anything is waited for. Knows no HTTP.
+Threads and event loops may share a circuit: it never holds its lock while waiting. Independent of HTTP.
 
 Source: Nygard, Release It! (2007), chapter 5.
 """
@@ -28,16 +30,21 @@ OPEN_S = 5.0
 
 @dataclass
 class CircuitRequest:
-    """One that goes out. failure: why, where the server is not there although it answered; "" where it is."""
+    """A request that is sent.
+
+    failure: the reason why the server counts as unavailable although it responded; "" if it is available.
+    """
 
     failure: str = ""
 
 
 class Circuit:
-    """Of one server.
+    """The circuit breaker of one server.
 
     Args:
-        failed_requests, open_s: see above. clock: seconds.
+        failed_requests: number of failures in a row that open the circuit, default FAILED_REQUESTS.
+        open_s: seconds for which the circuit stays open, default OPEN_S.
+        clock: returns the current time in seconds, default `time.monotonic`.
     """
 
     def __init__(
@@ -50,48 +57,52 @@ class Circuit:
         self._limit, self._open_s, self._clock = failed_requests, open_s, clock
         self._lock = threading.Lock()
         self._failed, self._why = 0, ""
-        self._closed, self._asks_at, self._probing = True, 0.0, False
+        self._closed, self._probe_at, self._probing = True, 0.0, False
 
     @contextmanager
     def request(self, where: str) -> Iterator[CircuitRequest]:
-        """Around one request, all its tries included, to the address `where`.
+        """Wrap one request to the address `where`, all its tries included.
 
         Raises:
             ServerUnreachable: the circuit is open.
         """
-        is_probe = self._admitted(where)
+        is_probe = self._admit(where)
         request = CircuitRequest()
-        answered = False
+        succeeded = False
         try:
             yield request
-            answered = True
+            succeeded = True
         except ServerUnreachable as error:
             request.failure = str(error)
             raise
         finally:
-            self._settle(request.failure, is_probe=is_probe, answered=answered)
+            self._settle(request.failure, is_probe=is_probe, succeeded=succeeded)
 
-    def _admitted(self, where: str) -> bool:
-        """Whether the request is a probe."""
+    def _admit(self, where: str) -> bool:
+        """Return True if the request is a probe, False if the circuit is closed.
+
+        Raises:
+            ServerUnreachable: the circuit is open.
+        """
         with self._lock:
             if self._closed:
                 return False
-            left = self._asks_at - self._clock()
+            left = self._probe_at - self._clock()
             if left > 0 or self._probing:
                 raise ServerUnreachable(
-                    f"{where} is not asked: {self._failed} requests failed one after another. It is tried again "
-                    f"{f'in {left:.1f} s' if left > 0 else 'just now'}. The last failure: {self._why}"
+                    f"no request was sent to {where}: the last {self._failed} requests failed. The next one is "
+                    f"{f'allowed in {left:.1f} s' if left > 0 else 'in progress'}. Last failure: {self._why}"
                 )
             self._probing = True
             return True
 
-    def _settle(self, failure: str, *, is_probe: bool, answered: bool) -> None:
+    def _settle(self, failure: str, *, is_probe: bool, succeeded: bool) -> None:
         with self._lock:
             if is_probe:
                 self._probing = False
             if failure:
                 self._failed, self._why = self._failed + 1, failure
                 if is_probe or (self._closed and self._failed >= self._limit):
-                    self._closed, self._asks_at = False, self._clock() + self._open_s
-            elif answered:
+                    self._closed, self._probe_at = False, self._clock() + self._open_s
+            elif succeeded:
                 self._failed, self._closed = 0, True

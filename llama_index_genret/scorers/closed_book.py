@@ -1,9 +1,10 @@
-"""Closed-book answers: what the model says of an image that it has memorised, without looking at it again.
+"""Answer questions about an image closed-book: the model has memorised the image and does not see it again.
 
-It is told the image by its identifier, in a prompt that `genret train` teaches as the task `remember`. Beside it stands
-what the same model says when it is shown the image. Greedy, both.
+The prompt contains the identifier of the image. `genret train` trains such prompts as the task `remember`. For
+comparison, the same model also answers with the image in its prompt. Both answers are decoded greedily.
 
-Knows the index, a model in this process or a vLLM server; nothing of LlamaIndex. Loads torch where the model is here.
+Depends on the index and on a model in this process or a vLLM server; independent of LlamaIndex.
+Needs torch only for a model in this process.
 """
 
 from __future__ import annotations
@@ -25,42 +26,52 @@ from llama_index_genret.store import Index, load_index
 
 @dataclass(frozen=True)
 class MemoryAnswer:
-    """Both answers to one question. seeing: None where the image's file is gone."""
+    """Two answers to one question about an image.
+
+    from_memory: the answer to a prompt with the identifier.
+    from_image: the answer to a prompt with the image, None if the file of the image is missing.
+    """
 
     image_id: str
     question: str
     from_memory: str
-    seeing: str | None
+    from_image: str | None
 
 
 @dataclass(frozen=True)
 class QuestionPrompts:
-    """A question in both forms. image, text: what is looked at, and the question about it; no image, no second form."""
+    """The two prompts for one question about an image.
 
-    remembering: Prompt
-    looking: Prompt | None
+    from_memory: the prompt with the identifier.
+    from_image: the prompt with the image, None if the file of the image is missing.
+    image: path of the image.
+    text: the question in `from_image`.
+    """
+
+    from_memory: Prompt
+    from_image: Prompt | None
     image: Path
     text: str
 
 
 class Speaker(Protocol):
-    """Lets the index's model speak: the answer from memory, and the one with the image in view."""
+    """A model of the index that generates both answers."""
 
     def say(self, prompts: QuestionPrompts, max_tokens: int) -> tuple[str, str | None]:
-        """Both answers, the second None where nothing can be looked at."""
+        """Return both answers; the second is None without a prompt with the image."""
 
     async def asay(self, prompts: QuestionPrompts, max_tokens: int) -> tuple[str, str | None]:
-        """The same for an event loop; it never blocks it."""
+        """Return the same as `say`, without blocking the event loop."""
 
 
 class ImageMemory:
-    """Asks the model of an index about its images by their ids.
+    """Answers of the model of an index about its images, by image id.
 
     Args:
-        index: from `load_index`. `genret train --mix ...,remember=4` teaches to answer from memory what the records'
-            own questions ask; a model without it knows of an identifier only how the image is described.
+        index: from `load_index`. `genret train --mix ...,remember=4` trains the model to answer the records' own
+            questions from memory. A model trained without it has learned only to describe an image by its identifier.
         speaker: an `InProcessSpeaker` or a `ServerSpeaker`.
-        max_tokens: of an answer.
+        max_tokens: the longest answer in tokens, default 64.
     """
 
     def __init__(self, index: Index, speaker: Speaker, *, max_tokens: int = 64) -> None:
@@ -72,10 +83,13 @@ class ImageMemory:
     def from_index_dir(
         cls, index_dir: str | Path, *, model: str | None = None, device: str = "auto", **kwargs: Any
     ) -> ImageMemory:
-        """With the index's own model, loaded into this process.
+        """Load the index and its own model into this process.
 
         Args:
-            model: another place of the same base model, if it has moved.
+            index_dir: folder of the index.
+            model: new path of the base model if it has moved, None for the path in the index.
+            device: device of the model, default "auto".
+            kwargs: further arguments of the constructor.
         """
         from llama_index_genret.store.model_loading import load_trained
 
@@ -93,61 +107,68 @@ class ImageMemory:
         timeout_s: float = 60.0,
         **kwargs: Any,
     ) -> ImageMemory:
-        """With a vLLM server that serves the index's exported model (`genret serve`). Needs no torch here.
+        """Use a vLLM server that serves the index's exported model (`genret serve`). Needs no torch in this process.
 
         Raises:
-            ServerUnreachable, ServerError: nothing answers, or the model is not served, or with other weights.
+            ServerUnreachable: the server does not respond.
+            ServerError: the server does not serve the model, or serves it with other weights.
         """
         index = load_index(Path(index_dir))
         scorer = VllmScorer(api_base, model=model, weights_id=index.weights_id, api_key=api_key, timeout_s=timeout_s)
         return cls(index, ServerSpeaker(scorer.server, scorer.served_model()), **kwargs)
 
     def answer_from_memory(self, image_id: str, question: str = "") -> MemoryAnswer:
-        """What the model says of an image by heart, and what it says when it looks at it.
+        """Answer a question about an image from memory, and for comparison from the image itself.
 
         Args:
-            question: empty for a description.
+            image_id: id of an image of the index.
+            question: text of the question, "" for a description of the image.
         Raises:
-            UnknownImage: the index has no such image. QueryError: the question is longer than a query may be.
-            ImageError: the image's file is there, but does not decode.
+            UnknownImage: the index has no such image.
+            QueryError: the question is longer than a query may be.
+            ImageError: the file of the image exists, but does not decode.
         """
         prompts = self._prompts(image_id, question)
         return MemoryAnswer(image_id, question, *self._speaker.say(prompts, self._max_tokens))
 
     async def aanswer_from_memory(self, image_id: str, question: str = "") -> MemoryAnswer:
-        """`answer_from_memory` for an event loop."""
+        """Run `answer_from_memory` in an event loop."""
         prompts = self._prompts(image_id, question)
         return MemoryAnswer(image_id, question, *await self._speaker.asay(prompts, self._max_tokens))
 
     def _prompts(self, image_id: str, question: str) -> QuestionPrompts:
         if image_id not in self.index.rows_by_id:
             raise UnknownImage(
-                f"{self.index.folder} has no image {image_id!r}: ask with the image_id of one of its own."
+                f"the index {self.index.folder} has no image {image_id!r}: pass the image_id of one of its images."
             )
         row, text = self.index.rows_by_id[image_id], question.strip()
-        prompts, tokenizer, name = self.index.prompts, self.index.tokenizer, self.index.token_ids(row)
-        by_heart = prompts.about_identifier(tokenizer, name, text) if text else prompts.for_identifier(tokenizer, name)
+        prompts, tokenizer, identifier = self.index.prompts, self.index.tokenizer, self.index.token_ids(row)
+        from_memory = (
+            prompts.about_identifier(tokenizer, identifier, text)
+            if text
+            else prompts.for_identifier(tokenizer, identifier)
+        )
         image, text = self.index.records[row].path, text or CAPTION_QUESTION
-        shown = prompts.about_image(tokenizer, image, text) if image.is_file() else None
-        return QuestionPrompts(by_heart, shown, image, text)
+        from_image = prompts.about_image(tokenizer, image, text) if image.is_file() else None
+        return QuestionPrompts(from_memory, from_image, image, text)
 
 
 class InProcessSpeaker:
-    """Speaks with an `Mllm`. Needs torch."""
+    """A speaker with an `Mllm` in this process. Needs torch."""
 
     def __init__(self, mllm: Any) -> None:
         self._mllm = mllm
 
     def say(self, prompts: QuestionPrompts, max_tokens: int) -> tuple[str, str | None]:
         """See `Speaker.say`."""
-        shown = None if prompts.looking is None else self._generated(prompts.looking, max_tokens)
-        return self._generated(prompts.remembering, max_tokens), shown
+        from_image = None if prompts.from_image is None else self._generate(prompts.from_image, max_tokens)
+        return self._generate(prompts.from_memory, max_tokens), from_image
 
     async def asay(self, prompts: QuestionPrompts, max_tokens: int) -> tuple[str, str | None]:
-        """See `Speaker.asay`: computes in a thread."""
+        """See `Speaker.asay`. Generates in a thread."""
         return await asyncio.to_thread(self.say, prompts, max_tokens)
 
-    def _generated(self, prompt: Prompt, max_tokens: int) -> str:
+    def _generate(self, prompt: Prompt, max_tokens: int) -> str:
         import torch
 
         if prompt.image is None:
@@ -155,13 +176,13 @@ class InProcessSpeaker:
             inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         else:
             inputs = self._mllm.process([prompt.text], [load_image(prompt.image)], [prompt.rest])
-        said = self._mllm.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
-        answer = said[0, inputs["input_ids"].shape[1] :]
+        output = self._mllm.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+        answer = output[0, inputs["input_ids"].shape[1] :]
         return str(self._mllm.processor.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
 class ServerSpeaker:
-    """Speaks with the model that a vLLM server serves under a name. Needs httpx only."""
+    """A speaker with the model that a vLLM server serves under a name. Needs httpx only."""
 
     def __init__(self, server: Server, model: str) -> None:
         self._server, self._model = server, model
@@ -169,37 +190,42 @@ class ServerSpeaker:
     def say(self, prompts: QuestionPrompts, max_tokens: int) -> tuple[str, str | None]:
         """See `Speaker.say`."""
         with self._server.connection() as connection:
-            answers = [connection.request("POST", *post) for post in self._posts(prompts, max_tokens)]
-        return _both(answers)
+            responses = [connection.request("POST", *post) for post in self._posts(prompts, max_tokens)]
+        return _read_answers(responses)
 
     async def asay(self, prompts: QuestionPrompts, max_tokens: int) -> tuple[str, str | None]:
-        """See `Speaker.asay`: both requests at once."""
+        """See `Speaker.asay`. Sends both requests at once."""
         posts = await asyncio.to_thread(self._posts, prompts, max_tokens)
         async with self._server.async_connection() as connection:
-            answers = await asyncio.gather(*(connection.request("POST", *post) for post in posts))
-        return _both(answers)
+            responses = await asyncio.gather(*(connection.request("POST", *post) for post in posts))
+        return _read_answers(responses)
 
     def _posts(self, prompts: QuestionPrompts, max_tokens: int) -> list[tuple[str, dict[str, Any]]]:
-        """Path and body. What is remembered goes as token ids, so that no text of a user is parsed as markup."""
+        """Return path and body of each request.
+
+        The prompt from memory is sent as token ids, so that the server does not parse the user's text as markup.
+        """
         options: dict[str, Any] = {"model": self._model, "max_tokens": max_tokens, "temperature": 0}
-        prompt = [list(prompts.remembering.token_ids)]
+        prompt = [list(prompts.from_memory.token_ids)]
         posts = [("/completions", {**options, "prompt": prompt, "add_special_tokens": False})]
-        if prompts.looking is not None:
-            picture = {"type": "image_url", "image_url": {"url": to_data_url(prompts.image)}}
-            message = {"role": "user", "content": [picture, {"type": "text", "text": prompts.text}]}
+        if prompts.from_image is not None:
+            image = {"type": "image_url", "image_url": {"url": to_data_url(prompts.image)}}
+            message = {"role": "user", "content": [image, {"type": "text", "text": prompts.text}]}
             posts.append(("/chat/completions", {**options, "messages": [message]}))
         return posts
 
 
-def _both(answers: list[httpx.Response]) -> tuple[str, str | None]:
-    said = [_said(answer) for answer in answers]
-    return said[0], said[1] if len(said) > 1 else None
+def _read_answers(responses: list[httpx.Response]) -> tuple[str, str | None]:
+    answers = [_read_answer(response) for response in responses]
+    return answers[0], answers[1] if len(answers) > 1 else None
 
 
-def _said(answer: httpx.Response) -> str:
+def _read_answer(response: httpx.Response) -> str:
     try:
-        (choice,) = json_object(answer)["choices"]
+        (choice,) = json_object(response)["choices"]
         text = choice["message"]["content"] if "message" in choice else choice["text"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ServerError(f"{answer.url} answered no completion ({error!r}). Is it a vLLM server?") from error
+        raise ServerError(
+            f"{response.url} returned no completion ({error!r}). Check that it is a vLLM server."
+        ) from error
     return str(text or "").strip()

@@ -1,6 +1,6 @@
-"""A scorer without a model: deterministic, table-driven, for tests and documentation.
+"""Score without a model: deterministic and table-driven, for tests and documentation.
 
-Knows nothing but numbers. Yours to use in your own tests.
+Independent of models. You may use it in your own tests.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from llama_index_genret.search import Normalise, Rows
 
 @dataclass(frozen=True)
 class FakeScorer:
-    """Log-probabilities from a table where it has an entry, else from a hash of prompt and prefix.
+    """A scorer whose logits come from a hash of prompt and prefix, unless a table overrides them.
 
-    table: (prompt token ids, identifier prefix) -> {token id: logit}, overriding the hash's logits.
-    seed: another seed is another model.
-    spread: standard deviation of the hash's logits.
+    vocab_size: number of tokens.
+    seed: seed of the hash, default 0.
+    spread: standard deviation of the hash's logits, default 1.
+    table: (prompt token ids, identifier prefix) -> {token id: logit}; overrides the hash's logits, default empty.
     """
 
     vocab_size: int
@@ -33,7 +34,7 @@ class FakeScorer:
     table: Mapping[tuple[tuple[int, ...], tuple[int, ...]], Mapping[int, float]] = field(default_factory=dict)
 
     def logits(self, prompt: Prompt, prefix: tuple[int, ...]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """(vocab_size,) float64: the whole answer, of which a row asks a part."""
+        """Return (vocab_size,) float64 logits of all next tokens."""
         key = repr((self.seed, prompt.token_ids, str(prompt.image or ""), prefix)).encode()
         rng = np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
         logits = rng.normal(scale=self.spread, size=self.vocab_size)

@@ -1,10 +1,10 @@
-"""Requests to a vLLM server: a deadline, a bounded number of tries, and errors that say what to do.
+"""Send requests to a vLLM server, with a deadline, a bounded number of tries, and errors that name the fix.
 
-A request of ours changes nothing on a server, so it may be sent again: where the connection failed before an answer was
-there, and where the server said that it cannot answer now. An answer that has arrived is never asked for again, and a
-redirection is not followed: the key is for one server.
+Our requests change nothing on a server, so they can be retried. The client retries if the connection failed before a
+response arrived, or if the server responds that it is busy or unavailable. It never repeats a request after any other
+response. It does not follow redirects, because the key is for one server.
 
-Knows HTTP; nothing of prompts or tokens.
+Depends on HTTP; independent of prompts and tokens.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ from llama_index_genret.errors import ServerError, ServerUnreachable
 from llama_index_genret.scorers.circuit_breaker import Circuit
 
 TRIES = 3
-"""How often a request is sent at most."""
+"""Maximum number of times a request is sent."""
 
 BUSY = frozenset({429, 502, 503, 504})
-"""Status codes of a server that may answer later."""
+"""Status codes after which a request is retried."""
 
-NOT_THERE = BUSY - {429}
-"""Those of one that does not answer at all, see `Circuit`."""
+UNAVAILABLE = BUSY - {429}
+"""Status codes that `Circuit` counts as failures."""
 
 SHORTEST_SECRET = 8
-"""Shorter keys and headers are words that a message may hold."""
+"""Minimum length of the keys and headers that are redacted; a message may contain shorter ones as ordinary words."""
 
 _SECRETS = "genret_secrets"
 
 
 class Clock(Protocol):
-    """Measures and passes time, so that tests need not wait for it."""
+    """A source of time and of pauses. Tests replace it to avoid waiting."""
 
     def now(self) -> float:
         """Return seconds since a fixed moment."""
@@ -69,7 +69,7 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """Real time."""
+    """The clock of the system."""
 
     def now(self) -> float:
         """Return `time.monotonic`."""
@@ -86,11 +86,15 @@ class SystemClock:
 
 @dataclass(frozen=True)
 class Server:
-    """Where a server is, and how it is asked. Not pickled where it has a key.
+    """The address and the credentials of a server. It cannot be pickled, because it may hold a key.
 
-    api_base: address up to `/v1`. timeout_s: of one request, connecting and further tries included. headers: sent with
-    each request, beside the key. circuit: shared by all requests to it. clock: measures the
-    deadline and passes the pauses between tries; a single try is limited in real time.
+    api_base: address up to `/v1`.
+    api_key: bearer token, default "EMPTY".
+    timeout_s: seconds for one request, connecting and retries included, default 60.
+    headers: sent with each request in addition to the key, default none.
+    circuit: circuit breaker that all requests to the server share, default a new one.
+    clock: measures the deadline and passes the pauses between tries, default the system's. A single try is limited in
+        real time.
     """
 
     api_base: str
@@ -104,54 +108,58 @@ class Server:
         return f"{type(self).__name__}({shown_address(self.api_base)!r}, timeout_s={self.timeout_s})"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError(f"{self!r} may hold a key and is not pickled: make it anew where it is needed.")
+        raise TypeError(f"{self!r} may hold a key and cannot be pickled: create it in the process that needs it.")
 
     def __deepcopy__(self, memo: Any) -> Server:
         return self
 
     @contextmanager
     def connection(self) -> Iterator[Connection]:
-        """A connection that is kept while inside."""
+        """Open a connection that stays open inside the `with` block."""
         with httpx.Client(**self._options()) as client:
             yield Connection(self, client)
 
     @asynccontextmanager
     async def async_connection(self) -> AsyncIterator[AsyncConnection]:
-        """The same for the running event loop."""
+        """Open a connection inside the running event loop."""
         async with httpx.AsyncClient(**self._options()) as client:
             yield AsyncConnection(self, client)
 
     def url(self, path: str) -> str:
-        """Of a path below `api_base`, without its login: httpx would log it."""
+        """Return the URL of a path below `api_base`, without the login, which httpx would log."""
         return f"{_without_login(self.api_base).rstrip('/')}{path}"
 
     def policy(self) -> dict[str, Any]:
-        """When a request is sent again, as tenacity takes it."""
+        """Return the retry policy as arguments of tenacity."""
         broken = retry_if_exception_type(httpx.TransportError) & retry_if_not_exception_type(httpx.TimeoutException)
         return {
-            "retry": broken | retry_if_result(lambda answer: answer.status_code in BUSY),
+            "retry": broken | retry_if_result(lambda response: response.status_code in BUSY),
             "stop": stop_after_attempt(TRIES) | stop_before_delay(self.timeout_s),
             "wait": _pause,
             "retry_error_callback": lambda state: state.outcome and state.outcome.result(),
         }
 
     @contextmanager
-    def asked(self, path: str) -> Iterator[Callable[[httpx.Response], httpx.Response]]:
-        """Around one request: the circuit, our errors, and no secret in a message. Yields what takes the answer."""
+    def guarded(self, path: str) -> Iterator[Callable[[httpx.Response], httpx.Response]]:
+        """Wrap one request with the circuit breaker and our errors, without secrets in messages.
+
+        Yields:
+            A function that the caller must call with the response, and that returns it.
+        """
         url = shown_address(self.url(path))
         with self.circuit.request(url) as request, server_errors(url, self.secrets):
 
-            def answered(answer: httpx.Response) -> httpx.Response:
-                if answer.status_code in NOT_THERE:
-                    request.failure = f"it answered {answer.status_code}."
-                answer.extensions[_SECRETS] = self.secrets
-                return answer
+            def accept(response: httpx.Response) -> httpx.Response:
+                if response.status_code in UNAVAILABLE:
+                    request.failure = f"it answered {response.status_code}."
+                response.extensions[_SECRETS] = self.secrets
+                return response
 
-            yield answered
+            yield accept
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """What no message may hold, longest first."""
+        """Return the texts that no message may contain, longest first."""
         login = _login(self.api_base)
         held = {self.api_key, *self.headers.values(), login, login.partition(":")[2]}
         return tuple(sorted((one for one in held if len(one) >= SHORTEST_SECRET), key=len, reverse=True))
@@ -176,7 +184,7 @@ class Connection:
         """Send `body` as JSON.
 
         Raises:
-            ServerUnreachable: nothing answered, in time or at all.
+            ServerUnreachable: the server did not respond, in time or at all.
         """
         url, clock = self._server.url(path), self._server.clock
         end = clock.now() + self._server.timeout_s
@@ -185,18 +193,18 @@ class Connection:
             left = max(1e-3, end - clock.now())
             return _within(left, lambda: self._client.request(method, url, json=body, timeout=left))
 
-        with self._server.asked(path) as answered:
-            return answered(Retrying(sleep=clock.sleep, **self._server.policy())(once))
+        with self._server.guarded(path) as accept:
+            return accept(Retrying(sleep=clock.sleep, **self._server.policy())(once))
 
 
 class AsyncConnection:
-    """The same for an event loop."""
+    """A `Connection` for an event loop."""
 
     def __init__(self, server: Server, client: httpx.AsyncClient) -> None:
         self._server, self._client = server, client
 
     async def request(self, method: str, path: str, body: Any = None) -> httpx.Response:
-        """As `Connection.request`."""
+        """See `Connection.request`."""
         url, clock = self._server.url(path), self._server.clock
         end = clock.now() + self._server.timeout_s
 
@@ -204,75 +212,77 @@ class AsyncConnection:
             left = max(1e-3, end - clock.now())
             return await asyncio.wait_for(self._client.request(method, url, json=body, timeout=left), left)
 
-        with self._server.asked(path) as answered:
-            return answered(await AsyncRetrying(sleep=clock.asleep, **self._server.policy())(once))
+        with self._server.guarded(path) as accept:
+            return accept(await AsyncRetrying(sleep=clock.asleep, **self._server.policy())(once))
 
 
 @contextmanager
 def server_errors(url: str, secrets: tuple[str, ...] = ()) -> Iterator[None]:
-    """Turn httpx's errors into ours, which tell what to do."""
+    """Turn the errors of httpx into ours, which name the fix."""
     try:
         yield
     except httpx.ConnectError as error:
         raise ServerUnreachable(
-            f"no server answers at {url}: {_hidden(str(error), secrets)}. Start one with `genret serve INDEX`, or "
+            f"no server answers at {url}: {_redact(str(error), secrets)}. Start one with `genret serve INDEX`, or "
             "correct the address."
         ) from error
     except (httpx.TimeoutException, asyncio.TimeoutError, FutureTimeout) as error:
         raise ServerUnreachable(
-            f"{url} did not answer in time: {error!r}. Raise timeout_s, or look at the server."
+            f"{url} did not respond in time: {error!r}. Raise timeout_s, or check the server's log."
         ) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ServerUnreachable(f"the connection to {url} failed: {_hidden(repr(error), secrets)}.") from error
+        raise ServerUnreachable(f"the connection to {url} failed: {_redact(repr(error), secrets)}.") from error
 
 
-def json_object(answer: httpx.Response) -> dict[str, Any]:
-    """The object in a server's answer.
+def json_object(response: httpx.Response) -> dict[str, Any]:
+    """Return the JSON object in the body of a response.
 
     Raises:
-        ServerError: it is an error, or no JSON object.
+        ServerError: the status is not 200, or the body is no JSON object.
     """
-    where, text = said_by(answer), partial_text(answer)
-    if answer.status_code in BUSY:
+    where, text = response_address(response), partial_text(response)
+    if response.status_code in BUSY:
         raise ServerError(
-            f"{where} answered {answer.status_code}, and so did further tries: {text}. "
-            "The server is overloaded, or its engine has died: look at its log."
+            f"{where} answered {response.status_code} to the last try: {text}. "
+            "The server is overloaded, or its engine has died: check its log."
         )
-    if answer.status_code != 200:
-        raise ServerError(f"{where} answered {answer.status_code}: {text}")
+    if response.status_code != 200:
+        raise ServerError(f"{where} answered {response.status_code}: {text}")
     try:
-        body = json.loads(answer.content, parse_constant=_no_number)
+        body = json.loads(response.content, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
-        raise ServerError(f"{where} answered no JSON: {text[:200]!r}. Is it a vLLM server?") from error
+        raise ServerError(f"{where} returned no JSON: {text[:200]!r}. Check that it is a vLLM server.") from error
     if not isinstance(body, dict):
-        raise ServerError(f"{where} answered {type(body).__name__}, not an object. Is it a vLLM server?")
+        raise ServerError(
+            f"{where} returned JSON of type {type(body).__name__}, not an object. Check that it is a vLLM server."
+        )
     return body
 
 
-def json_objects(answer: httpx.Response, name: str) -> list[dict[str, Any]]:
-    """The list of objects that an answer has under a name.
+def json_objects(response: httpx.Response, key: str) -> list[dict[str, Any]]:
+    """Return the list of objects under a key of the JSON object in a response.
 
     Raises:
-        ServerError: as of `json_object`, or it has no such list.
+        ServerError: `json_object` raises it, or the key has no such list.
     """
-    found = json_object(answer).get(name)
-    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
-        raise ServerError(f"{said_by(answer)} answered no list of {name}. Is it a vLLM server?")
-    return found
+    objects = json_object(response).get(key)
+    if not isinstance(objects, list) or not all(isinstance(one, dict) for one in objects):
+        raise ServerError(f"{response_address(response)} returned no list of {key}. Check that it is a vLLM server.")
+    return objects
 
 
-def said_by(answer: httpx.Response) -> str:
-    """The address that answered, as a message may show it."""
-    return shown_address(str(answer.url))
+def response_address(response: httpx.Response) -> str:
+    """Return the address that responded, without secrets, for a message."""
+    return shown_address(str(response.url))
 
 
-def partial_text(answer: httpx.Response) -> str:
-    """The beginning of an answer, as a message may show it: a server or proxy may repeat the key."""
-    return _hidden(answer.text[:2000], answer.extensions.get(_SECRETS, ()))[:500]
+def partial_text(response: httpx.Response) -> str:
+    """Return the beginning of the body for a message, redacted: a server or proxy may repeat the key."""
+    return _redact(response.text[:2000], response.extensions.get(_SECRETS, ()))[:500]
 
 
 def shown_address(url: str) -> str:
-    """An address without user, password and query."""
+    """Return an address without user, password and query string."""
     return _without_login(url).partition("?")[0]
 
 
@@ -280,56 +290,56 @@ _LOGIN = re.compile(r"^([a-z]+://)?([^/@]*)@", re.IGNORECASE)
 
 
 def _login(url: str) -> str:
-    found = _LOGIN.match(url)
-    return found[2] if found else ""
+    match = _LOGIN.match(url)
+    return match[2] if match else ""
 
 
 def _without_login(url: str) -> str:
-    return _LOGIN.sub(lambda found: found[1] or "", url)
+    return _LOGIN.sub(lambda match: match[1] or "", url)
 
 
-def _hidden(text: str, secrets: tuple[str, ...]) -> str:
+def _redact(text: str, secrets: tuple[str, ...]) -> str:
     for secret in secrets:
         text = text.replace(secret, "***")
     return text
 
 
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _pause(state: RetryCallState) -> float:
-    """Before the next try: longer each time, by lot, and no shorter than the server asks for."""
+    """Return the seconds before the next try: random with exponential growth, but at least the `Retry-After`."""
     outcome = state.outcome
-    asked = "" if outcome is None or outcome.failed else outcome.result().headers.get("Retry-After", "")
-    return max(_JITTER(state), _seconds(asked))
+    header = "" if outcome is None or outcome.failed else outcome.result().headers.get("Retry-After", "")
+    return max(_JITTER(state), _retry_after_s(header))
 
 
 _JITTER = wait_random_exponential(multiplier=0.2, max=2.0)
 
 
-def _seconds(retry_after: str) -> float:
-    """Of RFC 9110: a number of seconds, or a date. What is neither asks for none."""
-    if re.fullmatch(r"[0-9]{1,9}", retry_after.strip()):
-        return float(retry_after)
+def _retry_after_s(header: str) -> float:
+    """Return the seconds of a `Retry-After` header (RFC 9110: seconds or a date), or 0 for any other text."""
+    if re.fullmatch(r"[0-9]{1,9}", header.strip()):
+        return float(header)
     try:
-        return parsedate_to_datetime(retry_after).timestamp() - time.time()
+        return parsedate_to_datetime(header).timestamp() - time.time()
     except (ValueError, TypeError):
         return 0.0
 
 
 def _within(seconds: float, call: Callable[[], httpx.Response]) -> httpx.Response:
-    """What `call` gives, or TimeoutError once the time is over.
+    """Return the result of `call`, or raise TimeoutError when the time is over.
 
-    httpx limits each read, and not the sum: a server that sends a byte now and then would hold it for ever, and so
-    would a name server. The thread of a call that nobody waits for any more ends with its connection.
+    httpx limits the time of each read, not of all reads together. A server that sends one byte now and then, or a slow
+    name server, could therefore block for ever. After a timeout the thread of the call ends with its connection.
     """
     done: Future[httpx.Response] = Future()
 
     def run() -> None:
         try:
             done.set_result(call())
-        except BaseException as error:  # handed to who waits
+        except BaseException as error:  # raised in the waiting thread
             done.set_exception(error)
 
     Thread(target=contextvars.copy_context().run, args=(run,), daemon=True).start()

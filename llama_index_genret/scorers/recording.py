@@ -1,6 +1,6 @@
-"""A scorer that notes what a search asks of another: which prefixes are kept, and how their children score.
+"""Record the rows that a search sends to a scorer, and their scores.
 
-Knows searches; nothing of tries, images or models.
+Depends on searches; independent of tries, images and models.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Prefix = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of a search asked, and the (m,) scores of `rows.token_ids` that it was given."""
+    """The rows of one step of a search, and the (m,) scores of `rows.token_ids` that the scorer returned."""
 
     rows: Rows
     scores: Scores
@@ -27,9 +27,10 @@ class Step:
 
 @dataclass
 class RecordingScorer:
-    """Scores as `scorer` does.
+    """A scorer that returns the scores of `scorer` and records each step.
 
-    steps: of the last session, in their order. A prefix with one child only is asked nothing, and is in no step.
+    steps: the steps of the last session, in order. A search does not score a prefix that has only one child, so no
+        step contains it.
     """
 
     scorer: Scorer
@@ -50,7 +51,7 @@ class RecordingScorer:
             yield _AsyncRecordingSession(session, self.steps)
 
     def kept(self, n_queries: int) -> list[list[Prefix]]:
-        """The prefixes whose children were scored, of each query of the last session."""
+        """Return the prefixes whose children were scored, for each query of the last session."""
         kept: list[list[Prefix]] = [[] for _ in range(n_queries)]
         for step in self.steps:
             for query, prefix in zip(step.rows.query.tolist(), step.rows.prefixes.tolist(), strict=True):

@@ -1,6 +1,6 @@
 """Rerank the best hits of a search by log p(query | image), the probability of the query given each image.
 
-The model scores the words of the query after a prompt that either names the image by its identifier or shows it.
+The model scores the words of the query after a prompt with either the image or its identifier.
 `with_scoring` and `reranking` turn the `Scoring` of an index into the arguments of `recall`.
 
 Depends on the index; independent of models: `scorers.base` queries the session in between.
@@ -26,14 +26,14 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt, and the tokens whose probability after it is asked for; one at least."""
+    """A prompt, and the tokens whose probability after it a session scores; at least one token."""
 
     prompt: Prompt
     token_ids: tuple[int, ...]
 
     @property
     def whole(self) -> Prompt:
-        """The prompt with the tokens at its end."""
+        """Return the prompt with the tokens appended."""
         prompt = self.prompt
         rest = (*prompt.rest, *self.token_ids) if prompt.image is not None else ()
         return replace(prompt, token_ids=(*prompt.token_ids, *self.token_ids), rest=rest)
@@ -41,64 +41,74 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Rerank:
-    """How hits are ranked anew: by what they were ranked by + weight * (log p(query | image) - log p(query)).
+    """A re-ranking: it adds weight * (log p(query | image) - log p(query)) to the ranking value of each hit.
 
-    p(query) is estimated as the mean over the query's candidates. It is the same for all of them, and only makes the
-    scores of different queries comparable.
+    p(query) is estimated as the mean over the candidates of the query. It is the same for all of them, so it does not
+    change their order. It makes the scores of different queries comparable.
 
-    candidates: hits of a query that are looked at; never less than the results wanted.
-    prompt_of: the prompt that names or shows a hit's image.
+    candidates: number of hits of a query that are re-ranked; a driver raises it to the number of results.
+    weight: factor of the added term.
+    prompt_of: returns the prompt that contains the identifier of a hit, or its image.
     """
 
     candidates: int
     weight: float
     prompt_of: Callable[[Hit], Prompt]
 
-    def asked(self, prompts: Sequence[Prompt], rankings: Sequence[Ranking]) -> list[Continuation]:
-        """What a session must score: one for each hit, all hits of one query after those of another.
+    def continuations(self, prompts: Sequence[Prompt], rankings: Sequence[Ranking]) -> list[Continuation]:
+        """Return what a session must score: one continuation for each hit, query after query.
 
         Raises:
-            QueryError: a query has no words of its own.
+            QueryError: a query has no words.
         """
         if any(not prompt.words for prompt in prompts):
-            raise QueryError("re-ranking asks how probable the query's words are: it takes text queries only.")
+            raise QueryError(
+                "re-ranking scores the words of the query, but a query has none: use it for text queries only."
+            )
         pairs = [(prompt, hit) for prompt, ranking in zip(prompts, rankings, strict=True) for hit in ranking.hits]
         return [Continuation(self.prompt_of(hit), prompt.words) for prompt, hit in pairs]
 
-    def ranked(self, rankings: Sequence[Ranking], log_likelihoods: Float64, k: int) -> list[Ranking]:
-        """The best `k` of each; equal ones stay in the order of the search.
+    def apply(self, rankings: Sequence[Ranking], log_likelihoods: Float64, k: int) -> list[Ranking]:
+        """Return the best `k` hits of each query. Hits with equal values keep the order of the search.
 
+        Args:
+            log_likelihoods: (n,) natural logarithms, one for each of `continuations`.
         Raises:
-            NotANumber: a log-likelihood is.
+            NotANumber: a log-likelihood is NaN or +inf.
         """
-        log_likelihoods = checked_likelihoods(log_likelihoods)
+        log_likelihoods = check_likelihoods(log_likelihoods)
         ends = np.cumsum([len(ranking.hits) for ranking in rankings])
         each = np.split(log_likelihoods, ends[:-1])
         return [
-            replace(ranking, hits=rescored(ranking.hits, values, self.weight)[:k])
+            replace(ranking, hits=rescore(ranking.hits, values, self.weight)[:k])
             for ranking, values in zip(rankings, each, strict=True)
         ]
 
 
-def checked_likelihoods(log_likelihoods: Float64) -> Float64:
-    """What a session answered.
+def check_likelihoods(log_likelihoods: Float64) -> Float64:
+    """Return the log-likelihoods of a session unchanged.
 
     Raises:
-        NotANumber: it holds NaN or +inf.
+        NotANumber: a log-likelihood is NaN or +inf.
     """
     if not (log_likelihoods < np.inf).all():
         raise NotANumber(
-            "the model answered NaN or +inf as the log-probability of a query: its weights are damaged, or its dtype "
-            "overflows."
+            "the model returned NaN or +inf as the log-probability of a query. The weights are damaged, or the dtype "
+            "overflows: load the checkpoint again, or use float32."
         )
     return log_likelihoods
 
 
-def rescored(hits: Sequence[Hit], log_likelihoods: Float64, weight: float) -> tuple[Hit, ...]:
-    """The hits of one query in their new order. log_likelihoods: (n,) log p(query | image) of each."""
+def rescore(hits: Sequence[Hit], log_likelihoods: Float64, weight: float) -> tuple[Hit, ...]:
+    """Return the hits of one query in their new order.
+
+    Args:
+        log_likelihoods: (n,) log p(query | image) of each hit, natural logarithms.
+        weight: factor of the log-likelihoods.
+    """
     if not hits:
         return ()
-    if not weight:  # which makes nothing of a probability of zero
+    if not weight:  # 0 * -inf would be NaN
         log_likelihoods = np.zeros(len(hits))
     before = np.array([hit.log_prob if hit.ranked_by is None else hit.ranked_by for hit in hits])
     mean = np.logaddexp.reduce(log_likelihoods) - np.log(len(hits))
@@ -111,7 +121,8 @@ def describing_prompt(index: Index, row: int, by: RerankBy) -> Prompt:
     """Return the prompt after which the model describes the image of a record.
 
     Args:
-        by: whether the prompt names the image by its "identifier" or shows the "image" itself.
+        row: row of the record in the index.
+        by: "identifier" if the prompt contains the identifier of the image, "image" if it shows the image.
     """
     if by == "image":
         return index.prompts.for_caption(index.tokenizer, index.records[row].path)
@@ -128,7 +139,7 @@ def with_scoring(options: SearchOptions, index: Index, scoring: Scoring) -> Sear
 
 
 def reranking(index: Index, scoring: Scoring) -> Rerank | None:
-    """Return the re-ranking of the scoring, None where it re-ranks no hits."""
+    """Return the re-ranking of the scoring, or None if it re-ranks no hits."""
 
     def prompt_of(hit: Hit) -> Prompt:
         return describing_prompt(index, hit.key, scoring.rerank_by)

@@ -1,8 +1,8 @@
-"""A model of Hugging Face in this process: the default, which needs no server.
+"""Score with a Hugging Face model in this process. This is the default and needs no server.
 
-The prompt of each query is computed once. All its beams share that KV cache: the tokens of the beams are appended
-to it as a *tree*, one forward pass a step, and a 4-D attention mask lets each see the prompt and its own ancestors
-only (tree attention, as in SpecInfer, arXiv:2305.09781). Nothing is copied when a beam forks.
+The prompt of each query is computed once, and all its beams share that KV cache. Each step appends the tokens of the
+beams to the cache as a *tree*, in one forward pass. A 4-D attention mask lets each token attend only to the prompt and
+to its own ancestors (tree attention, as in SpecInfer, arXiv:2305.09781). Nothing is copied when a beam forks.
 Under `Normalise.CHILDREN` only the children's rows of the LM head are computed.
 
 Needs torch; loads on first use.
@@ -29,11 +29,11 @@ from llama_index_genret.scorers.rerank import Continuation, Float64
 from llama_index_genret.search import Normalise, Row, Rows
 
 LIKELIHOOD_BATCH = 16
-"""Continuations in one forward pass."""
+"""Number of continuations in one forward pass."""
 
 
 class TransformersScorer:
-    """Scores with an `Mllm`. Safe to share between threads: one session computes at a time."""
+    """A scorer with an `Mllm`. Threads may share it; only one session computes at a time."""
 
     def __init__(self, mllm: Mllm) -> None:
         self.mllm = mllm
@@ -53,7 +53,7 @@ class TransformersScorer:
 
     @asynccontextmanager
     async def async_session(self, prompts: Sequence[Prompt], normalise: Normalise) -> AsyncIterator[AsyncSession]:
-        """See `Scorer.async_session`: computes in a thread, one step at a time."""
+        """See `Scorer.async_session`. Each step runs in a thread, one step at a time."""
         yield ThreadSession(_TreeSession(self, prompts, normalise), self._lock)
 
     def _prefill(self, prompts: Sequence[Prompt], cache: DynamicCache) -> _Prefilled:
@@ -64,12 +64,12 @@ class TransformersScorer:
             core = self.mllm.model.model
             output = core(**inputs, past_key_values=cache, use_cache=True)
             mask = inputs["attention_mask"].bool()
-            # Where positions have three dimensions (M-RoPE), an image takes fewer of them than it has tokens.
+            # With three-dimensional positions (M-RoPE) an image has fewer positions than tokens.
             deltas = getattr(core, "rope_deltas", None)
             end = mask.sum(1, keepdim=True) + (0 if deltas is None else deltas)
             return _Prefilled(output.last_hidden_state, mask.cpu(), end.cpu())
         if any(prompt.image for prompt in prompts):
-            raise ModelError("text and image queries cannot share one batch: recall them apart.")
+            raise ModelError("text and image queries cannot share one batch: recall them in separate batches.")
         length = max(len(prompt.token_ids) for prompt in prompts)
         ids = torch.zeros((len(prompts), length), dtype=torch.long)
         mask = torch.zeros((len(prompts), length), dtype=torch.bool)
@@ -85,17 +85,17 @@ class TransformersScorer:
         return _Prefilled(output.last_hidden_state, mask.cpu(), mask.sum(1, keepdim=True).cpu())
 
     def _log_likelihoods(self, continuations: Sequence[Continuation]) -> torch.Tensor:
-        """(n,) of one batch: the tokens asked for are the last of each left-padded row."""
+        """Return (n,) log-likelihoods of one batch. The scored tokens are the last ones of each left-padded row."""
         longest = max(len(one.token_ids) for one in continuations)
         hidden = self._prefill([one.whole for one in continuations], DynamicCache()).hidden[:, -longest - 1 : -1]
-        asked = [(row, column) for row, one in enumerate(continuations) for column in range(-len(one.token_ids), 0)]
-        row, column = torch.tensor(asked).T
+        places = [(row, column) for row, one in enumerate(continuations) for column in range(-len(one.token_ids), 0)]
+        row, column = torch.tensor(places).T
         token_ids = torch.tensor([token for one in continuations for token in one.token_ids], device=hidden.device)
         log_probs = self._logits(hidden[row, column], None).log_softmax(-1).gather(1, token_ids[:, None])[:, 0]
         return torch.zeros(len(continuations), dtype=torch.float64).index_add(0, row, log_probs.double().cpu())
 
     def _logits(self, hidden: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
-        """(rows, tokens) float32 logits of the given tokens, or of all."""
+        """Return (rows, tokens) float32 logits of the given tokens, or of the whole vocabulary for None."""
         rows = slice(None) if token_ids is None else token_ids
         logits: torch.Tensor = (hidden @ self._weight[rows].T).float()
         if self._bias is not None:
@@ -107,10 +107,10 @@ class TransformersScorer:
 
 @dataclass(frozen=True)
 class _Prefilled:
-    """The prompts of one batch, computed.
+    """The hidden states of the prompts of one batch.
 
-    hidden: (queries, length, h) of every token, on the model's device.
-    mask: (queries, length) bool, on the CPU: False where padded.
+    hidden: (queries, length, h) hidden states of every token, on the model's device.
+    mask: (queries, length) bool, on the CPU: False for padding.
     end: (queries, 1) int64, on the CPU: the position of the token that follows the prompt.
     """
 
@@ -120,7 +120,7 @@ class _Prefilled:
 
 
 class _TreeSession:
-    """The KV cache of one batch of queries, and where each prefix lies in it.
+    """The KV cache of one batch of queries, and the position of each prefix in it.
 
     A query's slot 0 is the end of its prompt; slot i is the token at position prompt length + i - 1 of the cache.
     """
@@ -137,13 +137,13 @@ class _TreeSession:
 
     @torch.inference_mode()
     def score(self, rows: Rows) -> Scores:
-        asked = list(rows)
+        row_list = list(rows)
         if self._cache.get_seq_length() == 0:
             computed = self._scorer._prefill(self._prompts, self._cache)
             self._hidden, self._prompt_mask = computed.hidden[:, -1:], computed.mask
             self._prompt_end = computed.end
-        self._append(asked)
-        slots = [self._slots[row.query][row.prefix] for row in asked]
+        self._append(row_list)
+        slots = [self._slots[row.query][row.prefix] for row in row_list]
         hidden = self._hidden[torch.from_numpy(rows.query), slots]
         alphabet = torch.from_numpy(rows.alphabet.astype(np.int64)).to(hidden.device)
         if self._normalise is Normalise.VOCABULARY:
@@ -154,16 +154,16 @@ class _TreeSession:
 
     @torch.inference_mode()
     def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
-        found = np.zeros(len(continuations))
-        for pictured in (True, False):  # they cannot share a batch
-            rows = [row for row, one in enumerate(continuations) if (one.prompt.image is not None) is pictured]
+        likelihoods = np.zeros(len(continuations))
+        for with_image in (True, False):  # they cannot share a batch
+            rows = [row for row, one in enumerate(continuations) if (one.prompt.image is not None) is with_image]
             for start in range(0, len(rows), LIKELIHOOD_BATCH):
                 part = rows[start : start + LIKELIHOOD_BATCH]
-                found[part] = self._scorer._log_likelihoods([continuations[row] for row in part]).numpy()
-        return found
+                likelihoods[part] = self._scorer._log_likelihoods([continuations[row] for row in part]).numpy()
+        return likelihoods
 
     def _append(self, rows: Sequence[Row]) -> None:
-        """Compute the tokens of all prefixes that are not in the cache yet, ancestors included, in one pass."""
+        """Compute the tokens of all prefixes that are not in the cache, ancestors included, in one forward pass."""
         known = self._hidden.shape[1]
         new: list[list[tuple[int, ...]]] = [[] for _ in self._prompts]
         for row in rows:
@@ -180,13 +180,13 @@ class _TreeSession:
             return
         prompt_length = self._prompt_mask.shape[1]
         first = prompt_length + known - 1
-        at = [(query, column) for query, prefixes in enumerate(new) for column in range(len(prefixes))]
+        places = [(query, column) for query, prefixes in enumerate(new) for column in range(len(prefixes))]
         ids = torch.zeros((len(new), width), dtype=torch.long)
         depths = torch.ones((len(new), width), dtype=torch.long)
-        query, column = torch.tensor(at).T
+        query, column = torch.tensor(places).T
         ids[query, column] = torch.tensor([prefix[-1] for prefixes in new for prefix in prefixes])
         depths[query, column] = torch.tensor([len(prefix) for prefixes in new for prefix in prefixes])
-        seen = [
+        ancestors = [
             (query, column, prompt_length + self._slots[query][prefix[:depth]] - 1)
             for query, prefixes in enumerate(new)
             for column, prefix in enumerate(prefixes)
@@ -195,8 +195,8 @@ class _TreeSession:
         visible = torch.zeros((len(new), width, first + width), dtype=torch.bool)
         visible[:, :, :prompt_length] = self._prompt_mask[:, None]
         visible[:, range(width), range(first, first + width)] = True
-        if seen:
-            visible[tuple(torch.tensor(seen).T)] = True
+        if ancestors:
+            visible[tuple(torch.tensor(ancestors).T)] = True
         weight = self._scorer._weight
         mask = torch.zeros(visible.shape, dtype=weight.dtype).masked_fill(~visible, torch.finfo(weight.dtype).min)
         output = self._scorer._decoder(

@@ -1,7 +1,9 @@
-"""`vllm.LLM` in this process as a scorer: batch recall without a server, text and image queries alike.
+"""Score with `vllm.LLM` in this process: batch recall without a server, for text queries and image queries.
 
-Only vLLM's public surface: `LLM`, `LLM.generate` and `SamplingParams`. A step is one `generate` with a request for
-each row; vLLM batches them, and its prefix cache keeps the prompts. Needs vllm; loads on first use.
+The module uses only vLLM's public interface: `LLM`, `LLM.generate` and `SamplingParams`. A step is one `generate` call
+with a request for each row. vLLM batches the requests, and its prefix cache keeps the prompts.
+
+Needs vllm; loads on first use.
 """
 
 from __future__ import annotations
@@ -36,16 +38,17 @@ CPU_OPTIONS: dict[str, Any] = {
     **{"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "block_size": PREFIX_BLOCK},
     **{"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 2**29},
 }
-"""Arguments of `vllm.LLM` with which a small model starts on a small machine."""
+"""Arguments of `vllm.LLM` for starting a small model on a small machine."""
 
 GPU_OPTIONS: dict[str, Any] = {"dtype": "bfloat16"}
 
 
 def start_vllm(model: str, **options: Any) -> LLM:
-    """A `vllm.LLM` of a folder or hub id.
+    """Start a `vllm.LLM`.
 
     Args:
-        options: of `vllm.LLM`, before those that suit the machine.
+        model: folder or hub id of the model.
+        options: arguments of `vllm.LLM`; they override the defaults for the machine.
     Raises:
         ModelError: vLLM does not start.
     """
@@ -54,16 +57,16 @@ def start_vllm(model: str, **options: Any) -> LLM:
         return LLM(model, **{**suited, **options})
     except (RuntimeError, ValueError, TypeError, OSError) as error:
         raise ModelError(
-            f"vLLM does not start on {model} with {options or 'its usual options'}: {error} "
-            "What it wrote before this tells more."
+            f"vLLM does not start on {model} with {options or 'default options'}: {error} "
+            "See the output of vLLM above for the cause."
         ) from error
 
 
 class VllmOfflineScorer:
-    """Scores with a `vllm.LLM`. Safe to share between threads: one step computes at a time.
+    """A scorer with a `vllm.LLM`. Threads may share it; only one step computes at a time.
 
     Args:
-        llm: made with `max_logprobs=-1`; `load` makes one.
+        llm: an engine with `max_logprobs=-1`, for example from `load`.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -77,12 +80,12 @@ class VllmOfflineScorer:
             if __name__ == "__main__":  # vLLM's processes may import the script again
                 scorer = VllmOfflineScorer.load(served_checkpoint(index))
 
-        vLLM puts its engine in a process that ends with this one, but not if this one is killed. With
-        VLLM_ENABLE_V1_MULTIPROCESSING=0 in the environment it keeps the engine here, as `genret batch` does.
+        vLLM runs its engine in another process. That process ends with this one, but not if this one is killed. With
+        VLLM_ENABLE_V1_MULTIPROCESSING=0 in the environment it runs the engine in this process, as `genret batch` does.
 
         Args:
-            checkpoint: of `serving.served_checkpoint` or `export.export_checkpoint`.
-            options: of `vllm.LLM`, before those that suit the machine.
+            checkpoint: folder from `served_checkpoint` or `export_checkpoint`.
+            options: arguments of `vllm.LLM`; they override the defaults for the machine.
         Raises:
             ModelError: vLLM does not start.
         """
@@ -90,7 +93,7 @@ class VllmOfflineScorer:
 
     @contextmanager
     def session(self, prompts: Sequence[Prompt], normalise: Normalise) -> Iterator[Session]:
-        """See `Scorer.session`. vLLM answers log-probabilities over the vocabulary for either `normalise`.
+        """See `Scorer.session`. vLLM returns log-probabilities over the vocabulary for either `normalise`.
 
         Raises:
             QueryError: a prompt leaves no room for an identifier in the model's context.
@@ -100,7 +103,7 @@ class VllmOfflineScorer:
 
     @asynccontextmanager
     async def async_session(self, prompts: Sequence[Prompt], normalise: Normalise) -> AsyncIterator[AsyncSession]:
-        """See `Scorer.async_session`: computes in a thread, one step at a time."""
+        """See `Scorer.async_session`. Each step runs in a thread, one step at a time."""
         yield ThreadSession(self._session(prompts), self._lock)
 
     def _session(self, prompts: Sequence[Prompt]) -> _OfflineSession:
@@ -113,24 +116,28 @@ class VllmOfflineScorer:
             if len(prompt.token_ids) > length - ROOM_FOR_IDENTIFIER:
                 raise QueryError(
                     f"the query's prompt has {len(prompt.token_ids)} tokens, but the model is loaded with "
-                    f"max_model_len {length}: shorten the query or raise it."
+                    f"max_model_len {length}, of which {ROOM_FOR_IDENTIFIER} are for the identifier: shorten the query "
+                    "or raise the limit."
                 )
 
     def generate(self, requests: Sequence[dict[str, Any]], params: Sequence[Any]) -> list[Any]:
-        """vLLM's answers.
+        """Return the outputs of vLLM, one for each request.
 
         Raises:
-            QueryError: vLLM refuses a prompt.
+            QueryError: vLLM rejects a prompt.
         """
         try:
             return list(self._llm.generate(requests, params, use_tqdm=False))
-        except ValueError as error:  # an image prompt is longer than its token ids tell
-            raise QueryError(f"vLLM refuses a prompt: {error}") from error
+        except ValueError as error:  # an image prompt is longer than its token ids, so `_check` may miss it
+            raise QueryError(f"vLLM rejected a prompt: {error}") from error
 
 
 @dataclass(frozen=True)
 class _OfflineSession:
-    """images: what vLLM takes as `multi_modal_data`, for each prompt; None for text."""
+    """A session with a `vllm.LLM`.
+
+    images: `multi_modal_data` of vLLM for each prompt, None for a text prompt.
+    """
 
     scorer: VllmOfflineScorer
     prompts: Sequence[Prompt]
@@ -141,17 +148,17 @@ class _OfflineSession:
         requests = [
             _request([*self.prompts[part.query].token_ids, *part.prefix], self.images[part.query]) for part in parts
         ]
-        answers = self.scorer.generate(requests, list(map(scoring, parts)))
-        return np.concatenate([scores(answer, part) for part, answer in zip(parts, answers, strict=True)])
+        outputs = self.scorer.generate(requests, list(map(scoring, parts)))
+        return np.concatenate([scores(output, part) for part, output in zip(parts, outputs, strict=True)])
 
     def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
         prompts = [one.whole for one in continuations]
         self.scorer._check(prompts)
         images = _images(prompts)
         requests = [_request(prompt.token_ids, image) for prompt, image in zip(prompts, images, strict=True)]
-        answers = self.scorer.generate(requests, [likelihood()] * len(requests))
-        pairs = zip(answers, continuations, strict=True)
-        return np.array([log_likelihood(answer, one.token_ids) for answer, one in pairs])
+        outputs = self.scorer.generate(requests, [likelihood()] * len(requests))
+        pairs = zip(outputs, continuations, strict=True)
+        return np.array([log_likelihood(output, one.token_ids) for output, one in pairs])
 
 
 def _images(prompts: Sequence[Prompt]) -> list[dict[str, Any] | None]:

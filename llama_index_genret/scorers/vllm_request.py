@@ -1,6 +1,6 @@
-"""What is asked of vLLM's engine to score a row or a text, and what it answers.
+"""Build the sampling parameters with which vLLM scores a row or a text, and read its outputs.
 
-The same for a server's engine and `vllm.LLM`.
+The engine of a server and `vllm.LLM` use the same functions.
 
 Needs vllm; loads on first use.
 """
@@ -22,37 +22,39 @@ except ImportError as error:
 
 
 def scoring(part: RowSlice) -> SamplingParams:
-    """Parameters with which one token is made, and the part's tokens are scored."""
+    """Return parameters for scoring the tokens of a slice; vLLM must also generate one token."""
     wanted = list(part.token_ids)
     return SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=wanted, detokenize=False, flat_logprobs=True)
 
 
 def likelihood() -> SamplingParams:
-    """Parameters with which every token of the prompt gets its own log-probability; one token is made in vain."""
+    """Return parameters for scoring every token of the prompt; vLLM must also generate one token, which is unused."""
     return SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
 
 
-def log_likelihood(answer: Any, token_ids: Sequence[int]) -> float:
-    """Log-probability of the last tokens of the prompt, over the vocabulary, in an answer of vLLM's.
+def log_likelihood(output: Any, token_ids: Sequence[int]) -> float:
+    """Return the log-probability of the last tokens of the prompt, over the vocabulary, from an output of vLLM.
 
     Raises:
-        ServerError: it is not there.
+        ServerError: the output does not contain it.
     """
-    places = list(getattr(answer, "prompt_logprobs", None) or [])[-len(token_ids) :]
+    places = list(getattr(output, "prompt_logprobs", None) or [])[-len(token_ids) :]
     if len(places) != len(token_ids) or any(t not in (p or {}) for p, t in zip(places, token_ids, strict=True)):
-        raise ServerError("vLLM gave no log-probabilities of the prompt's tokens, which a re-ranking asks for.")
+        raise ServerError(
+            "vLLM returned no log-probabilities of the prompt's tokens, which re-ranking needs: use vLLM 0.30 or newer."
+        )
     return sum(float(place[token].logprob) for place, token in zip(places, token_ids, strict=True))
 
 
-def scores(answer: Any, part: RowSlice) -> list[float]:
-    """Log-probabilities of the part's tokens, over the vocabulary, in an answer of vLLM's.
+def scores(output: Any, part: RowSlice) -> list[float]:
+    """Return the log-probabilities of the tokens of a slice, over the vocabulary, from an output of vLLM.
 
     Raises:
-        ServerError: they are not there.
+        ServerError: the output does not contain them.
     """
-    if answer is None or not answer.outputs or not answer.outputs[0].logprobs:
-        raise ServerError("vLLM gave no log-probabilities: start it with --max-logprobs -1.")
-    found, end = answer.outputs[0].logprobs, len(part.token_ids) + 1
-    if tuple(found.token_ids[1:end]) != part.token_ids:  # the sampled token comes first, and padding last
-        raise ServerError("vLLM gave log-probabilities of other tokens than were asked for.")
-    return list(found.logprobs[1:end])
+    if output is None or not output.outputs or not output.outputs[0].logprobs:
+        raise ServerError("vLLM returned no log-probabilities: start it with --max-logprobs -1.")
+    log_probs, end = output.outputs[0].logprobs, len(part.token_ids) + 1
+    if tuple(log_probs.token_ids[1:end]) != part.token_ids:  # the sampled token comes first, and padding last
+        raise ServerError("vLLM returned log-probabilities of other tokens than requested: use vLLM 0.30 or newer.")
+    return list(log_probs.logprobs[1:end])

@@ -1,7 +1,7 @@
-"""The definition of what the fast modules compute: plain loops and dicts, slow and obviously right.
+"""Define the results of the fast modules with plain loops and dicts, slow and obviously right.
 
-The property tests hold the fast twins equal to it; where the two differ, the fast one is wrong.
-Knows token ids; nothing of NumPy, files or models.
+The property tests hold the fast twins equal to this module. Where the two differ, the fast one is wrong.
+Depends on token ids; independent of NumPy, files and models.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ def rank_all(
     log_priors: Mapping[Prefix, float | None] | None = None,
     eta: float = 0.0,
 ) -> list[tuple[float, Prefix]]:
-    """Every identifier with its score, best first, ties by tokens; the twin of `search.search`.
+    """Return every identifier with its score, best first, ties by tokens; the twin of `search.search`.
 
-    The score is its log-probability, less `eta` times the logarithm of its prior.
+    The score is the log-probability of the identifier, less `eta` times the natural logarithm of its prior.
 
     Args:
         logits: prefix -> one logit for every token of the vocabulary.
-        over_children: whether a step's probabilities sum to one over the tokens that may come next, or over all.
+        over_children: True if the probabilities of a step sum to one over the valid next tokens, False if they sum to
+            one over the whole vocabulary.
     """
     priors = with_unknown_priors(log_priors) if log_priors else dict.fromkeys(identifiers, 0.0)
     trie = DictTrie(identifiers)
@@ -38,4 +39,4 @@ def rank_all(
             rivals = trie.children(identifier[:depth]) if over_children else range(len(row))
             log_prob += row[token_id] - math.log(sum(math.exp(row[rival]) for rival in rivals))
         ranked.append((log_prob - eta * priors[identifier], identifier))
-    return sorted(ranked, key=lambda found: (-found[0], found[1]))
+    return sorted(ranked, key=lambda entry: (-entry[0], entry[1]))

@@ -1,19 +1,20 @@
 """Search for the most probable identifiers of a trie, for many queries at once: beam search, or exact.
 
-Knows the trie and numbers; nothing of text, models or servers. A search is a pure generator: it yields the rows that
-must be scored and receives their scores, so that sync and async drivers share one logic (`scorers.base` has both).
-The slow twin is `search._reference.rank_all`; the tests hold the two equal.
+Depends on the trie and on numbers; independent of text, models and servers. A search is a pure generator: it yields
+the rows that must be scored and receives their scores. Sync and async drivers therefore share one logic
+(`scorers.base` has both). The slow twin is `search._reference.rank_all`; the tests hold the two equal.
 
-A prefix's probability bounds those of all its identifiers. So expanding the most probable prefixes first, until k
-identifiers beat every prefix that is left, finds the k most probable ones for certain (best-first search with an
-admissible bound, A* without a heuristic). A beam is the same search that keeps the best `width` prefixes only; what
-it dropped tells whether its result is certain all the same.
+The probability of a prefix is an upper bound for the probabilities of all its identifiers. Exact search expands the
+most probable prefixes first, until k identifiers beat every prefix that is left. The result is then certain
+(best-first search with an admissible bound, A* without a heuristic). A beam is the same search, but it keeps only the
+best `width` prefixes. The bounds of the dropped prefixes decide whether the result of a beam is certain.
 
-With a prior, an identifier is ranked by log p - eta * log prior, a beam by the same of its prefixes, the prior of a
-prefix being the sum of those below; and log p - eta * log(the least prior below) bounds the identifiers of a prefix.
+With a prior, the score of an identifier is log p - eta * log prior. A beam ranks its prefixes by the same score; the
+prior of a prefix is the sum of the priors below it. The value log p - eta * log(the least prior below) is an upper
+bound for the scores of the identifiers of a prefix.
 
-Source: constrained beam search of GENRE (arXiv:2010.00904) and GRACE (arXiv:2402.10805). The score
-less the prior: generative retrieval by an image-generating model without training (TIGeR, arXiv:2406.05814).
+Source: constrained beam search of GENRE (arXiv:2010.00904) and GRACE (arXiv:2402.10805). Subtracting the prior from
+the score: generative retrieval by an image-generating model without training (TIGeR, arXiv:2406.05814).
 """
 
 from __future__ import annotations
@@ -32,26 +33,27 @@ from llama_index_genret.search.beams import (
     Discount,
     Dropped,
     Finished,
-    best_of_each,
     cut,
     roots,
+    split_best,
 )
 from llama_index_genret.search.protocol import Float64, Hit, Int64, Normalise, Ranking, Rows, SearchOptions, Steps
-from llama_index_genret.search.scores import best, checked, row_constants
+from llama_index_genret.search.scores import best, check_scores, row_constants
 from llama_index_genret.trie import Expansion, LiveTrie, Trie
 
 
 def search(trie: Trie | LiveTrie, options: SearchOptions, *, n_queries: int) -> Steps:
     """Rank the identifiers of `trie` for `n_queries` prompts.
 
-    Yields the rows of one step over all queries (none is ever a finished identifier). Expects (m,) float scores of
-    their `token_ids`: natural-log probabilities over the vocabulary if the options say VOCABULARY; else anything that
-    differs from them by a constant per row, such as raw logits.
+    The generator yields the rows of one step over all queries. No row is a finished identifier. It expects (m,) float
+    scores of their `token_ids`. Under `Normalise.VOCABULARY` these are natural-log probabilities over the vocabulary.
+    Under `Normalise.CHILDREN` they may differ from these by a constant per row, as raw logits do.
 
     Returns:
         One ranking for each query.
     Raises:
-        SearchError: the scores are not as many as the tokens. NotANumber: a score is NaN or +inf.
+        SearchError: the number of scores differs from the number of tokens.
+        NotANumber: a score is NaN or +inf.
         FilterError: the leaf filter was made for another trie.
     """
     discount = Discount(options.prior, options.eta) if options.eta and options.prior else None
@@ -61,23 +63,23 @@ def search(trie: Trie | LiveTrie, options: SearchOptions, *, n_queries: int) -> 
     if most == 0:
         return [Ranking((), exact=True, nodes_expanded=0)] * n_queries
     width = max(options.k, 10 if options.width is None else options.width)
-    k, width = min(options.k, most), min(width, most)  # there are no more to find, and no more prefixes of them
+    k, width = min(options.k, most), min(width, most)  # no depth of the trie has more valid prefixes than leaves
     max_expansions = 0 if options.mode == "beam" else options.max_expansions
     pool, finished = roots(live, n_queries, discount), Finished(roots(live, 0, discount), n_queries, k)
     expanded, dropped = np.zeros(n_queries, np.int64), Dropped(n_queries)
     while len(pool.query):
         spent = np.zeros(n_queries, np.bool_) if max_expansions is None else expanded >= max_expansions
-        if discount:  # a beam is ordered by its scores, an exact search by its bounds
+        if discount:  # a beam orders its prefixes by score, an exact search by bound
             pool = pool.ranked(live, np.where(spent[pool.query], pool.score, pool.bound))
-        pool = finished.unbeaten(live, finished.set_aside(live, cut(live, pool, width, spent, dropped)))
-        chosen, rest = (pool, None) if spent.all() else best_of_each(pool, width)
+        pool = finished.unbeaten(live, finished.extract(live, cut(live, pool, width, spent, dropped)))
+        chosen, rest = (pool, None) if spent.all() else split_best(pool, width)
         expansion = live.expand(chosen.nodes)
         if options.normalise is Normalise.CHILDREN:
             chosen, expansion = _follow_forced_moves(live, chosen, expansion, finished)
         if not len(chosen.query):
             pool = chosen if rest is None else rest
             continue
-        scores = checked((yield Rows(chosen.query, chosen.prefixes, expansion)), expansion.offsets)
+        scores = check_scores((yield Rows(chosen.query, chosen.prefixes, expansion)), expansion.offsets)
         constant = row_constants(scores, expansion.offsets, chosen.log_prob, options.normalise)
         expanded += np.bincount(chosen.query, minlength=n_queries)
         entries = None if leaf_filter is None else np.flatnonzero(expansion.allowed(leaf_filter))
@@ -97,14 +99,14 @@ def search(trie: Trie | LiveTrie, options: SearchOptions, *, n_queries: int) -> 
 def _follow_forced_moves(
     trie: LiveTrie, beams: Beams, expansion: Expansion, finished: Finished
 ) -> tuple[Beams, Expansion]:
-    """Walk down while there is one child only, whose probability is 1; identifiers that end so are set aside."""
+    """Advance prefixes that have only one child, whose probability is 1. Identifiers that end go to `finished`."""
     while (forced := np.flatnonzero(np.diff(expansion.offsets) == 1)).size:
         entries = expansion.offsets[forced]
         prefixes = beams.prefixes.copy()
         prefixes[forced, (prefixes[forced] >= 0).sum(axis=1)] = expansion.token_ids_at(entries)
         nodes = beams.nodes.put(forced, expansion.take(entries))
-        moved = Beams(beams.query, beams.log_prob, nodes, prefixes, beams.discount)  # the same images lie below
-        beams = finished.unbeaten(trie, finished.set_aside(trie, moved))
+        moved = Beams(beams.query, beams.log_prob, nodes, prefixes, beams.discount)  # same leaves below, same prior
+        beams = finished.unbeaten(trie, finished.extract(trie, moved))
         expansion = trie.expand(beams.nodes)
     return beams, expansion
 
@@ -119,18 +121,18 @@ def _discounted_children(
     discount: Discount,
     dropped: Dropped,
 ) -> Beams:
-    """The children that can be among each query's best `wanted` by score; the bounds of the others are noted."""
+    """Return the children that can be among each query's best `wanted` by score, and note the bounds of the others."""
     entries = np.arange(len(scores)) if entries is None else entries
     row = np.searchsorted(expansion.offsets, entries, side="right") - 1
-    log_prob, of_prior = scores[entries] + constant[row], discount.of(expansion.take(entries))
+    log_prob, discounts = scores[entries] + constant[row], discount.of(expansion.take(entries))
     offsets = np.searchsorted(entries, expansion.offsets)
     first_rows = np.searchsorted(parents.query, np.arange(len(wanted) + 1))
-    kept = best(log_prob - of_prior[:, SCORE], np.zeros_like(constant), offsets, first_rows, None, wanted)
+    kept = best(log_prob - discounts[:, SCORE], np.zeros_like(constant), offsets, first_rows, None, wanted)
     lost = np.ones(len(entries), np.bool_)
     lost[kept] = False
-    dropped.note_bounds(parents.query[row[lost]], (log_prob - of_prior[:, BOUND])[lost])
+    dropped.note_bounds(parents.query[row[lost]], (log_prob - discounts[:, BOUND])[lost])
     children = _children(parents, expansion, entries[kept], scores, constant)
-    return replace(children, discount=of_prior[kept])
+    return replace(children, discount=discounts[kept])
 
 
 def _children(

@@ -1,6 +1,6 @@
-"""The prefixes and identifiers that a search holds, of all queries at once.
+"""Hold the prefixes and identifiers of a search, for all queries at once.
 
-Knows the trie and numbers; nothing of where scores come from.
+Depends on the trie and on numbers; independent of the source of the scores.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from llama_index_genret.search.protocol import Float64, Int64
 from llama_index_genret.trie import LiveTrie, Nodes, TriePrior
 
 SCORE, BOUND = 0, 1
-"""Columns of a discount, as `TriePrior` has them: of the sum of the priors, and of the least."""
+"""Columns of a discount, in the order of `TriePrior`: from the sum of the priors, and from the least prior."""
 
 
 @dataclass(frozen=True)
 class Beams:
-    """Prefixes of all queries, parallel arrays of length n.
+    """Prefixes of all queries, as parallel arrays of length n.
 
-    discount: (n, 2) what the prior takes off `log_prob`, columns `SCORE` and `BOUND`; None where there is no prior, and
-        `score` and `bound` are `log_prob`.
+    discount: (n, 2) float64, subtracted from `log_prob`, columns `SCORE` and `BOUND`. None without a prior; `score` and
+        `bound` then equal `log_prob`.
     """
 
     query: Int64
@@ -33,21 +33,21 @@ class Beams:
 
     @property
     def score(self) -> Float64:
-        """What a beam keeps the best of; of a finished identifier what it is ranked by."""
+        """Return the (n,) values by which a beam keeps prefixes, and by which finished identifiers are ranked."""
         return self.log_prob if self.discount is None else self.log_prob - self.discount[:, SCORE]
 
     @property
     def bound(self) -> Float64:
-        """No identifier below has a better score; of a finished identifier its score."""
+        """Return (n,) upper bounds for the scores of the identifiers below; a finished identifier has its score."""
         return self.log_prob if self.discount is None else self.log_prob - self.discount[:, BOUND]
 
     def take(self, rows: Int64) -> Beams:
-        """The beams of these rows, in this order."""
+        """Return the beams of these rows, in this order."""
         discount = None if self.discount is None else self.discount[rows]
         return Beams(self.query[rows], self.log_prob[rows], self.nodes.take(rows), self.prefixes[rows], discount)
 
     def where(self, mask: NDArray[np.bool_]) -> Beams:
-        """The beams whose mask is set; itself where all are."""
+        """Return the beams whose mask is set, or this object if all are set."""
         return self if mask.all() else self.take(np.flatnonzero(mask))
 
     def __add__(self, other: Beams) -> Beams:
@@ -61,7 +61,11 @@ class Beams:
         )
 
     def ranked(self, trie: LiveTrie, by: Float64) -> Beams:
-        """Sorted by query, the best first, ties in the order of their tokens. by: (n,) their scores or bounds."""
+        """Return the beams sorted by query, best first, ties in the order of their tokens.
+
+        Args:
+            by: (n,) their scores or bounds.
+        """
         rows = np.lexsort((-by, self.query))
         best = self.take(rows)
         by = best.log_prob if by is self.log_prob else by[rows]
@@ -69,37 +73,37 @@ class Beams:
         return best.take(np.lexsort((trie.order(best.nodes), -by, best.query))) if ties.any() else best
 
     def place(self) -> Int64:
-        """Where each stands within its query, of sorted ones."""
+        """Return the (n,) position of each beam within its query. The beams must be sorted."""
         return np.arange(len(self.query)) - np.searchsorted(self.query, self.query, side="left")
 
 
 @dataclass(frozen=True)
 class Discount:
-    """What a prior takes off the log-probabilities of prefixes: `eta` times its logarithm."""
+    """The value that a prior subtracts from the log-probability of a prefix: `eta` times its natural logarithm."""
 
     prior: TriePrior
     eta: float
 
     def of(self, nodes: Nodes) -> Float64:
-        """(n, 2), columns SCORE: of all images below together, and BOUND: of the one with the least prior."""
+        """Return (n, 2): SCORE from the sum of the priors of all images below, BOUND from the least of them."""
         return self.eta * self.prior.of(nodes)
 
 
 def roots(trie: LiveTrie, n: int, discount: Discount | None) -> Beams:
-    """One empty prefix for each of n queries."""
-    nodes, none = trie.roots(n), np.full((n, trie.depth), -1, np.int32)
-    return Beams(np.arange(n), np.zeros(n), nodes, none, discount.of(nodes) if discount else None)
+    """Return one empty prefix for each of n queries."""
+    nodes, empty = trie.roots(n), np.full((n, trie.depth), -1, np.int32)
+    return Beams(np.arange(n), np.zeros(n), nodes, empty, discount.of(nodes) if discount else None)
 
 
 class Dropped:
-    """The best that each query's search dropped: its bound and its order."""
+    """The best prefix that the search of each query has dropped: its bound and its order."""
 
     def __init__(self, n_queries: int) -> None:
         self.bound, self.order = np.full(n_queries, -np.inf), np.zeros(n_queries, np.int64)
         self.any = np.zeros(n_queries, np.bool_)
 
     def note(self, trie: LiveTrie, beams: Beams) -> None:
-        """Take account of some, at most one a query where there is no prior."""
+        """Record dropped beams. Without a prior there must be at most one for each query."""
         if beams.discount is not None:
             beams = beams.ranked(trie, beams.bound)
             beams = beams.where(beams.place() == 0)
@@ -110,7 +114,7 @@ class Dropped:
         self.bound[query], self.order[query], self.any[query] = bound[better], order[better], True
 
     def note_bounds(self, query: Int64, bound: Float64) -> None:
-        """Take account of some whose order is not looked at: who ties with them is not certain."""
+        """Record the bounds of dropped beams without their order. A result that ties with one is not certain."""
         highest, met = np.full_like(self.bound, -np.inf), np.zeros_like(self.any)
         np.maximum.at(highest, query, bound)
         met[query] = True
@@ -119,7 +123,7 @@ class Dropped:
 
 
 def cut(trie: LiveTrie, pool: Beams, width: int, spent: NDArray[np.bool_], dropped: Dropped) -> Beams:
-    """The best `width` of each query that has spent its expansions, and all of the others."""
+    """Keep the best `width` beams of each query that has spent its expansions, and all beams of the other queries."""
     place = pool.place()
     beyond = (place >= width) & spent[pool.query]
     if not beyond.any():
@@ -129,22 +133,22 @@ def cut(trie: LiveTrie, pool: Beams, width: int, spent: NDArray[np.bool_], dropp
     return pool.take(np.flatnonzero(~beyond))
 
 
-def best_of_each(pool: Beams, width: int) -> tuple[Beams, Beams]:
-    """(the best `width` of each query, the rest)."""
+def split_best(pool: Beams, width: int) -> tuple[Beams, Beams]:
+    """Return the best `width` beams of each query, and the rest."""
     place = pool.place()
     return pool.where(place < width), pool.take(np.flatnonzero(place >= width))
 
 
 class Finished:
-    """The best k finished identifiers of each query, and the bar that they set for prefixes once they are k."""
+    """The best k finished identifiers of each query, and their k-th score, which a prefix must be able to beat."""
 
-    def __init__(self, none: Beams, n_queries: int, k: int) -> None:
-        self.beams, self.k = none, k
+    def __init__(self, empty: Beams, n_queries: int, k: int) -> None:
+        self.beams, self.k = empty, k
         self.bar, self.order = np.full(n_queries, -np.inf), np.full(n_queries, np.iinfo(np.int64).max)
         self._any = False
 
-    def set_aside(self, trie: LiveTrie, pool: Beams) -> Beams:
-        """Take the finished ones out of the pool."""
+    def extract(self, trie: LiveTrie, pool: Beams) -> Beams:
+        """Move the finished identifiers out of the pool, and return the remaining prefixes."""
         ends = trie.is_leaf(pool.nodes)
         if not ends.any():
             return pool
@@ -157,7 +161,7 @@ class Finished:
         return pool.take(np.flatnonzero(~ends))
 
     def unbeaten(self, trie: LiveTrie, pool: Beams) -> Beams:
-        """Without the prefixes that k finished identifiers already beat: none below is better than their bounds."""
+        """Drop the prefixes whose bound the k-th finished identifier beats, and return the others."""
         if not self._any or not len(pool.query):
             return pool
         bar, bound = self.bar[pool.query], pool.bound

@@ -23,12 +23,12 @@ Float64 = NDArray[np.float64]
 
 
 class Normalise(str, Enum):
-    """Over which tokens a step's probabilities sum to one.
+    """The set of tokens over which the probabilities of one step sum to one.
 
-    CHILDREN: over the valid next tokens of the trie. `p` is then a distribution over the images of the
-        index, steps with one choice cost nothing, and a scorer needs only the children's logits.
-    VOCABULARY: over the whole vocabulary, which is what the beams of Hugging Face and vLLM compare;
-        `p` also carries how sure the model is that an identifier comes at all.
+    CHILDREN: the valid next tokens of the trie. The probabilities of all identifiers of the index then sum to one,
+        steps with one choice cost nothing, and a scorer needs only the children's logits.
+    VOCABULARY: the whole vocabulary, as in the beams of Hugging Face and vLLM. The probability of an identifier then
+        includes the probability that the model generates an identifier at all.
     """
 
     CHILDREN = "children"
@@ -36,24 +36,25 @@ class Normalise(str, Enum):
 
 
 Mode = Literal["beam", "exact"]
-"""How a search prunes; see `SearchOptions`."""
+"""The way in which a search prunes; see `SearchOptions`."""
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """Hold the options of a search, which are checked when they are made and apply to each query alone.
+    """The options of a search. The constructor checks them, and they apply to each query alone.
 
     Args:
-        k: results wanted; fewer come back only where `leaf_filter` allows fewer identifiers.
-        width: prefixes that are expanded together; never less than `k`, 10 if not given.
+        k: number of results. A search returns fewer only if the trie or `leaf_filter` allows fewer identifiers.
+        width: prefixes that are expanded together, never less than `k`; None: 10, or `k` if that is more.
         mode: "beam" drops all but the best `width` prefixes after each step. "exact" expands the best prefixes first,
             and drops none until the best `k` identifiers are certain.
         max_expansions: limits the prefixes that mode "exact" expands before it continues as a beam of `width`, from 1.
-            `Ranking.exact` is then False unless the result is certain all the same. None, which is the default and
-            the only value for mode "beam": no limit, and mode "exact" always returns the exact result.
-        normalise: the tokens over which probabilities sum to one.
-        leaf_filter: leaves that may be returned. It prunes, and leaves the scores of the others unchanged.
-        prior: log-priors of the images in the searched trie; needed where `eta` is not 0.
+            `Ranking.exact` is then False unless the bounds prove the result. The default None sets no limit, and mode
+            "exact" always returns the exact result. Mode "beam" allows only None.
+        normalise: the tokens over which probabilities sum to one, default CHILDREN.
+        leaf_filter: leaves that may be returned, None for all. The search prunes the other leaves and does not change
+            the scores of those that remain.
+        prior: log-priors of the images in the searched trie; required unless `eta` is 0.
         eta: weight of the log-prior that is subtracted from log p, 0 for none.
     Raises:
         SearchError: k, width or max_expansions is less than 1, the mode is unknown, mode "beam" has max_expansions,
@@ -84,16 +85,16 @@ class SearchOptions:
             raise SearchError(f"eta={self.eta} must be at least 0, and finite.")
         if self.eta and self.prior is None:
             raise SearchError(
-                f"eta={self.eta} needs the prior of the images, which is not there: run `genret tune INDEX`."
+                f"eta={self.eta} needs the prior of the images, but there is none: run `genret tune INDEX`."
             )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One unfinished identifier whose next token is to be scored.
+    """One unfinished identifier whose next token the scorer must score.
 
     query: position of its prompt among the prompts of the session.
-    prefix: the identifier's tokens so far, which follow the prompt.
+    prefix: the tokens of the identifier so far; they follow the prompt.
     token_ids: (m,) int64, the tokens to score: the children of the prefix in the trie.
     """
 
@@ -105,8 +106,9 @@ class Row:
 class Rows(Sequence[Row]):
     """The n rows of one step over all queries: a sequence of `Row`, and the same as arrays.
 
-    query: (n,) int64, ascending. prefixes: (n, depth) int32, -1 after the end.
-    offsets: (n + 1,) int64, the tokens of row i are token_ids[offsets[i] : offsets[i + 1]].
+    query: (n,) int64, ascending.
+    prefixes: (n, depth) int32, filled with -1 after the last token.
+    offsets: (n + 1,) int64; the tokens of row i are token_ids[offsets[i] : offsets[i + 1]].
     """
 
     def __init__(self, query: Int64, prefixes: NDArray[np.int32], tokens: Tokens) -> None:
@@ -115,7 +117,7 @@ class Rows(Sequence[Row]):
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Rows:
-        """The arrays of some rows: for asking a scorer by hand."""
+        """Build the arrays from rows, for calling a session without a search."""
         prefixes = np.full((len(rows), max((len(row.prefix) for row in rows), default=0) + 1), -1, np.int32)
         for i, row in enumerate(rows):
             prefixes[i, : len(row.prefix)] = row.prefix
@@ -125,20 +127,20 @@ class Rows(Sequence[Row]):
 
     @property
     def token_ids(self) -> Int64:
-        """(m,) int64, the tokens to score, of all rows, one row after another."""
+        """Return (m,) int64, the tokens to score of all rows, one row after another."""
         return self._tokens.token_ids
 
     @property
     def alphabet(self) -> NDArray[np.integer]:
-        """(a,) ascending: holds all `token_ids`, and few others."""
+        """Return (a,) ascending token ids: all of `token_ids`, and few others."""
         return self._tokens.alphabet
 
     def gather(self, block: NDArray[np.floating]) -> NDArray[np.floating]:
-        """(m,) scores out of a `block` (n, a) that has a column for each token of `alphabet`."""
+        """Return the (m,) scores of `token_ids` from a `block` (n, a) with one column for each token of `alphabet`."""
         return self._tokens.gather(block)
 
     def split(self, scores: Float64) -> list[Float64]:
-        """The scores of each row."""
+        """Return one array for each row from the (m,) scores of `token_ids`."""
         return np.split(scores, self.offsets[1:-1])
 
     def __len__(self) -> int:
@@ -157,22 +159,22 @@ class Rows(Sequence[Row]):
 
 
 class Tokens(Protocol):
-    """Ragged token ids; an `Expansion` computes them when they are asked for."""
+    """Ragged token ids; an `Expansion` computes them on access."""
 
     @property
     def offsets(self) -> Int64:
-        """(rows + 1,): where each row's tokens begin and end."""
+        """Return (rows + 1,): the positions at which the tokens of each row begin and end."""
 
     @property
     def token_ids(self) -> Int64:
-        """(tokens,): the rows' tokens, one row after another."""
+        """Return (tokens,): the tokens of all rows, one row after another."""
 
     @property
     def alphabet(self) -> NDArray[np.integer]:
-        """(a,) ascending: holds all `token_ids`, and few others."""
+        """Return (a,) ascending token ids: all of `token_ids`, and few others."""
 
     def gather(self, block: NDArray[np.floating]) -> NDArray[np.floating]:
-        """(tokens,): of (rows, alphabet) values those of each row's own tokens."""
+        """Return (tokens,): for each row, the values of its own tokens from a (rows, alphabet) block."""
 
 
 @dataclass(frozen=True)
@@ -190,11 +192,13 @@ class _RaggedTokens:
 
 
 class Hit(NamedTuple):
-    """One image found. `leaf` is its leaf number in the trie that was searched, `key` what the leaf stands for.
+    """One image that a search has found.
 
-    log_prob: natural logarithm, <= 0, under the search's `Normalise`.
-    ranked_by: what it is ranked by where that is not `log_prob`: `log_prob` less eta times the logarithm of the prior,
-        and what a re-ranking adds (`scorers.rerank`). Natural logarithm, of any sign.
+    leaf: its leaf number in the searched trie.
+    key: the key that the trie holds for the leaf; in an index, the row of the record.
+    log_prob: natural logarithm of its probability, <= 0, under the `Normalise` of the search.
+    ranked_by: the value by which it is ranked, None if that is `log_prob`. It is `log_prob` less eta times the
+        logarithm of the prior, plus the term that a re-ranking adds (`scorers.rerank`). Natural logarithm, any sign.
     """
 
     leaf: int
@@ -205,11 +209,12 @@ class Hit(NamedTuple):
 
     @property
     def score(self) -> float:
-        """In (0, 1], in the order of the ranking. Too small for a float, it is given as the smallest normal float.
+        """Return the score of the hit, in (0, 1] and in the order of the ranking.
 
-        The probability; of a hit with `ranked_by` its logistic function, which is p / (p + prior ** eta): one half
-        where the query made the image just as probable as its discounted prior. It is more comparable between queries
-        than p, depends on no other hit, and is no probability of the image.
+        Without `ranked_by` the score is the probability. With `ranked_by` it is the logistic function of that value,
+        p / (p + prior ** eta) if nothing was re-ranked. It is then one half if the query makes the image as probable as
+        its discounted prior. It is more comparable between queries than p and depends on no other hit, but it is not
+        the probability of the image. A value too small for a float is returned as the smallest normal float.
         """
         if self.ranked_by is None:
             return max(math.exp(min(self.log_prob, 0.0)), sys.float_info.min)
@@ -219,9 +224,9 @@ class Hit(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a search found for one query, best first; ties in the order of the identifiers' token ids.
+    """The hits of a search for one query, best first, ties in the order of the identifiers' token ids.
 
-    exact: whether these are for certain the best of all identifiers, as scoring every one would rank them.
+    exact: True if the hits are certainly the best of all identifiers, in the order that scoring each of them gives.
     nodes_expanded: prefixes whose children were scored.
     """
 

@@ -1,6 +1,6 @@
-"""From a step's scores to log-probabilities, and to the few entries that can be among the best.
+"""Turn the scores of a step into log-probabilities, and select the few entries that can be among the best.
 
-Knows ragged arrays of numbers; nothing of tries.
+Depends on ragged arrays of numbers; independent of tries.
 """
 
 from __future__ import annotations
@@ -12,22 +12,28 @@ from llama_index_genret.errors import NotANumber, SearchError
 from llama_index_genret.search.protocol import Float64, Int64, Normalise
 
 
-def checked(scores: NDArray[np.floating], offsets: Int64) -> NDArray[np.floating]:
-    """(m,) a scorer's answer.
+def check_scores(scores: NDArray[np.floating], offsets: Int64) -> NDArray[np.floating]:
+    """Return the (m,) scores of a scorer as an array.
 
     Raises:
-        SearchError: it has another length. NotANumber: it holds NaN or +inf.
+        SearchError: the number of scores differs from the number of tokens.
+        NotANumber: a score is NaN or +inf.
     """
     scores = np.asarray(scores)
     if scores.shape != (offsets[-1],):
-        raise SearchError(f"the scorer answered {scores.shape} scores for {offsets[-1]} tokens.")
+        raise SearchError(
+            f"the scorer returned scores of shape {scores.shape}, expected ({offsets[-1]},): one for each token."
+        )
     if not scores.max() < np.inf:
-        raise NotANumber("the scorer answered NaN or +inf: its weights are damaged, or its dtype overflows.")
+        raise NotANumber(
+            "the scorer returned NaN or +inf, expected log-probabilities or logits. The weights are damaged, or the "
+            "dtype overflows: load the checkpoint again, or use float32."
+        )
     return scores
 
 
 def row_constants(scores: NDArray[np.floating], offsets: Int64, parent: Float64, normalise: Normalise) -> Float64:
-    """(n,) what is to be added to the scores of each row to make them log-probabilities, the prefix's included."""
+    """Return the (n,) constants that turn the scores of each row into log-probabilities of the whole prefixes."""
     if normalise is Normalise.VOCABULARY:
         return parent
     starts, counts = offsets[:-1], np.diff(offsets)
@@ -47,14 +53,14 @@ def best(
     entries: Int64 | None,
     wanted: Int64,
 ) -> Int64:
-    """The entries that hold each query's best `wanted`, and a few others; all where `wanted` is negative.
+    """Return the entries that hold each query's best `wanted`, and a few others; all if `wanted` is negative.
 
-    Each row is cut into pieces. The maxima of a query's pieces are entries of it: the one in place `wanted` among them
-    bounds the best from below, and only the entries above the bound are left to sort.
+    Each row is cut into pieces. The maximum of a piece is an entry of its query. Among these maxima, the one at rank
+    `wanted` is therefore a lower bound for the wanted entries, and the function returns only the entries above it.
 
     Args:
-        first_rows: (queries + 1,) where the rows of each query begin.
-        entries: those to choose from, ascending; None for all.
+        first_rows: (queries + 1,) the first row of each query.
+        entries: the entries to choose from, ascending; None for all.
     """
     if entries is not None:
         scores, offsets = scores[entries], np.searchsorted(entries, offsets)
@@ -75,6 +81,6 @@ def best(
     bound = np.where(wanted > 0, table[np.arange(len(n_rows)), -np.maximum(wanted, 1)], -np.inf)
     limit, some = np.full(len(query), -np.inf), bound[query] > -np.inf
     limit[some] = bound[query][some] - constant[some]
-    limit[some] -= 1e-5 * np.clip(np.abs(limit[some]), 1.0, 1e30)  # sums are rounded: rather keep one too many
+    limit[some] -= 1e-5 * np.clip(np.abs(limit[some]), 1.0, 1e30)  # sums are rounded: better one entry too many
     kept = np.flatnonzero(scores >= np.repeat(limit.astype(scores.dtype), counts))
     return kept if entries is None else entries[kept]

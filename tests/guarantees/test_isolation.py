@@ -367,7 +367,7 @@ def test_memory_tells_of_the_named_image_alone_and_of_no_removed_one(untrained_i
     memory = ImageMemory(index, speaker := Listening())
     memory.answer_from_memory("red-bar", "What is it?")
     symbols = {symbol for row in range(len(index.records)) for symbol in index.token_ids(row)}
-    named = [token for token in speaker.asked[0].remembering.token_ids if token in symbols]
+    named = [token for token in speaker.asked[0].from_memory.token_ids if token in symbols]
     assert tuple(named) == index.token_ids(index.rows_by_id["red-bar"])
     with pytest.raises(UnknownImage):
         memory.answer_from_memory("blue-bar")

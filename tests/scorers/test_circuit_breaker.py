@@ -1,4 +1,4 @@
-"""The states of the circuit breaker, on a fake clock. How clients use it: `tests/guarantees/test_fault_table.py`."""
+"""Test the states of the circuit breaker on a fake clock; `tests/guarantees/test_fault_table.py` tests its use."""
 
 import asyncio
 import threading
@@ -31,25 +31,25 @@ def fail(circuit):
         raise ServerUnreachable("no answer")
 
 
-def refused(circuit):
-    """Whether a request is refused without being sent."""
+def is_refused(circuit):
+    """Return True if a request is refused without being sent."""
     try:
         with circuit.request("here"):
             return False
     except ServerUnreachable as error:
-        return "here is not asked" in str(error)
+        return "no request was sent to here" in str(error)
 
 
-def opened(circuit):
+def open_circuit(circuit):
     for _ in range(3):
         fail(circuit)
 
 
-def test_it_opens_after_failures_in_a_row_and_says_the_last_one(circuit):
+def test_failures_in_a_row_open_it_and_the_error_shows_the_last(circuit):
     fail(circuit)
     fail(circuit)
-    assert not refused(circuit)  # an answer between them: they are no row
-    opened(circuit)
+    assert not is_refused(circuit)  # a success between the failures resets the count
+    open_circuit(circuit)
     with (
         pytest.raises(ServerUnreachable, match=r"3 requests failed.*in 5\.0 s.*no answer"),
         circuit.request("here"),
@@ -57,59 +57,59 @@ def test_it_opens_after_failures_in_a_row_and_says_the_last_one(circuit):
         raise AssertionError("it was sent")
 
 
-def test_a_refusal_is_an_answer_and_who_gives_up_tells_nothing(circuit):
+def test_error_responses_and_cancelled_requests_do_not_open_it(circuit):
     fail(circuit)
     fail(circuit)
     with pytest.raises(asyncio.CancelledError), circuit.request("here"):
         raise asyncio.CancelledError
     fail(circuit)
-    assert refused(circuit)
+    assert is_refused(circuit)
     other = Circuit(failed_requests=1)
     with pytest.raises(ServerError), other.request("here"):
         raise ServerError("400")
-    assert not refused(other)
+    assert not is_refused(other)
 
 
-def test_one_probe_goes_out_after_the_pause_and_its_answer_closes_the_circuit(circuit, clock):
-    opened(circuit)
+def test_successful_probe_after_the_pause_closes_it(circuit, clock):
+    open_circuit(circuit)
     clock.now += 4.9
-    assert refused(circuit)
+    assert is_refused(circuit)
     clock.now += 0.2
     with circuit.request("here"):
-        assert refused(circuit)  # the others wait for the probe
-    assert not refused(circuit)
+        assert is_refused(circuit)  # other requests fail while the probe runs
+    assert not is_refused(circuit)
 
 
-def test_a_probe_that_fails_opens_it_anew(circuit, clock):
-    opened(circuit)
+def test_failed_probe_opens_it_again(circuit, clock):
+    open_circuit(circuit)
     clock.now += 6
     fail(circuit)
-    assert refused(circuit)
+    assert is_refused(circuit)
     clock.now += 6
-    assert not refused(circuit)
+    assert not is_refused(circuit)
 
 
-def test_a_probe_that_is_given_up_leaves_the_place_to_another(circuit, clock):
-    opened(circuit)
+def test_cancelled_probe_allows_another_probe(circuit, clock):
+    open_circuit(circuit)
     clock.now += 6
     with pytest.raises(KeyboardInterrupt), circuit.request("here"):
         raise KeyboardInterrupt
-    assert not refused(circuit)
+    assert not is_refused(circuit)
 
 
-def test_an_answer_that_says_that_the_server_is_gone_is_a_failure(circuit):
+def test_response_that_reports_unavailability_is_a_failure(circuit):
     for _ in range(3):
         with circuit.request("here") as request:
             request.failure = "it answered 503."
-    assert refused(circuit)
+    assert is_refused(circuit)
 
 
-def test_of_many_threads_one_is_the_probe(circuit, clock):
-    opened(circuit)
+def test_one_of_many_threads_sends_the_probe(circuit, clock):
+    open_circuit(circuit)
     clock.now += 6
     start, sent, refusals = threading.Barrier(16), [], []
 
-    def ask():
+    def send():
         start.wait()
         try:
             with circuit.request("here"):
@@ -121,10 +121,10 @@ def test_of_many_threads_one_is_the_probe(circuit, clock):
                 until.set()
 
     until = threading.Event()
-    threads = [threading.Thread(target=ask) for _ in range(16)]
+    threads = [threading.Thread(target=send) for _ in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert (len(sent), len(refusals)) == (1, 15)
-    assert not refused(circuit)
+    assert not is_refused(circuit)

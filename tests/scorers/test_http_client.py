@@ -1,4 +1,4 @@
-"""What a client does when a server misbehaves: a table of faults, each played by a server over a plain socket."""
+"""Test how a client handles faults of a server; a scripted server plays each fault over a plain socket."""
 
 import asyncio
 
@@ -17,28 +17,22 @@ ACTS = {
 }
 
 
-def steps_of(act):
-    if isinstance(act, int):
-        return [response(act)]
-    return ACTS[act] if isinstance(act, str) else act
-
-
 @pytest.fixture
 def faulty():
-    opened = []
+    servers = []
 
     def make(*script):
-        opened.append(
+        servers.append(
             ScriptedServer(act if isinstance(act, list) else ACTS.get(act, [response(act)]) for act in script)
         )
-        return opened[-1]
+        return servers[-1]
 
     yield make
-    for server in opened:
+    for server in servers:
         server.socket.close()
 
 
-def ask(server, how, clock=None):
+def post(server, how, clock=None):
     client = Server(server.api_base, timeout_s=600, clock=clock or SimulatedClock())
 
     def sync():
@@ -64,9 +58,9 @@ def ask(server, how, clock=None):
         (("drop", 503, 200), 3),
     ],
 )
-def test_what_may_succeed_later_is_tried_again_and_an_answer_ends_it(faulty, how, script, requests):
+def test_temporary_fault_is_retried_until_a_response(faulty, how, script, requests):
     server = faulty(*script)
-    assert ask(server, how) == {"data": 1}
+    assert post(server, how) == {"data": 1}
     assert server.seen == requests
 
 
@@ -82,24 +76,22 @@ def test_what_may_succeed_later_is_tried_again_and_an_answer_ends_it(faulty, how
         ((500, 200), ServerError, "answered 500", 1),
     ],
 )
-def test_what_does_not_get_better_is_an_error_after_a_bounded_number_of_tries(
-    faulty, how, script, error, words, requests
-):
+def test_lasting_fault_is_an_error_after_bounded_tries(faulty, how, script, error, words, requests):
     server = faulty(*script)
     with pytest.raises(error, match=words):
-        ask(server, how)
+        post(server, how)
     assert server.seen == requests
 
 
-def test_a_key_is_not_shown():
+def test_repr_hides_the_key():
     assert "secret" not in repr(Server("http://127.0.0.1:1/v1", "secret"))
 
 
 @pytest.mark.parametrize(("how", "act"), [("sync", "slow"), ("async", "slow"), ("async", "drip")])
-def test_a_deadline_holds_for_all_tries_together(faulty, how, act):
-    """The first try leaves half a second of ten minutes: the second ends before the server's minute does."""
+def test_deadline_holds_for_all_tries_together(faulty, how, act):
+    """The first try leaves half a second of the deadline, so the second ends before the server's response."""
     clock = SimulatedClock()
     server = faulty([lambda: clock.advance(599.5), response(503)], act)
     with pytest.raises(ServerUnreachable, match="in time"):
-        ask(server, how, clock)
+        post(server, how, clock)
     assert server.has_seen(2)

@@ -1,4 +1,4 @@
-"""The tree-attention scorer against plain forward passes of the same model, one sequence at a time."""
+"""Test the tree-attention scorer against plain forward passes of the same model, one sequence at a time."""
 
 import asyncio
 
@@ -26,7 +26,7 @@ def scorer(tiny_mllm):
 
 
 def plain_log_probs(mllm, prompt, prefix):
-    """(vocabulary,) log-probabilities by one forward pass without any cache."""
+    """Return (vocabulary,) log-probabilities from one forward pass without a cache."""
     if prompt.image:
         inputs = mllm.process([prompt.text], [load_image(prompt.image)])
         ids = torch.cat([inputs["input_ids"], torch.tensor([prefix], dtype=torch.long)], 1)
@@ -37,10 +37,10 @@ def plain_log_probs(mllm, prompt, prefix):
         return mllm.model(**inputs).logits[0, -1].double().log_softmax(-1).numpy()
 
 
-def scores_of(session, rows):
-    """An array for each row."""
-    asked = Rows.of(rows)
-    return asked.split(session.score(asked))
+def score_rows(session, rows):
+    """Return an array of scores for each row."""
+    step = Rows.of(rows)
+    return step.split(session.score(step))
 
 
 def rows_at(depth):
@@ -54,51 +54,54 @@ def test_every_row_of_every_step_equals_a_plain_forward_pass(scorer, tiny_mllm, 
     with scorer.session(PROMPTS, normalise) as session:
         for depth in range(3):
             rows = rows_at(depth)
-            for row, scores in zip(rows, scores_of(session, rows), strict=True):
+            for row, scores in zip(rows, score_rows(session, rows), strict=True):
                 expected = plain_log_probs(tiny_mllm, PROMPTS[row.query], row.prefix)[row.token_ids]
                 if normalise is Normalise.CHILDREN:
                     scores, expected = scores - np.logaddexp.reduce(scores), expected - np.logaddexp.reduce(expected)
                 np.testing.assert_allclose(scores, expected, atol=2e-4)
 
 
-def test_a_prefix_may_be_asked_for_without_its_ancestors_and_again(scorer, tiny_mllm):
-    """Forced moves skip steps; a best-first search comes back."""
+def test_prefix_is_scored_without_its_ancestors_and_repeatedly(scorer, tiny_mllm):
+    """Forced moves skip steps, and a best-first search returns to earlier prefixes."""
     row = Row(1, (100, 130, 150), np.array([7, 8]))
     shallow = Row(1, (100,), np.array([130, 140]))
     with scorer.session(PROMPTS, Normalise.VOCABULARY) as session:
-        first, second, again = (session.score(Rows.of([asked])) for asked in (row, shallow, row))
+        first, second, again = (session.score(Rows.of([one])) for one in (row, shallow, row))
     np.testing.assert_allclose(first, plain_log_probs(tiny_mllm, PROMPTS[1], row.prefix)[[7, 8]], atol=2e-4)
     np.testing.assert_allclose(second, plain_log_probs(tiny_mllm, PROMPTS[1], (100,))[[130, 140]], atol=2e-4)
     np.testing.assert_array_equal(first, again)
 
 
-def test_an_image_prompt_equals_a_plain_forward_pass_with_the_image(scorer, tiny_mllm, untrained_index):
+def test_image_prompt_equals_a_plain_forward_pass(scorer, tiny_mllm, untrained_index):
     images = [record.path for record in untrained_index.records[:2]]
     prompts = [untrained_index.prompts.for_image(untrained_index.tokenizer, path) for path in images]
     rows = [Row(q, prefix, np.arange(40, 50)) for q in range(2) for prefix in [(), (100,)]]
     with scorer.session(prompts, Normalise.VOCABULARY) as session:
-        for row, scores in zip(rows, scores_of(session, rows), strict=True):
+        for row, scores in zip(rows, score_rows(session, rows), strict=True):
             expected = plain_log_probs(tiny_mllm, prompts[row.query], row.prefix)[row.token_ids]
             np.testing.assert_allclose(scores, expected, atol=2e-4)
 
 
-def test_text_and_image_prompts_in_one_batch_are_refused(scorer, untrained_index):
+def test_text_and_image_prompts_in_one_batch_are_rejected(scorer, untrained_index):
     image = untrained_index.prompts.for_image(untrained_index.tokenizer, untrained_index.records[0].path)
-    with pytest.raises(ModelError, match="apart"), scorer.session([PROMPTS[0], image], Normalise.CHILDREN) as session:
+    with (
+        pytest.raises(ModelError, match="separate batches"),
+        scorer.session([PROMPTS[0], image], Normalise.CHILDREN) as session,
+    ):
         session.score(Rows.of([Row(0, (), np.array([1, 2]))]))
 
 
-def test_recall_in_an_event_loop_equals_recall_outside(scorer):
+def test_async_recall_equals_sync_recall(scorer):
     trie, _ = build_trie(IDENTIFIERS)
     expected = recall(scorer, trie, PROMPTS, SearchOptions(k=5))
     for _ in range(2):
-        found = asyncio.run(arecall(scorer, trie, PROMPTS, SearchOptions(k=5)))
-        for ours, theirs in zip(found, expected, strict=True):
+        rankings = asyncio.run(arecall(scorer, trie, PROMPTS, SearchOptions(k=5)))
+        for ours, theirs in zip(rankings, expected, strict=True):
             assert [hit.leaf for hit in ours.hits] == [hit.leaf for hit in theirs.hits]
 
 
-def test_a_constrained_beam_equals_hugging_face_generate(scorer, tiny_mllm):
-    """The peer: `generate` with `prefix_allowed_tokens_fn` and as many beams, whole-vocabulary scores."""
+def test_beam_search_equals_constrained_generate(scorer, tiny_mllm):
+    """The peer is `generate` with `prefix_allowed_tokens_fn`, as many beams and whole-vocabulary scores."""
     trie, _ = build_trie(IDENTIFIERS)
     children = {i[:d]: sorted({j[d] for j in IDENTIFIERS if j[:d] == i[:d]}) for i in IDENTIFIERS for d in range(3)}
     prompt = PROMPTS[0]

@@ -1,6 +1,6 @@
-"""The HTTP scorer against a small server that speaks vLLM's protocol over a table, and against one that misbehaves.
+"""Test the HTTP scorer against a small server with vLLM's protocol and a table of scores, and against faults.
 
-The real server is in `integration/test_vllm.py`; this one answers what a real one only does when it is broken.
+`integration/test_vllm.py` tests against a real server. This one also sends responses that only a broken server sends.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from llama_index_genret.errors import QueryError, ServerError, ServerUnreachable
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import arecall, recall
 from llama_index_genret.scorers.rerank import Continuation
-from llama_index_genret.scorers.vllm_http import MAX_TOKENS_ASKED, VllmScorer
+from llama_index_genret.scorers.vllm_http import MAX_LOGPROB_TOKENS, VllmScorer
 from llama_index_genret.search import Normalise, SearchOptions
 from llama_index_genret.trie import build_trie
 from tests.openai_server import OpenAIServer, running
@@ -34,22 +34,22 @@ def identifiers(n, depth=3, seed=0):
 
 @pytest.mark.parametrize("normalise", Normalise)
 @pytest.mark.parametrize("n", [5, 600])
-def test_recall_over_http_equals_recall_from_the_table(server, normalise, n):
-    """600 identifiers give the root more children than one request may ask for."""
+def test_recall_over_http_equals_recall_from_table(server, normalise, n):
+    """With 600 identifiers the root has more children than one request may contain."""
     trie, _ = build_trie(identifiers(n))
     expected = recall(server.table, trie, PROMPTS, SearchOptions(k=5, normalise=normalise))
     scorer = VllmScorer(server.api_base)
-    for found in (
+    for rankings in (
         recall(scorer, trie, PROMPTS, SearchOptions(k=5, normalise=normalise)),
         asyncio.run(arecall(scorer, trie, PROMPTS, SearchOptions(k=5, normalise=normalise))),
     ):
-        for ours, theirs in zip(found, expected, strict=True):
+        for ours, theirs in zip(rankings, expected, strict=True):
             assert [hit.leaf for hit in ours.hits] == [hit.leaf for hit in theirs.hits]
             np.testing.assert_allclose([h.log_prob for h in ours.hits], [h.log_prob for h in theirs.hits], atol=1e-9)
-    assert max(len(request["logprob_token_ids"]) for request in server.requests) <= MAX_TOKENS_ASKED
+    assert max(len(request["logprob_token_ids"]) for request in server.requests) <= MAX_LOGPROB_TOKENS
 
 
-def test_a_step_of_many_beams_with_few_children_is_one_request(server):
+def test_step_of_many_beams_with_few_children_is_one_request(server):
     trie, _ = build_trie([(a, b, c) for a in range(5) for b in range(4) for c in range(3)])
     recall(VllmScorer(server.api_base), trie, PROMPTS, SearchOptions(k=5))
     assert [len(request["prompt"]) for request in server.requests] == [2, 10, 20]
@@ -58,8 +58,8 @@ def test_a_step_of_many_beams_with_few_children_is_one_request(server):
 CONTINUATIONS = [Continuation(Prompt((7,)), (8, 9)), Continuation(Prompt((6,)), (5, 4, 3))]
 
 
-def test_log_likelihoods_over_http_equal_those_from_the_table(server, monkeypatch):
-    """In requests of one prompt, too."""
+def test_log_likelihoods_over_http_equal_those_from_table(server, monkeypatch):
+    """This also holds with one prompt in each request."""
     scorer = VllmScorer(server.api_base)
     with server.table.session([], Normalise.CHILDREN) as session:
         expected = session.log_likelihoods(CONTINUATIONS)
@@ -68,15 +68,15 @@ def test_log_likelihoods_over_http_equal_those_from_the_table(server, monkeypatc
         with scorer.session([], Normalise.CHILDREN) as session:
             np.testing.assert_allclose(session.log_likelihoods(CONTINUATIONS), expected)
 
-    async def asked():
+    async def run():
         async with scorer.async_session([], Normalise.CHILDREN) as session:
             return await session.log_likelihoods(CONTINUATIONS)
 
-    np.testing.assert_allclose(asyncio.run(asked()), expected)
+    np.testing.assert_allclose(asyncio.run(run()), expected)
 
 
 @pytest.mark.parametrize("bad", [None, [], [None], [None, {"8": {"logprob": -1.0}}, {"4": {"logprob": -1.0}}]])
-def test_likelihoods_that_a_server_does_not_give_are_an_error(server, bad):
+def test_missing_likelihoods_are_an_error(server, bad):
     server.spoil = lambda answer: answer["choices"][-1].update(prompt_logprobs=bad) or answer
     with (
         VllmScorer(server.api_base).session([], Normalise.CHILDREN) as session,
@@ -85,7 +85,7 @@ def test_likelihoods_that_a_server_does_not_give_are_an_error(server, bad):
         session.log_likelihoods(CONTINUATIONS)
 
 
-def test_likelihoods_of_pictures_and_of_what_is_too_long_are_refused_before_they_are_sent(server, tmp_path):
+def test_image_or_too_long_continuations_are_never_sent(server, tmp_path):
     with VllmScorer(server.api_base).session([], Normalise.CHILDREN) as session:
         for one, words in (
             (Continuation(Prompt((1,), tmp_path), (2,)), "in this process"),
@@ -96,7 +96,7 @@ def test_likelihoods_of_pictures_and_of_what_is_too_long_are_refused_before_they
     assert server.requests == []
 
 
-def spoilt(change):
+def spoil_choice(change):
     def spoil(answer):
         change(answer["choices"][0])
         return answer
@@ -110,10 +110,10 @@ def spoilt(change):
         lambda answer: b"<html>",
         lambda answer: [],
         lambda answer: {"choices": answer["choices"][1:]},
-        spoilt(lambda choice: choice.update(logprobs=None)),
-        spoilt(lambda choice: choice["logprobs"].update(top_logprobs=[])),
-        spoilt(lambda choice: choice["logprobs"]["top_logprobs"][0].popitem()),
-        spoilt(
+        spoil_choice(lambda choice: choice.update(logprobs=None)),
+        spoil_choice(lambda choice: choice["logprobs"].update(top_logprobs=[])),
+        spoil_choice(lambda choice: choice["logprobs"]["top_logprobs"][0].popitem()),
+        spoil_choice(
             lambda choice: choice["logprobs"]["top_logprobs"][0].update(
                 dict.fromkeys([f"token_id:{t}" for t in range(400)], "x")
             )
@@ -121,7 +121,7 @@ def spoilt(change):
     ],
     ids=["html", "list", "too few choices", "no logprobs", "no positions", "a token missing", "no numbers"],
 )
-def test_an_answer_that_makes_no_sense_is_an_error_with_the_address(server, spoil):
+def test_malformed_response_is_an_error_with_the_address(server, spoil):
     server.spoil = spoil
     trie, _ = build_trie(identifiers(5))
     with pytest.raises(ServerError, match=f"127.0.0.1:{server.server_port}"):
@@ -129,13 +129,13 @@ def test_an_answer_that_makes_no_sense_is_an_error_with_the_address(server, spoi
 
 
 @pytest.mark.parametrize("status", [400, 500, 503])
-def test_a_refusal_is_an_error_with_its_status(server, status):
+def test_error_status_is_in_the_error(server, status):
     server.status = status
     with pytest.raises(ServerError, match=str(status)):
         recall(VllmScorer(server.api_base), build_trie(identifiers(5))[0], PROMPTS, SearchOptions(k=1))
 
 
-def test_the_only_model_is_found_and_one_of_several_must_be_named(server):
+def test_only_model_is_chosen_and_several_need_a_name(server):
     assert VllmScorer(server.api_base).served_model() == "only"
     server.models = [{"id": "a"}, {"id": "b"}]
     with pytest.raises(ServerError, match=r"\['a', 'b'\]"):
@@ -145,14 +145,14 @@ def test_the_only_model_is_found_and_one_of_several_must_be_named(server):
         VllmScorer(server.api_base, model="c").served_model()
 
 
-def test_a_server_with_other_weights_than_the_index_is_refused(server):
+def test_server_with_other_weights_is_rejected(server):
     server.models = [{"id": "genret"}, {"id": "genret-0123456789ab"}]
     assert VllmScorer(server.api_base, weights_id="0123456789ab").served_model() == "genret"
     with pytest.raises(ServerError, match=r"0123456789ab.*the index has ffffffffffff"):
         VllmScorer(server.api_base, weights_id="ffffffffffff").served_model()
 
 
-def test_a_prompt_longer_than_the_served_context_is_refused_before_it_is_sent(server):
+def test_prompt_longer_than_served_context_is_never_sent(server):
     with pytest.raises(QueryError, match="--max-model-len 100"):
         recall(
             VllmScorer(server.api_base), build_trie(identifiers(5))[0], [Prompt(tuple(range(99)))], SearchOptions(k=1)
@@ -160,12 +160,12 @@ def test_a_prompt_longer_than_the_served_context_is_refused_before_it_is_sent(se
     assert server.requests == []
 
 
-def test_an_image_query_is_refused_and_says_what_takes_it(server, tmp_path):
+def test_image_query_error_names_an_alternative(server, tmp_path):
     with pytest.raises(QueryError, match="in this process"):
         recall(VllmScorer(server.api_base), build_trie(identifiers(5))[0], [Prompt((1,), tmp_path)], SearchOptions(k=1))
 
 
-def test_a_server_that_does_not_answer_in_time_is_an_error(server):
+def test_server_timeout_is_an_error(server):
     server.spoil = lambda answer: __import__("time").sleep(60) or answer
     scorer = VllmScorer(server.api_base, timeout_s=0.2)
     with pytest.raises(ServerUnreachable, match="in time"):
@@ -173,7 +173,7 @@ def test_a_server_that_does_not_answer_in_time_is_an_error(server):
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/v1", "http://[bad/v1", "nonsense"])
-def test_an_address_without_a_server_is_an_error_that_names_it(address):
+def test_unreachable_address_is_in_the_error(address):
     with pytest.raises(ServerUnreachable) as error:
         VllmScorer(address).served_model()
     assert address in str(error.value)

@@ -1,4 +1,4 @@
-"""Beam search against its definition: sum every path, then sort."""
+"""Test beam and exact search against the definition: score every identifier, then sort."""
 
 import asyncio
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ PROMPT = Prompt((1, 2, 3))
 
 @st.composite
 def identifier_sets(draw):
-    """Prefix-free sets: of one length, or of many."""
+    """Draw prefix-free sets of identifiers, with one length or several."""
     drawn = draw(st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4), min_size=1, max_size=25))
     kept = []
     for identifier in sorted(set(map(tuple, drawn)), key=len):
@@ -39,8 +39,8 @@ def expected_hits(scorer, identifiers, prompt, normalise):
     return rank_all(identifiers, logits, over_children=normalise is Normalise.CHILDREN)
 
 
-def hits_of(*arguments, **options):
-    """Of one query."""
+def search_one(*arguments, **options):
+    """Return the hits of one query."""
     (ranking,) = recall(*arguments, SearchOptions(**options))
     return ranking.hits
 
@@ -55,15 +55,15 @@ def assert_same(hits, expected):
 
 @settings(max_examples=2 * settings.default.max_examples)
 @given(identifier_sets(), st.integers(0, 2**32 - 1), st.sampled_from(Normalise))
-def test_a_beam_as_wide_as_the_corpus_ranks_like_brute_force(identifiers, seed, normalise):
-    """Nothing can be pruned, so search must equal the definition."""
+def test_full_width_beam_equals_brute_force(identifiers, seed, normalise):
+    """A full-width beam prunes nothing, so it must equal the definition."""
     scorer, n = FakeScorer(VOCABULARY, seed=seed), len(identifiers)
-    hits = hits_of(scorer, build_trie(identifiers)[0], [PROMPT], k=n, width=n, normalise=normalise)
+    hits = search_one(scorer, build_trie(identifiers)[0], [PROMPT], k=n, width=n, normalise=normalise)
     assert_same(hits, expected_hits(scorer, identifiers, PROMPT, normalise))
 
 
 @given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from(Normalise))
-def test_queries_in_one_batch_get_what_each_gets_alone(identifiers, seed, k, normalise):
+def test_batched_queries_equal_single_queries(identifiers, seed, k, normalise):
     scorer, (trie, _) = FakeScorer(VOCABULARY, seed=seed), build_trie(identifiers)
     prompts = [Prompt((7,)), Prompt((8, 8)), Prompt((9,))]
     together = recall(scorer, trie, prompts, SearchOptions(k=k, width=3, normalise=normalise))
@@ -72,12 +72,12 @@ def test_queries_in_one_batch_get_what_each_gets_alone(identifiers, seed, k, nor
 
 
 @given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 8), st.data())
-def test_a_filter_that_leaves_m_images_gives_min_k_m_of_them_with_their_own_scores(identifiers, seed, k, data):
-    """The filter is a strict part of the search: no hit is lost to one that it forbids."""
+def test_filtered_search_returns_min_k_m_hits_with_same_scores(identifiers, seed, k, data):
+    """The search applies the filter at each step: a forbidden leaf never displaces an allowed one."""
     trie, order = build_trie(identifiers)
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(order), max_size=len(order))))
     scorer = FakeScorer(VOCABULARY, seed=seed)
-    hits = hits_of(scorer, trie, [PROMPT], k=k, width=1, leaf_filter=LeafFilter.from_mask(mask))
+    hits = search_one(scorer, trie, [PROMPT], k=k, width=1, leaf_filter=LeafFilter.from_mask(mask))
     assert len({hit.leaf for hit in hits}) == len(hits) == min(k, int(mask.sum()))
     assert all(mask[hit.leaf] for hit in hits)
     scores = {
@@ -87,7 +87,7 @@ def test_a_filter_that_leaves_m_images_gives_min_k_m_of_them_with_their_own_scor
 
 
 @given(identifier_sets(), st.integers(0, 2**32 - 1), st.sampled_from(Normalise))
-def test_the_async_driver_finds_what_the_sync_one_finds(identifiers, seed, normalise):
+def test_async_driver_equals_sync_driver(identifiers, seed, normalise):
     scorer, (trie, _) = FakeScorer(VOCABULARY, seed=seed), build_trie(identifiers)
     prompts = [PROMPT, Prompt((4,))]
     expected = recall(scorer, trie, prompts, SearchOptions(k=3, normalise=normalise))
@@ -95,16 +95,16 @@ def test_the_async_driver_finds_what_the_sync_one_finds(identifiers, seed, norma
 
 
 @given(identifier_sets(), st.integers(0, 2**32 - 1))
-def test_probabilities_over_the_children_sum_to_one_over_the_images(identifiers, seed):
+def test_children_probabilities_sum_to_one_over_images(identifiers, seed):
     n = len(identifiers)
-    hits = hits_of(FakeScorer(VOCABULARY, seed=seed), build_trie(identifiers)[0], [PROMPT], k=n, width=n)
+    hits = search_one(FakeScorer(VOCABULARY, seed=seed), build_trie(identifiers)[0], [PROMPT], k=n, width=n)
     assert sum(hit.score for hit in hits) == pytest.approx(1.0)
 
 
 @settings(max_examples=10 * settings.default.max_examples)
 @given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 4), st.sampled_from(Normalise))
 def test_exact_search_equals_scoring_every_identifier(identifiers, seed, k, width, normalise):
-    """A thousand random tries and models, sharp ones and flat ones."""
+    """Random tries and models, from flat to peaked distributions."""
     scorer, trie = FakeScorer(VOCABULARY, seed=seed, spread=seed % 7), build_trie(identifiers)[0]
     (ranking,) = recall(scorer, trie, [PROMPT], SearchOptions(k=k, width=width, normalise=normalise, mode="exact"))
     assert_same(ranking.hits, expected_hits(scorer, identifiers, PROMPT, normalise)[:k])
@@ -114,8 +114,8 @@ def test_exact_search_equals_scoring_every_identifier(identifiers, seed, k, widt
 
 @settings(max_examples=3 * settings.default.max_examples)
 @given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 4), st.data())
-def test_a_certificate_is_never_given_to_a_wrong_ranking(identifiers, seed, k, width, data):
-    """Whatever the beam or the limit, with a filter or without."""
+def test_wrong_ranking_is_never_marked_exact(identifiers, seed, k, width, data):
+    """This holds for all modes and limits, with and without a filter."""
     scorer, (trie, order) = FakeScorer(VOCABULARY, seed=seed, spread=3.0), build_trie(identifiers)
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(order), max_size=len(order))))
     leaf_filter = data.draw(st.sampled_from([None, LeafFilter.from_mask(mask)]))
@@ -132,13 +132,13 @@ def test_a_certificate_is_never_given_to_a_wrong_ranking(identifiers, seed, k, w
 @pytest.mark.parametrize(
     ("identifiers", "steps", "best", "exact"),
     [
-        ([(0, 7), (1, 2), (1, 3)], [[-2.0, -1.0], [-1.0, -3.0]], (1, 2), False),  # (0, 7) may tie, and comes first
-        ([(1, 2), (1, 3), (4, 7)], [[-1.0, -2.0], [-1.0, -3.0]], (1, 2), True),  # (4, 7) may tie, but comes later
+        ([(0, 7), (1, 2), (1, 3)], [[-2.0, -1.0], [-1.0, -3.0]], (1, 2), False),  # (0, 7) may tie and sorts first
+        ([(1, 2), (1, 3), (4, 7)], [[-1.0, -2.0], [-1.0, -3.0]], (1, 2), True),  # (4, 7) may tie but sorts later
         ([(1, 0, 7), (1, 2, 7), (3, 3, 3)], [[-1.0, -2.0], [-1.0, -0.5], [-0.5]], (1, 2, 7), False),
         ([(1, 2, 7), (1, 4, 7), (3, 3, 3)], [[-1.0, -2.0], [-0.5, -1.0], [-0.5]], (1, 2, 7), True),
     ],
 )
-def test_a_beam_of_one_is_certain_of_a_tie_only_where_what_it_dropped_comes_later(identifiers, steps, best, exact):
+def test_tied_beam_is_exact_only_if_dropped_prefix_comes_later(identifiers, steps, best, exact):
     searching = search(
         build_trie(identifiers)[0], SearchOptions(k=1, width=1, normalise=Normalise.VOCABULARY), n_queries=1
     )
@@ -151,8 +151,8 @@ def test_a_beam_of_one_is_certain_of_a_tie_only_where_what_it_dropped_comes_late
     assert (ranking.hits[0].token_ids, ranking.exact) == (best, exact)
 
 
-def test_a_beam_that_misses_the_best_image_says_that_it_is_not_certain_and_exact_search_finds_it():
-    """The best image lies behind the worse first token: a beam of one drops it."""
+def test_beam_that_misses_best_image_is_not_exact():
+    """The best image has the less probable first token. A beam of one drops it, exact search finds it."""
     table = {((1, 2, 3), ()): {0: 1.0, 1: 0.9}, ((1, 2, 3), (0,)): {2: 0.0, 3: 0.0, 4: 0.0}, ((1, 2, 3), (1,)): {2: 9}}
     scorer, trie = (
         FakeScorer(VOCABULARY, spread=0.0, table=table),
@@ -164,13 +164,13 @@ def test_a_beam_that_misses_the_best_image_says_that_it_is_not_certain_and_exact
     assert (exact.hits[0].token_ids, exact.exact, exact.nodes_expanded) == ((1, 2), True, 3)
 
 
-def test_a_prefix_that_can_only_tie_and_comes_later_is_not_expanded():
+def test_prefix_that_can_only_tie_later_is_not_expanded():
     flat, trie = FakeScorer(VOCABULARY, spread=0.0), build_trie([(0,), (1, 2), (1, 3)])[0]
     (ranking,) = recall(flat, trie, [PROMPT], SearchOptions(k=1, mode="exact"))
     assert (ranking.hits[0].token_ids, ranking.exact, ranking.nodes_expanded) == ((0,), True, 1)
 
 
-def test_one_symbol_per_image_is_ranked_exactly_in_one_step():
+def test_one_symbol_identifiers_are_ranked_exactly_in_one_step():
     scorer, trie = FakeScorer(5000), build_trie(np.arange(5000)[:, None])[0]
     (ranking,) = recall(scorer, trie, [PROMPT], SearchOptions(k=7))
     logits = scorer.logits(PROMPT, ())
@@ -179,7 +179,7 @@ def test_one_symbol_per_image_is_ranked_exactly_in_one_step():
 
 
 class SinglePrecision(FakeScorer):
-    """The same scores as float32, as a model gives them."""
+    """Return the same scores as float32, like a model."""
 
     @contextmanager
     def session(self, prompts, normalise):
@@ -188,17 +188,18 @@ class SinglePrecision(FakeScorer):
 
 
 @given(identifier_sets(), st.integers(0, 2**32 - 1), st.integers(1, 5), st.sampled_from(["beam", "exact"]))
-def test_single_precision_scores_rank_like_double_ones(identifiers, seed, k, mode):
+def test_float32_scores_rank_like_float64_scores(identifiers, seed, k, mode):
     trie = build_trie(identifiers)[0]
     double, single = (
-        hits_of(kind(VOCABULARY, seed=seed), trie, [PROMPT], k=k, mode=mode) for kind in (FakeScorer, SinglePrecision)
+        search_one(kind(VOCABULARY, seed=seed), trie, [PROMPT], k=k, mode=mode)
+        for kind in (FakeScorer, SinglePrecision)
     )
     assert [hit.leaf for hit in single] == [hit.leaf for hit in double]
     np.testing.assert_allclose([h.log_prob for h in single], [h.log_prob for h in double], atol=1e-5)
 
 
-def test_impossible_children_are_still_ranked_behind_the_possible_ones():
-    """A probability of zero is a score like another: k images come back."""
+def test_impossible_children_are_ranked_last():
+    """The search returns k images even if some have probability zero."""
     trie, _ = build_trie([(0, 1), (0, 2), (3, 4), (3, 5)])
     steps = search(trie, SearchOptions(k=4), n_queries=1)
     next(steps)
@@ -210,7 +211,7 @@ def test_impossible_children_are_still_ranked_behind_the_possible_ones():
     assert [hit.log_prob for hit in hits[2:]] == [-np.inf] * 2
 
 
-def test_a_filter_under_which_nothing_is_left_finds_nothing_for_certain():
+def test_filter_without_matches_gives_exact_empty_ranking():
     trie, _ = build_trie([(0, 1), (0, 2)])
     (ranking,) = recall(
         FakeScorer(VOCABULARY), trie, [PROMPT], SearchOptions(k=1, leaf_filter=LeafFilter.from_mask(np.zeros(2, bool)))
@@ -218,14 +219,14 @@ def test_a_filter_under_which_nothing_is_left_finds_nothing_for_certain():
     assert (ranking.hits, ranking.exact) == ((), True)
 
 
-def test_ties_come_in_the_order_of_the_token_ids():
+def test_ties_are_ordered_by_token_ids():
     identifiers = [(2, 1), (0, 5), (2, 0), (1, 1)]
     flat = FakeScorer(VOCABULARY, spread=0.0)
-    hits = hits_of(flat, build_trie(identifiers)[0], [PROMPT], k=4, normalise=Normalise.VOCABULARY)
+    hits = search_one(flat, build_trie(identifiers)[0], [PROMPT], k=4, normalise=Normalise.VOCABULARY)
     assert [hit.token_ids for hit in hits] == [(0, 5), (1, 1), (2, 0), (2, 1)]
 
 
-def test_a_step_with_one_choice_is_not_scored_over_the_children():
+def test_step_with_one_choice_is_not_scored_under_children():
     trie, _ = build_trie([(0, 1, 2, 3), (4, 5, 6, 7)])
     steps = search(trie, SearchOptions(k=2), n_queries=1)
     rows = next(steps)
@@ -235,8 +236,8 @@ def test_a_step_with_one_choice_is_not_scored_over_the_children():
     assert [hit.token_ids for hit in stop.value.value[0].hits] == [(0, 1, 2, 3), (4, 5, 6, 7)]
 
 
-def test_the_search_stops_when_no_unfinished_prefix_can_win():
-    """One short identifier is nearly certain: the long ones are not followed."""
+def test_search_stops_when_no_unfinished_prefix_can_win():
+    """One short identifier is nearly certain, so the search does not expand the long ones."""
     trie, _ = build_trie([(0,), (1, 0, 0), (1, 0, 1), (1, 1, 0)])
     steps = search(trie, SearchOptions(k=1, normalise=Normalise.VOCABULARY), n_queries=1)
     next(steps)
@@ -244,13 +245,13 @@ def test_the_search_stops_when_no_unfinished_prefix_can_win():
         steps.send(np.log(np.array([0.9, 0.05])))
 
 
-def test_a_probability_too_small_for_a_float_is_still_a_score_above_zero():
+def test_underflowing_probability_gives_score_above_zero():
     assert Hit(0, 0, (1,), -1e6).score > 0.0
     assert Hit(0, 0, (1,), 0.0).score == 1.0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_score_that_is_no_number_is_an_error(bad):
+def test_nan_or_infinite_score_is_rejected(bad):
     trie, _ = build_trie([(0,), (1,)])
     steps = search(trie, SearchOptions(k=1), n_queries=1)
     next(steps)
@@ -258,7 +259,7 @@ def test_a_score_that_is_no_number_is_an_error(bad):
         steps.send(np.array([0.0, bad]))
 
 
-def test_a_scorer_that_answers_too_few_scores_is_an_error():
+def test_too_few_scores_are_rejected():
     trie, _ = build_trie([(0,), (1,)])
     steps = search(trie, SearchOptions(k=1), n_queries=1)
     next(steps)
@@ -267,25 +268,25 @@ def test_a_scorer_that_answers_too_few_scores_is_an_error():
 
 
 @pytest.mark.parametrize(("k", "width"), [(0, 1), (1, 0)])
-def test_nonsense_sizes_are_errors(k, width):
+def test_sizes_below_one_are_rejected(k, width):
     with pytest.raises(SearchError, match="at least 1"):
         SearchOptions(k=k, width=width)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"mode": "Exact"}, "unknown mode 'Exact'; choose from: beam, exact"),
         ({"mode": "exact", "max_expansions": 0}, "max_expansions=0 must be at least 1"),
         ({"max_expansions": 5}, "max_expansions=5 is for mode='exact'"),
     ],
 )
-def test_a_mode_and_limit_that_cannot_be_are_errors(options, said):
-    with pytest.raises(SearchError, match=said):
+def test_invalid_mode_or_limit_is_rejected(options, message):
+    with pytest.raises(SearchError, match=message):
         SearchOptions(k=1, **options)
 
 
-def test_max_expansions_that_do_not_suffice_give_a_beam():
+def test_small_max_expansions_equal_a_beam():
     flat = FakeScorer(VOCABULARY, spread=0.0)
     trie, _ = build_trie([(row, other) for row in range(4) for other in range(4)])
     modes = (MODES[0], MODES[1], MODES[4])
@@ -294,7 +295,7 @@ def test_max_expansions_that_do_not_suffice_give_a_beam():
     assert (limited.exact, exact.exact) == (False, True)
 
 
-def test_a_filter_of_another_trie_is_an_error():
+def test_filter_of_another_trie_is_rejected():
     with pytest.raises(FilterError, match="3 identifiers, the trie 1"):
         recall(
             FakeScorer(VOCABULARY),

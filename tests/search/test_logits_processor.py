@@ -1,4 +1,4 @@
-"""The logits processor against a mask by loops, and inside `generate` against Hugging Face's own constraint."""
+"""Test the logits processor against a mask by loops, and `generate` against Hugging Face's own constraint."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.torch
 END, PAD, VOCABULARY = 11, 0, 12
 IDENTIFIERS = [(a, b, c) for a in (100, 110, 120, 125) for b in (130, 140) for c in (150, 160, 170)]
 VARIABLE = [(100,), (110, 130), (110, 140, 150), (110, 140, 160), (120, 130, 150, 170), (125, 130)]
-# Left-padded to the same length, as a tokenizer does it.
+# Left-padded to the same length, as by a tokenizer.
 PROMPTS = torch.tensor([[0, 0, 0, 5, 60], [5, 61, 62, 63, 64], [0, 5, 65, 66, 67]])
 EOS = 2
 
@@ -33,7 +33,7 @@ def prefix_free_sets(draw):
 
 
 def dict_trie_fn(identifiers, prompt_length, end):
-    """The constraint as people write it: nested dicts, walked from the root for every row."""
+    """Build the usual constraint: nested dicts, walked from the root for every row."""
     root = {}
     for identifier in identifiers:
         inside = root
@@ -52,7 +52,7 @@ def dict_trie_fn(identifiers, prompt_length, end):
 
 
 def brute_force(twin, rows, scores):
-    """-inf unless the token may follow, asked for every row and every token."""
+    """Mask with loops over rows and tokens: -inf unless the token may follow."""
     masked = torch.full_like(scores, -torch.inf)
     for i, row in enumerate(rows):
         finished = next((row[:n] for n in range(len(row) + 1) if twin.is_leaf(tuple(row[:n]))), None)
@@ -64,7 +64,7 @@ def brute_force(twin, rows, scores):
 
 
 @given(prefix_free_sets(), st.integers(0, 5), st.integers(0, 3), st.data())
-def test_the_mask_equals_one_by_loops_over_rows_and_tokens(identifiers, length, prompt_length, data):
+def test_mask_equals_loops_over_rows_and_tokens(identifiers, length, prompt_length, data):
     twin, (trie, _) = DictTrie(identifiers), build_trie(identifiers)
     rows = []
     for _ in range(data.draw(st.integers(1, 5))):
@@ -89,37 +89,37 @@ def processor():
     return TrieLogitsProcessor(build_trie(VARIABLE)[0], 0, EOS)
 
 
-def rows_of(*identifiers):
+def rows_tensor(*identifiers):
     return torch.tensor(identifiers).reshape(len(identifiers), -1)
 
 
 @pytest.mark.parametrize(
     ("row", "why"),
-    [((100, 130), "goes on after a whole identifier"), ((110, 150), "begins no identifier"), ((3,), "row 1")],
+    [((100, 130), "continues after a complete identifier"), ((110, 150), "begins no identifier"), ((3,), "row 1")],
 )
-def test_a_row_outside_the_trie_is_named(processor, row, why):
+def test_row_outside_trie_is_named_in_the_error(processor, row, why):
     good = (110, 130)[: len(row)]
     with pytest.raises(SearchError, match=why):
-        processor(rows_of(good, row), torch.zeros(2, 320))
+        processor(rows_tensor(good, row), torch.zeros(2, 320))
 
 
-def test_rows_shorter_than_their_prompts_are_refused():
+def test_rows_shorter_than_prompts_are_rejected():
     with pytest.raises(SearchError, match="their prompts alone"):
         TrieLogitsProcessor(build_trie(VARIABLE)[0], 9, EOS)(PROMPTS, torch.zeros(3, 320))
 
 
-def test_a_vocabulary_without_the_symbols_is_refused(processor):
-    """Else a token would be written into the next row."""
-    with pytest.raises(SearchError, match="up to 170, the model has scores for 170"):
-        processor(rows_of((110,)), torch.zeros(1, 170))
+def test_vocabulary_without_symbols_is_rejected(processor):
+    """Otherwise a token would be written into the next row."""
+    with pytest.raises(SearchError, match="up to 170, but the model has scores for 170"):
+        processor(rows_tensor((110,)), torch.zeros(1, 170))
 
 
-def test_a_row_that_may_take_nothing_is_refused(processor):
+def test_row_without_any_allowed_token_is_rejected(processor):
     scores = torch.zeros(2, 320)
     scores[1, EOS] = -torch.inf
-    assert processor(rows_of((110,), (110,)), scores).isfinite().any(1).all()
+    assert processor(rows_tensor((110,), (110,)), scores).isfinite().any(1).all()
     with pytest.raises(SearchError, match="row 1: every token"):
-        processor(rows_of((110,), (100,)), scores)
+        processor(rows_tensor((110,), (100,)), scores)
 
 
 def masked(processor, rows, scores):
@@ -127,23 +127,23 @@ def masked(processor, rows, scores):
     return fresh(rows, scores).clone()
 
 
-ROWS = [rows_of((110,), (120,)), rows_of((100,), (125,)), rows_of((110,), (110,))]
+ROWS = [rows_tensor((110,), (120,)), rows_tensor((100,), (125,)), rows_tensor((110,), (110,))]
 
 
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize(
-    "hold", [lambda t: t, lambda t: t[1:], lambda t: t.numpy(), lambda t: t.detach().view(-1), lambda t: t.T]
+    "view", [lambda t: t, lambda t: t[1:], lambda t: t.numpy(), lambda t: t.detach().view(-1), lambda t: t.T]
 )
-def test_what_the_caller_still_sees_is_never_overwritten(processor, hold, inference):
+def test_matrix_with_live_references_is_never_overwritten(processor, view, inference):
     with torch.inference_mode(inference):
         steps = [(rows, torch.randn(2, 320)) for rows in ROWS * 3]
-        held = [hold(processor(*step)) for step in steps]
-        for step, seen in zip(steps, held, strict=True):
-            np.testing.assert_array_equal(seen, hold(masked(processor, *step)))
+        kept = [view(processor(*step)) for step in steps]
+        for step, view_of_step in zip(steps, kept, strict=True):
+            np.testing.assert_array_equal(view_of_step, view(masked(processor, *step)))
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_what_the_caller_changes_does_not_come_back(processor, inference):
+def test_matrix_changed_in_place_is_not_reused(processor, inference):
     with torch.inference_mode(inference):
         for rows in ROWS * 3:
             scores = torch.randn(2, 320)
@@ -153,20 +153,20 @@ def test_what_the_caller_changes_does_not_come_back(processor, inference):
             answer.mul_(2)
 
 
-@pytest.mark.parametrize("held", [0, 1])
-def test_a_matrix_that_nobody_sees_is_used_again(processor, held):
-    """Also with the answer of the last step in hand, as `generate` has it."""
+@pytest.mark.parametrize("kept", [0, 1])
+def test_matrix_without_references_is_reused(processor, kept):
+    """This also holds while the caller keeps the result of the last step, as `generate` does."""
     places, last = [], []
     for rows in ROWS * 3:
         answer = processor(rows, torch.randn(2, 320))
         places.append(answer.data_ptr())
-        last = [answer][:held]
+        last = [answer][:kept]
         del answer
-    assert len(last) == held
-    assert len(set(places)) == held + 1
+    assert len(last) == kept
+    assert len(set(places)) == kept + 1
 
 
-def test_other_shapes_and_types_get_a_matrix_of_theirs(processor):
+def test_each_shape_and_dtype_gets_its_own_matrix(processor):
     for rows, vocabulary, dtype in [(1, 320, torch.float32), (2, 320, torch.bfloat16), (2, 400, torch.float32)] * 2:
         scores = torch.randn(rows, vocabulary).to(dtype)
         answer = processor(ROWS[0][:rows], scores)
@@ -175,7 +175,7 @@ def test_other_shapes_and_types_get_a_matrix_of_theirs(processor):
 
 
 def generate(mllm, identifiers, **options):
-    """Three padded prompts; as many new tokens as the longest identifier and its end have."""
+    """Generate for three padded prompts, at most the length of the longest identifier and its end token."""
     return mllm.model.generate(
         input_ids=PROMPTS,
         attention_mask=(PROMPTS != PAD).long(),
@@ -187,16 +187,16 @@ def generate(mllm, identifiers, **options):
     )
 
 
-def ours(identifiers):
+def trie_processor(identifiers):
     return {"logits_processor": [TrieLogitsProcessor(build_trie(identifiers)[0], PROMPTS.shape[1], EOS)]}
 
 
-def ours_by_rows(identifiers):
+def trie_prefix_fn(identifiers):
     trie, _ = build_trie(identifiers)
     return {"prefix_allowed_tokens_fn": prefix_allowed_tokens_fn(trie, PROMPTS.shape[1], EOS)}
 
 
-def theirs(identifiers):
+def dict_prefix_fn(identifiers):
     return {"prefix_allowed_tokens_fn": dict_trie_fn(identifiers, PROMPTS.shape[1], EOS)}
 
 
@@ -209,9 +209,9 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("identifiers", [IDENTIFIERS, VARIABLE], ids=["one length", "several lengths"])
-def test_generate_gives_only_identifiers_and_the_scores_of_hugging_faces_constraint(tiny_mllm, identifiers, mode):
+def test_generate_equals_prefix_constrained_generate(tiny_mllm, identifiers, mode):
     answers = []
-    for constraint in (ours, ours_by_rows, theirs):
+    for constraint in (trie_processor, trie_prefix_fn, dict_prefix_fn):
         torch.manual_seed(0)
         options = {**MODES[mode], "output_scores": True, "output_logits": True, **constraint(identifiers)}
         answers.append(generate(tiny_mllm, identifiers, **options))
@@ -226,19 +226,19 @@ def test_generate_gives_only_identifiers_and_the_scores_of_hugging_faces_constra
             assert torch.equal(answers[0].sequences_scores, other.sequences_scores)
 
 
-def test_one_processor_serves_several_generates(tiny_mllm):
-    shared = ours(VARIABLE)
+def test_one_processor_serves_several_generate_calls(tiny_mllm):
+    shared = trie_processor(VARIABLE)
     for mode in (*MODES, *MODES):
         torch.manual_seed(1)
         first = generate(tiny_mllm, VARIABLE, **MODES[mode], **shared)
         torch.manual_seed(1)
-        second = generate(tiny_mllm, VARIABLE, **MODES[mode], **ours(VARIABLE))
+        second = generate(tiny_mllm, VARIABLE, **MODES[mode], **trie_processor(VARIABLE))
         assert torch.equal(first.sequences, second.sequences)
 
 
-def test_a_processor_that_forbids_the_end_is_told_of():
+def test_processor_that_forbids_the_end_token_is_reported():
     rows = LogitsProcessorList(
-        [MinNewTokensLengthLogitsProcessor(5, 4, EOS, device="cpu"), *ours(VARIABLE)["logits_processor"]]
+        [MinNewTokensLengthLogitsProcessor(5, 4, EOS, device="cpu"), *trie_processor(VARIABLE)["logits_processor"]]
     )
     finished = torch.cat([PROMPTS, torch.full((3, 1), 100)], 1)
     with pytest.raises(SearchError, match="other processor that forbids it"):

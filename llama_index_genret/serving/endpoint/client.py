@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from llama_index_genret.corpus.images import to_data_url
 from llama_index_genret.errors import QueryError, SearchError, ServerError
 from llama_index_genret.models.prompts import Prompt
-from llama_index_genret.scorers.http_client import Server, json_object, said_by
+from llama_index_genret.scorers.http_client import Server, json_object, response_address
 from llama_index_genret.search import Hit, Ranking, SearchOptions
 from llama_index_genret.serving.endpoint.schema import RecallRequest, RecallResponse, RecallResult
 from llama_index_genret.store import Index, RecordFilters, Scoring
@@ -87,11 +87,13 @@ class RecallClient:
             return None
         response = _validate(RecallResponse, answer)
         if len(response.results) != 1 or len(response.results[0].hits) > query.options.k:
-            raise ServerError(f"{said_by(answer)} answered other images than the best {query.options.k} of one query.")
+            raise ServerError(
+                f"{response_address(answer)} answered other images than the best {query.options.k} of one query."
+            )
         result = response.results[0]
         if query.options.mode == "exact" and query.options.max_expansions is None and not result.exact:
             return None
-        return Ranking(tuple(self._hits(result, said_by(answer))), result.exact, result.nodes_expanded)
+        return Ranking(tuple(self._hits(result, response_address(answer))), result.exact, result.nodes_expanded)
 
     def _hits(self, result: RecallResult, where: str) -> list[Hit]:
         rows = [self._index.rows_by_id.get(hit.image_id, -1) for hit in result.hits]
@@ -106,4 +108,4 @@ def _validate(model: Any, answer: httpx.Response) -> Any:
     try:
         return model.model_validate(body)
     except (ValidationError, SearchError) as error:
-        raise ServerError(f"{said_by(answer)} answered something else than a recall: {error}") from error
+        raise ServerError(f"{response_address(answer)} answered something else than a recall: {error}") from error
