@@ -1,10 +1,10 @@
-"""The persisted index: one folder, whole or not at all.
+"""The persisted index: one folder, written whole or not at all.
 
 INDEX/manifest.json      the commit point: versions, scheme, fingerprints, and the checksum of every file
 INDEX/pictures/          images that were given as bytes, if any
-INDEX/data-<12 hex>/     what one write added: records.jsonl, trie.bin, edits.safetensors, tokenizer.json,
+INDEX/data-<12 hex>/     files of one write: records.jsonl, trie.bin, edits.safetensors, tokenizer.json,
                          codebooks.safetensors, pseudo_queries.jsonl, adapter/..., update/..., new_rows.safetensors,
-                         prior.npy; files of earlier writes stay where they are while the manifest names them
+                         prior.npy. Files of earlier writes stay in place while the manifest lists them.
 """
 
 from llama_index_genret.store.create import create_index

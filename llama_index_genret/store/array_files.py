@@ -1,6 +1,6 @@
-"""Arrays of an index's files, whose content may be anything: damage is an error that names the file.
+"""Read the array files of an index. The content is untrusted: damage is an error that names the file.
 
-Knows NPY and safetensors; nothing of what the arrays mean.
+Depends on NPY and safetensors; independent of the meaning of the arrays.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from llama_index_genret.errors import IndexDamaged
 
 
 def read_npy(path: Path) -> NDArray[Any]:
-    """The array of an NPY file; nothing is unpickled.
+    """Return the array of an NPY file. Nothing is unpickled.
 
     Raises:
-        IndexDamaged: it is none.
+        IndexDamaged: the file is not a single NPY array.
     """
     try:
         array: NDArray[Any] = np.load(path, allow_pickle=False)
-        if not isinstance(array, np.ndarray):  # a zip of several
+        if not isinstance(array, np.ndarray):  # np.load returns an NpzFile for a zip archive
             raise ValueError("it is an archive")
-    except Exception as error:  # the header is parsed as Python, which fails in many ways
+    except Exception as error:  # numpy parses the header as Python, which raises many types
         raise _damage_error(path, error) from error
     return array
 
 
 def read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a safetensors file by name.
+    """Return the arrays of a safetensors file by name.
 
     Raises:
-        IndexDamaged: it is none.
+        IndexDamaged: the file is not a safetensors file.
     """
     try:
         arrays: dict[str, NDArray[Any]] = load_file(path)
-    except Exception as error:  # of the library's own, of numpy for an unknown type, of memory
+    except Exception as error:  # SafetensorError, a numpy error for an unknown dtype, or MemoryError
         raise _damage_error(path, error) from error
     return arrays
 
 
 def _damage_error(path: Path, error: Exception) -> IndexDamaged:
-    return IndexDamaged(f"{path} holds no arrays: {error!r:.300}. Restore it, or make the index anew.")
+    return IndexDamaged(f"{path} holds no readable arrays: {error!r:.300}. Restore it, or create the index again.")

@@ -1,4 +1,7 @@
-"""Build an index from a folder of images: read, encode, assign identifiers, store. The model is not trained yet."""
+"""Build an index from a folder of images: read, encode, assign identifiers, store. Training is a separate step.
+
+Depends on the corpus, the schemes and the base model; independent of training.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +44,16 @@ def build_index(
     """Assign identifiers to the images of `corpus` and write an index for `mllm`.
 
     Args:
-        scheme: a registered scheme; one that needs features gets those of the model's own vision tower, one that needs
-            those of captions those of the text encoder that its option `encoder` names.
-        alphabet: "new" adds the scheme's symbols to the tokenizer and the model; "existing" takes words that they have,
-            so that the adapter of the trained index fits the base model as it is.
-        overwrite: whether an index at `out` may be replaced.
+        scheme: a registered scheme. Image features come from the model's own vision tower. Caption features come from
+            the text encoder in the scheme's option `encoder`.
+        alphabet: "new" adds the scheme's symbols to the tokenizer and the model. "existing" uses tokens of the
+            vocabulary, so that the adapter of the trained index fits the unmodified base model.
+        overwrite: True allows replacing an index at `out`.
     Raises:
-        IndexExists: `out` is not free. IdentifierError: no such scheme, the tokenizer cannot spell its identifiers, or
-            an image lacks the caption that its identifier is derived from. TrainingError: the encoder does not load.
+        IndexExists: `out` is not free.
+        IdentifierError: the scheme is unknown, the tokenizer cannot spell its identifiers, or an image lacks the
+            caption that its identifier is derived from.
+        TrainingError: the encoder does not load.
     """
     check_free(out, overwrite=overwrite)
     naming = get_scheme(scheme, **(scheme_options or {}))
@@ -73,11 +78,11 @@ def build_index(
 
 @dataclass(frozen=True)
 class NewIdentifiers:
-    """Identifiers of images that are not in an index yet, and what the index must store with them.
+    """Identifiers of images that are not in an index yet, with the scheme and tokenizer to store with them.
 
-    identifiers: one an image, each symbol one token of `tokenizer`.
-    scheme: grown; its `new_symbols` and `arrays` may hold more than those of the index.
-    tokenizer: of the index, with the symbols that the scheme gained.
+    identifiers: one per image; each symbol is one token of `tokenizer`.
+    scheme: the extended scheme. Its `new_symbols` and `arrays` may hold more than the index's scheme.
+    tokenizer: the index's tokenizer, with the symbols that the scheme gained.
     """
 
     identifiers: list[Identifier]
@@ -93,29 +98,28 @@ def add_to_index(
     teacher: str | None = None,
     progress: Progress = iter,
 ) -> Index:
-    """Assign identifiers by the frozen scheme of `index` and write the images into it: a search finds them at once.
+    """Assign identifiers with the frozen scheme of `index` and write the images into it: a search finds them at once.
 
-    Where they bring symbols that the trained weights lack, rows are guessed from their captions or from the pictures
-    (`new_rows`): the index has other weights then. An index that was not trained yet needs none: the training will
-    give them.
+    New symbols that the trained weights lack get rows predicted from captions or images (`store.new_symbol_rows`).
+    The index then has other weights. An untrained index stores no rows, because training creates them.
 
     Args:
-        mllm: the index's base model, where `needs_features`.
-        teacher: a text encoder that `sentence-transformers` loads, by which captions tell of rows. If not given, that
-            of the training; where there was none or it is not at hand, which is logged, the pictures tell.
+        mllm: the index's base model; required if `needs_features` returns True.
+        teacher: a text encoder that `sentence-transformers` loads, which predicts rows from captions. If not given,
+            the teacher of the training. Without one, or if it cannot be loaded (logged), rows come from the images.
     Raises:
         DuplicateImage: an image id is in the index already.
-        IdentifierError: the tokenizer cannot spell an identifier, there is nothing to guess a symbol's row from, or an
-            image lacks the caption that its identifier is derived from.
-        TrainingError: `teacher` does not load, or the encoder of the scheme. MissingExtra: sentence-transformers is
-            missing.
+        IdentifierError: the tokenizer cannot spell an identifier, nothing is available to predict a symbol's row from,
+            or an image lacks the caption that its identifier is derived from.
+        TrainingError: `teacher` or the encoder of the scheme does not load.
+        MissingExtra: sentence-transformers is missing.
     """
     new = assign_identifiers(index, records, mllm, progress=progress)
     new_rows = None
     if index.is_trained and new.tokenizer.fingerprint != index.tokenizer.fingerprint:
         new_rows = _new_rows(index, records, new, mllm, teacher, progress)
     elif teacher:
-        log.warning("the teacher was not asked: these images bring no symbols that trained weights lack.")
+        log.warning("the teacher was not used: these images add no symbols that the trained weights lack.")
     return add_images(index, records, new.identifiers, new.scheme, tokenizer=new.tokenizer, new_rows=new_rows)
 
 
@@ -129,8 +133,8 @@ def _new_rows(
 ) -> NewRows:
     if mllm is None:
         raise IdentifierError(
-            f"the scheme {index.manifest.scheme!r} gives new images symbols of their own; their rows are guessed from "
-            "the pictures, by the base model's vision tower. Pass it as mllm: load_base(index)."
+            f"the scheme {index.manifest.scheme!r} gives new images symbols of their own. Their rows are predicted "
+            "with the base model's vision tower. Pass the model: mllm=load_base(index)."
         )
     symbols = set(assigned.scheme.new_symbols()) - set(index.scheme().new_symbols())
     token_ids = sorted(map(assigned.tokenizer.symbol_id, symbols))
@@ -149,19 +153,19 @@ def _teacher(index: Index, chosen: str | None, device: str) -> TextEncoder | Non
     except (TrainingError, MissingExtra) as error:
         if chosen:
             raise
-        log.warning("new images are placed by how they look, not by their captions: %s", error)
+        log.warning("rows of new images are predicted from the images, not from their captions: %s", error)
         return None
 
 
 def needs_features(index: Index) -> bool:
-    """Whether adding images takes the base model's vision tower: for their names, or for rows of their symbols."""
+    """Tell whether adding images needs the base model's vision tower: for identifiers, or for rows of new symbols."""
     return "features" in index.scheme().needs or (index.is_trained and bool(new_token_ids(index)))
 
 
 def assign_identifiers(
     index: Index, records: Sequence[Record], mllm: Mllm | None = None, *, progress: Progress = iter
 ) -> NewIdentifiers:
-    """Assign identifiers to images that join `index`, by its frozen scheme. No identifier of the index changes.
+    """Assign identifiers to new images of `index` with its frozen scheme. No identifier of the index changes.
 
     Raises:
         IdentifierError: the tokenizer cannot spell an identifier, or see `add_to_index`.
@@ -191,7 +195,7 @@ def _caption_features(
     if bare:
         raise IdentifierError(
             f"{len(bare)} of {len(records)} images have no caption, {bare[0]!r} the first, and the scheme "
-            "derives identifiers from caption embeddings. Write captions, or make an index without encoder=."
+            "derives identifiers from caption embeddings. Write captions, or create an index without encoder=."
         )
     reader = TextEncoder(encoder, device=str(mllm.model.device) if mllm else "cpu", progress=progress)
     return embed_by_captions(reader, [record.captions for record in records])[0]

@@ -39,15 +39,16 @@ def create_index(
     alphabet: Alphabet = "new",
     overwrite: bool = False,
 ) -> Index:
-    """Write a new index, untrained.
+    """Write a new, untrained index.
 
     Args:
-        identifiers: as `Spelling.spell` gives them, each symbol one token.
-        tokenizer: with the scheme's symbols added, where the alphabet is new.
-        overwrite: whether an index that is there already may be replaced, its trained weights included.
+        identifiers: the output of `Spelling.spell`; each symbol is one token.
+        tokenizer: includes the scheme's symbols if the alphabet is "new".
+        overwrite: True allows replacing an index in `folder`, its trained weights included.
     Raises:
-        IndexExists: there is an index in `folder` already, or something else.
-        IndexBusy, NotWritten: somebody else writes it, or nobody can.
+        IndexExists: `folder` already holds an index or other files.
+        IndexBusy: another process is writing the index.
+        NotWritten: the disk is full or read-only.
         IdentifierError: identifiers are not unique, or a symbol is not one token.
     """
     check_free(folder, overwrite=overwrite)
@@ -81,7 +82,7 @@ def create_index(
             check_free(folder, overwrite=overwrite)
             commit(folder, manifest, write, keep=lambda name: False)
     except NotWritten:
-        with suppress(OSError):  # pictures, or an older index
+        with suppress(OSError):  # the folder holds images or an older index
             folder.rmdir()
         raise
     return load_index(folder)

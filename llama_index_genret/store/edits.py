@@ -1,9 +1,9 @@
-"""Adding and removing images of an index and what is written of them, without training: one write, whole or not at all.
+"""Add and remove images of an index, and store pseudo-queries, without training. Each edit is one atomic write.
 
-The trie's file stays as it is while few images have changed; the edits lie beside it. Past `COMPACT_FROM` they are
-merged into a new one in the same write.
+While few images have changed, the edits are stored beside the trie's file, which is kept. Beyond `COMPACT_FROM` they
+are merged into a new trie in the same write.
 
-Knows the index; nothing of models. `store.build.assign_identifiers` makes the identifiers of new images.
+Depends on the index; independent of models. `store.build.assign_identifiers` makes the identifiers of new images.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from llama_index_genret.store.weights import NEW_ROWS, NewRows
 from llama_index_genret.trie import LiveTrie, add_identifiers, compact, edits_of, remove_identifiers, save_trie
 
 COMPACT_FROM = 0.1
-"""Share of the images that may have changed before the trie's file is written anew."""
+"""Share of the images that may change before the trie's file is rewritten."""
 
 
 def remove_images(index: Index, image_ids: Sequence[str]) -> Index:
-    """The index without some images: no search finds them any more. Their files are left alone.
+    """Remove images from the index, so that no search finds them, and return the new version. Image files are kept.
 
     Raises:
-        UnknownImage: the index has no such image; nothing is removed.
-        IndexChanged: another process has written the index since it was loaded. IndexBusy, NotWritten: it cannot be
-            written now. Nothing is removed.
+        UnknownImage: the index has no such image. Nothing is removed.
+        IndexChanged: another process has written the index since it was loaded. Nothing is removed.
+        IndexBusy: another process is writing the index. Nothing is removed.
+        NotWritten: the disk is full or read-only. Nothing is removed.
     """
     unknown = [image_id for image_id in image_ids if image_id not in index.rows_by_id]
     if unknown:
@@ -63,19 +64,22 @@ def add_images(
     tokenizer: IndexTokenizer | None = None,
     new_rows: NewRows | None = None,
 ) -> Index:
-    """Return the index with more images, found by their identifiers at once; the model has not seen them.
+    """Add images to the index, which a search finds by their identifiers at once, and return the new version.
+
+    The model has not been trained on these images.
 
     Args:
-        identifiers, scheme, tokenizer: as `store.build.assign_identifiers` gives them.
-        new_rows: of all symbols that the trained weights lack, in place of those stored.
+        identifiers, scheme, tokenizer: the output of `store.build.assign_identifiers`.
+        new_rows: rows of all symbols that the trained weights lack; replaces the stored rows.
     Raises:
-        DuplicateImage: an image id is in the index already. IdentifierCollision: an identifier is.
-        IndexChanged, IndexBusy, NotWritten: as of `remove_images`.
+        DuplicateImage: an image id is in the index already.
+        IdentifierCollision: an identifier is in the index already.
+        IndexChanged, IndexBusy, NotWritten: see `remove_images`.
     """
     twice = [record.image_id for record in records if record.image_id in index.rows_by_id]
     if twice:
         raise DuplicateImage(
-            f"{index.folder} has an image {twice[0]!r} already ({len(twice)} of {len(records)} are known). Give it "
+            f"{index.folder} has an image {twice[0]!r} already ({len(twice)} of {len(records)} exist). Give it "
             "another image_id in metadata.jsonl, or remove the old one first: `genret remove`."
         )
     index = replace(index, tokenizer=tokenizer or index.tokenizer)
@@ -88,13 +92,13 @@ def add_images(
     return _write(index, trie, [*index.records, *records], merged, scheme, prior, new_rows)
 
 
-def store_pseudo_queries(index: Index, written: Sequence[ImagePseudoQueries]) -> Index:
-    """Store what a model has written of the images, in place of anything stored before; in the order of the records.
+def store_pseudo_queries(index: Index, pseudo_queries: Sequence[ImagePseudoQueries]) -> Index:
+    """Store the pseudo-queries of the images in the order of the records. They replace all stored ones.
 
     Raises:
-        IndexChanged, IndexBusy, NotWritten: as of `remove_images`.
+        IndexChanged, IndexBusy, NotWritten: see `remove_images`.
     """
-    lines = sorted(written, key=lambda line: index.rows_by_id[line.image_id])
+    lines = sorted(pseudo_queries, key=lambda line: index.rows_by_id[line.image_id])
     with only_writer_of(index.folder):
         check_unchanged(index.folder, index.manifest)
         commit(
@@ -107,7 +111,7 @@ def store_pseudo_queries(index: Index, written: Sequence[ImagePseudoQueries]) ->
 
 
 def _renumber(trie: LiveTrie, new_row: np.ndarray[tuple[int], np.dtype[np.int64]]) -> LiveTrie:
-    """With the rows that the records have now; a removed leaf gets -1, which no search returns."""
+    """Replace the keys of the leaves by the new record rows. A removed leaf gets -1, which no search returns."""
     keys = new_row[trie.key(np.arange(trie.base.n_leaves))]
     added_keys = None if trie.added_keys is None else new_row[trie.added_keys]
     return LiveTrie(trie.base, trie.added, trie.live, keys, added_keys)
@@ -172,5 +176,5 @@ def _write(
 
 
 def _folder_of(record: Record) -> Path:
-    """The image folder: the path without the part that the record names."""
+    """Return the image folder: the record's path without its `file_name`."""
     return record.path.parents[len(Path(record.file_name).parts) - 1].resolve()

@@ -1,14 +1,14 @@
-"""Metadata filters: which records they let pass, for a whole index at once.
+"""Evaluate metadata filters over all records of an index at once.
 
-The operators and their meaning are those of LlamaIndex's MetadataFilters, nesting included, and so is the JSON form;
-this module does not need LlamaIndex, so that a server applies the same filters as a client.
+Operators, nesting and the JSON form equal LlamaIndex's MetadataFilters. A server without LlamaIndex applies the same
+filters as a client.
 
-Filters say who may see what: one that LlamaIndex would read as "everything" or "nothing" by mistake is an error here.
-So is a text compared with numbers, a list where one value belongs or one value where a list does, no value, NaN, and an
-"or" or "not" of nothing.
+Filters may enforce access rights. A filter that LlamaIndex would by mistake evaluate to "everything" or "nothing" is
+therefore an error here. So are a text compared with numbers, a list in place of one value, one value in place of a
+list, a missing value, NaN, and an "or" or "not" without conditions.
 
-Knows metadata values and arrays; nothing of tries or identifiers. Each key's values are stored once, so that an
-operator runs in Python over the distinct values only.
+Depends on metadata values and arrays; independent of tries and identifiers. Each key's distinct values are stored
+once, so that an operator runs in Python over the distinct values only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llama_index_genret.errors import FilterError
 
 
 def _encodable(text: str) -> str:
-    text.encode()  # a half of a surrogate pair is refused: UnicodeEncodeError is a ValueError
+    text.encode()  # a lone surrogate raises UnicodeEncodeError, which is a ValueError
     return text
 
 
@@ -41,16 +41,16 @@ Mask = NDArray[np.bool_]
 
 
 MAX_FILTERS = 1000
-"""Conditions that hold together."""
+"""Maximum number of conditions in one `RecordFilters`."""
 
 TAKES_LIST = frozenset({"in", "nin", "any", "all"})
-"""Operators of several values; the others take one, and `is_empty` none."""
+"""Operators that take a list of values. The others take one value, and `is_empty` takes none."""
 
 COMPARES = frozenset({"==", "!=", "in", "nin"})
-"""Operators that ask whether values are equal, which a text and a number never are."""
+"""Operators that compare values for equality. A text never equals a number."""
 
 MAX_DEPTH = 32
-"""Of nested filters: deeper ones could be read, but not written as JSON again."""
+"""Maximum nesting depth of filters. Deeper filters could be parsed, but not serialised to JSON again."""
 
 
 class RecordFilter(BaseModel):
@@ -64,15 +64,15 @@ class RecordFilter(BaseModel):
     @model_validator(mode="after")
     def _can_be_written(self) -> RecordFilter:
         for text in (self.key, *(self.value if isinstance(self.value, list) else [self.value])):
-            str(text).encode()  # half a surrogate pair is a ValueError
+            str(text).encode()  # a lone surrogate is a ValueError
         return self
 
 
 class RecordFilters(BaseModel):
-    """Conditions that hold together ("and"), one of them at least ("or"), or none of them ("not").
+    """Conditions of which all ("and"), at least one ("or"), or none ("not") must hold.
 
-    No conditions let everything pass; of "or" and "not" there is one at least: a list of those who may see an image
-    must not open it to all where it turns out empty. At most MAX_DEPTH lie in one another.
+    An empty "and" lets every record pass. An empty "or" or "not" is an error: an empty list of permitted users must not
+    make an image visible to everybody. Conditions nest at most MAX_DEPTH deep.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,37 +81,38 @@ class RecordFilters(BaseModel):
 
     @property
     def depth(self) -> int:
-        """How many conditions lie in one another."""
+        """Return the nesting depth of the conditions."""
         return 1 + max((part.depth for part in self.filters if isinstance(part, RecordFilters)), default=0)
 
     @model_validator(mode="after")
     def _shallow_and_not_empty(self) -> RecordFilters:
         if not self.filters and self.condition in ("or", "not"):
-            raise ValueError(f"{self.condition!r} of no filters says nothing: leave it out, or search for no image")
+            raise ValueError(f"{self.condition!r} has no filters: omit it, or do not search")
         if self.depth > MAX_DEPTH:
-            raise ValueError(f"filters lie in one another at most {MAX_DEPTH} deep")
+            raise ValueError(f"filters may be nested at most {MAX_DEPTH} deep, got {self.depth}: flatten them")
         return self
 
     @classmethod
     def equal(cls, wanted: Mapping[str, Value | list[Value]]) -> RecordFilters:
-        """Every key equals its value, or one of a list of them.
+        """Return filters that require every key to equal its value, or one of its list of values.
 
         Raises:
-            FilterError: a value cannot be one.
+            FilterError: a value has an unsupported type.
         """
         how = {key: "in" if isinstance(value, list) else "==" for key, value in wanted.items()}
         parts = [{"key": key, "value": value, "operator": how[key]} for key, value in wanted.items()]
         try:
             return cls.model_validate({"filters": parts})
         except ValidationError as error:
-            raise FilterError(f"the filters {dict(wanted)!r} cannot be read: {error}") from error
+            raise FilterError(f"the filters {dict(wanted)!r} cannot be parsed: {error}") from error
 
 
 @dataclass(frozen=True)
 class Column:
-    """The values of one key over n records.
+    """The values of one metadata key over n records.
 
-    values: the distinct ones; None stands for "absent". codes: (n,) int32, which of them each record has.
+    values: the distinct values; None stands for "absent".
+    codes: (n,) int32, the position in `values` of each record's value.
     """
 
     values: Sequence[Scalar]
@@ -119,7 +120,7 @@ class Column:
 
     @classmethod
     def of(cls, values: Iterable[Scalar]) -> Column:
-        """Of the value of each record."""
+        """Build the column from the value of each record."""
         places: dict[Scalar, int] = {}
         codes = np.fromiter((places.setdefault(value, len(places)) for value in values), np.int32)
         return cls(tuple(places), codes)
@@ -135,11 +136,11 @@ class Columns:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Those that any record has."""
+        """Return the keys that at least one record has."""
         return tuple(self._columns)
 
     def distinct(self, key: str) -> Sequence[Value]:
-        """The values that the records have under `key`.
+        """Return the distinct values that the records have under `key`.
 
         Raises:
             FilterError: no record has the key.
@@ -149,10 +150,10 @@ class Columns:
         return [value for value in self._columns[key].values if value is not None]
 
     def record_mask(self, filters: RecordFilters) -> Mask:
-        """(n,) bool: which records pass.
+        """Return a mask, (n,) bool, that is True for each record that passes.
 
         Raises:
-            FilterError: a key that no record has, or an operator that does not apply to its value or to theirs.
+            FilterError: no record has a key, or an operator does not apply to its value or to the records' values.
         """
         masks = [
             self.record_mask(part) if isinstance(part, RecordFilters) else self._matching(part)
@@ -172,26 +173,27 @@ class Columns:
             _check_value(part, column.values)
             matches = [_matches(part, value) for value in column.values]
         except TypeError as error:
-            asked = f"{part.key} {part.operator} {part.value!r}"
-            raise FilterError(f"the filter {asked} does not apply to the values of {part.key!r}: {error}.") from error
+            condition = f"{part.key} {part.operator} {part.value!r}"
+            raise FilterError(
+                f"the filter {condition} does not apply to the values of {part.key!r}: {error}."
+            ) from error
         return np.array(matches, np.bool_)[column.codes]
 
 
 def _check_value(part: RecordFilter, known: Sequence[Scalar]) -> None:
-    """Raise TypeError where the operator cannot mean anything with the value, whatever record it is asked of."""
+    """Raise TypeError if the operator does not apply to the filter's value, independent of any record."""
     if part.operator == "is_empty":
         return
     if part.value is None:
-        raise TypeError("it has no value; is_empty asks for records without one")
+        raise TypeError("it has no value; use is_empty to find records without a value")
     if isinstance(part.value, list) != (part.operator in TAKES_LIST):
         raise TypeError(f"it takes {'a list of values' if part.operator in TAKES_LIST else 'one value'}")
     kinds = {isinstance(value, str) for value in known if value is not None}
-    asked = part.value if isinstance(part.value, list) else [part.value]
-    strange = [value for value in asked if isinstance(value, str) not in kinds]
-    if part.operator in COMPARES and kinds and strange:
-        raise TypeError(
-            f"{strange[0]!r} is {'a text' if isinstance(strange[0], str) else 'a number'}, and they are not"
-        )
+    values = part.value if isinstance(part.value, list) else [part.value]
+    mismatched = [value for value in values if isinstance(value, str) not in kinds]
+    if part.operator in COMPARES and kinds and mismatched:
+        expected, got = ("numbers", "a text") if isinstance(mismatched[0], str) else ("texts", "a number")
+        raise TypeError(f"they are {expected}, and {mismatched[0]!r} is {got}")
 
 
 def _matches(part: RecordFilter, found: Scalar) -> bool:
@@ -200,7 +202,7 @@ def _matches(part: RecordFilter, found: Scalar) -> bool:
     if found is None:
         return part.operator in ("!=", "nin")
     if part.operator.startswith("text_match") and not (isinstance(part.value, str) and isinstance(found, str)):
-        raise TypeError(f"it compares texts, not {type(found).__name__} with {type(part.value).__name__}")
+        raise TypeError(f"it compares two texts, got {type(found).__name__} and {type(part.value).__name__}")
     return bool(_OPERATORS[part.operator](found, part.value))
 
 

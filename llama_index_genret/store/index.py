@@ -33,7 +33,7 @@ from llama_index_genret.store.weights import ADAPTER, weights_id
 from llama_index_genret.trie import LeafFilter, LiveTrie, TriePrior
 
 PRIOR = "prior.npy"
-"""(records,) float32, log p(image | no query) of every record; NaN of those added since it was computed."""
+"""(records,) float32, log p(image | no query) of every record; NaN for records added after it was computed."""
 
 
 @dataclass(frozen=True)
@@ -49,34 +49,38 @@ class Index:
 
     @property
     def prompts(self) -> PromptSet:
-        """The rendered prompts of the base model."""
+        """Return the rendered prompts of the base model."""
         return self.manifest.prompts
 
     @property
     def is_trained(self) -> bool:
-        """Whether trained weights are stored."""
+        """Tell whether trained weights are stored."""
         return any(name.startswith(ADAPTER) for name in self.manifest.files)
 
     @property
     def weights_id(self) -> str | None:
-        """Twelve hex digits that name the trained weights, None without them. A server of theirs carries it."""
+        """Return twelve hex digits that identify the trained weights, or None without them.
+
+        A server's model name contains these digits.
+        """
         return weights_id(self.manifest.files)
 
     @cached_property
     def log_prior(self) -> NDArray[np.float32] | None:
-        """(records,) log p(image | no query), NaN where it is not known; None before `genret tune`."""
+        """Return (records,) log p(image | no query), NaN where it is not known; None before `genret tune`."""
         if PRIOR not in self.manifest.files:
             return None
         log_prior = read_npy(self.file(PRIOR))
         if log_prior.shape != (len(self.records),) or log_prior.dtype.kind != "f":
             raise IndexDamaged(
-                f"{PRIOR} of {self.folder} is {log_prior.dtype} {log_prior.shape} for {len(self.records)} images."
+                f"{PRIOR} of {self.folder} is {log_prior.dtype} {log_prior.shape}, expected floats of shape "
+                f"({len(self.records)},). Restore it, or create the index again."
             )
         return log_prior
 
     @cached_property
     def prior(self) -> TriePrior | None:
-        """`log_prior` of every node of `trie`."""
+        """Return `log_prior` summed over the leaves below every node of `trie`; None before `genret tune`."""
         if self.log_prior is None:
             return None
         row = self._rows_of_leaves
@@ -84,29 +88,29 @@ class Index:
         return TriePrior.of_leaves(self.trie, of_leaves)
 
     def scoring(self, choice: ScoringChoice | None = None, *, pictured: bool = False) -> Scoring:
-        """How hits are ranked: as chosen, else as tuned, else by log p(id | query).
+        """Return the scoring of hits: the user's choice, else the tuned one, else log p(id | query).
 
         Args:
-            pictured: of a query that is a picture; what was tuned on text queries does not apply to it.
+            pictured: True for an image query, to which the tuning on text queries does not apply.
         """
         default = Scoring() if pictured or self.manifest.tuned is None else self.manifest.tuned.scoring
-        if default.eta and self.prior is None:  # all images that it was of are removed
+        if default.eta and self.prior is None:  # all images of the prior are removed
             default = replace(default, eta=0.0)
         return (choice or ScoringChoice()).over(default)
 
     @cached_property
     def version(self) -> str:
-        """Twelve hex digits of everything that is stored; an edit or a training makes another."""
+        """Return twelve hex digits of a hash of all stored content. Every edit or training changes it."""
         return hashlib.sha256(self.manifest.model_dump_json(indent=1).encode()).hexdigest()[:12]
 
     @cached_property
     def rows_by_id(self) -> dict[str, int]:
-        """Position of every image id among `records`."""
+        """Return the position in `records` of every image id."""
         return {record.image_id: row for row, record in enumerate(self.records)}
 
     @cached_property
     def pseudo_queries(self) -> dict[str, ImagePseudoQueries]:
-        """What a model has written of each image, by image id. Never captions.
+        """Return the pseudo-queries of each image, by image id. Captions are never among them.
 
         Raises:
             IndexDamaged: the file is missing, differs from the manifest, or is broken.
@@ -116,30 +120,30 @@ class Index:
         return {line.image_id: line for line in read_pseudo_queries(self.file(PSEUDO_QUERIES))}
 
     def pseudo_queries_of(self, record: Record) -> tuple[PseudoQuery, ...]:
-        """What a model has written of one image."""
+        """Return the pseudo-queries of one image."""
         line = self.pseudo_queries.get(record.image_id)
         return line.queries if line else ()
 
     def record_of(self, hit: Hit) -> Record:
-        """The image that a hit names."""
+        """Return the record of a hit."""
         return self.records[hit.key]
 
     def identifier_of(self, hit: Hit) -> str:
-        """The identifier as people read it, `<g0_17><g1_5>` or `red apple`."""
+        """Return the identifier of a hit as readable text: `<g0_17><g1_5>` or `red apple`."""
         return self.tokenizer.read(self.identifiers[hit.key])
 
     @property
     def end_token(self) -> int:
-        """What closes an identifier that is the beginning of another: the token with which the model ends its turn."""
+        """Return the token that closes an identifier that is a prefix of another: the model's end-of-turn token."""
         return self.tokenizer.encode_markup(self.prompts.end)[0]
 
     def token_ids(self, row: int) -> tuple[int, ...]:
-        """Token ids of the identifier of record `row`."""
+        """Return the token ids of the identifier of record `row`."""
         return tuple(self.tokenizer.symbol_id(symbol) for symbol in self.identifiers[row])
 
     @cached_property
     def columns(self) -> Columns:
-        """The metadata of all records, by key."""
+        """Return the metadata of all records, by key."""
         return Columns([record.metadata for record in self.records])
 
     @cached_property
@@ -155,25 +159,25 @@ class Index:
         return self.leaf_filter_of(self.columns.record_mask(filters))
 
     def leaf_filter_of(self, record_mask: NDArray[np.bool_]) -> LeafFilter:
-        """Return the bitmap of the leaves of some records. record_mask: (records,) bool."""
+        """Return the bitmap of the leaves of the records in a mask. record_mask: (records,) bool."""
         row = self._rows_of_leaves
         mask = np.zeros(len(row), np.bool_)
         mask[row >= 0] = record_mask[row[row >= 0]]  # a removed leaf has no record
         return LeafFilter.from_mask(mask)
 
     def scheme(self) -> Scheme:
-        """The scheme with its frozen codebooks."""
+        """Return the scheme with its frozen codebooks."""
         scheme = get_scheme(self.manifest.scheme, **self.manifest.scheme_options)
         name = "codebooks.safetensors"
         scheme.restore(read_safetensors(self.file(name)) if name in self.manifest.files else {})
         return scheme
 
     def file(self, name: str) -> Path:
-        """Path of a stored file, its checksum verified.
+        """Return the path of a stored file after verifying its checksum.
 
         Raises:
-            IndexDamaged: it is missing or differs from the manifest.
-            IndexChanged: another process has written the index since it was loaded, and what it held is gone.
+            IndexDamaged: the file is missing or differs from the manifest.
+            IndexChanged: another process has written the index since it was loaded, and the file is gone.
         """
         entry = self.manifest.files[name]
         path = self.folder / entry.path
@@ -183,6 +187,6 @@ class Index:
             if readable_manifest(self.folder) == self.manifest:
                 raise
             raise IndexChanged(
-                f"{self.folder} was written anew since it was loaded, {name!r} of that version is gone: load it again."
+                f"{self.folder} was rewritten since it was loaded, and {name!r} of that version is gone: load it again."
             ) from error
         return path

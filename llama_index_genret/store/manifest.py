@@ -1,10 +1,10 @@
-"""How an index lies on disk, and how it is replaced: the manifest is the commit point.
+"""The manifest of an index, its layout on disk, and the atomic write that replaces it.
 
-A write puts new files into a new folder, syncs them, and then replaces the manifest in one rename: a crash at any
-point, or a power cut, leaves the old index or the new one. Folders that no manifest names are removed by the next
-write. One process writes at a time, and only what is based on the version that lies there.
+A write puts new files into a new folder, syncs them, and then replaces the manifest in one rename. After a crash or a
+power cut, either the old index or the new one is complete. The next write removes folders that the manifest does not
+list. One process writes at a time, and a write based on an outdated version is refused.
 
-Knows files; nothing of what they hold.
+Depends on files; independent of their content.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from llama_index_genret.store.scoring import TunedScoring
 
 FORMAT_VERSION = 4
 READABLE = (3, FORMAT_VERSION)
-"""Version 3 had no checksum of the manifest itself; the next write makes it one of the newest."""
+"""Format versions that this release reads. Version 3 has no checksum of the manifest. The next write upgrades it."""
 
 MANIFEST = "manifest.json"
 LOCK = "write.lock"
 LOCK_WAIT_S = 60.0
-"""How long a write waits for another one, which takes as long as copying the trained weights."""
+"""Seconds that a write waits for another one, which may copy trained weights meanwhile."""
 
 PICTURES = "pictures"
-"""Folder inside an index of images that were given as bytes: not of the index, and left alone by its writes."""
+"""Folder, inside the index folder, of images that were given as bytes. Writes of the index never touch it."""
 
 _DATA_FOLDER = re.compile(r"data-[0-9a-f]{12}")
 _CHECKSUM = "checksum"
@@ -54,7 +54,7 @@ _TEMPORARY_MANIFEST = re.compile(re.escape(MANIFEST) + r"\.[0-9a-f]{12}")
 
 
 class FileEntry(BaseModel):
-    """One stored file: where it lies below the index folder, and what it must hold."""
+    """One stored file: its path below the index folder, its size in bytes and its sha256."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     path: str
@@ -65,16 +65,16 @@ class FileEntry(BaseModel):
     @classmethod
     def _below_the_index(cls, path: str) -> str:
         if not _STORED.fullmatch(path) or ".." in path.split("/"):
-            raise ValueError(f"{path!r} is no file of a data folder of the index")
+            raise ValueError(f"{path!r} is not a file in a data folder of the index")
         return path
 
 
 class Manifest(BaseModel):
-    """What an index is. Unknown fields are an error: a newer format has another version.
+    """The description of an index. Unknown fields are an error, because a newer format has another version.
 
-    folders: of the images; a record names its own by position.
-    training, update: options and course of both trainings.
-    tuned: of the trained weights; others drop it.
+    folders: image folders, absolute; each record stores the position of its folder.
+    training, update: options and history of the training and of the update.
+    tuned: scoring tuned for the trained weights; storing other weights drops it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -93,18 +93,23 @@ class Manifest(BaseModel):
 
 
 def check_free(folder: Path, *, overwrite: bool = False) -> None:
-    """Raise IndexExists unless an index may be written to `folder`, StoreError where none could be read from it."""
+    """Check that an index may be written to `folder`.
+
+    Raises:
+        IndexExists: it holds an index and `overwrite` is False, or it holds other files.
+        StoreError: the folder's name is not UTF-8.
+    """
     _check_name(folder)
     if not folder.exists() or (folder.is_dir() and all(map(_is_left_over, folder.iterdir()))):
         return
     if not (folder / MANIFEST).is_file():
-        raise IndexExists(f"{folder} exists and holds something that is no index: name a new folder.")
+        raise IndexExists(f"{folder} exists and holds no index: choose a new folder.")
     if not overwrite:
-        raise IndexExists(f"{folder} holds an index already: name a new folder, or pass --overwrite to replace it.")
+        raise IndexExists(f"{folder} holds an index already: choose a new folder, or pass --overwrite to replace it.")
 
 
 def _check_name(folder: Path) -> None:
-    """Refuse a name that tokenizers and safetensors, which take text for a path, could not open."""
+    """Raise StoreError for a name that is not UTF-8: tokenizers and safetensors take paths as text only."""
     try:
         str(folder.absolute()).encode()
     except UnicodeEncodeError as error:
@@ -112,17 +117,19 @@ def _check_name(folder: Path) -> None:
 
 
 def _is_left_over(path: Path) -> bool:
-    """Whether it may lie in a folder without an index: pictures, and what a killed `genret index` leaves."""
+    """Tell whether a path may be in a folder without an index: images, or remains of a killed `genret index`."""
     return path.name in (PICTURES, LOCK) or bool(
         _DATA_FOLDER.fullmatch(path.name) or _TEMPORARY_MANIFEST.fullmatch(path.name)
     )
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an index folder, held against its own checksum.
+    """Return the manifest of an index folder after verifying its checksum.
 
     Raises:
-        IndexNotFound, IndexDamaged, IndexVersionError: there is none, it cannot be read, or not by this release.
+        IndexNotFound: the folder has no manifest.
+        IndexDamaged: the manifest cannot be parsed, or differs from its checksum.
+        IndexVersionError: this release does not read its format version.
         StoreError: the folder's name is not UTF-8.
     """
     _check_name(folder)
@@ -131,26 +138,26 @@ def read_manifest(folder: Path) -> Manifest:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise IndexNotFound(
-            f"there is no index in {folder}: {MANIFEST} is missing. Make one: `genret index`."
+            f"there is no index in {folder}: {MANIFEST} is missing. Create one with `genret index`."
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise IndexDamaged(f"{path} is damaged: {error}. Restore it, or make the index anew.") from error
+        raise IndexDamaged(f"{path} is damaged: {error}. Restore it, or create the index again.") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if not isinstance(raw, dict) or type(version) is not int or version not in READABLE:
         raise IndexVersionError(
             f"{path} has format version {version!r}, this release reads {' and '.join(map(str, READABLE))}. "
-            "Install the release that wrote it, or make the index anew with `genret index`."
+            "Install the release that wrote it, or create the index again with `genret index`."
         )
     recorded = raw.pop(_CHECKSUM, None)
     if recorded != _checksum(raw) and not (recorded is None and version < FORMAT_VERSION):
         raise IndexDamaged(
-            f"{path} is damaged: it differs from its own checksum. Restore it, or make the index anew. Nothing in it "
-            "is meant to be changed by hand."
+            f"{path} is damaged: it differs from its own checksum. Restore it, or create the index again. "
+            "Do not edit it by hand."
         )
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        raise IndexDamaged(f"{path} is damaged: {error}. Restore it, or make the index anew.") from error
+        raise IndexDamaged(f"{path} is damaged: {error}. Restore it, or create the index again.") from error
 
 
 def readable_manifest(folder: Path) -> Manifest | None:
@@ -162,22 +169,23 @@ def readable_manifest(folder: Path) -> Manifest | None:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """What `manifest.json` holds: the manifest, and the checksum of it."""
+    """Return the content of `manifest.json`: the manifest and its checksum."""
     raw = manifest.model_dump(mode="json")
     return json.dumps({**raw, _CHECKSUM: _checksum(raw)}, indent=1, ensure_ascii=False)
 
 
 def _checksum(raw: dict[str, Any]) -> str:
-    """Of what a manifest says, not of how it is set."""
+    """Return the checksum of a manifest's content, independent of its formatting."""
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
 def only_writer_of(folder: Path) -> Iterator[None]:
-    """Keep other writers out of an index folder, for `commit`.
+    """Lock an index folder against other writers, for `commit`.
 
     Raises:
-        IndexBusy: another one has been writing for `LOCK_WAIT_S`. NotWritten: the disk is full, or read only.
+        IndexBusy: another process has held the lock for `LOCK_WAIT_S`.
+        NotWritten: the disk is full or read-only.
     """
     busy = f"another process is writing {folder}: wait until it is done, and run the command again."
     with writing(folder), only_writer(folder / LOCK, busy=busy, wait_s=LOCK_WAIT_S):
@@ -185,18 +193,18 @@ def only_writer_of(folder: Path) -> Iterator[None]:
 
 
 def check_unchanged(folder: Path, manifest: Manifest) -> None:
-    """Raise IndexChanged unless `manifest` is the one that lies there; inside `only_writer_of`."""
+    """Raise IndexChanged unless `manifest` is the one on disk. Call it inside `only_writer_of`."""
     if read_manifest(folder) != manifest:
         raise IndexChanged(
             f"{folder} was changed by another process since it was read. Nothing was stored: run the command again, "
-            "or, in a program, load the index anew."
+            "or, in a program, load the index again."
         )
 
 
 def commit(folder: Path, manifest: Manifest, write: Callable[[Path], None], *, keep: Callable[[str], bool]) -> None:
-    """Write new files, then the manifest that names them and the kept ones, in one rename; inside `only_writer_of`.
+    """Write new files, then replace the manifest by one that lists the new and the kept files, in one rename.
 
-    On an error the index is as it was, and nothing else is left.
+    Call it inside `only_writer_of`. After an error the index is unchanged, and no other files are left.
     """
     data, temporary = folder / f"data-{uuid.uuid4().hex[:12]}", folder / f"{MANIFEST}.{uuid.uuid4().hex[:12]}"
     try:
@@ -211,7 +219,7 @@ def commit(folder: Path, manifest: Manifest, write: Callable[[Path], None], *, k
         update = {"files": files, "format_version": FORMAT_VERSION}
         temporary.write_text(manifest_text(manifest.model_copy(update=update)), encoding="utf-8")
         sync(temporary)
-        sync(folder)  # the names of the new files are on the disk before a manifest names them
+        sync(folder)  # directory entries of the new files must be on the disk before a manifest lists them
         temporary.replace(folder / MANIFEST)
         sync(folder)
     finally:
@@ -219,7 +227,7 @@ def commit(folder: Path, manifest: Manifest, write: Callable[[Path], None], *, k
 
 
 def _remove_unnamed(folder: Path) -> None:
-    """Remove what the manifest on disk does not name; nothing where that is not known."""
+    """Remove data folders and temporary files that the manifest on disk does not list. Keep all if it is damaged."""
     try:
         named = {Path(entry.path).parts[0] for entry in read_manifest(folder).files.values()}
     except IndexNotFound:
@@ -235,17 +243,17 @@ def _remove_unnamed(folder: Path) -> None:
 
 
 def verify(path: Path, entry: FileEntry) -> None:
-    """Hold a file against its entry in the manifest.
+    """Verify a file against its entry in the manifest.
 
     Raises:
-        IndexDamaged: it is not there, or has another size or checksum.
+        IndexDamaged: the file is missing, or has another size or checksum.
     """
     try:
         present = path.is_file()
-    except OSError:  # a name that no file can have
+    except OSError:  # the name is invalid on this file system
         present = False
     if not present:
-        raise IndexDamaged(f"{path} is missing. Restore it, or make the index anew with `genret index`.")
+        raise IndexDamaged(f"{path} is missing. Restore it, or create the index again with `genret index`.")
     try:
         differs = path.stat().st_size != entry.size or _sha256(path) != entry.sha256
     except OSError as error:
@@ -253,7 +261,7 @@ def verify(path: Path, entry: FileEntry) -> None:
     if differs:
         raise IndexDamaged(
             f"{path} differs from its recorded checksum ({path.stat().st_size} bytes, {entry.size} expected). "
-            "Restore it, or make the index anew with `genret index`."
+            "Restore it, or create the index again with `genret index`."
         )
 
 

@@ -1,6 +1,7 @@
 """Load the base model of an index, or the model with its trained weights merged in.
 
-Checks model and tokenizer against the fingerprints of the index. Needs torch and transformers; loads on first use.
+Model and tokenizer are checked against the fingerprints of the index. Depends on torch and transformers; independent
+of training. It is imported on first use.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from llama_index_genret.store.model_state import (
 def load_trained(
     index: Index, *, device: str = "auto", dtype: str = "auto", base: str | None = None, update: bool = True
 ) -> Mllm:
-    """The index's model with its trained weights merged in.
+    """Return the index's model with its trained weights merged in.
 
     Args:
-        base: another place of the same base model, if it has moved.
-        update: whether that of the index, if it has one, is among the weights.
+        base: another location of the same base model, if it has moved.
+        update: True merges the index's update, if it has one.
     Raises:
-        NotTrained: the index has no trained weights. ModelMismatch: `base` is another model or tokenizer.
+        NotTrained: the index has no trained weights.
+        ModelMismatch: `base` is another model or tokenizer.
     """
     if not index.is_trained:
         raise NotTrained(f"{index.folder} has no trained weights yet: run `genret train {index.folder}`.")
@@ -48,7 +50,7 @@ def load_trained(
 
 @torch.no_grad()
 def _set_new_rows(model: Any, index: Index) -> None:
-    """In place. What is merged in later replaces those of symbols that it was trained on."""
+    """Set the rows of new symbols, in place. An adapter merged later replaces the rows of symbols it was trained on."""
     new = stored_new_rows(index)
     if new is None:
         return
@@ -59,15 +61,19 @@ def _set_new_rows(model: Any, index: Index) -> None:
 
 
 def load_base(index: Index, *, device: str = "auto", dtype: str = "auto", base: str | None = None) -> Mllm:
-    """The index's base model, checked to be the same, with room for the index's symbols."""
+    """Return the index's base model, with embeddings resized for the index's symbols.
+
+    Raises:
+        ModelMismatch: the weights or the tokenizer differ from those of the index.
+    """
     where = base or index.manifest.model.name_or_path
     mllm = load_mllm(where, device=device, dtype=dtype)
     check_tokenizer(index, mllm.tokenizer, where)
     found = fingerprint(mllm.model)
     if found != index.manifest.model.fingerprint:
         raise ModelMismatch(
-            f"the weights of {where} (fingerprint {found[:12]}) are not those that {index.folder} was made with "
-            f"({index.manifest.model.name_or_path}, {index.manifest.model.fingerprint[:12]}). Name the right model."
+            f"the weights of {where} (fingerprint {found[:12]}) differ from those that {index.folder} was created with "
+            f"({index.manifest.model.name_or_path}, {index.manifest.model.fingerprint[:12]}). Pass the right model."
         )
     rows = mllm.model.get_input_embeddings().weight.shape[0]
     if index.tokenizer.vocab_size > rows:

@@ -21,13 +21,16 @@ EDITS = "edits.safetensors"
 
 
 def load_index(folder: Path) -> Index:
-    """Open an index. Every file that is read is held against its checksum first, the trie's too, which is then
-    memory-mapped. Trained weights are not read; `Index.file` verifies them when they are.
+    """Open an index.
 
-    What another process writes meanwhile is no error: the newer version is read.
+    Every file is verified against its checksum before it is read. The trie is then memory-mapped. Trained weights are
+    not read; `Index.file` verifies them later. If another process replaces the index meanwhile, the newer version is
+    loaded.
 
     Raises:
-        IndexNotFound, IndexVersionError, IndexDamaged: as their names say; each names the file.
+        IndexNotFound: the folder has no manifest.
+        IndexVersionError: this release does not read the format version.
+        IndexDamaged: a file is missing, differs from its checksum or cannot be used; the error names the file.
     """
     while True:
         manifest = read_manifest(folder)
@@ -41,7 +44,7 @@ def load_index(folder: Path) -> Index:
 def _open(folder: Path, manifest: Manifest) -> Index:
     def verified_file(name: str) -> Path:
         if name not in manifest.files:
-            raise IndexDamaged(f"{folder / MANIFEST} names no file {name!r}. Make the index anew with `genret index`.")
+            raise IndexDamaged(f"{folder / MANIFEST} lists no file {name!r}. Create the index again: `genret index`.")
         path = folder / manifest.files[name].path
         verify(path, manifest.files[name])
         return path
@@ -50,7 +53,10 @@ def _open(folder: Path, manifest: Manifest) -> Index:
     records, identifiers = read_records(verified_file(RECORDS), folders)
     tokenizer = IndexTokenizer.from_file(verified_file("tokenizer.json"))
     if tokenizer.fingerprint != manifest.tokenizer:
-        raise IndexDamaged(f"{folder / MANIFEST} records another tokenizer than tokenizer.json beside it.")
+        raise IndexDamaged(
+            f"{folder / MANIFEST} and tokenizer.json have different tokenizer fingerprints. Restore the index, or "
+            "create it again."
+        )
     edits = verified_file(EDITS) if EDITS in manifest.files else None
     return Index(
         folder=folder,
@@ -73,9 +79,9 @@ def _open_trie(path: Path, leaf_to_record: Path, edits: Path | None, n_records: 
         if trie.live is not None:
             rows = rows[trie.live.contains(np.arange(trie.n_leaves))]
         if not np.array_equal(np.sort(rows), np.arange(n_records)):
-            raise ValueError(f"{len(rows)} identifiers do not stand for {n_records} images, each once")
+            raise ValueError(f"{len(rows)} identifiers do not map one to one to {n_records} images")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, IdentifierError) as error:
         raise IndexDamaged(
-            f"the identifiers in {path.parent} cannot be used: {error}. Restore the index, or make it anew."
+            f"the identifiers in {path.parent} cannot be used: {error}. Restore the index, or create it again."
         ) from error
     return trie

@@ -1,8 +1,8 @@
-"""Queries that a model has written of the images, and how they are stored: beside the records, never in them.
+"""Store pseudo-queries, which a model writes for the images, beside the records and never in them.
 
-    pseudo_queries.jsonl     one image a line, with the texts, and which model wrote them in which way
+    pseudo_queries.jsonl     one image per line: the texts, and the model and settings that generated them
 
-Knows the format; nothing of models, or of how the texts are made (`pseudo_queries`).
+Depends on the file format; independent of models. `training.pseudo_queries` generates the texts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PSEUDO_QUERIES = "pseudo_queries.jsonl"
 
 
 class PseudoQuery(BaseModel):
-    """A query that a model has written. kind: of what it was asked to tell: `scene`, `object` or `relation`."""
+    """A query that a model has generated. kind: the subject that its prompt requests: `scene`, `object`, `relation`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     text: str
@@ -28,10 +28,13 @@ class PseudoQuery(BaseModel):
 
 
 class Provenance(BaseModel):
-    """Where queries come from.
+    """The model and the settings that generated pseudo-queries.
 
-    model: its folder, hub id, or the name that a server serves. fingerprint: of its weights, None where they were not
-    looked at: those of a server or of `vllm.LLM`. style: sha256 of the sample queries, None without them.
+    model: folder, hub id, or model name on a server.
+    fingerprint: fingerprint of the model's weights; None for a server or `vllm.LLM`, whose weights are not read.
+    written_by: the kind of writer.
+    seed, temperature: sampling settings.
+    style: sha256 of the sample queries, None without them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,7 +47,7 @@ class Provenance(BaseModel):
 
 
 class ImagePseudoQueries(BaseModel):
-    """What was written of one image. wanted: how many were asked for; there may be fewer, or none."""
+    """The pseudo-queries of one image. wanted: number of requested queries; there may be fewer, or none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     image_id: str
@@ -55,30 +58,30 @@ class ImagePseudoQueries(BaseModel):
 
 
 def text_key(text: str) -> str:
-    """Texts with one key differ only in case, spaces and punctuation."""
+    """Return a key that is equal for texts that differ only in case, spaces and punctuation."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(re.sub(r"[^\w\s]|_", " ", folded).split())
 
 
-def write_pseudo_queries(into: Path, written: Iterable[ImagePseudoQueries]) -> None:
-    """Write `pseudo_queries.jsonl`."""
+def write_pseudo_queries(into: Path, pseudo_queries: Iterable[ImagePseudoQueries]) -> None:
+    """Write `pseudo_queries.jsonl` into a folder."""
     with (into / PSEUDO_QUERIES).open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(f"{line.model_dump_json()}\n" for line in written)
+        file.writelines(f"{line.model_dump_json()}\n" for line in pseudo_queries)
 
 
 def read_pseudo_queries(path: Path) -> list[ImagePseudoQueries]:
-    """Read it.
+    """Read `pseudo_queries.jsonl`.
 
     Raises:
-        IndexDamaged: a line is broken; names file and line.
+        IndexDamaged: a line cannot be parsed; the error names file and line.
     """
-    written = []
+    parsed = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                written.append(ImagePseudoQueries.model_validate_json(line))
+                parsed.append(ImagePseudoQueries.model_validate_json(line))
             except ValidationError as error:
                 raise IndexDamaged(
-                    f"{path}, line {number}: {error}. Install the release that wrote it, or write the queries anew."
+                    f"{path}, line {number}: {error}. Install the release that wrote it, or generate the queries again."
                 ) from error
-    return written
+    return parsed

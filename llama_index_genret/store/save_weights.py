@@ -1,9 +1,9 @@
-"""What was learnt of an index, stored in place of what was learnt before: trained weights, and what was tuned of them.
+"""Store trained weights and tuned scoring in an index, in place of earlier ones.
 
-Images may be added or removed while a training runs: weights are stored on top of the index as it is by then.
-All raise IndexBusy and NotWritten where the index cannot be written now; it is as it was then.
+Images may be added or removed while a training runs: weights are stored on top of the current version of the index.
+All functions raise IndexBusy and NotWritten if the index cannot be written. The index is then unchanged.
 
-Knows the index and files; nothing of models.
+Depends on the index and files; independent of models.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ def store_adapter(index: Index, source: Path, training: Mapping[str, Any]) -> In
     The prior and the tuning of earlier weights are dropped.
 
     Args:
-        index: as it was trained.
+        index: the version that was trained.
+        source: folder of the adapter's files.
+        training: options and history of the training.
     Raises:
-        IndexChanged: images with symbols of their own joined meanwhile, for which the weights have no rows.
+        IndexChanged: images with new symbols were added meanwhile, for which the weights have no rows.
     """
 
     def check(now: Manifest) -> None:
         if now.tokenizer != index.manifest.tokenizer:
             raise IndexChanged(
-                f"{index.folder} got images with symbols of their own while it was trained, which the weights lack. "
+                f"{index.folder} got images with symbols of their own while it was trained. The weights lack them. "
                 f"Nothing was stored: run `genret train {index.folder}` again."
             )
 
@@ -48,19 +50,21 @@ def store_adapter(index: Index, source: Path, training: Mapping[str, Any]) -> In
 
 
 def store_update(index: Index, source: Path, training: Mapping[str, Any]) -> Index:
-    """Store an adapter on top of the trained weights, in place of an earlier update; prior and tuning are dropped.
+    """Store an adapter on top of the trained weights, in place of an earlier update. Prior and tuning are dropped.
 
     Args:
-        index: as it was trained.
+        index: the version that was trained.
+        source: folder of the adapter's files.
+        training: options and history of the update.
     Raises:
-        IndexChanged: the weights below it were trained again meanwhile.
+        IndexChanged: the weights below the update were trained again meanwhile.
     """
 
     def check(now: Manifest) -> None:
         below = f"{ADAPTER}{MODEL}"
         if now.files.get(below) != index.manifest.files.get(below):
             raise IndexChanged(
-                f"{index.folder} was trained again while an update of its earlier weights was made. Nothing was "
+                f"{index.folder} was trained again while an update of its earlier weights was trained. Nothing was "
                 f"stored: run `genret train {index.folder} --update` again."
             )
 
@@ -68,10 +72,10 @@ def store_update(index: Index, source: Path, training: Mapping[str, Any]) -> Ind
 
 
 def drop_update(index: Index) -> Index:
-    """The index with the weights that it had before its update, to the byte; prior and tuning are dropped.
+    """Restore the exact weights from before the update. Prior and tuning are dropped.
 
     Raises:
-        NotTrained: it has no update.
+        NotTrained: the index has no update.
     """
     if not has_update(index):
         raise NotTrained(f"{index.folder} has no update to drop: its weights are those of `genret train`.")
@@ -85,10 +89,13 @@ def _store(
     sources: Mapping[str, Path],
     check: Callable[[Manifest], None] = lambda now: None,
 ) -> Index:
-    """Other weights: `replaced` are prefixes of logical names, `sources` the folders that take their place.
+    """Store other weights in one commit.
 
     Args:
-        check: raises where they do not go with the index as it is now.
+        fields: manifest fields to set.
+        replaced: prefixes of the logical names of files to drop.
+        sources: folders of new files, keyed by their prefix.
+        check: raises IndexChanged if the weights do not fit the current manifest.
     """
 
     def write(into: Path) -> None:
@@ -105,15 +112,19 @@ def _store(
 
 
 def store_tuning(index: Index, log_prior: NDArray[np.float32], tuned: TunedScoring) -> Index:
-    """Store the prior of every record, and how hits are ranked from now on, in place of earlier ones.
+    """Store the prior of every record and the default scoring of hits, in place of earlier ones.
 
     Args:
-        log_prior: (records,) natural logarithms, finite; NaN of an image without one.
+        log_prior: (records,) natural logarithms, finite; NaN for an image without a prior.
+        tuned: the default scoring.
     Raises:
-        IndexChanged: the index was trained or edited meanwhile: the prior is of what it was.
+        IndexChanged: the index was trained or edited meanwhile, so that the prior is outdated.
+        StoreError: `log_prior` has another shape or an infinite value.
     """
     if log_prior.shape != (len(index.records),) or np.isinf(log_prior).any():
-        raise StoreError(f"a prior is ({len(index.records)},) of finite numbers or NaN, not {log_prior!r}.")
+        raise StoreError(
+            f"log_prior must be finite numbers or NaN of shape ({len(index.records)},), got {log_prior!r}."
+        )
     manifest = index.manifest.model_copy(update={"tuned": tuned})
     with only_writer_of(index.folder):
         if read_manifest(index.folder) != index.manifest:

@@ -1,6 +1,6 @@
-"""How found images are ranked beyond log p(id | query), and what of it was chosen on a validation split.
+"""Options that rank hits beyond log p(id | query), set by the user or tuned on a validation set.
 
-Knows numbers only.
+Depends on numbers only; independent of the search and of models.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ RerankBy = Literal["identifier", "image"]
 
 @dataclass(frozen=True)
 class Scoring:
-    """Images are ranked by log p(id | query) - eta * log p(id) [+ rerank_weight * log p(query | image)].
+    """Rank images by log p(id | query) - eta * log p(id) [+ rerank_weight * log p(query | image)].
 
-    eta: 0 for no prior.
-    rerank: how many of the best are ranked anew, 0 for none; never fewer than the results wanted.
-    rerank_by: whether the model is told the image by its "identifier", which is cheap, or shown the "image" itself.
+    eta: weight of the prior, 0 for no prior.
+    rerank: number of best hits to re-rank, 0 for none; at least the number of requested results is re-ranked.
+    rerank_weight: weight of log p(query | image).
+    rerank_by: "identifier" conditions the model on the image's identifier, which is cheap; "image" on the image itself.
     Raises:
-        SearchError: a number is negative or not finite, or `rerank_by` is neither.
+        SearchError: a number is negative or not finite, or `rerank_by` has another value.
     """
 
     eta: float = 0.0
@@ -35,18 +36,18 @@ class Scoring:
     def __post_init__(self) -> None:
         for name in ("eta", "rerank", "rerank_weight"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise SearchError(f"{name}={getattr(self, name)} must be at least 0, and finite.")
+                raise SearchError(f"{name} must be finite and at least 0, got {getattr(self, name)}.")
         if self.rerank_by not in get_args(RerankBy):
-            raise SearchError(f"rerank_by={self.rerank_by!r} is one of {', '.join(get_args(RerankBy))}.")
+            raise SearchError(f"unknown rerank_by {self.rerank_by!r}; choose from: {', '.join(get_args(RerankBy))}.")
 
     def __str__(self) -> str:
-        anew = f"the best {self.rerank} anew by {self.rerank_by}, weight {self.rerank_weight:g}"
-        return f"eta {self.eta:g}, {anew if self.rerank else 'none ranked anew'}"
+        reranked = f"best {self.rerank} re-ranked by {self.rerank_by}, weight {self.rerank_weight:g}"
+        return f"eta {self.eta:g}, {reranked if self.rerank else 'no re-ranking'}"
 
 
 @dataclass(frozen=True)
 class ScoringChoice:
-    """What a user says of a `Scoring`; None leaves it to the index."""
+    """The user's choice of `Scoring` fields. None takes the index's value."""
 
     eta: float | None = None
     rerank: int | None = None
@@ -54,12 +55,12 @@ class ScoringChoice:
     rerank_by: RerankBy | None = None
 
     def over(self, default: Scoring) -> Scoring:
-        """The choice where there is one, else the default."""
+        """Return `default` with the chosen fields replaced."""
         return replace(default, **{name: value for name, value in vars(self).items() if value is not None})
 
 
 class TunedScoring(BaseModel):
-    """What `genret tune` chose on `queries` validation queries; none where it only computed the prior."""
+    """The scoring that `genret tune` chose. queries: number of validation queries, 0 if it only computed the prior."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     scoring: Scoring

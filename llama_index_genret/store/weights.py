@@ -1,12 +1,13 @@
-"""What an index keeps of its training, file by file, and what names the weights that follow from them.
+"""Files of trained weights in an index, and the id of the weights that result from them.
 
-    adapter/                of `genret train`: an adapter, and which images it was trained on
-    update/                 of `genret train --update`: another one on top of it, likewise; at most one
-    new_rows.safetensors    rows of symbols that joined after `genret train`
+    adapter/                adapter of `genret train`, with the list of images it was trained on
+    update/                 adapter of `genret train --update` on top of it, with its list of images; at most one
+    new_rows.safetensors    rows of symbols that were added after `genret train`
 
-Weights are the base model's with the new rows set, the adapter merged in and then the update: what was trained wins.
+The weights are the base model's with the new rows set, then the adapter and the update merged in. Trained rows thus
+replace predicted ones.
 
-Knows files; nothing of torch, PEFT or of a loaded index.
+Depends on files; independent of torch, PEFT and a loaded index.
 """
 
 from __future__ import annotations
@@ -39,11 +40,14 @@ _ROWS = "rows"
 
 @dataclass(frozen=True)
 class NewRows:
-    """Rows of symbols that joined after the training, and how rows of further ones are guessed.
+    """Rows of symbols that were added after the training, and the regressions that predict rows of further symbols.
 
-    token_ids: (m,) int64. rows: by the name of a module of the model, the embeddings or the LM head, (m, d) float32.
-    regressions: likewise, the arrays of a `RowRegression`, kept because fitting it takes the features of many images;
-        empty where no row was guessed from a picture. of_captions: the same for captions, read by `teacher`.
+    token_ids: (m,) int64, the symbols.
+    rows: (m, d) float32, keyed by module name (embeddings or LM head).
+    regressions: arrays of a `RowRegression` on image features, keyed by module name. They are stored because fitting
+        needs the features of many images. Empty if no row was predicted from an image.
+    of_captions: arrays of a `RowRegression` on caption embeddings, keyed by module name; empty without any.
+    teacher: name of the text encoder of `of_captions`.
     """
 
     token_ids: NDArray[np.int64]
@@ -53,7 +57,7 @@ class NewRows:
     teacher: str = ""
 
     def save(self, path: Path) -> None:
-        """Write them as safetensors."""
+        """Write the rows and regressions as safetensors."""
         arrays: dict[str, NDArray[Any]] = {"token_ids": self.token_ids}
         if self.of_captions:
             arrays[_TEACHER] = np.frombuffer(self.teacher.encode(), np.uint8)
@@ -65,11 +69,11 @@ class NewRows:
 
     @classmethod
     def load(cls, path: Path) -> NewRows:
-        """Read what `save` wrote."""
+        """Read a file that `save` wrote."""
         arrays = read_safetensors(path)
         token_ids, teacher = arrays.pop("token_ids"), arrays.pop(_TEACHER, np.zeros(0, np.uint8))
         rows: dict[str, NDArray[Any]] = {}
-        of_pictures: dict[str, dict[str, NDArray[Any]]] = {}
+        of_images: dict[str, dict[str, NDArray[Any]]] = {}
         of_captions: dict[str, dict[str, NDArray[Any]]] = {}
         for key, array in arrays.items():
             module, _, name = key.partition("/")
@@ -78,12 +82,12 @@ class NewRows:
             elif name.startswith(_CAPTIONS):
                 of_captions.setdefault(module, {})[name.removeprefix(_CAPTIONS)] = array
             else:
-                of_pictures.setdefault(module, {})[name] = array
-        return cls(token_ids, rows, of_pictures, of_captions, bytes(teacher).decode())
+                of_images.setdefault(module, {})[name] = array
+        return cls(token_ids, rows, of_images, of_captions, bytes(teacher).decode())
 
 
 def weights_id(files: Mapping[str, FileEntry]) -> str | None:
-    """Twelve hex digits that name the trained weights, None without them."""
+    """Return twelve hex digits that identify the trained weights, or None without them."""
     names = (f"{ADAPTER}{MODEL}", NEW_ROWS, f"{UPDATE}{MODEL}")
     found = {name: files[name].sha256 for name in names if name in files}
     if names[0] not in found:
@@ -94,16 +98,16 @@ def weights_id(files: Mapping[str, FileEntry]) -> str | None:
 
 
 def image_key(record: Record, identifier: Identifier) -> str:
-    """Sixteen hex digits of what a training teaches: this picture of this id, under this identifier."""
+    """Return sixteen hex digits of a hash of the trained triple: image id, image content and identifier."""
     return hashlib.sha256(json.dumps([record.image_id, record.sha256, identifier]).encode()).hexdigest()[:16]
 
 
 def write_images(into: Path, records: Iterable[Record], identifiers: Sequence[Identifier]) -> None:
-    """Note which images the adapter in a folder was trained on."""
+    """Write the list of images that the adapter in a folder was trained on."""
     keys = sorted(image_key(record, identifier) for record, identifier in zip(records, identifiers, strict=True))
     (into / IMAGES).write_text(json.dumps(keys), encoding="utf-8")
 
 
 def read_images(path: Path) -> frozenset[str]:
-    """The `image_key` of every image of a training."""
+    """Return the `image_key` of every image of a training."""
     return frozenset(json.loads(path.read_text(encoding="utf-8")))

@@ -107,8 +107,8 @@ def test_of_equal_ones_no_prior_and_no_reranking_is_chosen(index, scorer):
     assert tuned.scoring() == Scoring(rerank_weight=0.0)
     assert len(trials) > 50
     assert (str(tuned.scoring()), str(Scoring(0.5, 5, 0.1))) == (
-        "eta 0, none ranked anew",
-        "eta 0.5, the best 5 anew by identifier, weight 0.1",
+        "eta 0, no re-ranking",
+        "eta 0.5, best 5 re-ranked by identifier, weight 0.1",
     )
 
 
@@ -167,7 +167,7 @@ def test_a_prior_is_not_stored_over_an_index_that_was_changed_meanwhile(index, s
 
 @pytest.mark.parametrize("bad", [np.zeros(3, np.float32), np.full(20, -np.inf, np.float32)])
 def test_what_is_no_prior_of_the_images_is_not_stored(index, bad):
-    with pytest.raises(StoreError, match="a prior is"):
+    with pytest.raises(StoreError, match="log_prior must be"):
         store_tuning(index, bad, TunedScoring(scoring=Scoring(), queries=0))
 
 

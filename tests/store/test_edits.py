@@ -1,4 +1,4 @@
-"""Adding and removing images: one write, found at once or gone at once, and nothing else changes."""
+"""Adding and removing images is one atomic write, takes effect at once and changes nothing else."""
 
 import dataclasses
 import json
@@ -38,46 +38,42 @@ def index(untrained_index, tmp_path):
 
 @pytest.fixture(scope="session")
 def more_pictures(tmp_path_factory):
-    """Four other pictures in another folder, one of them like one that is there."""
+    """Create four images in another folder. One of them is a copy of an indexed image."""
     folder = tmp_path_factory.mktemp("more") / "pictures"
-    shutil.copy(draw_pictures(tmp_path_factory.mktemp("drawn") / "all") / "red-circle.png", _made(folder) / "twin.png")
+    folder.mkdir(parents=True)
+    shutil.copy(draw_pictures(tmp_path_factory.mktemp("drawn") / "all") / "red-circle.png", folder / "twin.png")
     for number in range(3):
         Image.new("RGB", (64, 64), (40 * number, 200, 90)).save(folder / f"plain-{number}.png")
     return folder
 
 
-def _made(folder):
-    folder.mkdir(parents=True)
-    return folder
-
-
-def recalled(index, k=50):
+def recall_all(index, k=50):
     (ranking,) = recall(FakeScorer(index.tokenizer.vocab_size), index.trie, [Prompt((1, 2))], SearchOptions(k=k))
     return {index.record_of(hit).image_id: (index.identifier_of(hit), hit.log_prob) for hit in ranking.hits}
 
 
 def identifiers_of(index):
-    return {record.image_id: name for record, name in zip(index.records, index.identifiers, strict=True)}
+    return {record.image_id: identifier for record, identifier in zip(index.records, index.identifiers, strict=True)}
 
 
-def test_added_images_are_found_and_no_older_name_changes(index, more_pictures, tiny_mllm):
+def test_added_images_are_found_and_old_identifiers_stay(index, more_pictures, tiny_mllm):
     before = identifiers_of(index)
     grown = add_to_index(index, read_corpus(more_pictures).records, tiny_mllm)
-    assert recalled(grown).keys() == before.keys() | {"twin", "plain-0", "plain-1", "plain-2"}
+    assert recall_all(grown).keys() == before.keys() | {"twin", "plain-0", "plain-1", "plain-2"}
     assert {image_id: identifiers_of(grown)[image_id] for image_id in before} == before
-    assert recalled(load_index(index.folder)) == recalled(grown)
+    assert recall_all(load_index(index.folder)) == recall_all(grown)
     assert all(record.path.is_file() for record in load_index(index.folder).records)
 
 
-def test_an_image_like_one_that_is_there_gets_its_codes_and_a_suffix(index, more_pictures, tiny_mllm):
-    names = identifiers_of(add_to_index(index, read_corpus(more_pictures).records, tiny_mllm))
-    first, twin = names["red-circle"], names["twin"]
+def test_copy_of_an_image_gets_its_codes_and_a_suffix(index, more_pictures, tiny_mllm):
+    identifiers = identifiers_of(add_to_index(index, read_corpus(more_pictures).records, tiny_mllm))
+    first, twin = identifiers["red-circle"], identifiers["twin"]
     assert twin[:2] == first[:2]
     assert twin != first
     assert twin[2].startswith("<s_")
 
 
-def test_what_is_there_already_is_refused_and_nothing_is_written(index, tiny_mllm, pictures):
+def test_known_and_unknown_ids_are_refused_without_a_write(index, tiny_mllm, pictures):
     manifest = (index.folder / "manifest.json").read_bytes()
     with pytest.raises(DuplicateImage, match=r"'red-circle' already \(20 of 20"):
         add_to_index(index, read_corpus(pictures).records, tiny_mllm)
@@ -86,19 +82,17 @@ def test_what_is_there_already_is_refused_and_nothing_is_written(index, tiny_mll
     assert (index.folder / "manifest.json").read_bytes() == manifest
 
 
-def test_a_removed_image_is_gone_and_its_share_of_the_probability_goes_to_the_others(index):
+def test_removal_redistributes_the_probability(index):
     left = remove_images(index, ["red-circle", "blue-bar"])
-    found = recalled(left)
-    assert found.keys() == recalled(index).keys() - {"red-circle", "blue-bar"}
+    found = recall_all(left)
+    assert found.keys() == recall_all(index).keys() - {"red-circle", "blue-bar"}
     assert sum(pow(2.718281828459045, log_prob) for _, log_prob in found.values()) == pytest.approx(1.0)
     assert "red-circle" not in (index.folder / left.manifest.files["records.jsonl"].path).read_text()
-    assert recalled(load_index(index.folder)) == found
+    assert recall_all(load_index(index.folder)) == found
 
 
-def test_removing_and_adding_again_in_any_order_gives_an_index_that_holds_what_it_should(
-    index, more_pictures, tiny_mllm, pictures
-):
-    """Small edits lie beside the trie; a large one writes it anew."""
+def test_series_of_edits_yields_the_expected_images(index, more_pictures, tiny_mllm, pictures):
+    """Small edits are stored beside the trie. A large one rewrites it."""
     everything = {record.image_id: record for record in read_corpus(pictures).records}
     trie_file = index.manifest.files["trie.bin"].path
     index = remove_images(index, ["red-circle"])
@@ -110,19 +104,19 @@ def test_removing_and_adding_again_in_any_order_gives_an_index_that_holds_what_i
     index = remove_images(index, ["twin"])
     index = add_to_index(index, [everything["red-circle"]], tiny_mllm)
     expected = everything.keys() | {"plain-0", "plain-1", "plain-2"}
-    assert recalled(index).keys() == expected == index.rows_by_id.keys()
+    assert recall_all(index).keys() == expected == index.rows_by_id.keys()
     allowed = index.leaf_filter(RecordFilters.equal({"color": "red"}))
     (ranking,) = recall(FakeScorer(400), index.trie, [Prompt((1,))], SearchOptions(k=9, leaf_filter=allowed))
     assert {index.record_of(hit).metadata["color"] for hit in ranking.hits} == {"red"}
     assert len(ranking.hits) == 4
 
 
-def test_the_last_image_may_be_removed_and_an_empty_index_finds_nothing(index, tiny_mllm, more_pictures):
+def test_index_without_images_finds_nothing_and_grows_again(index, tiny_mllm, more_pictures):
     empty = remove_images(index, list(index.rows_by_id))
-    assert recalled(empty) == {}
+    assert recall_all(empty) == {}
     assert empty.leaf_filter(RecordFilters(filters=[])).n_allowed == 0
     grown = add_to_index(empty, read_corpus(more_pictures).records, tiny_mllm)
-    assert recalled(grown).keys() == {"twin", "plain-0", "plain-1", "plain-2"}
+    assert recall_all(grown).keys() == {"twin", "plain-0", "plain-1", "plain-2"}
 
 
 @pytest.mark.parametrize("scheme", ["numeric", "string", "semantic"])
@@ -132,26 +126,26 @@ def test_schemes_without_features_grow_without_a_model(pictures, more_pictures, 
     grown = add_to_index(index, read_corpus(more_pictures).records)
     grown = add_to_index(grown, [dataclasses.replace(r, image_id=f"{r.image_id}-b") for r in grown.records[20:]])
     assert len(set(grown.identifiers)) == 28
-    assert recalled(grown).keys() == grown.rows_by_id.keys()
+    assert recall_all(grown).keys() == grown.rows_by_id.keys()
     assert {image_id: identifiers_of(grown)[image_id] for image_id in before} == before
 
 
-def test_codes_of_captions_are_frozen_and_need_an_encoder_but_no_model(pictures, tiny_mllm, encoder, tmp_path):
-    """An image whose captions mean what those of another do gets its codes, however it looks."""
+def test_caption_codes_are_frozen_and_need_no_model(pictures, tiny_mllm, encoder, tmp_path):
+    """Two images with the same captions get the same codes, even if the images differ."""
     corpus = read_corpus(pictures)
     index = build_index(corpus, tmp_path / "index", tiny_mllm, scheme_options={"encoder": encoder, "sizes": [5, 4]})
-    placed, _ = embed_by_captions(TextEncoder(encoder, device="cpu"), [record.captions for record in corpus.records])
-    codes = StructuredScheme(sizes=[5, 4], encoder=encoder).fit(ImageFacts(len(placed), placed), seed=0)
-    assert [name[:2] for name in index.identifiers] == [name[:2] for name in codes]
+    vectors, _ = embed_by_captions(TextEncoder(encoder, device="cpu"), [record.captions for record in corpus.records])
+    codes = StructuredScheme(sizes=[5, 4], encoder=encoder).fit(ImageFacts(len(vectors), vectors), seed=0)
+    assert [identifier[:2] for identifier in index.identifiers] == [identifier[:2] for identifier in codes]
     assert not needs_features(index)
     by_id = {record.image_id: record for record in corpus.records}
     red, blue = by_id["red-circle"], by_id["blue-bar"]
     added = dataclasses.replace(red, image_id="new", captions=blue.captions)
     grown = add_to_index(load_index(index.folder), [added])
-    names = identifiers_of(grown)
-    assert names["new"][:2] == names["blue-bar"][:2] != names["red-circle"][:2]
-    assert names["new"] != names["blue-bar"]
-    assert recalled(grown).keys() == {*identifiers_of(index), "new"}
+    identifiers = identifiers_of(grown)
+    assert identifiers["new"][:2] == identifiers["blue-bar"][:2] != identifiers["red-circle"][:2]
+    assert identifiers["new"] != identifiers["blue-bar"]
+    assert recall_all(grown).keys() == {*identifiers_of(index), "new"}
     bare = dataclasses.replace(red, image_id="bare", captions=())
     with pytest.raises(IdentifierError, match="1 of 2 images have no caption, 'bare' the first"):
         add_to_index(grown, [dataclasses.replace(added, image_id="newer"), bare])
@@ -161,16 +155,16 @@ def test_codes_of_captions_are_frozen_and_need_an_encoder_but_no_model(pictures,
 
 def test_one_symbol_per_image_grows_the_vocabulary(pictures, more_pictures, tiny_mllm, tmp_path):
     index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm, scheme="atomic")
-    names, symbols = identifiers_of(index), new_token_ids(index)
+    before, symbols = identifiers_of(index), new_token_ids(index)
     grown = add_to_index(index, read_corpus(more_pictures).records)
-    assert recalled(grown).keys() == grown.rows_by_id.keys()
-    assert {image_id: identifiers_of(grown)[image_id] for image_id in names} == names
+    assert recall_all(grown).keys() == grown.rows_by_id.keys()
+    assert {image_id: identifiers_of(grown)[image_id] for image_id in before} == before
     assert new_token_ids(grown) == [*symbols, *range(symbols[-1] + 1, symbols[-1] + 5)]
-    assert stored_new_rows(grown) is None  # the training will give them
+    assert stored_new_rows(grown) is None  # training creates the rows
 
 
 @pytest.mark.parametrize("point", ["write_records", "save_trie", "sync_tree", "replace", "_remove_unnamed"])
-def test_killed_at_any_point_of_an_edit_the_old_index_or_the_new_one_loads(index, point):
+def test_process_killed_during_an_edit_leaves_a_whole_index(index, point):
     code = f"""
         import os
         from pathlib import Path
@@ -182,17 +176,17 @@ def test_killed_at_any_point_of_an_edit_the_old_index_or_the_new_one_loads(index
         index = store.load_index(Path({str(index.folder)!r}))
         store.remove_images(index, [record.image_id for record in index.records[:5]])
     """
-    died = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
-    assert died.returncode == 9, died.stderr
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
     after = load_index(index.folder)
-    assert len(recalled(after)) == (15 if point == "_remove_unnamed" else 20)
+    assert len(recall_all(after)) == (15 if point == "_remove_unnamed" else 20)
     left = remove_images(after, ["yellow-bar"])
     assert {path.name for path in index.folder.iterdir()} == {"manifest.json"} | {
         Path(entry.path).parts[0] for entry in left.manifest.files.values()
     }
 
 
-def test_from_the_command_line(index, more_pictures, capsys):
+def test_add_and_remove_from_the_command_line(index, more_pictures, capsys):
     def run(*arguments):
         app([*map(str, arguments), "--json"], standalone_mode=False)
         return json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""Metadata filters over whole indexes: the same as LlamaIndex's own evaluator, record by record."""
+"""Metadata filters over a whole index equal LlamaIndex's own evaluator on each record."""
 
 from contextlib import nullcontext
 
@@ -33,8 +33,8 @@ LEAVES = st.builds(
 )
 
 
-def by_llama_index(filters, rows):
-    """Each record asked by LlamaIndex's evaluator, which refuses nesting: that much is added here."""
+def evaluate_with_llama_index(filters, rows):
+    """Evaluate the filters on each record with LlamaIndex's evaluator, which lacks nesting; this function adds it."""
 
     def passes(part, row):
         if not isinstance(part, llama_index_types.MetadataFilters):
@@ -49,7 +49,7 @@ def by_llama_index(filters, rows):
 
 
 def refuse_mistakes(leaf, known):
-    """What LlamaIndex lets pass everything or nothing, and we take for a mistake."""
+    """Raise TypeError for filters that LlamaIndex evaluates to everything or nothing, and that we refuse."""
     value, several = leaf["value"], isinstance(leaf["value"], list)
     if leaf["operator"] == "is_empty":
         return
@@ -63,7 +63,7 @@ def refuse_mistakes(leaf, known):
 
 
 @given(ROWS, LEAVES)
-def test_every_operator_means_what_it_means_in_llama_index(rows, leaf):
+def test_every_operator_equals_llama_index(rows, leaf):
     filters = {"filters": [leaf], "condition": "and"}
     theirs = llama_index_types.MetadataFilters.model_validate(filters)
     ours = RecordFilters.model_validate(theirs.model_dump(mode="json"))
@@ -73,7 +73,7 @@ def test_every_operator_means_what_it_means_in_llama_index(rows, leaf):
         return
     try:
         refuse_mistakes(leaf, [row.get(leaf["key"]) for row in rows])
-        expected = by_llama_index(theirs, rows)
+        expected = evaluate_with_llama_index(theirs, rows)
     except TypeError:
         with pytest.raises(FilterError, match="does not apply"):
             Columns(rows).record_mask(ours)
@@ -81,12 +81,12 @@ def test_every_operator_means_what_it_means_in_llama_index(rows, leaf):
     assert Columns(rows).record_mask(ours).tolist() == expected
 
 
-def says_nothing(tree):
-    """Whether an "or" or a "not" of nothing is in it."""
+def has_empty_condition(tree):
+    """Tell whether the filters contain an "or" or a "not" without conditions."""
     parts = tree.get("filters")
     if parts is None:
         return False
-    return (not parts and tree["condition"] in ("or", "not")) or any(map(says_nothing, parts))
+    return (not parts and tree["condition"] in ("or", "not")) or any(map(has_empty_condition, parts))
 
 
 @given(
@@ -101,23 +101,23 @@ def says_nothing(tree):
         max_leaves=6,
     ),
 )
-def test_nested_conditions_hold_as_in_llama_index(rows, tree):
+def test_nested_conditions_equal_llama_index(rows, tree):
     theirs = llama_index_types.MetadataFilters.model_validate({"filters": [tree]})
-    if says_nothing(tree):
-        with pytest.raises(ValidationError, match="of no filters says nothing"):
+    if has_empty_condition(tree):
+        with pytest.raises(ValidationError, match="has no filters"):
             RecordFilters.model_validate(theirs.model_dump(mode="json"))
         return
     ours = RecordFilters.model_validate(theirs.model_dump(mode="json"))
-    assert Columns(rows).record_mask(ours).tolist() == by_llama_index(theirs, rows)
+    assert Columns(rows).record_mask(ours).tolist() == evaluate_with_llama_index(theirs, rows)
 
 
-def test_equal_takes_a_value_or_several():
+def test_equal_accepts_one_value_or_a_list():
     rows = [{"color": color, "n": n} for n, color in enumerate(["red", "blue", "green", "red"])]
     wanted = RecordFilters.equal({"color": ["red", "green"], "n": 3})
     assert Columns(rows).record_mask(wanted).tolist() == [False, False, False, True]
 
 
-def test_what_does_not_apply_names_the_filter_and_the_known_keys():
+def test_error_contains_the_filter_and_the_known_keys():
     columns = Columns([{"color": "red"}])
     with pytest.raises(FilterError, match=r"color > 3 does not apply"):
         columns.record_mask(RecordFilters(filters=[RecordFilter(key="color", value=3, operator=">")]))
@@ -125,17 +125,18 @@ def test_what_does_not_apply_names_the_filter_and_the_known_keys():
         columns.record_mask(RecordFilters.equal({"size": 1}))
 
 
-@pytest.mark.parametrize(("depth", "taken"), [(MAX_DEPTH, True), (MAX_DEPTH + 1, False), (200, False)])
-def test_filters_that_lie_too_deep_are_refused_and_the_others_can_be_written_again(depth, taken):
+@pytest.mark.parametrize(("depth", "accepted"), [(MAX_DEPTH, True), (MAX_DEPTH + 1, False), (200, False)])
+def test_filters_nested_too_deep_are_refused(depth, accepted):
+    """Accepted filters can be serialised to JSON again."""
     nested = {"key": "color", "value": "red"}
     for _ in range(depth):
         nested = {"filters": [nested]}
-    with nullcontext() if taken else pytest.raises(ValidationError, match=f"at most {MAX_DEPTH} deep"):
+    with nullcontext() if accepted else pytest.raises(ValidationError, match=f"at most {MAX_DEPTH} deep"):
         filters = RecordFilters.model_validate(nested)
         assert RecordFilters.model_validate_json(filters.model_dump_json()) == filters
         assert Columns([{"color": "red"}]).record_mask(filters).tolist() == [True]
 
 
-def test_an_index_without_records_lets_nothing_pass():
+def test_filter_of_an_index_without_records_is_empty():
     assert Columns([]).record_mask(RecordFilters.equal({"size": 1})).dtype == np.bool_
     assert len(Columns([]).record_mask(RecordFilters.equal({"size": 1}))) == 0

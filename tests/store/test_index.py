@@ -1,4 +1,4 @@
-"""An index folder is whole or it is an error that names the file."""
+"""An index folder loads whole, or loading raises an error that names the file."""
 
 import json
 import shutil
@@ -36,21 +36,21 @@ def copied(untrained_index, tmp_path):
     return tmp_path / "index"
 
 
-def recalled(index):
+def recall_all(index):
     scorer = FakeScorer(index.tokenizer.vocab_size)
     hits = recall(scorer, index.trie, [Prompt((1, 2))], SearchOptions(k=20))[0].hits
     return [(index.record_of(hit).image_id, index.identifier_of(hit), hit.log_prob) for hit in hits]
 
 
-def test_a_loaded_index_recalls_like_the_one_that_was_written(untrained_index):
+def test_loaded_index_recalls_like_the_stored_one(untrained_index):
     loaded = load_index(untrained_index.folder)
-    assert recalled(loaded) == recalled(untrained_index)
-    assert len(recalled(loaded)) == 20
+    assert recall_all(loaded) == recall_all(untrained_index)
+    assert len(recall_all(loaded)) == 20
     assert loaded.records == untrained_index.records
     assert loaded.prompts == untrained_index.prompts
 
 
-def test_it_loads_the_same_in_a_new_process(untrained_index):
+def test_index_loads_the_same_in_a_new_process(untrained_index):
     code = f"""
         from pathlib import Path
         from llama_index_genret.store import check_free, load_index
@@ -60,14 +60,14 @@ def test_it_loads_the_same_in_a_new_process(untrained_index):
     assert output.stdout.split() == [record.image_id for record in untrained_index.records]
 
 
-def test_every_identifier_is_found_in_the_trie_under_its_own_record(untrained_index):
+def test_trie_maps_every_identifier_to_its_record(untrained_index):
     index = untrained_index
     for row, record in enumerate(index.records):
         node = np.array([index.trie.base.walk(index.token_ids(row))])
         assert index.records[int(index.trie.key(index.trie.base.leaf_rank(node))[0])] == record
 
 
-def test_a_flipped_byte_in_any_file_is_found_and_named(copied):
+def test_flipped_byte_in_any_file_is_an_error_with_its_name(copied):
     names = load_index(copied).manifest.files
     assert {"records.jsonl", "trie.bin", "tokenizer.json", "leaf_to_record.npy", "codebooks.safetensors"} == set(names)
     for name, entry in names.items():
@@ -83,7 +83,7 @@ def test_a_flipped_byte_in_any_file_is_found_and_named(copied):
     load_index(copied)
 
 
-def test_no_index_there_is_an_error_that_tells_how_to_make_one(tmp_path):
+def test_missing_index_error_contains_the_command_to_create_it(tmp_path):
     with pytest.raises(IndexNotFound, match="genret index"):
         load_index(tmp_path / "nowhere")
 
@@ -97,13 +97,13 @@ def test_another_format_version_is_an_error(copied, version):
 
 
 @pytest.mark.parametrize("content", ["", "{", f'{{"format_version": {FORMAT_VERSION}}}', "\x00"])
-def test_a_broken_manifest_is_an_error_that_names_it(copied, content):
+def test_broken_manifest_is_an_error_that_names_it(copied, content):
     (copied / "manifest.json").write_text(content)
     with pytest.raises(IndexDamaged, match=r"manifest\.json"):
         load_index(copied)
 
 
-def test_another_tokenizer_is_an_error_that_says_which_differs(untrained_index):
+def test_other_tokenizer_is_an_error_with_its_location(untrained_index):
     other = untrained_index.tokenizer.with_symbols(["<other>"])
     with pytest.raises(ModelMismatch, match="tokenizer of over there"):
         check_tokenizer(untrained_index, other, "over there")
@@ -111,7 +111,7 @@ def test_another_tokenizer_is_an_error_that_says_which_differs(untrained_index):
     check_tokenizer(untrained_index, base, "here")
 
 
-def test_metadata_filters_leave_the_matching_images_and_unknown_keys_are_errors(untrained_index):
+def test_filters_keep_matching_images_and_refuse_unknown_keys(untrained_index):
     allowed = untrained_index.leaf_filter(RecordFilters.equal({"color": "red"}))
     kept = [untrained_index.records[int(row)].metadata["color"] for row in untrained_index.trie.keys]
     assert allowed.n_allowed == 4 == kept.count("red")
@@ -119,7 +119,7 @@ def test_metadata_filters_leave_the_matching_images_and_unknown_keys_are_errors(
         untrained_index.leaf_filter(RecordFilters.equal({"size": "1"}))
 
 
-def test_an_index_is_replaced_only_when_asked_and_nothing_else_ever(untrained_index, copied, tmp_path):
+def test_only_an_index_is_replaced_and_only_with_overwrite(untrained_index, copied, tmp_path):
     check_free(tmp_path / "new")
     (tmp_path / "empty").mkdir()
     check_free(tmp_path / "empty")
@@ -131,7 +131,7 @@ def test_an_index_is_replaced_only_when_asked_and_nothing_else_ever(untrained_in
         check_free(tmp_path / "photos", overwrite=True)
 
 
-def test_a_folder_of_the_users_beside_the_index_files_survives_a_write(copied, tmp_path):
+def test_user_folder_in_the_index_folder_survives_a_write(copied, tmp_path):
     (copied / "data-2024").mkdir()
     (tmp_path / "adapter").mkdir()
     store.store_adapter(load_index(copied), tmp_path / "adapter", {})
@@ -142,8 +142,8 @@ CRASHES = ("write", "_sha256", "sync", "replace", "_remove_unnamed")
 
 
 @pytest.mark.parametrize("point", CRASHES)
-def test_killed_at_any_point_of_a_save_the_old_index_or_the_new_one_loads(copied, tmp_path, point):
-    """The writing process ends at once, without cleaning up, at the named point."""
+def test_process_killed_during_a_save_leaves_a_whole_index(copied, tmp_path, point):
+    """The writing process exits at the given point, without cleanup."""
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
@@ -159,12 +159,12 @@ def test_killed_at_any_point_of_a_save_the_old_index_or_the_new_one_loads(copied
         store.open.verify = lambda *_: None
         store.store_adapter(index, Path({str(adapter)!r}), {{"steps": 1}})
     """
-    before = recalled(load_index(copied))
-    died = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
-    assert died.returncode == 9, died.stderr
+    before = recall_all(load_index(copied))
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
     after = load_index(copied)
     assert after.is_trained == (point == "_remove_unnamed")
-    assert recalled(after) == before
+    assert recall_all(after) == before
     trained = store.store_adapter(after, adapter, {"steps": 1})
     assert trained.is_trained
     assert {path.name for path in copied.iterdir()} == {"manifest.json"} | {

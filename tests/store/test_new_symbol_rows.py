@@ -1,4 +1,4 @@
-"""Rows of symbols that join a trained index: guessed from pictures, set, kept through updates, and told to servers."""
+"""Rows of symbols added to a trained index: they are predicted, loaded, kept through updates and seen by servers."""
 
 import shutil
 from dataclasses import replace
@@ -35,14 +35,14 @@ def records(pictures):
 
 @pytest.fixture(scope="module")
 def truth(records, tiny_mllm):
-    """(20, 32): rows that follow from the features by a linear map."""
+    """Return (20, 32) rows that are a linear map of the features."""
     features = vision_features(tiny_mllm, [record.path for record in records])
     return features @ np.random.default_rng(0).normal(size=(features.shape[1], 32)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def trained(pictures, records, truth, tiny_mllm, tmp_path_factory):
-    """One symbol an image; the rows of the sixteen are those of `truth`."""
+    """Build and train an index with one symbol per image. The rows of its 16 images are those of `truth`."""
     folder, corpus = tmp_path_factory.mktemp("atomic"), read_corpus(pictures)
     index = build_index(replace(corpus, records=records[:OLD]), folder / "index", tiny_mllm, scheme="atomic")
     index = train(index, OPTIONS, device="cpu", show_progress=False)
@@ -63,25 +63,25 @@ def copy_of(index, folder):
 
 
 def rows_of(index):
-    """(images, d) as the loaded model has them."""
+    """Return the rows of the loaded model's embeddings, (images, d)."""
     embeddings = load_trained(index, device="cpu").model.get_input_embeddings().weight.detach().numpy()
     return embeddings[[index.token_ids(row)[0] for row in range(len(index.records))]]
 
 
-def cosine(ours, theirs):
-    """(ours, theirs)"""
-    norms = np.linalg.norm(ours, axis=1)[:, None] * np.linalg.norm(theirs, axis=1)
-    return ours @ theirs.T / norms
+def cosine(first, second):
+    """Return the cosine of every pair of rows, (rows of first, rows of second)."""
+    norms = np.linalg.norm(first, axis=1)[:, None] * np.linalg.norm(second, axis=1)
+    return first @ second.T / norms
 
 
-def recalled(index):
+def recall_all(index):
     scorer = TransformersScorer(load_trained(index, device="cpu"))
     prompt = index.prompts.for_query(index.tokenizer, "black bar")
     (ranking,) = recall(scorer, index.trie, [prompt], SearchOptions(k=30))
     return {index.record_of(hit).image_id: hit.log_prob for hit in ranking.hits}
 
 
-def test_a_ridge_finds_a_linear_relation_and_shrinks_to_the_mean_without_one():
+def test_ridge_fits_a_linear_map_and_shrinks_to_the_mean():
     draw = np.random.default_rng(1)
     relation = draw.normal(size=(12, 6)).astype(np.float32)
     features = draw.normal(size=(200, 12)).astype(np.float32) + 3
@@ -94,13 +94,13 @@ def test_a_ridge_finds_a_linear_relation_and_shrinks_to_the_mean_without_one():
     np.testing.assert_allclose(one.predict(features[1:2]), rows[:1], atol=1e-5)
 
 
-def test_a_penalty_of_one_halves_directions_of_mean_variance():
+def test_penalty_of_one_halves_directions_of_mean_variance():
     features = np.concatenate([np.eye(3), -np.eye(3)]).astype(np.float32)
     fitted = RowRegression.fit(features, features, penalty=1.0)
     np.testing.assert_allclose(fitted.predict(features), features / 2, atol=1e-6)
 
 
-def test_guessed_rows_point_where_predicted_ones_do_and_are_as_long_as_trained_ones():
+def test_guess_keeps_the_direction_and_has_the_trained_length():
     draw = np.random.default_rng(3)
     features, rows = draw.normal(size=(50, 4)).astype(np.float32), draw.normal(size=(50, 6)).astype(np.float32) + 2
     fitted = RowRegression.fit(features, rows, penalty=10.0)
@@ -111,7 +111,7 @@ def test_guessed_rows_point_where_predicted_ones_do_and_are_as_long_as_trained_o
     np.testing.assert_allclose(fitted.guess(features.mean(0, keepdims=True)), rows.mean(0)[None], atol=0.01)
 
 
-def test_an_added_image_has_a_row_like_images_that_look_like_it(grown, truth):
+def test_row_of_an_added_image_follows_similar_images(grown, truth):
     rows = rows_of(grown)
     np.testing.assert_allclose(rows[:OLD], truth[:OLD], atol=1e-6)
     mean = truth[:OLD].mean(0)
@@ -119,64 +119,62 @@ def test_an_added_image_has_a_row_like_images_that_look_like_it(grown, truth):
     cosines, by_chance = cosine(rows[OLD:] - mean, truth[OLD:] - mean), cosine(random, truth[OLD:] - mean)
     assert (cosines.diagonal() > 0.7).all()
     assert (by_chance.diagonal() < 0.7).all()
-    assert cosines.argmax(0).tolist() == [0, 1, 2, 3]  # a query that means one of the new images finds it among them
+    assert cosines.argmax(0).tolist() == [0, 1, 2, 3]  # a query for a new image ranks it first among them
 
 
-def test_an_added_image_with_captions_has_a_row_like_images_whose_captions_are_like_its(
-    trained, records, tiny_mllm, tmp_path, encoder, caplog
-):
-    """By the teacher of the training, or another; one without captions by how it looks, as all do without a teacher."""
+def test_row_of_a_captioned_image_follows_similar_captions(trained, records, tiny_mllm, tmp_path, encoder, caplog):
+    """The encoder is the given teacher or the training's. Without captions or teacher, rows come from the images."""
     reader = TextEncoder(encoder, device="cpu")
-    mute = [*records[OLD:19], replace(records[19], captions=())]
-    placed, _ = embed_by_captions(reader, [record.captions for record in [*records[:OLD], *mute]])
-    looks = rows_of(add_to_index(copy_of(trained, tmp_path), mute, tiny_mllm))
-    expected = RowRegression.fit(placed[:OLD], looks[:OLD]).guess(placed[OLD:19])
+    new = [*records[OLD:19], replace(records[19], captions=())]
+    vectors, _ = embed_by_captions(reader, [record.captions for record in [*records[:OLD], *new]])
+    image_rows = rows_of(add_to_index(copy_of(trained, tmp_path), new, tiny_mllm))
+    expected = RowRegression.fit(vectors[:OLD], image_rows[:OLD]).guess(vectors[OLD:19])
     (tmp_path / "left").mkdir()
-    for way in ("chosen", "of the training", "gone", "all told"):
-        (tmp_path / way).mkdir()
-        index = copy_of(trained, tmp_path / way)
-        teacher = encoder if way in ("chosen", "all told") else None
-        if way in ("of the training", "gone"):
-            described = {"teacher": encoder if way == "of the training" else str(tmp_path / "none")}
-            index = store_adapter(index, shutil.copytree(adapter_folder(index), tmp_path / f"{way} adapter"), described)
-        added = mute[:-1] if way == "all told" else mute
+    for case in ("given", "of the training", "missing", "all captioned"):
+        (tmp_path / case).mkdir()
+        index = copy_of(trained, tmp_path / case)
+        teacher = encoder if case in ("given", "all captioned") else None
+        if case in ("of the training", "missing"):
+            training = {"teacher": encoder if case == "of the training" else str(tmp_path / "none")}
+            index = store_adapter(index, shutil.copytree(adapter_folder(index), tmp_path / f"{case} adapter"), training)
+        added = new[:-1] if case == "all captioned" else new
         grown = add_to_index(index, added, tiny_mllm, teacher=teacher)
         found = rows_of(grown)[OLD:]
-        if way == "gone":
-            np.testing.assert_allclose(found, looks[OLD:], atol=1e-5)
-            assert "placed by how they look" in caplog.text
+        if case == "missing":
+            np.testing.assert_allclose(found, image_rows[OLD:], atol=1e-5)
+            assert "predicted from the images" in caplog.text
             continue
         np.testing.assert_allclose(found[:3], expected, atol=1e-4)
-        assert np.abs(expected - looks[OLD:19]).max() > 0.1
-        if way == "all told":  # no picture was looked at: the next image is the first
+        assert np.abs(expected - image_rows[OLD:19]).max() > 0.1
+        if case == "all captioned":  # no regression on images is stored yet; the next image fits the first
             assert not stored_new_rows(grown).regressions
             old = [record.image_id for record in records[:OLD]]
-            left = remove_images(copy_of(grown, tmp_path / "left"), old)  # how captions tell of rows is stored
+            left = remove_images(copy_of(grown, tmp_path / "left"), old)  # the regression on captions is stored
             again = add_to_index(
                 left, [replace(record, image_id="b") for record in added[:1]], tiny_mllm, teacher=encoder
             )
             np.testing.assert_allclose(rows_of(again)[3], found[0], atol=1e-5)
-            grown = add_to_index(grown, mute[3:], tiny_mllm)
+            grown = add_to_index(grown, new[3:], tiny_mllm)
             np.testing.assert_allclose(rows_of(grown)[OLD:19], found, atol=1e-6)
-        np.testing.assert_allclose(rows_of(grown)[19], looks[19], atol=1e-4)
+        np.testing.assert_allclose(rows_of(grown)[19], image_rows[19], atol=1e-4)
     add_to_index(trained, [], tiny_mllm, teacher=encoder)
-    assert "the teacher was not asked" in caplog.text
+    assert "the teacher was not used" in caplog.text
     with pytest.raises(TrainingError, match="does not load as a text encoder"):
-        add_to_index(trained, mute, tiny_mllm, teacher=str(tmp_path / "none"))
+        add_to_index(trained, new, tiny_mllm, teacher=str(tmp_path / "none"))
 
 
-def test_it_is_recalled_at_once_and_the_weights_have_another_name(trained, grown, records):
+def test_added_image_is_recalled_and_the_weights_id_changes(trained, grown, records):
     assert needs_features(trained)
-    assert recalled(grown).keys() == {record.image_id for record in records}
-    assert sum(np.exp(list(recalled(grown).values()))) == pytest.approx(1, abs=1e-4)
+    assert recall_all(grown).keys() == {record.image_id for record in records}
+    assert sum(np.exp(list(recall_all(grown).values()))) == pytest.approx(1, abs=1e-4)
     assert grown.weights_id != trained.weights_id
     assert unseen_rows(grown) == list(range(OLD, 20))
     loaded = load_index(grown.folder)
     assert loaded.tokenizer.vocab_size == trained.tokenizer.vocab_size + 4
 
 
-def test_more_images_need_no_old_one(trained, grown, records, tiny_mllm, tmp_path):
-    """The regression is stored; where it is not, and no image is left to fit it on, that is said."""
+def test_stored_regression_needs_no_trained_image(trained, grown, records, tiny_mllm, tmp_path):
+    """Without a stored regression and without trained images to fit it on, adding raises IdentifierError."""
     old = [record.image_id for record in records[:OLD]]
     more = [replace(record, image_id=f"{record.image_id}-b") for record in records[:2]]
     (tmp_path / "with").mkdir()
@@ -191,31 +189,31 @@ def test_more_images_need_no_old_one(trained, grown, records, tiny_mllm, tmp_pat
         add_to_index(empty, more, tiny_mllm)
 
 
-def test_without_the_vision_tower_there_is_nothing_to_guess_from(trained, records):
+def test_new_symbols_without_a_model_are_an_error(trained, records):
     with pytest.raises(IdentifierError, match="load_base"):
         add_to_index(trained, records[OLD:])
 
 
-def test_an_update_trains_the_guessed_rows_and_dropped_gives_them_back(grown, tmp_path):
+def test_update_trains_predicted_rows_and_drop_restores_them(grown, tmp_path):
     index = copy_of(grown, tmp_path)
-    guessed = rows_of(index)
+    predicted = rows_of(index)
     updated = train(index, OPTIONS, update=True, device="cpu", show_progress=False)
-    assert np.abs(rows_of(updated)[OLD:] - guessed[OLD:]).max(axis=1).min() > 1e-3
+    assert np.abs(rows_of(updated)[OLD:] - predicted[OLD:]).max(axis=1).min() > 1e-3
     dropped = drop_update(updated)
-    np.testing.assert_array_equal(rows_of(dropped), guessed)
+    np.testing.assert_array_equal(rows_of(dropped), predicted)
     assert dropped.weights_id == grown.weights_id
 
 
-def test_a_training_takes_the_guessed_rows_over(grown, trained, tmp_path):
+def test_training_replaces_the_predicted_rows(grown, trained, tmp_path):
     index = copy_of(grown, tmp_path)
-    anew = train(index, OPTIONS, device="cpu", show_progress=False)
-    assert stored_new_rows(anew) is None
-    assert unseen_rows(anew) == []
+    retrained = train(index, OPTIONS, device="cpu", show_progress=False)
+    assert stored_new_rows(retrained) is None
+    assert unseen_rows(retrained) == []
     with pytest.raises(StoreError, match="symbols of their own while it was trained"):
-        store_adapter(replace(anew, manifest=trained.manifest), adapter_folder(anew), {})
+        store_adapter(replace(retrained, manifest=trained.manifest), adapter_folder(retrained), {})
 
 
-def test_a_running_server_stays_with_the_weights_that_it_has(trained, records, tiny_mllm, tmp_path):
+def test_running_server_keeps_the_loaded_weights(trained, records, tiny_mllm, tmp_path):
     index = copy_of(trained, tmp_path)
     registry = Registry({"index": index.folder})
     add_to_index(index, records[OLD:], tiny_mllm)
