@@ -17,23 +17,24 @@ from llama_index_genret.evaluation.queries import EvaluationQuery
 
 
 def baseline(name: str, records: Sequence[Record], queries: Sequence[EvaluationQuery]) -> Evaluation:
-    """The same queries by a text index over the captions: `tfidf` (character 2- to 4-grams) or `bm25`.
+    """Evaluate a text index over the captions with the same queries: `tfidf` (character 2- to 4-grams) or `bm25`.
 
-    Ties are counted against: the right image comes after all images of equal score.
+    A tie counts against the baseline: the right image comes after all images of equal score.
+
     Raises:
-        QueryError: no such baseline. MissingExtra: its library is not installed.
+        QueryError: the baseline is unknown. MissingExtra: the library of the baseline is not installed.
     """
     texts = [" ".join(record.captions) for record in records]
     scores = {"tfidf": _tfidf, "bm25": _bm25}.get(name)
     if scores is None:
-        raise QueryError(f"there is no baseline {name!r}: choose of bm25, tfidf.")
+        raise QueryError(f"unknown baseline {name!r}; choose from: bm25, tfidf.")
     return evaluation_by_score(scores(texts, [query.text for query in queries]), records, queries)
 
 
 def evaluation_by_score(
     scores: NDArray[np.floating], records: Sequence[Record], queries: Sequence[EvaluationQuery], *, depth: int = DEPTH
 ) -> Evaluation:
-    """Every query's images ranked by (queries, images) scores; of images of equal score, the right ones come last."""
+    """Rank the images of each query by (queries, images) scores. Among equal scores, the right images come last."""
     ids = [record.image_id for record in records]
     ranked = []
     for row, query in zip(scores, queries, strict=True):

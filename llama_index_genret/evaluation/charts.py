@@ -1,7 +1,8 @@
-"""The charts of a report, drawn by matplotlib as SVG that is part of the page.
+"""Draw the charts of a report with matplotlib, as inline SVG.
 
-Knows numbers, names and matplotlib. Texts stay texts, and every color is one of the page's own CSS variables, so that
-a chart is read in light and dark. Needs the extra `eval`; whoever imports this module is told so.
+Depends on numbers and matplotlib; independent of indexes and models. Text stays text. Every color is a CSS variable of
+the page, so that a chart is readable in light and dark mode. Importing this module without the extra `eval` raises
+MissingExtra.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ try:
     from matplotlib.figure import Figure
 except ImportError as error:
     raise MissingExtra(
-        "the charts of a report need matplotlib: pip install 'llama-index-genret[eval]'. "
-        "Without --report, the figures are printed without it."
+        "the charts of a report need matplotlib, which is not installed: pip install 'llama-index-genret[eval]'. "
+        "Without --report, `genret eval` prints the figures and does not need it."
     ) from error
 
 WIDTH_IN, HEIGHT_IN = 5.0, 3.3
 FONT_PT = 11
 
-# Stand-ins that matplotlib accepts as colors, each replaced by a variable of the page.
+# Placeholder colors: matplotlib accepts no CSS variables, so `_svg` replaces each by a variable of the page.
 INK, QUIET, LINE, CARD = "#010101", "#020202", "#030303", "#040404"
 SYSTEMS = ("#050505", "#060606", "#070707")
 VARIABLES = {INK: "--ink", QUIET: "--quiet", LINE: "--line", CARD: "--card"}
@@ -60,15 +61,19 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over queries, and its interval."""
+    """A mean over queries with its interval."""
 
     value: float
     interval: Interval
 
 
 def comparison_chart(systems: Mapping[str, Mapping[str, Estimate]]) -> Chart:
-    """Every measure of every system as a point with its interval: {system: {measure: ...}}, at most three systems."""
-    measures = list(dict.fromkeys(name for of_system in systems.values() for name in of_system))
+    """Draw each measure of each system as a point with its interval.
+
+    Args:
+        systems: {system: {measure: estimate}}, at most three systems.
+    """
+    measures = list(dict.fromkeys(name for estimates in systems.values() for name in estimates))
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure()
         for number, (system, values) in enumerate(systems.items()):
@@ -87,11 +92,11 @@ def comparison_chart(systems: Mapping[str, Mapping[str, Estimate]]) -> Chart:
         if len(systems) > 1:
             figure.legend(loc="outside upper center", ncols=len(systems), handletextpad=0.3)
         svg = _svg(figure, "comparison")
-    return Chart("Recall and ranking", svg, "Points are means over the queries, lines their 95 % bootstrap intervals.")
+    return Chart("Recall and ranking", svg, "Points are means over the queries. Lines are 95 % bootstrap intervals.")
 
 
 def survival_chart(levels: Sequence[Estimate]) -> Chart:
-    """Share of the queries that still have a right image after 1, 2, ... symbols of its identifier."""
+    """Draw the share of the queries whose search keeps a right image after 1, 2, ... symbols of its identifier."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure()
         places = np.arange(1, len(levels) + 1)
@@ -105,12 +110,15 @@ def survival_chart(levels: Sequence[Estimate]) -> Chart:
         _percent(axes.yaxis)
         axes.grid(axis="x", visible=False)
         svg = _svg(figure, "survival")
-    note = "Queries of which the search kept a right image's beginning. Where the share falls, the right image is lost."
+    note = (
+        "Share of the queries whose search keeps a prefix of a right image's identifier. "
+        "A drop marks the symbol at which the search loses the right image."
+    )
     return Chart("Where the right image is lost", svg, note)
 
 
 def calibration_chart(bins: Sequence[Bin], error: float, *, scored: int) -> Chart:
-    """The reliability diagram of the first hits' scores: share right over score, and how many lie in each bin."""
+    """Draw the reliability diagram of the first hits: share of right hits over score, and the hits per bin."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained", facecolor="none")
         axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
@@ -127,13 +135,13 @@ def calibration_chart(bins: Sequence[Bin], error: float, *, scored: int) -> Char
         svg = _svg(figure, "calibration")
     note = (
         f"Expected calibration error {error:.3f} over {scored} first hits in ten bins. "
-        "On the dashed line a score of 0.8 is right 8 times in 10; below it the model is too sure."
+        "On the dashed line, a score of 0.8 is right 8 times in 10. Below the line, the model is overconfident."
     )
-    return Chart("Can the scores be believed?", svg, note)
+    return Chart("Calibration of the scores", svg, note)
 
 
 def latency_chart(latency_ms: Sequence[float]) -> Chart:
-    """How long the queries took, one at a time."""
+    """Draw a histogram of the latency of each query, in milliseconds, one query at a time."""
     p50, p95 = (float(value) for value in np.percentile(latency_ms, [50, 95]))
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure()
@@ -151,8 +159,8 @@ def latency_chart(latency_ms: Sequence[float]) -> Chart:
         axes.locator_params(axis="y", integer=True)
         svg = _svg(figure, "latency")
     beyond = sum(value > 2 * p95 for value in latency_ms)
-    late = f" The last bar holds {beyond} that took longer." if beyond else ""
-    return Chart("How long a query takes", svg, f"{len(latency_ms)} queries, one at a time, on this machine.{late}")
+    late = f" The last bar includes {beyond} slower ones." if beyond else ""
+    return Chart("Latency of a query", svg, f"{len(latency_ms)} queries, one at a time, on this machine.{late}")
 
 
 def _figure() -> tuple[Figure, Any]:
@@ -165,14 +173,19 @@ def _percent(axis: Any) -> None:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The figure as an element of a page: no size, no address, no font, ids of its own, the page's colors."""
+    """Return the figure as an SVG element for the page.
+
+    It has no size, URL or font. Its ids are unique on the page, and its colors are CSS variables of the page.
+    """
     out = StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     head, _, body = out.getvalue().partition("<svg ")[2].partition(">")
     view = re.search(r'viewBox="[^"]*"', head)
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
-    body = re.sub(r' id="(?!m[0-9a-f]{10}"|p[0-9a-f]{10}")[^"]*"', "", body)  # only markers and clips are referred to
+    body = re.sub(
+        r' id="(?!m[0-9a-f]{10}"|p[0-9a-f]{10}")[^"]*"', "", body
+    )  # only markers and clip paths are referenced
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
     for color, variable in VARIABLES.items():
         body = body.replace(color, f"var({variable})")

@@ -1,6 +1,7 @@
-"""Measuring recall on held-out queries, beside text baselines over the same captions.
+"""Measure recall on held-out queries.
 
-Every query of the file counts, an unanswerable one as a miss. Knows scorers; nothing of LlamaIndex.
+Every query of the file counts. A query that the prompt builder refuses counts as a miss. Depends on scorers and the
+index; independent of LlamaIndex.
 """
 
 from __future__ import annotations
@@ -34,17 +35,20 @@ from llama_index_genret.search import Hit, SearchOptions
 from llama_index_genret.store import Index, ScoringChoice, text_key
 
 DEPTH = 10
-"""Results looked at for each query."""
+"""Number of results per query."""
 
 TOP_10 = SearchOptions(k=DEPTH)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Ranked image ids of every query, and what follows from them.
+    """The ranked image ids of every query, and the metrics that follow from them.
 
-    hits: of a generative recall, as many as `ranked`. latency_ms: of each query alone, where it was measured.
-    kept: of each query, where it was watched: whether the search kept the first 1, 2, ... symbols of a right image.
+    queries: (n,) the queries.
+    ranked: (n,) image ids per query, best first.
+    hits: (n,) hits per query of a generative recall, parallel to `ranked`. Empty for a baseline.
+    latency_ms: (n,) milliseconds per query, one query at a time. Empty if not measured.
+    kept: (n,) per query, whether the search kept the first 1, 2, ... symbols of a right image. Empty if not recorded.
     """
 
     queries: tuple[EvaluationQuery, ...]
@@ -54,9 +58,9 @@ class Evaluation:
     kept: tuple[tuple[bool, ...], ...] = ()
 
     def figures(self) -> dict[str, Any]:
-        """n, recall@1/5/10, mrr, ndcg@10 and the `interval` of each.
+        """Return n, recall@1/5/10, mrr, ndcg@10 and the `interval` of each.
 
-        Where they were measured: `latency_ms` percentiles, `prefix_survival`, and of hits `calibration_error`.
+        If measured, the result also has `latency_ms` percentiles, `prefix_survival` and `calibration_error` of hits.
         """
         expected = [query.image_ids for query in self.queries]
         figures: dict[str, Any] = {"n": len(self.queries)}
@@ -73,19 +77,22 @@ class Evaluation:
         return figures
 
     def prefix_survival(self) -> list[float]:
-        """Share of the queries whose search kept the first 1, 2, ... symbols of a right image; see `level_survival`.
+        """Return the share of the queries whose search kept the first 1, 2, ... symbols of a right image.
 
-        The last figure is recall@10.
+        The last figure is recall@10. `level_survival` defines "kept".
         """
         return np.mean(self.levels(), axis=0).tolist() if self.kept else []
 
     def levels(self) -> NDArray[np.bool_]:
-        """(queries, levels) `kept`, a shorter identifier being kept at the levels below its end if it is as a whole."""
+        """Return `kept` as a (queries, levels) array.
+
+        At levels below its end, an identifier that is shorter than others repeats its last value.
+        """
         depth = max(map(len, self.kept), default=0)
         return np.array([[*kept, *[kept[-1]] * (depth - len(kept))] for kept in self.kept], np.bool_)
 
     def first_hits(self) -> tuple[list[float], list[bool]]:
-        """The score of every first hit, and whether it is right; without the queries that were refused."""
+        """Return the score of every first hit, and whether it is right. Refused queries are left out."""
         found = [(hits[0].score, ids[0] in query.image_ids) for query, ids, hits in self._rows() if hits]
         return [score for score, _ in found], [right for _, right in found]
 
@@ -93,19 +100,19 @@ class Evaluation:
         return zip(self.queries, self.ranked, self.hits, strict=True)
 
     def of_each_query(self) -> dict[str, list[float]]:
-        """recall@1/5/10, mrr and ndcg@10 of every query alone, in the order of `queries`."""
+        """Return recall@1/5/10, mrr and ndcg@10 of each single query, in the order of `queries`."""
         expected = [query.image_ids for query in self.queries]
         values = {f"recall@{k}": hits_at(self.ranked, expected, k) for k in (1, 5, 10)}
         values["mrr"] = reciprocal_ranks(self.ranked, expected)
         return values | {"ndcg@10": ndcgs_at(self.ranked, expected, 10)}
 
     def intervals(self) -> dict[str, Interval]:
-        """95 % intervals of all of them; queries that ask for the same images are drawn together."""
-        asked = [query.image_ids for query in self.queries]
-        return {name: bootstrap_interval(values, asked) for name, values in self.of_each_query().items()}
+        """Return the 95 % interval of each metric. Queries with the same right images are drawn together."""
+        groups = [query.image_ids for query in self.queries]
+        return {name: bootstrap_interval(values, groups) for name, values in self.of_each_query().items()}
 
     def of_kind(self, kind: str) -> Evaluation:
-        """The part with queries of one kind."""
+        """Return the evaluation of the queries of one kind."""
         rows = [row for row, query in enumerate(self.queries) if query.kind == kind]
         return Evaluation(
             tuple(self.queries[row] for row in rows),
@@ -125,59 +132,61 @@ def evaluate(
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     scoring: ScoringChoice | None = None,
 ) -> Evaluation:
-    """Recall every query, one at a time, time each, and watch which prefixes are kept.
+    """Recall every query, one at a time. Record the latency and the prefixes that the search keeps.
 
-    A query that is refused has no results: a miss.
+    A refused query has no results and counts as a miss.
 
     Args:
-        options: of the search, whose prior and eta `scoring` sets; `k` is how deep MRR looks. A beam if not given.
-        scoring: how hits are ranked; None, and None in it: the value chosen by `genret tune`.
+        options: options of the search, default beam search with k=10. `scoring` sets the prior and eta. MRR counts the
+            first `k` results.
+        scoring: how hits are ranked. None, or a field that is None: the value chosen by `genret tune`.
     """
     chosen = index.scoring(scoring)
     options, rerank = with_scoring(options, index, chosen), reranking(index, chosen)
-    watching = RecordingScorer(scorer)
+    recorder = RecordingScorer(scorer)
     found, latency_ms, kept = [], [], []
     for query in progress(queries):
         start = time.perf_counter()
         try:
             prompt = query.prompt(index)
-            (ranking,) = recall(watching, index.trie, [prompt], options, rerank=rerank)
+            (ranking,) = recall(recorder, index.trie, [prompt], options, rerank=rerank)
             hits = ranking.hits
         except QueryError:
             hits = ()
         latency_ms.append((time.perf_counter() - start) * 1e3)
         found.append(hits)
-        kept.append(level_survival(index, query, watching.kept(1)[0] if hits else (), hits))
+        kept.append(level_survival(index, query, recorder.kept(1)[0] if hits else (), hits))
     return replace(evaluation_of(index, queries, found, latency_ms), kept=tuple(kept))
 
 
 def level_survival(
     index: Index, query: EvaluationQuery, kept: Sequence[Prefix], hits: Sequence[Hit]
 ) -> tuple[bool, ...]:
-    """Whether a search kept the first 1, 2, ... symbols of a right image's identifier.
+    """Return, per level, whether a search kept the first 1, 2, ... symbols of a right image's identifier.
 
-    A beginning that only one image has is that image: it is kept where the image is recalled. An identifier that is
-    shorter than others must have been kept as a whole.
+    A prefix that only one image has counts as kept if the search recalls the image. An identifier that is shorter than
+    others counts as kept only as a whole.
 
     Args:
-        kept: prefixes whose children were scored, as of `RecordingScorer.kept`. hits: what was found in the end.
+        kept: prefixes whose children were scored, from `RecordingScorer.kept`.
+        hits: final results of the search.
     """
     right = [index.token_ids(index.rows_by_id[image_id]) for image_id in query.image_ids]
     beams = [*kept, *(hit.token_ids for hit in hits)]
 
     def survives(level: int) -> bool:
-        return any(beam[: len(name[:level])] == name[:level] for beam in beams for name in right)
+        return any(beam[: len(path[:level])] == path[:level] for beam in beams for path in right)
 
     return tuple(survives(level) for level in range(1, max(map(len, right)) + 1))
 
 
 def count_pseudo_queries(index: Index, queries: Sequence[EvaluationQuery]) -> int:
-    """How many of the queries a model has written of a right image: after training, they are not held out."""
+    """Count the queries that equal a pseudo-query of a right image. After training, these are not held out."""
     return sum(
         any(
-            text_key(written.text) == text_key(query.text)
+            text_key(pseudo_query.text) == text_key(query.text)
             for image_id in query.image_ids
-            for written in index.pseudo_queries_of(index.records[index.rows_by_id[image_id]])
+            for pseudo_query in index.pseudo_queries_of(index.records[index.rows_by_id[image_id]])
         )
         for query in queries
     )
@@ -186,7 +195,7 @@ def count_pseudo_queries(index: Index, queries: Sequence[EvaluationQuery]) -> in
 def evaluation_of(
     index: Index, queries: Sequence[EvaluationQuery], hits: Sequence[Sequence[Hit]], latency_ms: Sequence[float] = ()
 ) -> Evaluation:
-    """What the hits of the queries amount to."""
+    """Return the evaluation of the given hits, (n,) per query, best first."""
     ranked = tuple(tuple(index.record_of(hit).image_id for hit in found) for found in hits)
     return Evaluation(tuple(queries), ranked, tuple(map(tuple, hits)), tuple(latency_ms))
 
@@ -200,9 +209,9 @@ def recall_in_batches(
     batch: int = 32,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> list[tuple[Hit, ...]]:
-    """Return the hits of many prompts, `batch` of them in one search."""
+    """Return the hits of many prompts, with `batch` prompts per search."""
     hits: list[tuple[Hit, ...]] = []
     for start in progress(range(0, len(prompts), batch)):
-        asked = prompts[start : start + batch]
-        hits += [ranking.hits for ranking in recall(scorer, index.trie, asked, options)]
+        part = prompts[start : start + batch]
+        hits += [ranking.hits for ranking in recall(scorer, index.trie, part, options)]
     return hits

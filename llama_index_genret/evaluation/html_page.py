@@ -1,6 +1,7 @@
-"""One self-contained HTML page that shows what was recalled: figures, charts, queries and the pictures that they found.
+"""Write one self-contained HTML page: figures, charts, and queries with the images that they recalled.
 
-Knows pictures, words and HTML; nothing of indexes, models or metrics: figures arrive as text, charts as SVG.
+Depends on image files, text and HTML; independent of indexes, models and metrics. Figures arrive as text, charts as
+SVG.
 """
 
 from base64 import b64encode
@@ -20,7 +21,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  #
 
 
 class Cell(NamedTuple):
-    """One entry of a table. small: what is set below it, such as an interval."""
+    """One entry of a table. small: text below the entry, such as an interval."""
 
     text: str
     small: str = ""
@@ -28,7 +29,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Figures as they shall be read. Each row begins with its name; `words` are the columns that hold no numbers."""
+    """A table of formatted figures. Each row begins with its name. `words` are the columns without numbers."""
 
     title: str
     columns: tuple[str, ...]
@@ -39,7 +40,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """svg: an element without size, trusted as it is. note: what is to be seen in it."""
+    """A chart with its caption.
+
+    svg: an element without size, inserted without escaping. note: explanation below the chart.
+    """
 
     title: str
     svg: str
@@ -48,7 +52,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class ReportHit:
-    """One recalled image. `path` is read when the report is written; a file that is gone becomes a placeholder."""
+    """One recalled image. `write_report` reads `path`. A missing file becomes a placeholder."""
 
     image_id: str
     path: Path
@@ -59,7 +63,7 @@ class ReportHit:
 
 @dataclass(frozen=True)
 class ReportQuery:
-    """One query with its hits, best first. `expected` are image ids; `kind` is shown beside the query."""
+    """One query with its hits, best first. `expected` are image ids. The page shows `kind` beside the query."""
 
     query: str
     kind: str
@@ -68,12 +72,12 @@ class ReportQuery:
 
     @property
     def right_rank(self) -> int | None:
-        """Of the best right hit, counted from 1; None for a miss."""
+        """The rank of the best right hit, counted from 1, or None for a miss."""
         return next((rank for rank, hit in enumerate(self.hits, start=1) if hit.is_right), None)
 
     @property
     def outcome(self) -> Literal["first", "later", "missed"]:
-        """Where the right image is, in a word."""
+        """The class of the best right hit: `first`, `later` or `missed`."""
         if self.right_rank is None:
             return "missed"
         return "first" if self.right_rank == 1 else "later"
@@ -81,7 +85,7 @@ class ReportQuery:
 
 @dataclass(frozen=True)
 class ReportAnswer:
-    """One question, answered from recalled images."""
+    """One question with the answer from recalled images."""
 
     question: str
     answer: str
@@ -90,14 +94,14 @@ class ReportAnswer:
 
 @dataclass(frozen=True)
 class QueryGroup:
-    """Queries that are shown together, in the order given."""
+    """Queries of one section of the page, in the order given."""
 
     title: str
     queries: tuple[ReportQuery, ...]
     note: str = ""
 
     def count(self, outcome: str) -> int:
-        """Queries of an outcome."""
+        """Count the queries with this outcome."""
         return sum(query.outcome == outcome for query in self.queries)
 
 
@@ -112,13 +116,14 @@ def write_report(
     answers: Sequence[ReportAnswer] = (),
     images: Mapping[str, Path] | None = None,
 ) -> None:
-    """Write the page whole or not at all; it needs no other file and makes no request.
+    """Write the page atomically. The page needs no other file and makes no request.
 
     Args:
-        path: an existing report is replaced, a missing folder is made.
-        images: image id -> path, for expected images that no query recalled. Without it they are shown by id.
+        path: target file. An existing report is replaced, a missing folder is created.
+        images: image id -> path, for expected images that no query recalled. Default: the page shows their ids.
+
     Raises:
-        NotWritten: the page cannot be written. An image that cannot be read is no error: the page names it.
+        NotWritten: the page cannot be written. An unreadable image is no error: the page shows its file name.
     """
     queries = [query for group in groups for query in group.queries]
     hits = [hit for query in queries for hit in query.hits] + [hit for answer in answers for hit in answer.sources]
@@ -141,12 +146,12 @@ def write_report(
     )
     with writing(path):
         make_folder(path.parent)
-        # A caption read from JSON may hold half a surrogate pair, which UTF-8 cannot: it is shown as its escape.
+        # A caption from JSON may hold half a surrogate pair, which UTF-8 cannot encode: the page shows its escape.
         write_file(path, page.encode(errors="backslashreplace"))
 
 
 def data_urls(paths: Iterable[Path]) -> dict[Path, str]:
-    """A thumbnail of every picture that can be read; the others have no entry."""
+    """Return path -> data URL of a thumbnail. Unreadable images have no entry."""
     urls = {}
     for path in dict.fromkeys(paths):
         try:
@@ -157,15 +162,15 @@ def data_urls(paths: Iterable[Path]) -> dict[Path, str]:
 
 
 def thumbnail_url(path: Path) -> str:
-    """`thumbnail` as an address that holds the picture."""
+    """Return `thumbnail` as a data URL."""
     return f"data:image/webp;base64,{b64encode(thumbnail(path)).decode('ascii')}"
 
 
 def thumbnail(path: Path, side_px: int = SIDE_PX) -> bytes:
-    """The picture as a WebP of at most `side_px` a side, upright, transparency kept.
+    """Return the image as WebP of at most `side_px` pixels a side, upright, with its transparency.
 
     Raises:
-        one of UNREADABLE: the file is missing, or is no picture.
+        one of UNREADABLE: the file is missing or is not an image.
     """
     with Image.open(path) as image:
         image.draft("RGB", (2 * side_px, 2 * side_px))  # a JPEG is decoded at a fraction of its size
@@ -177,12 +182,12 @@ def thumbnail(path: Path, side_px: int = SIDE_PX) -> bytes:
 
 
 def score_text(score: float) -> str:
-    """Three decimals, or the magnitude where three decimals would read as zero."""
+    """Return the score with three decimals, or in scientific notation if three decimals would read as zero."""
     return f"{score:.3f}" if score == 0 or abs(score) >= 0.001 else f"{score:.0e}"
 
 
 def count_text(number: int, one: str, many: str) -> str:
-    """A number with its noun: `1 image`, `2 images`."""
+    """Return a number with its noun: `1 image`, `2 images`."""
     return f"{number} {one if number == 1 else many}"
 
 

@@ -1,6 +1,6 @@
-"""Metrics of ranked results, and the calibration of their scores. Depends on numbers and lists of ids only.
+"""Compute metrics of ranked results and the calibration of their scores. Depends on numbers and lists of ids only.
 
-A query without an answer, or whose answer failed, counts as a miss: nothing leaves the denominator.
+A query that has no results, or that failed, counts as a miss. Every query stays in the denominator.
 """
 
 from __future__ import annotations
@@ -15,66 +15,71 @@ RESAMPLES = 1000
 
 
 class Interval(NamedTuple):
-    """Between which values a mean over queries lies with the stated confidence."""
+    """The bounds between which a mean over queries lies with the stated confidence."""
 
     low: float
     high: float
 
 
 def recall_at(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]], k: int) -> float:
-    """Share of the queries with at least one expected id among the first `k` (the field's recall@k, or hit rate)."""
+    """Return the share of the queries with an expected id among the first `k` (the field's recall@k, or hit rate)."""
     return _mean(hits_at(ranked, expected, k))
 
 
 def mean_reciprocal_rank(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]]) -> float:
-    """Mean of 1 / place of the first expected id, 0 where it is missing."""
+    """Return the mean of 1 / rank of the first expected id. A missing id counts as 0."""
     return _mean(reciprocal_ranks(ranked, expected))
 
 
 def ndcg_at(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]], k: int) -> float:
-    """Normalised discounted cumulative gain at `k`, each expected id worth one (Järvelin and Kekäläinen 2002).
+    """Return the normalised discounted cumulative gain at `k` (Järvelin and Kekäläinen 2002).
 
-    The best possible has `k` right ids at most: LlamaIndex's own figure has all, and is lower where they are more.
+    Each expected id has gain 1. The ideal ranking has at most `k` right ids. The ideal of LlamaIndex has all right ids,
+    so its figure is lower if there are more than `k`.
     """
     return _mean(ndcgs_at(ranked, expected, k))
 
 
 def hits_at(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]], k: int) -> list[float]:
-    """Of each query: 1 where an expected id is among the first `k`, else 0. Their mean is `recall_at`."""
+    """Return per query 1 if an expected id is among the first `k`, else 0. `recall_at` is the mean."""
     return [float(bool(set(ids[:k]) & set(right))) for ids, right in zip(ranked, expected, strict=True)]
 
 
 def reciprocal_ranks(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]]) -> list[float]:
-    """Of each query: what `mean_reciprocal_rank` is the mean of."""
+    """Return the reciprocal rank per query. `mean_reciprocal_rank` is the mean."""
     return [_reciprocal_rank(ids, right) for ids, right in zip(ranked, expected, strict=True)]
 
 
 def ndcgs_at(ranked: Sequence[Sequence[str]], expected: Sequence[Collection[str]], k: int) -> list[float]:
-    """Of each query: what `ndcg_at` is the mean of."""
+    """Return nDCG at `k` per query. `ndcg_at` is the mean."""
     return [_ndcg(ids[:k], right, k) for ids, right in zip(ranked, expected, strict=True)]
 
 
 def bootstrap_interval(
     values: Sequence[float], groups: Sequence[Hashable] | None = None, *, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """How far the mean of `values` may be off by the choice of the queries alone.
+    """Return the bootstrap interval of the mean of `values` over the choice of the queries.
 
         for _ in range(RESAMPLES): draw as many groups as there are, with replacement; take the mean of their values
         the interval holds the middle `level` of these means
 
-    Of the differences between two systems, query by query, it is the paired bootstrap: it tells whether one is better.
+    For the differences between two systems per query, this is the paired bootstrap: an interval without 0 means that
+    one system is better.
 
     Args:
-        values: (n,) one a query.
-        groups: (n,) queries of one group are drawn together, such as those that ask for the same image: they are not
-            independent. Each query by itself, if not given.
+        values: (n,) one value per query.
+        groups: (n,) group of each query. Queries of one group are drawn together, because queries for the same image
+            are not independent. Default: each query is a group.
+        level: share of the means in the interval, default 0.95.
+        seed: seed of the random draws, default 0.
+
     Source: the percentile and the cluster bootstrap (Davison and Hinkley 1997, sections 5.3 and 3.8).
     """
     if not len(values):
         return Interval(0.0, 0.0)
     places = {group: place for place, group in enumerate(dict.fromkeys(groups or range(len(values))))}
-    of_query = np.array([places[group] for group in groups or range(len(values))])
-    sums, counts = np.bincount(of_query, weights=values), np.bincount(of_query)
+    group_of_query = np.array([places[group] for group in groups or range(len(values))])
+    sums, counts = np.bincount(group_of_query, weights=values), np.bincount(group_of_query)
     draws = np.random.default_rng(seed).multinomial(len(places), np.full(len(places), 1 / len(places)), RESAMPLES)
     means = (draws @ sums) / (draws @ counts)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
@@ -82,9 +87,10 @@ def bootstrap_interval(
 
 
 def auroc(known: Sequence[float], unknown: Sequence[float]) -> float:
-    """Share of the pairs of a known and an unknown in which the known has the larger value; ties count half.
+    """Return the share of the (known, unknown) pairs in which the known value is larger. Ties count half.
 
-    The area under the curve of wrongly answered against rightly answered, over all thresholds. NaN without pairs.
+    This is the area under the ROC curve: true positive rate over false positive rate, for all thresholds. Without
+    pairs, it is NaN.
     """
     if not len(known) or not len(unknown):
         return float("nan")
@@ -112,7 +118,7 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Bin:
-    """The answers whose scores lie in (low, high]; the first bin holds 0 too."""
+    """The results with scores in (low, high]. The first bin also holds 0."""
 
     low: float
     high: float
@@ -122,10 +128,13 @@ class Bin:
 
 
 def reliability(scores: Sequence[float], right: Sequence[bool], *, bins: int = BINS) -> list[Bin]:
-    """The bins of a reliability diagram, all of one width; those without an answer are left out.
+    """Return the bins of a reliability diagram, all of equal width. Empty bins are left out.
 
     Args:
-        scores: (n,) in [0, 1], of each answer. right: (n,) whether it is right.
+        scores: (n,) in [0, 1], score of each result.
+        right: (n,) whether the result is right.
+        bins: number of bins, default 10.
+
     Source: Guo et al. 2017 (arXiv:1706.04599), section 2.
     """
     score, is_right = np.asarray(scores, np.float64), np.asarray(right, np.float64)
@@ -139,9 +148,11 @@ def reliability(scores: Sequence[float], right: Sequence[bool], *, bins: int = B
 
 
 def expected_calibration_error(scores: Sequence[float], right: Sequence[bool], *, bins: int = BINS) -> float:
-    """Mean distance of a bin's score from its share of right answers, weighted by its answers; 0 is perfect.
+    """Return the mean distance between the mean score of a bin and its share of right results. 0 is perfect.
 
-    Source: as of `reliability`; defined by Naeini et al. 2015.
+    Each bin is weighted by its number of results. The arguments are those of `reliability`.
+
+    Source: Naeini et al. 2015, with the bins of Guo et al. 2017 (arXiv:1706.04599).
     """
     found = reliability(scores, right, bins=bins)
     total = sum(bin.n for bin in found)

@@ -1,6 +1,6 @@
-"""From an evaluation to the page that people look at: tables, charts, and the queries worth a look.
+"""Write the HTML report of an evaluation: tables, charts, and a selection of queries.
 
-Knows evaluations and the index; nothing of HTML or models. Charts need the extra `eval`.
+Depends on evaluations and the index; independent of HTML and models. Charts need the extra `eval`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llama_index_genret.evaluation.charts import Estimate
 
 STRIPS = 30
-"""Queries shown of the worst, and of those drawn by lot."""
+"""Number of queries in the group of the worst, and in the random group."""
 
 OURS = "generative"
 MEASURES = {
@@ -52,13 +52,15 @@ def write_evaluation_report(
     charts: bool = True,
     seed: int = 0,
 ) -> None:
-    """Write one self-contained HTML page: figures, charts, the `STRIPS` worst queries and as many drawn by lot.
+    """Write one self-contained HTML page: figures, charts, the `STRIPS` worst queries and as many random ones.
 
     Args:
-        baselines: evaluations of the same queries by other systems, by name.
-        tables: set before those of the evaluation.
-        charts: whether they are drawn; without, matplotlib is not needed.
-        seed: of the lot.
+        baselines: evaluations of the same queries by other systems, keyed by name. Default none.
+        tables: further tables, placed before those of the evaluation. Default none.
+        answers: questions with answers and sources. Default none.
+        charts: whether to draw charts. False needs no matplotlib. Default True.
+        seed: seed of the random selection, default 0.
+
     Raises:
         MissingExtra: matplotlib is not installed. NotWritten: the page cannot be written.
     """
@@ -66,7 +68,7 @@ def write_evaluation_report(
     kinds = dict.fromkeys(query.kind for query in evaluation.queries)
     write_report(
         path,
-        title="Images recalled by a model that has memorised them",
+        title="Images recalled by the model that memorised them",
         subtitle=f"{len(evaluation.queries)} queries, {len(index.records)} images, "
         f"{index.manifest.scheme} identifiers of {index.trie.depth} symbols.",
         tables=[*tables, _comparison(systems), *([_kinds(evaluation, kinds)] if len(kinds) > 1 else [])],
@@ -78,15 +80,16 @@ def write_evaluation_report(
 
 
 def report_hit(record: Record, score: float, right: Collection[str]) -> ReportHit:
-    """A recalled image as the report shows it."""
+    """Return the entry of a recalled image for the report."""
     caption = record.captions[0] if record.captions else record.file_name
     return ReportHit(record.image_id, record.path, caption, score, record.image_id in right)
 
 
 def worst_first(evaluation: Evaluation) -> list[int]:
-    """Positions of the queries: misses first, then by the rank of the right image; of equal ones the surest first.
+    """Return the positions of the queries, worst first.
 
-    A query without hits, which was refused, is a miss of which nothing is sure.
+    Misses come first, then the queries by the rank of the right image, lowest rank first. Among equal ones, the query
+    with the highest score of its first hit comes first. A refused query has no hits and counts as a miss of score 0.
     """
     reciprocal = evaluation.of_each_query()["mrr"]
 
@@ -102,8 +105,8 @@ def _groups(index: Index, evaluation: Evaluation, lot: random.Random) -> list[Qu
     if n <= STRIPS:
         return [_group(index, evaluation, f"All {n} queries", worst_first(evaluation), "The worst come first.")]
     worst, drawn = worst_first(evaluation)[:STRIPS], sorted(lot.sample(range(n), STRIPS))
-    by_lot = f"Drawn by lot from all {n}, as a user would meet them."
-    surest = f"Of {n}: misses first, among them those of which the model was surest, then by the right image's rank."
+    by_lot = f"A random sample of all {n} queries."
+    surest = f"From {n} queries: misses first, by the score of the first hit, then by the rank of the right image."
     return [
         _group(index, evaluation, f"The {STRIPS} worst", worst, surest),
         _group(index, evaluation, f"{STRIPS} at random", drawn, by_lot),
@@ -121,15 +124,15 @@ def _group(index: Index, evaluation: Evaluation, title: str, rows: Iterable[int]
 
 
 def _comparison(systems: Mapping[str, Evaluation]) -> Table:
-    """Measures down, systems across, with intervals; what only the first has in rows of its own."""
+    """Return a table of measures (rows) and systems (columns), with intervals. Some rows are for our system only."""
     figures = {name: evaluation.figures() for name, evaluation in systems.items()}
-    rows = [(Cell(shown), *(_with_interval(of, key) for of in figures.values())) for key, shown in MEASURES.items()]
+    rows = [(Cell(shown), *(_with_interval(one, key) for one in figures.values())) for key, shown in MEASURES.items()]
     blank = [Cell("")] * (len(systems) - 1)
     if latency := figures[OURS].get("latency_ms"):
         rows.append((Cell("latency, ms"), Cell(f"{latency['p50']:,.0f}", f"95 %: {latency['p95']:,.0f}"), *blank))
     if "calibration_error" in figures[OURS]:
         rows.append((Cell("calibration error"), Cell(f"{figures[OURS]['calibration_error']:.3f}"), *blank))
-    note = "Below each figure its 95 % bootstrap interval; queries that ask for the same images are drawn together."
+    note = "Below each figure is its 95 % bootstrap interval. Queries with the same right images are drawn together."
     return Table("Figures", ("", *systems), tuple(rows), note)
 
 
@@ -141,10 +144,10 @@ def _with_interval(figures: Mapping[str, Any], key: str) -> Cell:
 def _kinds(evaluation: Evaluation, kinds: Iterable[str]) -> Table:
     rows = []
     for kind in kinds:
-        of = evaluation.of_kind(kind).figures()
-        shares = (Cell(f"{of[key]:.3f}") for key in ("recall@1", "recall@10", "mrr"))
-        rows.append((Cell(kind), Cell(str(of["n"])), *shares))
-    return Table("By kind of query", ("kind", "queries", "recall@1", "@10", "MRR"), tuple(rows))
+        figures = evaluation.of_kind(kind).figures()
+        shares = (Cell(f"{figures[key]:.3f}") for key in ("recall@1", "recall@10", "mrr"))
+        rows.append((Cell(kind), Cell(str(figures["n"])), *shares))
+    return Table("Figures per kind of query", ("kind", "queries", "recall@1", "@10", "MRR"), tuple(rows))
 
 
 def _charts(systems: Mapping[str, Evaluation]) -> list[Chart]:
@@ -153,11 +156,11 @@ def _charts(systems: Mapping[str, Evaluation]) -> list[Chart]:
     ours = systems[OURS]
     drawn = [charts.comparison_chart({name: _estimates(evaluation) for name, evaluation in systems.items()})]
     if ours.kept:
-        asked = [query.image_ids for query in ours.queries]
+        groups = [query.image_ids for query in ours.queries]
         levels = ours.levels().T.tolist()
         means = zip(ours.prefix_survival(), levels, strict=True)
         drawn.append(
-            charts.survival_chart([charts.Estimate(mean, bootstrap_interval(values, asked)) for mean, values in means])
+            charts.survival_chart([charts.Estimate(mean, bootstrap_interval(values, groups)) for mean, values in means])
         )
     scores, right = ours.first_hits()
     if scores:

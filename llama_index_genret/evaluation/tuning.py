@@ -1,9 +1,9 @@
-"""`genret tune`: the prior of every image, and how much of it, and of a re-ranking, serves queries that were held out.
+"""Compute the prior of every image, and choose eta and the re-ranking weight on held-out queries (`genret tune`).
 
-Knows scorers and the index; nothing of LlamaIndex.
+Depends on scorers and the index; independent of LlamaIndex.
 
-Source: log p(id | query) - eta * log p(id) and log p(query | image) of TIGeR (arXiv:2406.05814), both with the trained
-model's own prompts.
+Source: log p(id | query) - eta * log p(id) and log p(query | image) of TIGeR (arXiv:2406.05814), both with the prompts
+of the trained model.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ ETAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5)
 RERANK_WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
 BATCH = 32
 PREFIX_BATCH = 256
-"""Prefixes that are scored together for the prior: their number squared is the size of an attention mask."""
+"""Prefixes per batch for the prior. The attention mask has the square of this size."""
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The figures of one way to rank: n, recall@1/5/10, mrr, ndcg@10."""
+    """One scoring with its figures: n, recall@1/5/10, mrr, ndcg@10."""
 
     scoring: Scoring
     figures: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """The figures and the numbers that gave them."""
+        """Return the scoring and the figures as one flat JSON object."""
         return {**asdict(self.scoring), **self.figures}
 
 
 def image_prior(index: Index, scorer: Scorer, *, progress: Progress = iter) -> NDArray[np.float32]:
-    """(records,) log p(image | no query) of every record: natural log, over the valid children at each step.
+    """Return log p(image | no query) of every record, (records,): natural log, over the valid children at each step.
 
-    A search as wide as the corpus, for the prompt without a query. NaN, as if it was not known, where the model gives
-    an image no chance at all.
+    The search is as wide as the corpus and uses the prompt without a query. An image to which the model gives
+    probability 0 gets NaN, like an image without a prior.
     """
     log_prior = np.full(len(index.records), np.nan, np.float32)
     n, prompt = index.trie.n_live, index.prompts.for_no_query(index.tokenizer)
@@ -76,7 +76,7 @@ def _parts(rows: Rows) -> list[list[Row]]:
 
 
 def _score(scorer: Scorer, prompt: Prompt, rows: Sequence[Row]) -> NDArray[np.floating]:
-    """Scores in a session of their own: one for all would hold the prefixes of the whole trie."""
+    """Return the scores of the rows, in a new session: a shared one would hold the prefixes of the whole trie."""
     with scorer.session([prompt], Normalise.CHILDREN) as session:
         return session.score(Rows.of(rows))
 
@@ -92,18 +92,23 @@ def tune(
     rerank_weights: Sequence[float] = RERANK_WEIGHTS,
     progress: Progress = iter,
 ) -> tuple[Index, list[Trial]]:
-    """Compute the prior, try every `eta` (and every weight of a re-ranking) on the queries, and store the best.
+    """Compute the prior, evaluate every `eta` and every re-ranking weight on the queries, and store the best.
 
-    The best has the highest MRR; of equal ones, that with the least `eta`, then the least weight. Without queries the
-    prior alone is stored anew, for images that were added, say: what was tuned before stays.
+    The best scoring has the highest MRR. Ties go to the lowest `eta`, then to the lowest weight. Without queries, only
+    the prior is stored again, for example after adding images. The tuned scoring then stays as it is.
 
     Args:
-        queries: held out: none of those that the model was trained on, nor those that it is judged by.
-        rerank: how many of the best of each query are ranked anew; 0 for none.
+        queries: validation queries, neither trained on nor used for the test figures. Default none.
+        etas: values of eta to evaluate, default `ETAS`.
+        rerank: number of best hits per query to re-rank, default 0 for none.
+        rerank_by: the text or image that the re-ranking reads, default "identifier".
+        rerank_weights: weights of the re-ranking to evaluate, default `RERANK_WEIGHTS`.
+
     Returns:
         The index as stored, and all trials in the order of `etas`.
+
     Raises:
-        StoreError: the index was changed meanwhile.
+        StoreError: the index was changed during the tuning.
     """
     log_prior = image_prior(index, scorer, progress=progress)
     index = store_tuning(index, log_prior, index.manifest.tuned or TunedScoring(scoring=Scoring(), queries=0))
@@ -125,33 +130,33 @@ def trials_of(
     rerank_weights: Sequence[float],
     progress: Progress,
 ) -> list[Trial]:
-    """The figures of every combination. How probable an image makes a query is asked once for all of them."""
+    """Evaluate every combination. log p(query | image) is computed once per pair and shared by all combinations."""
     prompts = [_prompt(index, query.text) for query in queries]
     likelihoods = _Likelihoods(index, scorer, prompts, rerank_by)
     usable = [0.0] if index.prior is None else etas
     found: dict[float, list[tuple[Hit, ...]]] = {}
     for eta, start in progress(list(product(usable, range(0, len(prompts), BATCH)))):
         part = prompts[start : start + BATCH]
-        asked = [prompt for prompt in part if prompt is not None]
+        valid = [prompt for prompt in part if prompt is not None]
         options = with_scoring(SearchOptions(k=max(DEPTH, rerank)), index, Scoring(eta=eta))
-        rankings = iter(recall(scorer, index.trie, asked, options) if asked else [])
+        rankings = iter(recall(scorer, index.trie, valid, options) if valid else [])
         hits = [() if prompt is None else next(rankings).hits for prompt in part]
         found[eta] = found.get(eta, []) + hits
         if rerank:
-            likelihoods.ask(start, hits)
+            likelihoods.add(start, hits)
     trials = []
     for eta, weight in product(usable, rerank_weights if rerank else (0.0,)):
         scoring = Scoring(eta=eta, rerank=rerank, rerank_weight=weight, rerank_by=rerank_by)
         ranked = found[eta]
         if weight:
-            ranked = [rescore(hits, likelihoods.of(row, hits), weight) for row, hits in enumerate(ranked)]
+            ranked = [rescore(hits, likelihoods.values(row, hits), weight) for row, hits in enumerate(ranked)]
         figures = evaluation_of(index, queries, [hits[:DEPTH] for hits in ranked]).figures()
         trials.append(Trial(scoring, figures))
     return trials
 
 
 def _prompt(index: Index, text: str) -> Prompt | None:
-    """None of a query that is refused: a miss."""
+    """Return the prompt, or None if the query is refused. A refused query counts as a miss."""
     try:
         return index.prompts.for_query(index.tokenizer, text)
     except QueryError:
@@ -159,25 +164,25 @@ def _prompt(index: Index, text: str) -> Prompt | None:
 
 
 class _Likelihoods:
-    """log p(query | image) of the pairs met so far."""
+    """A cache of log p(query | image), natural log, keyed by query and image."""
 
     def __init__(self, index: Index, scorer: Scorer, prompts: Sequence[Prompt | None], by: RerankBy) -> None:
         self._index, self._scorer, self._prompts, self._by = index, scorer, prompts, by
         self._known: dict[tuple[int, int], float] = {}
 
-    def ask(self, start: int, found: Sequence[Sequence[Hit]]) -> None:
-        """Score the pairs that are not known yet: the hits of queries `start`, `start` + 1, ..."""
-        pairs, asked = [], []
+    def add(self, start: int, found: Sequence[Sequence[Hit]]) -> None:
+        """Score the pairs that are not cached yet. `found` holds the hits of queries `start`, `start` + 1, ..."""
+        pairs, continuations = [], []
         for row, hits in enumerate(found, start):
             for hit in hits:
                 prompt = self._prompts[row]
                 if prompt is not None and (row, hit.key) not in self._known:
                     pairs.append((row, hit.key))
-                    asked.append(Continuation(describing_prompt(self._index, hit.key, self._by), prompt.words))
-        if asked:
+                    continuations.append(Continuation(describing_prompt(self._index, hit.key, self._by), prompt.words))
+        if continuations:
             with self._scorer.session([], Normalise.CHILDREN) as session:
-                self._known.update(zip(pairs, session.log_likelihoods(asked).tolist(), strict=True))
+                self._known.update(zip(pairs, session.log_likelihoods(continuations).tolist(), strict=True))
 
-    def of(self, row: int, hits: Sequence[Hit]) -> NDArray[np.float64]:
-        """(n,) of one query's hits."""
+    def values(self, row: int, hits: Sequence[Hit]) -> NDArray[np.float64]:
+        """Return the cached values of the hits of query `row`, (n,)."""
         return np.array([self._known[row, hit.key] for hit in hits])

@@ -45,7 +45,7 @@ def search(index, scorer, text, **options):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_an_identifier_is_spelled_with_the_probabilities_of_the_search(untrained_index, seed):
+def test_levels_show_the_probabilities_of_the_search(untrained_index, seed):
     """Marked symbols multiply to the image's probability; all children of a level sum to one."""
     index, scorer = untrained_index, FakeScorer(untrained_index.tokenizer.vocab_size, seed=seed, spread=2.0)
     hits, expanded = search(index, scorer, "a red circle")
@@ -64,7 +64,7 @@ def test_an_identifier_is_spelled_with_the_probabilities_of_the_search(untrained
             assert level.asked == (level.children > 1)
 
 
-def test_a_child_tells_how_many_images_lie_below_it_and_how_many_pass_the_filters(untrained_index):
+def test_choices_count_images_below_and_allowed_images(untrained_index):
     index, scorer = untrained_index, FakeScorer(untrained_index.tokenizer.vocab_size, spread=2.0)
     allowed = index.leaf_filter(RecordFilters.equal({"color": "red"}))
     hits, expanded = search(index, scorer, "anything", leaf_filter=allowed)
@@ -84,7 +84,7 @@ def test_a_child_tells_how_many_images_lie_below_it_and_how_many_pass_the_filter
             beginning += tuple(choice.symbol for choice in level.choices if choice.chosen)
 
 
-def test_a_removed_image_is_not_counted_and_an_added_one_is(pictures, tiny_mllm, tmp_path, monkeypatch):
+def test_counts_exclude_removed_and_include_added_images(pictures, tiny_mllm, tmp_path, monkeypatch):
     """The added ones wait in a second trie, which a larger index keeps until a tenth of it has changed."""
     monkeypatch.setattr("llama_index_genret.store.edits.COMPACT_FROM", 1.0)
     corpus = read_corpus(pictures)
@@ -106,7 +106,7 @@ def test_a_removed_image_is_not_counted_and_an_added_one_is(pictures, tiny_mllm,
             assert choice.images == sum(name[0] == choice.symbol for name in more.identifiers)
 
 
-async def test_recall_by_text_by_image_and_within_filters(client, pictures):
+async def test_recall_by_text_by_image_and_with_filters(client, pictures):
     found = (await client.post("/api/recall", json={"text": "red circle", "k": 3})).json()
     assert len(found["hits"]) == 3
     assert all(hit["levels"] for hit in found["hits"])
@@ -118,7 +118,7 @@ async def test_recall_by_text_by_image_and_within_filters(client, pictures):
     assert [len(hit["levels"]) > 0 for hit in pictured["hits"]] == [True, True]
 
 
-async def test_an_answer_names_the_images_that_it_was_grounded_in(client):
+async def test_answer_has_its_source_images(client):
     asked = {"text": "What is it?", "k": 2, "filters": {"color": ["green"]}}
     given = (await client.post("/api/answer", json=asked)).json()
     assert len(given["sources"]) == 2
@@ -136,7 +136,7 @@ async def test_images_are_served_by_id_only(client, trained_index, pictures):
     assert (await client.get(f"/{record.file_name}")).status_code == 404
 
 
-async def test_only_this_machines_pages_may_ask(client, recaller):
+async def test_requests_of_other_origins_are_refused(client, recaller):
     """A foreign page can send a form or text unasked, but no JSON; a foreign name may lead here, but is refused."""
     plain = {"Content-Type": "text/plain"}
     assert (await client.post("/api/recall", content='{"text": "x"}', headers=plain)).status_code == 415
@@ -161,13 +161,13 @@ async def test_only_this_machines_pages_may_ask(client, recaller):
         ({"image": "data:text/plain;base64,eA=="}, "image"),
     ],
 )
-async def test_what_cannot_be_asked_is_refused_with_the_reason(client, asked, words):
+async def test_invalid_request_is_refused_with_the_reason(client, asked, words):
     refused = await client.post("/api/recall", json=asked)
     assert refused.status_code == 400
     assert words in refused.json()["error"]
 
 
-async def test_a_body_beyond_the_limit_is_not_read(client):
+async def test_body_over_the_limit_is_refused(client):
     async def endless():
         while True:
             yield b" " * (1 << 20)
@@ -178,7 +178,7 @@ async def test_a_body_beyond_the_limit_is_not_read(client):
     assert str(MAX_BODY_BYTES >> 20) in refused.json()["error"]
 
 
-def test_a_taken_port_is_named():
+def test_taken_port_error_has_the_port():
     with listen(0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ServerError, match=f"port {port}.*--port"):

@@ -19,7 +19,7 @@ def genret_json(*arguments):
     return json.loads(done.stdout)
 
 
-def test_from_a_folder_to_an_answer(pictures, tiny_model_dir, tmp_path):
+def test_commands_from_image_folder_to_answer(pictures, tiny_model_dir, tmp_path):
     """index, train, inspect, query, ask, eval, export: one user's session."""
     folder = tmp_path / "index"
     made = genret_json("index", pictures, "--out", folder, "--model", tiny_model_dir, "--device", "cpu")
@@ -57,7 +57,7 @@ def test_from_a_folder_to_an_answer(pictures, tiny_model_dir, tmp_path):
     assert (checkpoint / "model.safetensors").is_file()
 
 
-def test_scheme_options_reach_the_scheme_and_inspect_shows_its_levels_and_its_tree(pictures, tiny_model_dir, tmp_path):
+def test_scheme_options_are_used_and_inspect_shows_levels(pictures, tiny_model_dir, tmp_path):
     folder, tree = tmp_path / "index", tmp_path / "tree.png"
     options = ("--scheme-option", "method=rq", "--scheme-option", "sizes=[4,3]")
     made = genret_json("index", pictures, "--out", folder, "--model", tiny_model_dir, "--device", "cpu", *options)
@@ -70,7 +70,7 @@ def test_scheme_options_reach_the_scheme_and_inspect_shows_its_levels_and_its_tr
     assert tree.read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_encoder_reaches_the_scheme(pictures, tiny_model_dir, encoder, tmp_path):
+def test_encoder_option_is_passed_to_the_scheme(pictures, tiny_model_dir, encoder, tmp_path):
     made = genret_json(
         *("index", pictures, "--out", tmp_path / "index", "--model", tiny_model_dir, "--device", "cpu"),
         *("--encoder", encoder),
@@ -90,13 +90,13 @@ def test_an_encoder_reaches_the_scheme(pictures, tiny_model_dir, encoder, tmp_pa
         (["--scheme-option", "encoder=e5", "--encoder", "minilm"], "--encoder and", 2),
     ],
 )
-def test_a_wrong_choice_of_scheme_is_told_before_anything_is_read(arguments, words, code):
+def test_invalid_scheme_option_fails_before_reading_images(arguments, words, code):
     done = genret("index", "nowhere", "--out", "unused", "--model", "unused", *arguments)
     assert done.returncode == code
     assert words in done.stderr
 
 
-def test_an_index_of_another_tokenizer_is_refused_by_name(trained_index, tiny_model_dir, tmp_path):
+def test_index_with_another_tokenizer_is_refused(trained_index, tiny_model_dir, tmp_path):
     other = shutil.copytree(tiny_model_dir, tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
@@ -114,7 +114,7 @@ def test_an_index_of_another_tokenizer_is_refused_by_name(trained_index, tiny_mo
         pytest.param(["index", "nowhere", "--out", "unused", "--model", "unused"], "nowhere", marks=pytest.mark.torch),
     ],
 )
-def test_a_failure_is_one_clear_message_and_exit_code_1(arguments, words, tmp_path):
+def test_failure_prints_one_message_and_exits_with_1(arguments, words, tmp_path):
     done = genret(*arguments)
     assert done.returncode == 1
     assert words in done.stderr
@@ -126,11 +126,11 @@ def test_a_failure_is_one_clear_message_and_exit_code_1(arguments, words, tmp_pa
     "arguments",
     [["query"], ["nonsense"], ["query", "a", "b", "-k", "0"], ["train", "x", "--epochs", "1", "--max-steps", "1"]],
 )
-def test_wrong_usage_is_exit_code_2(arguments):
+def test_wrong_usage_exits_with_2(arguments):
     assert genret(*arguments).returncode == 2
 
 
-def test_a_bad_filter_says_what_it_must_look_like(trained_index):
+def test_invalid_filter_error_shows_the_format(trained_index):
     done = genret("query", trained_index.folder, "x", "--filter", "color", "--device", "cpu")
     assert done.returncode == 1
     assert "key=value" in done.stderr

@@ -24,7 +24,7 @@ def fitting(query: dict[str, Any]) -> list[str]:
     return names if isinstance(names, list) else [names]
 
 
-def test_every_picture_is_listed_once_and_decodes() -> None:
+def test_each_demo_image_is_listed_once_and_decodes() -> None:
     listed = [row["file_name"] for row in rows("images/metadata.jsonl")]
     assert sorted(listed) == sorted(path.name for path in (DATA / "images").glob("*.webp"))
     assert len(listed) == 100
@@ -34,12 +34,12 @@ def test_every_picture_is_listed_once_and_decodes() -> None:
             assert (picture.size, picture.mode) == ((160, 160), "RGB"), name
 
 
-def test_no_two_pictures_share_a_caption() -> None:
+def test_demo_captions_are_unique() -> None:
     texts = [text for picture in captions().values() for text in picture]
     assert len(set(texts)) == len(texts) == 200
 
 
-def test_no_tag_query_occurs_in_a_training_caption_of_its_pictures() -> None:
+def test_tag_queries_do_not_occur_in_training_captions() -> None:
     tags = [query for query in rows("queries.jsonl") if query["kind"] == "tag"]
     trained = captions()
     assert 150 <= len(tags) <= 300
@@ -49,7 +49,7 @@ def test_no_tag_query_occurs_in_a_training_caption_of_its_pictures() -> None:
             assert not any(query["query"] in text.lower() for text in trained[name]), (query, trained[name])
 
 
-def test_no_query_is_a_sentence_that_training_makes() -> None:
+def test_queries_are_not_training_prompts() -> None:
     made = {
         carrier.format(text).lower() for texts in captions().values() for text in texts for carrier in TRAINED_CARRIERS
     }
@@ -57,14 +57,14 @@ def test_no_query_is_a_sentence_that_training_makes() -> None:
     assert not asked & made
 
 
-def test_every_picture_is_asked_for_in_one_new_phrasing_that_names_it() -> None:
+def test_each_image_has_one_phrasing_query_with_its_caption() -> None:
     phrasings = [query for query in rows("queries.jsonl") if query["kind"] == "phrasing"]
     trained = captions()
     assert sorted(query["file_name"] for query in phrasings) == sorted(trained)
     assert all(trained[query["file_name"]][0] in query["query"] for query in phrasings)
 
 
-def test_grounding_pairs_repeat_trained_answers_that_differ() -> None:
+def test_grounding_pairs_have_different_trained_answers() -> None:
     pictures = {row["file_name"]: row for row in rows("images/metadata.jsonl")}
     answers = {(name, pair["question"]): pair["answer"] for name, row in pictures.items() for pair in row["questions"]}
     pairs = rows("grounding.jsonl")
@@ -76,11 +76,11 @@ def test_grounding_pairs_repeat_trained_answers_that_differ() -> None:
         assert pictures[pair["file_name"]]["group"] != pictures[pair["other_file_name"]]["group"]
 
 
-def test_the_pictures_stay_small_enough_to_ship() -> None:
+def test_demo_data_is_below_1_5_mb() -> None:
     assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) < 1_500_000
 
 
-def test_the_licences_of_art_and_words_are_shipped() -> None:
+def test_demo_licences_are_included() -> None:
     text = (DATA / "LICENSE-fluent-emoji.txt").read_text(encoding="utf-8")
     assert "Permission is hereby granted, free of charge" in text
     assert re.findall(r"Copyright \(c\) .*?(Microsoft|LobeHub|Miles Johnson|Mu-An Chiou)", text) == [

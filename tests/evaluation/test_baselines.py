@@ -1,4 +1,4 @@
-"""Baselines rank by captions, and count ties against themselves."""
+"""Baselines rank by captions, and a tie counts against the baseline."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from llama_index_genret.evaluation.baselines import baseline, evaluation_by_scor
 from llama_index_genret.evaluation.queries import EvaluationQuery
 
 
-def test_of_images_of_equal_score_the_right_one_is_ranked_last(untrained_index):
+def test_right_image_ranks_last_among_equal_scores(untrained_index):
     records = untrained_index.records
     query = EvaluationQuery("?", frozenset([records[0].image_id]))
     tied, ahead = np.zeros((1, len(records))), np.zeros((1, len(records)))
@@ -20,7 +20,7 @@ def test_of_images_of_equal_score_the_right_one_is_ranked_last(untrained_index):
 
 
 @pytest.mark.parametrize("name", ["tfidf", "bm25"])
-def test_a_baseline_finds_captions_and_counts_ties_against_itself(untrained_index, name):
+def test_baseline_finds_captions_and_ties_count_against_it(untrained_index, name):
     records = untrained_index.records
     captions = [EvaluationQuery(record.captions[0], frozenset([record.image_id])) for record in records]
     assert baseline(name, records, captions).figures()["recall@1"] == 1.0
@@ -28,6 +28,6 @@ def test_a_baseline_finds_captions_and_counts_ties_against_itself(untrained_inde
     assert baseline(name, records, nothing_in_common).figures()["recall@10"] == 0.0
 
 
-def test_an_unknown_baseline_names_the_known_ones(untrained_index):
+def test_unknown_baseline_error_lists_the_known_ones(untrained_index):
     with pytest.raises(QueryError, match="bm25, tfidf"):
         baseline("clip", untrained_index.records, [])

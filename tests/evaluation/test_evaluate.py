@@ -1,4 +1,4 @@
-"""An evaluation: refused queries, image queries, and the figures of LlamaIndex's own evaluator."""
+"""Evaluation covers refused queries and image queries, and matches the evaluator of LlamaIndex."""
 
 import asyncio
 
@@ -20,25 +20,25 @@ from tests.evaluation.test_queries import write
 pytestmark = pytest.mark.torch
 
 
-def test_figures_have_an_interval_around_each_recall_with_queries_of_an_image_drawn_together(untrained_index):
+def test_intervals_draw_queries_of_an_image_together(untrained_index):
     records = untrained_index.records
-    asked = [EvaluationQuery(f"{r.captions[0]} {n}", frozenset([r.image_id])) for r in records[:6] for n in range(3)]
+    queries = [EvaluationQuery(f"{r.captions[0]} {n}", frozenset([r.image_id])) for r in records[:6] for n in range(3)]
     scores = np.zeros((18, len(records)))
     scores[np.arange(9), np.repeat(np.arange(6), 3)[:9]] = 1  # the first three images are found
-    evaluation = evaluation_by_score(scores, records, asked)
+    evaluation = evaluation_by_score(scores, records, queries)
     figures = evaluation.figures()
     assert figures["recall@1"] == 0.5
-    expected = interval_by_loops([1.0] * 9 + [0.0] * 9, [query.image_ids for query in asked], 0.95, 0)
+    expected = interval_by_loops([1.0] * 9 + [0.0] * 9, [query.image_ids for query in queries], 0.95, 0)
     assert figures["interval"]["recall@1"] == pytest.approx(list(expected))
     assert set(figures["interval"]) == {"recall@1", "recall@5", "recall@10", "mrr", "ndcg@10"}
 
 
-def test_a_query_may_be_a_picture(trained_index, trained_mllm, tmp_path):
-    asked = trained_index.records[3]
-    (tmp_path / "q.png").write_bytes(asked.path.read_bytes())
-    path = write(tmp_path / "q.jsonl", {"image": "q.png", "image_id": asked.image_id, "kind": "image"})
+def test_image_query_is_read_and_evaluated(trained_index, trained_mllm, tmp_path):
+    record = trained_index.records[3]
+    (tmp_path / "q.png").write_bytes(record.path.read_bytes())
+    path = write(tmp_path / "q.jsonl", {"image": "q.png", "image_id": record.image_id, "kind": "image"})
     queries = read_queries(path, trained_index.records)
-    assert queries == [EvaluationQuery("", frozenset([asked.image_id]), "image", tmp_path / "q.png")]
+    assert queries == [EvaluationQuery("", frozenset([record.image_id]), "image", tmp_path / "q.png")]
     result = evaluate(trained_index, TransformersScorer(trained_mllm), queries)
     assert len(result.ranked[0]) == 10
     (tmp_path / "q.png").unlink()
@@ -46,7 +46,7 @@ def test_a_query_may_be_a_picture(trained_index, trained_mllm, tmp_path):
         read_queries(path, trained_index.records)
 
 
-def test_a_query_that_is_refused_is_a_miss_and_stays_in_the_count(untrained_index):
+def test_refused_query_counts_as_a_miss(untrained_index):
     scorer = FakeScorer(untrained_index.tokenizer.vocab_size)
     everything = frozenset(record.image_id for record in untrained_index.records)
     result = evaluate(untrained_index, scorer, [EvaluationQuery("red", everything), EvaluationQuery(" ", everything)])
@@ -56,10 +56,10 @@ def test_a_query_that_is_refused_is_a_miss_and_stays_in_the_count(untrained_inde
 
 
 @pytest.mark.parametrize("how", ["sync", "async"])
-def test_the_evaluator_of_llama_index_gives_the_same_figures(untrained_index, how):
-    """Query by query: its `hit_rate` is our recall@k, and its `recall` too where one image is right.
+def test_llama_index_evaluator_gives_the_same_figures(untrained_index, how):
+    """Per query, its `hit_rate` is our recall@k. Its `recall` is equal too if one image is right.
 
-    Of several right images its own recall is the share that was found.
+    With several right images, its recall is the share of them among the results.
     """
     records, scorer = untrained_index.records, FakeScorer(untrained_index.tokenizer.vocab_size)
     wanted = [[r.image_id for r in records[n : n + 1 + n % 3]] for n in range(len(records) - 3)]
@@ -67,11 +67,11 @@ def test_the_evaluator_of_llama_index_gives_the_same_figures(untrained_index, ho
     ours = evaluate(untrained_index, scorer, queries)
     retriever = GenerativeImageRetriever(untrained_index, scorer, similarity_top_k=10)
     theirs = RetrieverEvaluator.from_metric_names(["hit_rate", "mrr", "recall", "ndcg"], retriever=retriever)
-    asked = [(query.text, sorted(query.image_ids)) for query in queries]
+    pairs = [(query.text, sorted(query.image_ids)) for query in queries]
     results = (
-        [theirs.evaluate(*query) for query in asked]
+        [theirs.evaluate(*pair) for pair in pairs]
         if how == "sync"
-        else [asyncio.run(theirs.aevaluate(*query)) for query in asked]
+        else [asyncio.run(theirs.aevaluate(*pair)) for pair in pairs]
     )
     figures = {name: [r.metric_vals_dict[name] for r in results] for name in ("hit_rate", "mrr", "recall", "ndcg")}
     each = ours.of_each_query()
@@ -84,8 +84,8 @@ def test_the_evaluator_of_llama_index_gives_the_same_figures(untrained_index, ho
     assert len(set(figures["ndcg"])) > 3
 
 
-def test_where_the_figures_of_llama_index_are_other_ones():
-    """Of more right images than results, its nDCG can never be one; where nothing is found, it ends in an error."""
+def test_figures_differ_from_llama_index_in_two_cases():
+    """Its nDCG stays below one if there are more right images than results. Without results, it raises an error."""
     assert ndcg_at([["a"]], [{"a", "b"}], 1) == 1.0
     assert NDCG().compute(expected_ids=["a", "b"], retrieved_ids=["a"]).score == pytest.approx(0.6131, abs=1e-4)
     assert ndcg_at([[]], [{"a"}], 1) == mean_reciprocal_rank([[]], [{"a"}]) == 0.0

@@ -1,4 +1,4 @@
-"""Promises of the HTML report that can be read off its text; `integration/` opens it in a browser."""
+"""The HTML report, checked by its text. `integration/` opens it in a browser."""
 
 import os
 import re
@@ -29,7 +29,7 @@ DATA_URL = re.compile(r"url\(data:image/webp;base64,([A-Za-z0-9+/=]+)\)")
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Three files of different colors, taller than wide."""
+    """Create three files of different colors, taller than wide."""
     folder = tmp_path / "images"
     folder.mkdir()
     for name in ("red", "green", "blue"):
@@ -49,7 +49,7 @@ def page_of(tmp_path: Path, *, title="t", subtitle="s", queries=(), **parts) -> 
 
 
 class Elements(HTMLParser):
-    """All elements of a page with their attributes, and the text outside of <style>."""
+    """The elements of a page with their attributes, and the text outside <style>."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Elements(HTMLParser):
         return [attributes["class"] or "" for _, attributes in self.tags if "class" in attributes]
 
 
-def test_hostile_text_stays_text_wherever_it_stands(tmp_path, pictures):
+def test_hostile_text_is_escaped_everywhere(tmp_path, pictures):
     hostile_hit = ReportHit(HOSTILE, pictures / "red.png", HOSTILE, 0.5, True)
     gone = ReportHit(HOSTILE, pictures / HOSTILE.replace("/", "_"), "", 0.5, False)
     queries = [
@@ -88,12 +88,12 @@ def test_hostile_text_stays_text_wherever_it_stands(tmp_path, pictures):
     assert not {tag for tag, _ in page.tags} & {"script", "img", "iframe", "object", "embed"}
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     # title twice (tab, heading), subtitle; table: title, 2 columns, 3 texts of a row, note; chart: title, note;
-    # group: title, note; query x 2, kind once, caption x 2 (of the hit, and of the answer's source), its id as the
-    # caption of the picture that is gone and as the expected id, question, answer
+    # group: title, note; query x 2, kind once, caption x 2 (hit and source of the answer), id as the caption of the
+    # missing image and as the expected id, question, answer
     assert page.text.count(HOSTILE) == 23
 
 
-def test_the_page_names_no_address_but_its_own(tmp_path, pictures):
+def test_page_has_no_external_url(tmp_path, pictures):
     queries = [ReportQuery("q", "kind", ("red",), (hit(pictures / "red.png", is_right=True),))]
     page = page_of(tmp_path, queries=queries, answers=[ReportAnswer("q", "a", queries[0].hits)])
 
@@ -103,7 +103,7 @@ def test_the_page_names_no_address_but_its_own(tmp_path, pictures):
     assert "default-src 'none'" in page
 
 
-def test_every_distinct_picture_is_embedded_once_however_often_it_is_shown(tmp_path, pictures):
+def test_each_distinct_image_is_embedded_once(tmp_path, pictures):
     copy = pictures / "copy-of-red.png"
     copy.write_bytes((pictures / "red.png").read_bytes())
     shown = tuple(hit(path) for path in sorted(pictures.iterdir()))
@@ -116,10 +116,10 @@ def test_every_distinct_picture_is_embedded_once_however_often_it_is_shown(tmp_p
     assert page.count("base64,") == 3
 
 
-def test_a_thumbnail_shows_the_picture_upright_and_in_its_colors(tmp_path, pictures):
+def test_thumbnail_is_upright_and_keeps_colors(tmp_path, pictures):
     sideways = Image.new("RGB", (200, 100), "red")
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     sideways.save(pictures / "sideways.jpg", exif=exif)
     Image.new("LA", (50, 50), (0, 0)).save(pictures / "clear.png")
     Image.new("CMYK", (50, 50), (0, 255, 255, 0)).save(pictures / "print.jpg")
@@ -133,7 +133,7 @@ def test_a_thumbnail_shows_the_picture_upright_and_in_its_colors(tmp_path, pictu
     assert red > 200 > 60 > max(green, blue)
 
 
-def test_misses_are_marked_and_show_the_expected_picture(tmp_path, pictures):
+def test_misses_are_marked_and_show_the_expected_image(tmp_path, pictures):
     red, green, blue = (pictures / f"{name}.png" for name in ("red", "green", "blue"))
     queries = [
         ReportQuery("found first", "tag", ("red",), (hit(red, is_right=True), hit(green))),
@@ -155,7 +155,7 @@ def test_misses_are_marked_and_show_the_expected_picture(tmp_path, pictures):
     assert "unknown" in page.text
 
 
-def test_groups_queries_and_tables_are_shown_in_the_order_given_and_an_empty_group_is_not(tmp_path, pictures):
+def test_groups_keep_their_order_and_empty_ones_are_hidden(tmp_path, pictures):
     queries = [ReportQuery(f"q{n}", f"kind{n}", (), (hit(pictures / "red.png"),)) for n in range(3)]
     groups = [QueryGroup("worst", (queries[2], queries[0])), QueryGroup("none", ()), QueryGroup("lot", (queries[1],))]
     tables = [Table(f"table{n}", ("", "MRR"), ((Cell("ours"), Cell("0.5", "0.4–0.6")),)) for n in range(2)]
@@ -171,25 +171,25 @@ def test_groups_queries_and_tables_are_shown_in_the_order_given_and_an_empty_gro
 @pytest.mark.parametrize(
     ("score", "shown"), [(1, "1.000"), (0.9714, "0.971"), (0.00042, "4e-04"), (0, "0.000"), (-3.25, "-3.250")]
 )
-def test_a_score_never_reads_as_zero_unless_it_is(tmp_path, pictures, score, shown):
+def test_only_a_score_of_zero_reads_as_zero(tmp_path, pictures, score, shown):
     page = page_of(tmp_path, queries=[ReportQuery("q", "kind", (), (hit(pictures / "red.png", score=score),))])
     assert f'<p class="score">{shown}</p>' in page
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no picture at all", b"\x89PNG\r\n\x1a\n broken"])
-def test_a_picture_that_cannot_be_read_is_named_in_its_place(tmp_path, pictures, content):
+def test_unreadable_image_is_replaced_by_its_file_name(tmp_path, pictures, content):
     path = pictures / "lost & found.png"
     if content is not None:
         path.write_bytes(content)
     shown = (hit(path), hit(pictures / "red.png"))
     page = page_of(tmp_path, queries=[ReportQuery("q", "kind", (), shown)])
 
-    assert 'aria-label="no picture: lost &amp; found.png">lost &amp; found.png</div>' in page
+    assert 'aria-label="unreadable image: lost &amp; found.png">lost &amp; found.png</div>' in page
     assert len(DATA_URL.findall(page)) == 1
 
 
-def test_a_hundred_photographs_stay_below_two_megabytes(tmp_path):
-    """Noise is the worst case for a codec: photographs are far smaller."""
+def test_report_of_100_images_is_below_2_mb(tmp_path):
+    """Noise is the worst case for a codec. Photographs are far smaller."""
     paths = [tmp_path / f"{number}.png" for number in range(100)]
     for number, path in enumerate(paths):
         Image.effect_noise((160, 160), 40 + number / 2).save(path)
@@ -198,18 +198,18 @@ def test_a_hundred_photographs_stay_below_two_megabytes(tmp_path):
     assert len(page_of(tmp_path, queries=queries).encode()) < 2_000_000
 
 
-def test_a_report_of_nothing_is_still_a_page(tmp_path):
+def test_empty_report_is_a_complete_page(tmp_path):
     page = page_of(tmp_path, title="Nothing yet", subtitle="")
     assert '<h1 dir="auto">Nothing yet</h1>' in page
     assert page.rstrip().endswith("</html>")
 
 
-def test_half_a_surrogate_pair_from_json_is_shown_as_its_escape(tmp_path, pictures):
+def test_half_a_surrogate_pair_is_shown_as_its_escape(tmp_path, pictures):
     page = page_of(tmp_path, queries=[ReportQuery("torn \ud83d", "kind", (), (hit(pictures / "red.png"),))])
     assert "torn \\ud83d" in page
 
 
-def test_the_report_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
+def test_report_is_written_without_leftover_files(tmp_path):
     path = tmp_path / "new folder" / "report.html"
     for title in ("first", "second"):
         write_report(path, title=title, subtitle="")
@@ -217,7 +217,7 @@ def test_the_report_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
 
-def test_a_write_that_fails_leaves_the_old_report(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
     page_of(tmp_path, title="old")
 
     def disk_full(descriptor: int) -> None:

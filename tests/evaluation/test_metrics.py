@@ -1,4 +1,4 @@
-"""Figures against their definitions."""
+"""Metrics equal their definitions."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ RANKED = [["a", "b", "c"], ["b", "c", "a"], ["c"], []]
 EXPECTED = [{"a"}, {"a"}, {"a"}, {"a"}]
 
 
-def test_figures_of_a_worked_example():
+def test_metrics_match_a_worked_example():
     assert [recall_at(RANKED, EXPECTED, k) for k in (1, 2, 3)] == [0.25, 0.25, 0.5]
     assert mean_reciprocal_rank(RANKED, EXPECTED) == pytest.approx((1 + 1 / 3) / 4)
     assert ndcg_at(RANKED, EXPECTED, 3) == pytest.approx((1 + 0.5) / 4)
@@ -28,7 +28,7 @@ def test_figures_of_a_worked_example():
 
 
 @given(st.lists(st.permutations(["a", "b", "c", "d"]), min_size=1, max_size=5), st.integers(1, 4))
-def test_figures_lie_between_none_and_all_and_a_perfect_ranking_is_one(ranked, k):
+def test_metrics_lie_in_0_1_and_a_perfect_ranking_has_1(ranked, k):
     expected = [{ids[0]} for ids in ranked]
     assert recall_at(ranked, expected, k) == mean_reciprocal_rank(ranked, expected) == 1.0
     assert ndcg_at(ranked, expected, k) == pytest.approx(1.0)
@@ -36,7 +36,7 @@ def test_figures_lie_between_none_and_all_and_a_perfect_ranking_is_one(ranked, k
 
 
 def interval_by_loops(values, groups, level, seed):
-    """The definition: draw groups, pool their values, take the mean; then the middle of the sorted means."""
+    """Define the interval: draw groups, pool their values, take the mean, then the middle of the sorted means."""
     distinct = list(dict.fromkeys(groups))
     counts = np.random.default_rng(seed).multinomial(len(distinct), [1 / len(distinct)] * len(distinct), size=RESAMPLES)
     means = []
@@ -55,7 +55,7 @@ def interval_by_loops(values, groups, level, seed):
 
 
 @pytest.mark.parametrize(("level", "seed"), [(0.95, 0), (0.5, 3)])
-def test_the_bootstrap_is_its_definition(level, seed):
+def test_bootstrap_interval_equals_its_definition(level, seed):
     rng = np.random.default_rng(seed)
     values, groups = rng.normal(size=23).tolist(), rng.choice(list("abcdefgh"), size=23).tolist()
     assert bootstrap_interval(values, groups, level=level, seed=seed) == pytest.approx(
@@ -65,7 +65,7 @@ def test_the_bootstrap_is_its_definition(level, seed):
     assert bootstrap_interval(values, level=level, seed=seed) == pytest.approx(alone)
 
 
-def test_an_interval_is_as_wide_as_the_normal_one_and_no_narrower_for_repeated_queries():
+def test_interval_matches_normal_and_ignores_repeated_queries():
     values = [1.0] * 120 + [0.0] * 280
     low, high = bootstrap_interval(values)
     half = 1.96 * (0.3 * 0.7 / 400) ** 0.5
@@ -80,7 +80,7 @@ ANSWERS = st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_si
 
 
 def calibration_by_loops(answers, bins=10):
-    """The definition, bin by bin."""
+    """Define the calibration error, bin by bin."""
     error = 0.0
     for number in range(bins):
         low, high = number / bins, (number + 1) / bins
@@ -92,14 +92,16 @@ def calibration_by_loops(answers, bins=10):
 
 
 @given(ANSWERS)
-def test_the_calibration_error_is_its_definition(answers):
-    answers = [(round(score, 3), right) for score, right in answers if not (1000 * score) % 100 < 1]  # not on an edge
+def test_calibration_error_equals_its_definition(answers):
+    answers = [
+        (round(score, 3), right) for score, right in answers if not (1000 * score) % 100 < 1
+    ]  # no score on the edge of a bin
     scores, right = [score for score, _ in answers], [is_right for _, is_right in answers]
     assert expected_calibration_error(scores, right) == pytest.approx(calibration_by_loops(answers) if answers else 0)
     assert sum(bin.n for bin in reliability(scores, right)) == len(answers)
 
 
-def test_scores_that_are_as_often_right_as_they_say_have_no_calibration_error():
+def test_calibrated_scores_have_no_calibration_error():
     assert expected_calibration_error([0.8] * 5, [True] * 4 + [False]) == pytest.approx(0)
     assert expected_calibration_error([1.0] * 5, [True] * 4 + [False]) == pytest.approx(0.2)
     (low, high) = reliability([0.0, 1.0], [False, True])

@@ -1,4 +1,4 @@
-"""Files of queries, and the error for each broken line."""
+"""Files of queries are read, and each broken line raises an error."""
 
 import json
 
@@ -13,7 +13,7 @@ def write(path, *rows):
     return path
 
 
-def test_queries_name_images_by_file_or_id_one_or_several(untrained_index, tmp_path):
+def test_queries_refer_to_images_by_file_or_id(untrained_index, tmp_path):
     path = write(
         tmp_path / "q.jsonl",
         {"query": "a", "file_name": "red-circle.png"},
@@ -38,13 +38,13 @@ def test_queries_name_images_by_file_or_id_one_or_several(untrained_index, tmp_p
         '{"query": "x", "image_id": []}',
     ],
 )
-def test_a_broken_line_is_an_error_that_names_file_and_line(untrained_index, tmp_path, row):
+def test_broken_line_error_has_file_and_line(untrained_index, tmp_path, row):
     path = write(tmp_path / "q.jsonl", {"query": "a", "file_name": "red-circle.png"}, row)
     with pytest.raises(CorpusError, match=r"q\.jsonl, line 2"):
         read_queries(path, untrained_index.records)
 
 
-def test_a_missing_or_empty_file_is_an_error_that_names_it(untrained_index, tmp_path):
+def test_missing_or_empty_file_error_has_the_path(untrained_index, tmp_path):
     with pytest.raises(CorpusError, match="nowhere"):
         read_queries(tmp_path / "nowhere.jsonl", untrained_index.records)
     with pytest.raises(CorpusError, match="no queries"):

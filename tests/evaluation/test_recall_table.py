@@ -1,4 +1,4 @@
-"""The parts of the recall table that need no download: the split, the queries, the fusion, the survival of prefixes."""
+"""The parts of the recall table that need no download: the split, the queries, the fusion, prefix survival."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from llama_index_genret.training.options import TrainOptions
 pytestmark = pytest.mark.torch
 
 
-def test_the_split_is_a_function_of_the_image_id_and_leaves_no_query_out(tmp_path):
+def test_split_depends_on_image_id_and_keeps_every_query(tmp_path):
     rows = [{"query": f"{n}", "image_id": f"image {n % 400}"} for n in range(1000)]
     write_queries(tmp_path, "all", rows)
     write_queries(tmp_path, "other", [{"query": "?", "image_id": f"image {n}"} for n in reversed(range(400))])
@@ -48,17 +48,17 @@ def emoji(**changes):
     return Emoji("1F34E", group="food-drink", picture=b"", openmoji_picture=b"", **(facts | changes))
 
 
-def test_no_query_of_an_emoji_holds_what_the_index_holds():
-    asked = emoji(keywords=("red_apple", "school", "fruit", "health", "mac", "school"))
-    assert asked.keyword_query() == "school, mac"
-    assert asked.tag_query() == "fruit, health"
+def test_emoji_queries_exclude_the_indexed_words():
+    apple = emoji(keywords=("red_apple", "school", "fruit", "health", "mac", "school"))
+    assert apple.keyword_query() == "school, mac"
+    assert apple.tag_query() == "fruit, health"
     assert emoji(keywords=("red_apple", "school")).keyword_query() is None
     assert emoji(tags=("apple", "fruit")).tag_query() is None
     assert emoji(openmoji_tags=("food", "round")).openmoji_query() == "food, round"
     assert emoji().openmoji_query() is None
 
 
-def test_queries_of_a_drawing_say_more_than_its_title(tmp_path):
+def test_clipart_queries_say_more_than_the_title(tmp_path):
     def clipart(**changes):
         facts = {"title": "A Duck", "description": "", "keywords": ("bird", "a_duck", "water_bird", "pond")}
         return Clipart("animals/duck", svg=tmp_path, png=tmp_path, **(facts | changes))
@@ -70,7 +70,7 @@ def test_queries_of_a_drawing_say_more_than_its_title(tmp_path):
     assert clipart(description="It swims in the pond.").description_query() == "It swims in the pond."
 
 
-def test_reciprocal_rank_fusion_is_its_definition():
+def test_reciprocal_rank_fusion_equals_its_definition():
     rng = np.random.default_rng(0)
     generative, dense = rng.integers(-6, 0, (5, 12)).astype(float), rng.integers(0, 6, (5, 12)) / 6
     generative[rng.random((5, 12)) < 0.4] = -np.inf
@@ -84,7 +84,7 @@ def test_reciprocal_rank_fusion_is_its_definition():
             assert fused[query, image] == pytest.approx(expected)
 
 
-def test_a_weight_of_one_or_none_is_one_ranking_alone_and_between_them_both_count():
+def test_fusion_weights_0_and_1_give_one_ranking_alone():
     generative, dense = np.array([[-0.1, -3.0, -np.inf, -np.inf]]), np.array([[0.1, 0.2, 0.5, 0.4]])
     assert np.argsort(-Fusion(1.0).scores(generative, dense))[0, :2].tolist() == [0, 1]
     assert np.argsort(-Fusion(0.0).scores(generative, dense))[0].tolist() == [2, 3, 1, 0]
@@ -95,7 +95,7 @@ def test_a_weight_of_one_or_none_is_one_ranking_alone_and_between_them_both_coun
     assert np.argsort(-Fusion(0.5).scores(nothing_recalled, dense))[0].tolist() == [2, 3, 1, 0]
 
 
-def test_the_fusion_chosen_is_the_better_ranking_where_the_other_is_noise(untrained_index):
+def test_fusion_chooses_the_better_ranking_over_noise(untrained_index):
     records = untrained_index.records
     queries = [EvaluationQuery(record.captions[0], frozenset([record.image_id])) for record in records]
     rng = np.random.default_rng(0)
@@ -110,20 +110,20 @@ def test_the_fusion_chosen_is_the_better_ranking_where_the_other_is_noise(untrai
 
 
 def kept_by_definition(index, scorer, query, width=10):
-    """Prefixes that a beam expands, and its results, by plain loops."""
-    names = [index.token_ids(row) for row in range(len(index.records))]
+    """Return the prefixes that a beam expands, and its results, by plain loops."""
+    paths = [index.token_ids(row) for row in range(len(index.records))]
 
     def children(prefix):
-        return sorted({name[len(prefix)] for name in names if name[: len(prefix)] == prefix != name})
+        return sorted({path[len(prefix)] for path in paths if path[: len(prefix)] == prefix != path})
 
-    def best(of):
-        return dict(sorted(of.items(), key=lambda item: -item[1])[:width])
+    def best(scores):
+        return dict(sorted(scores.items(), key=lambda item: -item[1])[:width])
 
     beam, finished, expanded = {(): 0.0}, {}, set()
     while beam:
         moved = {}
         for prefix, log_prob in beam.items():
-            while len(following := children(prefix)) == 1:  # no choice: nothing is asked
+            while len(following := children(prefix)) == 1:  # an only child is not scored
                 prefix = (*prefix, *following)
             moved[prefix] = log_prob
         finished = best(finished | {prefix: moved[prefix] for prefix in moved if not children(prefix)})
@@ -140,7 +140,7 @@ def kept_by_definition(index, scorer, query, width=10):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_prefix_survival_is_what_a_beam_keeps(untrained_index, seed):
+def test_prefix_survival_equals_the_prefixes_that_a_beam_keeps(untrained_index, seed):
     scorer = FakeScorer(untrained_index.tokenizer.vocab_size, seed=seed, spread=3.0)
     queries = [
         EvaluationQuery(f"{n}", frozenset([record.image_id])) for n, record in enumerate(untrained_index.records)
@@ -161,7 +161,7 @@ def test_prefix_survival_is_what_a_beam_keeps(untrained_index, seed):
 
 
 class TfIdfOnly:
-    """Peers without downloads: the dense one is character n-grams, too."""
+    """Peers without downloads. The dense peer is character n-grams, too."""
 
     def dense(self, records, queries):
         ranked = baseline("tfidf", records, queries).ranked
@@ -172,13 +172,13 @@ class TfIdfOnly:
         return {"MiniLM": baseline("tfidf", records, queries), "BM25": baseline("bm25", records, queries)}
 
 
-def test_a_section_counts_every_test_query_and_states_each_goal(untrained_index, tmp_path):
+def test_section_counts_every_test_query_and_states_goals(untrained_index, tmp_path):
     records = untrained_index.records
     rows = [{"query": f"the {r.captions[0]}", "image_id": r.image_id} for r in records]
     write_queries(tmp_path, "captions", rows)
     scorer = FakeScorer(untrained_index.tokenizer.vocab_size)
-    asked = QuerySet("captions", "any", (0.0, 0.5, 1.01))
-    section = measure("tiny", untrained_index, scorer, TfIdfOnly(), asked, tmp_path)
+    query_set = QuerySet("captions", "any", (0.0, 0.5, 1.01))
+    section = measure("tiny", untrained_index, scorer, TfIdfOnly(), query_set, tmp_path)
     test = sum(not is_validation(record.image_id) for record in records)
     assert [len(row.queries) for row in section.rows.values()] == [test] * 5
     assert set(section.rows) == {BEAM, EXACT, HYBRID, "MiniLM", "BM25"}
@@ -193,7 +193,7 @@ def test_a_section_counts_every_test_query_and_states_each_goal(untrained_index,
     assert without.goals()["recall@5"] == (reached["recall@5"], 1.0)
 
 
-def test_what_is_ahead_is_paired_by_query(untrained_index):
+def test_differences_are_paired_by_query(untrained_index):
     records = untrained_index.records
     queries = [EvaluationQuery("?", frozenset([record.image_id])) for record in records]
     some = np.eye(len(records)) * (np.arange(len(records)) % 2)[:, None]
@@ -202,7 +202,7 @@ def test_what_is_ahead_is_paired_by_query(untrained_index):
     assert section.ahead(BEAM, "peer")["recall@1"] == (0.0, 0.0)
 
 
-def test_an_index_of_no_corpus_is_an_error_that_names_the_corpora(untrained_index, tmp_path):
+def test_index_without_a_corpus_error_lists_the_corpora(untrained_index, tmp_path):
     for name in ("emoji", "emoji-labels", "openclipart"):
         (tmp_path / name).mkdir()
         row = {"file_name": "red-circle.png", "text": ["red circle"]}
@@ -214,7 +214,7 @@ def test_an_index_of_no_corpus_is_an_error_that_names_the_corpora(untrained_inde
     assert corpus_of(untrained_index, tmp_path) == "emoji-labels"
 
 
-def test_a_growing_index_is_measured_at_every_stage_on_new_and_old_images(pictures, tiny_mllm, tmp_path, capsys):
+def test_growing_index_is_measured_at_every_stage(pictures, tiny_mllm, tmp_path, capsys):
     corpus, new = parted(read_corpus(pictures), hold_out=4, limit=None, seed=0)
     options = TrainOptions(max_steps=2, batch_size=4, lora_rank=2)
     stages = Stages(tmp_path / "work", tiny_mllm)
@@ -224,13 +224,13 @@ def test_a_growing_index_is_measured_at_every_stage_on_new_and_old_images(pictur
     records = added.records
     assert len(records) - len(trained.records) == len(new) == 4
     queries = [EvaluationQuery("", frozenset([record.image_id]), image=record.path) for record in records]
-    asked = QuerySet("own", "pictures", shows_images=True)
+    query_set = QuerySet("own", "pictures", shows_images=True)
     indexes = {"trained": trained, "added": added, "updated": updated}
-    results = measure_growth(asked, queries, indexes, Neighbours(tiny_mllm, minilm=None))
+    results = measure_growth(query_set, queries, indexes, Neighbours(tiny_mllm, minilm=None))
     assert {f"new images, {stage}, vision neighbour" for stage in ("added", "updated")} <= results.keys()
     assert results["new images, added, vision neighbour"]["recall@1"] == 1.0
     assert results["old images lose, generative"]["recall@5"] == pytest.approx(
         results["old images, trained, generative"]["recall@5"] - results["old images, updated, generative"]["recall@5"]
     )
     assert "old images lose" in capsys.readouterr().out
-    assert stages.updated(added, options).version == updated.version  # what is there is taken as it is
+    assert stages.updated(added, options).version == updated.version  # an existing index is reused

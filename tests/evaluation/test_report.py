@@ -1,4 +1,4 @@
-"""From an evaluation to its page: which queries are shown, what the charts are of, and what it needs."""
+"""The report of an evaluation: its selection of queries, its charts, and its optional dependency."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ from llama_index_genret.evaluation.report import STRIPS, worst_first, write_eval
 
 @pytest.fixture(scope="module")
 def evaluation(untrained_index):
-    """Of each image four queries; one query is refused."""
+    """Evaluate four queries per image. One query is refused."""
     queries = [
         EvaluationQuery(f"{record.captions[0]} {n}", frozenset([record.image_id]), "odd" if n % 2 else "even")
         for record in untrained_index.records
@@ -29,7 +29,7 @@ def evaluation(untrained_index):
     return evaluate(untrained_index, FakeScorer(untrained_index.tokenizer.vocab_size, spread=3.0), queries)
 
 
-def test_prefix_survival_ends_at_recall_and_a_refused_query_keeps_nothing(evaluation):
+def test_prefix_survival_ends_at_recall_at_10(evaluation):
     figures = evaluation.figures()
     survival = figures["prefix_survival"]
     assert survival[-1] == pytest.approx(figures["recall@10"])
@@ -40,14 +40,14 @@ def test_prefix_survival_ends_at_recall_and_a_refused_query_keeps_nothing(evalua
     assert odd.prefix_survival()[-1] == pytest.approx(odd.figures()["recall@10"])
 
 
-def test_calibration_is_of_the_first_hits_and_leaves_a_refused_query_out(evaluation):
+def test_calibration_uses_first_hits_without_refused_queries(evaluation):
     scores, right = evaluation.first_hits()
     assert len(scores) == len(evaluation.queries) - 1
     assert np.mean([*right, False]) == pytest.approx(evaluation.figures()["recall@1"])
     assert evaluation.figures()["calibration_error"] == expected_calibration_error(scores, right)
 
 
-def test_the_worst_are_the_misses_of_which_the_model_was_surest(evaluation):
+def test_worst_queries_are_the_misses_with_the_highest_score(evaluation):
     order = worst_first(evaluation)
     assert sorted(order) == list(range(len(evaluation.queries)))
     ranks = [
@@ -58,12 +58,12 @@ def test_the_worst_are_the_misses_of_which_the_model_was_surest(evaluation):
     ]
     assert ranks == sorted(ranks, reverse=True)
     misses = [row for row, rank in zip(order, ranks, strict=True) if rank == 99]
-    assert misses[-1] == 7  # refused: nothing was said
+    assert misses[-1] == 7  # refused: no hits
     sure = [evaluation.hits[row][0].score for row in misses[:-1]]
     assert sure == sorted(sure, reverse=True)
 
 
-def test_the_page_has_the_worst_and_as_many_by_lot_beside_the_baselines(untrained_index, evaluation, tmp_path):
+def test_page_has_worst_and_random_queries_and_baselines(untrained_index, evaluation, tmp_path):
     peer = baseline("tfidf", untrained_index.records, evaluation.queries)
     pages = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -85,7 +85,7 @@ def test_the_page_has_the_worst_and_as_many_by_lot_beside_the_baselines(untraine
     assert f"{evaluation.figures()['calibration_error']:.3f}" in page
 
 
-def test_the_charts_are_part_of_the_page_and_in_its_colors(untrained_index, evaluation, tmp_path):
+def test_charts_are_inline_and_use_the_page_colors(untrained_index, evaluation, tmp_path):
     path = tmp_path / "report.html"
     write_evaluation_report(path, untrained_index, evaluation)
     charts = re.findall(r"<svg.*?</svg>", path.read_text(), re.DOTALL)
@@ -99,9 +99,7 @@ def test_the_charts_are_part_of_the_page_and_in_its_colors(untrained_index, eval
     assert len(every) == len(set(every))
 
 
-def test_without_matplotlib_the_extra_is_named_and_a_page_without_charts_is_written(
-    untrained_index, evaluation, tmp_path
-):
+def test_missing_matplotlib_error_has_the_extra(untrained_index, evaluation, tmp_path):
     path = tmp_path / "report.html"
     write_evaluation_report(path, untrained_index, evaluation, charts=False)
     assert "<svg" not in path.read_text()
@@ -111,8 +109,8 @@ def test_without_matplotlib_the_extra_is_named_and_a_page_without_charts_is_writ
     assert "llama-index-genret[eval]" in done.stderr
 
 
-def test_a_report_that_cannot_be_drawn_is_refused_before_anything_is_read(tmp_path, monkeypatch):
-    """Not after an hour of recalling: even the index, which is not there, is looked for later."""
+def test_eval_fails_first_if_charts_cannot_be_drawn(tmp_path, monkeypatch):
+    """The command fails even before it opens the index, which is missing, so not after an hour of recalling."""
     for name in ("matplotlib", "llama_index_genret.evaluation.charts"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

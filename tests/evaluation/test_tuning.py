@@ -1,4 +1,4 @@
-"""The prior of an index, how it is kept, and what is chosen on validation queries."""
+"""The prior of an index is computed and stored, and scoring is tuned on validation queries."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.torch
 
 
 def genret_json(capsys, *arguments):
-    """What a command prints with --json, run in this process: torch loads once."""
+    """Run a command with --json in this process, so that torch loads once, and return its output."""
     app([*map(str, arguments), "--json"], standalone_mode=False)
     return json.loads(capsys.readouterr().out)
 
@@ -44,7 +44,7 @@ def ranked_by(scoring, index, scorer, prompt, k):
 
 @pytest.fixture
 def index(untrained_index, tmp_path):
-    """A copy that a test may write to."""
+    """Copy the index, so that a test may write to it."""
     return load_index(shutil.copytree(untrained_index.folder, tmp_path / "index"))
 
 
@@ -54,14 +54,14 @@ def scorer(index):
 
 
 def log_probs(index, scorer, prompt):
-    """Of all images, by a search that drops none."""
+    """Return the log-probability of every image, by a search that drops none."""
     n = len(index.records)
     (ranking,) = recall(scorer, index.trie, [prompt], SearchOptions(k=n, width=n))
     return {hit.key: hit.log_prob for hit in ranking.hits}
 
 
-def test_the_prior_is_what_the_model_gives_every_image_without_a_query(index, trained_index, trained_mllm, monkeypatch):
-    """In batches smaller than a level, too."""
+def test_prior_is_the_log_prob_without_a_query(index, trained_index, trained_mllm, monkeypatch):
+    """Batches smaller than a level give the same prior."""
     monkeypatch.setattr("llama_index_genret.evaluation.tuning.PREFIX_BATCH", 3)
     for one, by in ((index, FakeScorer(index.tokenizer.vocab_size)), (trained_index, TransformersScorer(trained_mllm))):
         expected = log_probs(one, by, one.prompts.for_no_query(one.tokenizer))
@@ -70,15 +70,15 @@ def test_the_prior_is_what_the_model_gives_every_image_without_a_query(index, tr
         assert np.exp(found.astype(float)).sum() == pytest.approx(1.0, abs=1e-4)
 
 
-def test_eta_is_chosen_by_mrr_on_the_queries_and_used_from_then_on(index, scorer):
-    """Queries for what the prior makes rare: taking it off must help, and the stored one is the best of the grid."""
+def test_eta_with_the_best_mrr_is_stored_and_used(index, scorer):
+    """The queries are for images with a low prior, so subtracting it must help. The stored eta is the best one."""
     prior = image_prior(index, scorer)
     rare = [index.records[row] for row in np.argsort(prior)[:8]]
     queries = [
         EvaluationQuery(f"{record.captions[0]} {n}", frozenset({record.image_id})) for record in rare for n in range(3)
     ]
     table = {}
-    for query in queries:  # the query itself says nothing: all scores are those of the empty query
+    for query in queries:  # the query has no effect: every score is the score of the empty query
         prompt = index.prompts.for_query(index.tokenizer, query.text)
         empty = index.prompts.for_no_query(index.tokenizer)
         (row,) = (index.rows_by_id[image_id] for image_id in query.image_ids)
@@ -86,22 +86,22 @@ def test_eta_is_chosen_by_mrr_on_the_queries_and_used_from_then_on(index, scorer
         for depth in range(len(path)):
             logits = scorer.logits(empty, path[:depth])
             table[prompt.token_ids, path[:depth]] = {t: v + 0.5 * (t == path[depth]) for t, v in enumerate(logits)}
-    asked = FakeScorer(scorer.vocab_size, table=table)
-    tuned, trials = tune(index, asked, [*queries, EvaluationQuery(" ", frozenset({rare[0].image_id}))])
+    table_scorer = FakeScorer(scorer.vocab_size, table=table)
+    tuned, trials = tune(index, table_scorer, [*queries, EvaluationQuery(" ", frozenset({rare[0].image_id}))])
     chosen = tuned.scoring()
     best = max(trial.figures["mrr"] for trial in trials)
     assert chosen.eta == min(trial.scoring.eta for trial in trials if trial.figures["mrr"] == best) > 0
     assert best > trials[0].figures["mrr"]
     assert {trial.figures["n"] for trial in trials} == {25}
     assert load_index(index.folder).manifest.tuned == TunedScoring(scoring=chosen, queries=25)
-    by_default = evaluate(tuned, asked, queries).ranked
-    assert by_default == evaluate(tuned, asked, queries, scoring=ScoringChoice(**vars(chosen))).ranked
-    assert by_default != evaluate(tuned, asked, queries, scoring=ScoringChoice(eta=0, rerank=0)).ranked
+    by_default = evaluate(tuned, table_scorer, queries).ranked
+    assert by_default == evaluate(tuned, table_scorer, queries, scoring=ScoringChoice(**vars(chosen))).ranked
+    assert by_default != evaluate(tuned, table_scorer, queries, scoring=ScoringChoice(eta=0, rerank=0)).ranked
     np.testing.assert_array_equal(tuned.log_prior, prior)
 
 
-def test_of_equal_ones_no_prior_and_no_reranking_is_chosen(index, scorer):
-    """Every ranking is right: all images are."""
+def test_ties_choose_no_prior_and_no_reranking(index, scorer):
+    """Every image is right, so every ranking has the same MRR."""
     queries = [EvaluationQuery("anything", frozenset(index.rows_by_id))]
     tuned, trials = tune(index, scorer, queries, rerank=5)
     assert tuned.scoring() == Scoring(rerank_weight=0.0)
@@ -112,7 +112,7 @@ def test_of_equal_ones_no_prior_and_no_reranking_is_chosen(index, scorer):
     )
 
 
-def test_the_weight_of_the_reranking_is_tried_as_recall_would_rank(index, scorer):
+def test_tuning_trials_match_evaluation(index, scorer):
     queries = [EvaluationQuery(record.captions[0], frozenset({record.image_id})) for record in index.records[:6]]
     tuned, trials = tune(index, scorer, queries, etas=(0.0, 1.0), rerank=10, rerank_weights=(0.0, 0.5))
     for trial in trials:
@@ -123,7 +123,7 @@ def test_the_weight_of_the_reranking_is_tried_as_recall_would_rank(index, scorer
     assert len({trial.figures["mrr"] for trial in trials}) == 4
 
 
-def test_without_queries_the_prior_is_stored_and_what_was_tuned_stays(index, scorer):
+def test_tuning_without_queries_stores_only_the_prior(index, scorer):
     first, trials = tune(index, scorer)
     assert (first.scoring(), trials) == (Scoring(), [])
     chosen = TunedScoring(scoring=Scoring(eta=0.5), queries=9)
@@ -131,8 +131,11 @@ def test_without_queries_the_prior_is_stored_and_what_was_tuned_stays(index, sco
     assert again.manifest.tuned == chosen
 
 
-def test_added_images_are_found_and_removed_ones_are_left_out_of_the_prior(index, scorer, pictures):
-    """Until the next `genret tune` an added image has no prior of its own; nothing fails."""
+def test_edits_update_the_prior(index, scorer, pictures):
+    """An added image has no prior until the next `genret tune`, and the search still finds it.
+
+    The prior of a removed image is dropped.
+    """
     tuned, _ = tune(index, scorer)
     gone, kept = tuned.records[3], tuned.log_prior[4:]
     edited = remove_images(tuned, [gone.image_id])
@@ -149,7 +152,7 @@ def test_added_images_are_found_and_removed_ones_are_left_out_of_the_prior(index
     assert not np.isnan(tune(edited, scorer)[0].log_prior).any()
 
 
-def test_other_weights_drop_the_prior_and_what_was_tuned_with_it(index, scorer, tmp_path):
+def test_new_weights_drop_the_prior_and_the_tuned_scoring(index, scorer, tmp_path):
     tuned, _ = tune(index, scorer)
     tuned = store_tuning(tuned, tuned.log_prior, TunedScoring(scoring=Scoring(eta=1.0), queries=1))
     (tmp_path / "weights").mkdir()
@@ -158,7 +161,7 @@ def test_other_weights_drop_the_prior_and_what_was_tuned_with_it(index, scorer, 
     assert (again.log_prior, again.prior, again.manifest.tuned) == (None, None, None)
 
 
-def test_a_prior_is_not_stored_over_an_index_that_was_changed_meanwhile(index, scorer):
+def test_prior_of_a_changed_index_is_not_stored(index, scorer):
     prior = image_prior(index, scorer)
     remove_images(index, [index.records[0].image_id])
     with pytest.raises(StoreError, match="changed while"):
@@ -166,12 +169,12 @@ def test_a_prior_is_not_stored_over_an_index_that_was_changed_meanwhile(index, s
 
 
 @pytest.mark.parametrize("bad", [np.zeros(3, np.float32), np.full(20, -np.inf, np.float32)])
-def test_what_is_no_prior_of_the_images_is_not_stored(index, bad):
+def test_invalid_prior_is_not_stored(index, bad):
     with pytest.raises(StoreError, match="log_prior must be"):
         store_tuning(index, bad, TunedScoring(scoring=Scoring(), queries=0))
 
 
-def test_a_damaged_prior_is_an_error_that_names_it(index, scorer):
+def test_damaged_prior_error_has_the_file(index, scorer):
     tuned, _ = tune(index, scorer)
     path = tuned.folder / tuned.manifest.files["prior.npy"].path
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -179,7 +182,7 @@ def test_a_damaged_prior_is_an_error_that_names_it(index, scorer):
         _ = load_index(index.folder).prior
 
 
-def test_eta_without_a_prior_and_numbers_that_are_no_weights_are_errors(index, scorer):
+def test_invalid_scoring_is_refused(index, scorer):
     with pytest.raises(SearchError, match="genret tune"):
         GenerativeImageRetriever(index, scorer, scoring=ScoringChoice(eta=1.0)).retrieve("red circle")
     for nonsense in ({"eta": -1.0}, {"rerank": -1}, {"rerank_weight": float("nan")}, {"rerank_by": "colour"}):
@@ -187,7 +190,7 @@ def test_eta_without_a_prior_and_numbers_that_are_no_weights_are_errors(index, s
             GenerativeImageRetriever(index, scorer, scoring=ScoringChoice(**nonsense))
 
 
-def test_the_retriever_ranks_as_tuned_unless_it_is_told_otherwise(index, scorer, tmp_path):
+def test_retriever_uses_tuned_scoring_by_default(index, scorer, tmp_path):
     tuned, _ = tune(index, scorer)
     tuned = store_tuning(tuned, tuned.log_prior, TunedScoring(scoring=Scoring(0.7, 8, 0.3), queries=1))
     prompt = tuned.prompts.for_query(tuned.tokenizer, "red circle")
@@ -208,23 +211,23 @@ def test_the_retriever_ranks_as_tuned_unless_it_is_told_otherwise(index, scorer,
         assert found == [hit.ranked_by for hit in ranking.hits]
 
 
-def test_what_was_tuned_on_texts_is_not_used_for_pictures(index, scorer):
+def test_tuned_scoring_is_not_used_for_image_queries(index, scorer):
     tuned, _ = tune(index, scorer)
     tuned = store_tuning(tuned, tuned.log_prior, TunedScoring(scoring=Scoring(0.7, 8), queries=1))
     assert tuned.scoring(pictured=True) == Scoring()
     assert tuned.scoring(ScoringChoice(eta=0.2), pictured=True) == Scoring(0.2)
     from llama_index.core.schema import QueryBundle
 
-    pictured = QueryBundle("", image_path=str(tuned.records[0].path))
+    image_query = QueryBundle("", image_path=str(tuned.records[0].path))
     for scoring in (None, ScoringChoice(rerank=5)):
-        nodes = GenerativeImageRetriever(tuned, scorer, scoring=scoring).retrieve(pictured)
+        nodes = GenerativeImageRetriever(tuned, scorer, scoring=scoring).retrieve(image_query)
         assert all("genret_ranked_by" not in node.node.metadata for node in nodes)
     prompt = tuned.prompts.for_image(tuned.tokenizer, tuned.records[0].path)
     with pytest.raises(QueryError, match="text queries"):
         ranked_by(Scoring(rerank=3), tuned, scorer, prompt, k=1)
 
 
-def test_the_picture_itself_can_rank_hits_anew(trained_index, trained_mllm):
+def test_reranking_by_image_differs_from_by_identifier(trained_index, trained_mllm):
     scorer, prompt = (
         TransformersScorer(trained_mllm),
         trained_index.prompts.for_query(trained_index.tokenizer, "red bus"),
@@ -232,12 +235,14 @@ def test_the_picture_itself_can_rank_hits_anew(trained_index, trained_mllm):
     rankings = {
         by: ranked_by(Scoring(0, 6, 1.0, by), trained_index, scorer, prompt, k=3) for by in ("identifier", "image")
     }
-    seen, told = ({hit.leaf: hit.ranked_by for hit in rankings[by][0].hits} for by in ("image", "identifier"))
-    assert len(seen) == 3
-    assert seen != told
+    by_image, by_identifier = (
+        {hit.leaf: hit.ranked_by for hit in rankings[by][0].hits} for by in ("image", "identifier")
+    )
+    assert len(by_image) == 3
+    assert by_image != by_identifier
 
 
-def test_a_batch_ranks_as_asked_and_an_unfinished_one_only_goes_on_so(index, scorer, tmp_path):
+def test_batch_uses_the_given_scoring(index, scorer, tmp_path):
     tuned, _ = tune(index, scorer)
     (tmp_path / "queries.jsonl").write_text('{"query": "red circle"}\n{"query": " "}\n')
     for eta in (0.0, 1.0):
@@ -249,7 +254,7 @@ def test_a_batch_ranks_as_asked_and_an_unfinished_one_only_goes_on_so(index, sco
         assert [("ranked_by" in hit) for hit in hits] == [eta > 0] * 3
 
 
-def test_from_the_command_line(trained_index, tmp_path, capsys):
+def test_tune_and_eval_commands_share_the_scoring(trained_index, tmp_path, capsys):
     folder, queries = shutil.copytree(trained_index.folder, tmp_path / "index"), tmp_path / "queries.jsonl"
     records = trained_index.records
     queries.write_text(

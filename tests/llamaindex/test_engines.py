@@ -279,7 +279,7 @@ def of_pixels(groups):
 
 @pytest.mark.parametrize("how", ["sync", "async", "sync in a loop"])
 @pytest.mark.parametrize("name", ROWS)
-def test_the_recalled_pictures_reach_the_model(server, retriever, llm, name, how):
+def test_recalled_images_reach_the_model(server, retriever, llm, name, how):
     row = ROWS[name]
     said = put(row, row.make(retriever, llm), server, how)
     assert retriever.recalled
@@ -306,7 +306,7 @@ def put(row, engine, server, how):
 
 @pytest.mark.parametrize("how", ["sync", "async"])
 @pytest.mark.parametrize("name", TEXT_ONLY)
-def test_a_text_only_engine_shows_no_picture_and_its_user_is_warned(server, retriever, llm, name, how):
+def test_text_only_engine_sends_no_image_and_warns(server, retriever, llm, name, how):
     """All but that of citations, which reads the nodes as one does who prints them."""
     row = TEXT_ONLY[name]
     with pytest.warns(ImageNotShown, match="image_query_engine") if row.warned else nullcontext():
@@ -330,7 +330,7 @@ for engine in (RetrieverQueryEngine.from_args(retriever, llm=MockLLM()),) * 2:
 """
 
 
-def test_the_warning_is_shown_once(untrained_index):
+def test_warning_is_shown_once(untrained_index):
     done = subprocess.run([sys.executable, "-c", TWICE, str(untrained_index.folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("ImageNotShown: recalled") == 1
@@ -343,7 +343,7 @@ def test_three_event_loops_send_each_request_once(server, retriever, llm):
     assert len(server.chats) == 3
 
 
-async def test_fifty_questions_at_once_are_each_answered_from_their_own_pictures(server, retriever, llm):
+async def test_concurrent_questions_get_their_own_images(server, retriever, llm):
     engine = image_query_engine(retriever, llm)
     questions = [f"{QUESTION} {number}" for number in range(50)]
     responses = await asyncio.gather(*map(engine.aquery, questions))
@@ -353,13 +353,13 @@ async def test_fifty_questions_at_once_are_each_answered_from_their_own_pictures
         assert shown[text] == [pixels(node.node.image_path) for node in response.source_nodes]
 
 
-def test_an_agent_asks_the_retriever_what_its_model_wrote(server, retriever, llm):
+def test_agent_passes_the_model_query_to_the_retriever(server, retriever, llm):
     row = ROWS["FunctionAgent, QueryEngineTool"]
     put(row, row.make(retriever, llm), server, "async")
     assert retriever.queries == [QUESTION]
 
 
-def test_a_citation_leads_back_to_its_image(server, retriever, llm):
+def test_citation_refers_to_its_image(server, retriever, llm):
     """One source an image, although they are new nodes with new ids."""
     response = query(ROWS["CitationQueryEngine(multimodal=True)"].make(retriever, llm))
     assert [node.metadata["file_path"] for node in response.source_nodes] == retriever.recalled[0]
@@ -371,13 +371,13 @@ def test_a_citation_leads_back_to_its_image(server, retriever, llm):
 
 @pytest.mark.parametrize("how", ["sync", "async"])
 @pytest.mark.parametrize("name", [name for name in ROWS if "MultiModal" in name])
-def test_a_chat_without_a_system_prompt_sends_no_empty_one(server, retriever, llm, name, how):
+def test_chat_sends_no_empty_system_prompt(server, retriever, llm, name, how):
     """The engine prepends one; a template would render it, or a default in its place, as training never did."""
     put(ROWS[name], ROWS[name].make(retriever, llm), server, how)
     assert {message["role"] for chat in server.chats for message in chat["messages"]} == {"user"}
 
 
-def test_a_system_prompt_that_says_something_is_sent(server, retriever, llm):
+def test_non_empty_system_prompt_is_sent(server, retriever, llm):
     engine = MultiModalContextChatEngine.from_defaults(retriever, multi_modal_llm=llm, system_prompt="Be brief.")
     chat(engine)
     assert server.chats[0]["messages"][0] == {"role": "system", "content": "Be brief."}
@@ -387,7 +387,7 @@ CHATS = [name for name in ROWS if "ChatEngine" in name and "streaming" not in na
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_each_turn_of_a_chat_shows_the_pictures_of_its_own_question(server, retriever, llm, name):
+def test_each_chat_turn_sends_the_images_of_its_question(server, retriever, llm, name):
     engine = ROWS[name].make(retriever, llm)
     server.script = {"standalone": "And the square?"}
     for question in (QUESTION, "And that one?"):

@@ -77,14 +77,14 @@ def hashes(retriever):
     return {found.node.hash for found in retriever.retrieve(QUERY)}
 
 
-def test_the_partners_find_what_they_should(bm25, dense):
+def test_bm25_and_dense_find_the_expected_image(bm25, dense):
     """Else fusing them would show nothing."""
     assert ids(bm25.retrieve(QUERY))[0] == ids(dense.retrieve(QUERY))[0] == "red-circle"
 
 
 @pytest.mark.parametrize("mode", FUSION_MODES)
 @pytest.mark.parametrize("partner", ["bm25", "dense"])
-def test_a_picture_that_both_find_is_one_hit(request, generative, partner, mode):
+def test_image_found_by_both_retrievers_is_one_hit(request, generative, partner, mode):
     other = request.getfixturevalue(partner)
     fused = fusion([generative, other], mode)
     assert hashes(other) <= hashes(generative)  # by which LlamaIndex merges; of equal ids it drops one, and its score
@@ -97,19 +97,19 @@ def test_a_picture_that_both_find_is_one_hit(request, generative, partner, mode)
         assert nodes[0].node.node_id == best
 
 
-async def test_three_are_fused_inside_a_running_loop(generative, bm25, dense):
+async def test_three_retrievers_are_fused_in_a_running_loop(generative, bm25, dense):
     fused = fusion([generative, bm25, dense], FUSION_MODES.RECIPROCAL_RANK)
     assert ids(fused.retrieve(QUERY)) == ids(await fused.aretrieve(QUERY))
 
 
-def test_fusing_leaves_the_scores_of_the_next_query_alone(generative, bm25):
+def test_fusion_keeps_the_scores_of_the_next_query(generative, bm25):
     before = [(n.node.node_id, n.score) for n in generative.retrieve(QUERY)]
     fusion([generative, bm25], FUSION_MODES.RELATIVE_SCORE).retrieve(QUERY)
     assert [(n.node.node_id, n.score) for n in generative.retrieve(QUERY)] == before
 
 
 @pytest.mark.parametrize("how", ["sync", "async"])
-def test_the_pictures_of_a_fusion_reach_the_model(generative, bm25, dense, how):
+def test_images_of_a_fusion_reach_the_model(generative, bm25, dense, how):
     """Those that only a partner found, too: they come as LlamaIndex's own image nodes."""
     fused = fusion([generative, bm25, dense], FUSION_MODES.RECIPROCAL_RANK, top_k=3)
     with running(OpenAIServer()) as server:

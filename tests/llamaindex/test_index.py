@@ -100,7 +100,7 @@ def document(path, image_id="new", **options):
     )
 
 
-def test_images_of_a_folder_become_nodes_with_their_own_ids_captions_and_metadata(index, folder):
+def test_folder_images_become_nodes_with_ids_and_captions(index, folder):
     assert len(index.docstore.docs) == 20
     (hit,) = index.as_retriever(similarity_top_k=1).retrieve("x")
     node = hit.node
@@ -110,7 +110,7 @@ def test_images_of_a_folder_become_nodes_with_their_own_ids_captions_and_metadat
     assert index.ref_doc_info[node.node_id].node_ids == [node.node_id]
 
 
-def test_the_folder_is_a_whole_index_for_the_command_line(index, folder):
+def test_index_folder_is_complete_for_the_command_line(index, folder):
     stored = load_index(index.folder)
     first = stored.records[0]
     assert (first.image_id, first.captions, dict(first.metadata)) == (
@@ -121,7 +121,7 @@ def test_the_folder_is_a_whole_index_for_the_command_line(index, folder):
     assert stored.records[0].file_name == "red-circle.png"
 
 
-def test_captions_are_lines_and_questions_are_kept_from_models(tmp_path, make):
+def test_captions_are_lines_and_questions_are_hidden(tmp_path, make):
     images = tmp_path / "asked"
     images.mkdir()
     another(images / "a.png")
@@ -138,7 +138,7 @@ def test_captions_are_lines_and_questions_are_kept_from_models(tmp_path, make):
     assert "Which color" not in index.docstore.get_node("a").get_content("llm")
 
 
-def test_any_document_with_an_image_does(make, tmp_path):
+def test_any_document_with_an_image_is_accepted(make, tmp_path):
     path = another(tmp_path / "b.png")
     plain = Document(id_="plain", text="a dot", image_resource={"path": path})
     index = make([document(another(tmp_path / "a.png")), plain], scheme="numeric")
@@ -156,13 +156,13 @@ def test_any_document_with_an_image_does(make, tmp_path):
     ],
     ids=["no image", "nested metadata", "missing file", "address", "a text node"],
 )
-def test_a_document_that_cannot_be_used_is_an_error_that_names_it(make, tmp_path, given, error, words):
+def test_invalid_document_error_has_its_id(make, tmp_path, given, error, words):
     with pytest.raises(error, match=words):
         make([given(another(tmp_path / "a.png"))])
     assert not (tmp_path / "index" / "manifest.json").exists()
 
 
-def test_a_picture_in_memory_is_stored_as_a_file_and_never_as_base64(make, tmp_path):
+def test_image_in_memory_is_stored_as_a_file(make, tmp_path):
     content = another(tmp_path / "a.png").read_bytes()
     storage = StorageContext.from_defaults()
     documents = [ImageDocument(id_="mem", image=base64.b64encode(content).decode(), text="a dot")]
@@ -176,7 +176,7 @@ def test_a_picture_in_memory_is_stored_as_a_file_and_never_as_base64(make, tmp_p
     assert len(list((index.folder / "pictures").iterdir())) == 1
 
 
-def test_a_folder_that_is_not_free_and_no_images_are_errors(make, index):
+def test_occupied_folder_or_no_images_is_an_error(make, index):
     with pytest.raises(IndexExists):
         make(load_images(index.stored.records[0].path.parent))
     with pytest.raises(CorpusError, match="no images"):
@@ -185,7 +185,7 @@ def test_a_folder_that_is_not_free_and_no_images_are_errors(make, index):
         GenerativeImageIndex(nodes=[])
 
 
-def test_an_inserted_image_is_found_at_once_by_retrievers_made_before(index, tmp_path):
+def test_existing_retrievers_find_an_inserted_image(index, tmp_path):
     before = everything(index)
     index.insert(document(another(tmp_path / "new.png")))
     assert found(before) == found(everything(index))
@@ -194,13 +194,13 @@ def test_an_inserted_image_is_found_at_once_by_retrievers_made_before(index, tmp
     assert index.docstore.get_node("new").text == "an orange dot"
 
 
-def test_an_image_of_a_known_id_is_not_inserted_twice(index, folder):
+def test_image_with_a_known_id_is_not_inserted(index, folder):
     with pytest.raises(DuplicateImage):
         index.insert(load_images(folder)[0])
     assert len(index.docstore.docs) == len(index.stored.records) == 20
 
 
-def test_a_deleted_image_is_found_no_more_by_retrievers_made_before(index, folder):
+def test_existing_retrievers_do_not_find_a_deleted_image(index, folder):
     before, engine = everything(index), index.as_query_engine(llm=Watching(), similarity_top_k=100)
     index.delete_ref_doc("red-circle")
     index.delete_nodes(["blue-bar"], delete_from_docstore=True)
@@ -211,7 +211,7 @@ def test_a_deleted_image_is_found_no_more_by_retrievers_made_before(index, folde
     assert (folder / "blue-bar.png").exists()
 
 
-def test_an_index_without_images_left_finds_nothing_and_takes_new_ones(index, tmp_path):
+def test_emptied_index_finds_nothing_and_accepts_images(index, tmp_path):
     retriever = everything(index)
     index.delete_nodes(list(index.docstore.docs), delete_from_docstore=True)
     assert retriever.retrieve("x") == []
@@ -219,7 +219,7 @@ def test_an_index_without_images_left_finds_nothing_and_takes_new_ones(index, tm
     assert found(retriever) == {"new"}
 
 
-def test_a_refresh_sees_new_documents_other_captions_and_replaced_files_and_nothing_else(index, folder, tmp_path):
+def test_refresh_detects_new_and_changed_documents_only(index, folder, tmp_path):
     assert index.refresh_ref_docs(load_images(folder)) == [False] * 20
     another(folder / "red-circle.png")
     documents = load_images(folder)
@@ -234,7 +234,7 @@ def test_a_refresh_sees_new_documents_other_captions_and_replaced_files_and_noth
     assert index.refresh_ref_docs(documents) == [False] * 21
 
 
-def test_a_replaced_file_is_seen_in_documents_that_say_nothing_of_their_content(make, tmp_path):
+def test_replaced_file_is_detected_without_a_content_hash(make, tmp_path):
     path = another(tmp_path / "new.png")
     index = make([document(path)], scheme="numeric")
     assert index.refresh_ref_docs([document(path)]) == [False]
@@ -242,7 +242,7 @@ def test_a_replaced_file_is_seen_in_documents_that_say_nothing_of_their_content(
     assert index.refresh_ref_docs([document(path)]) == [True]
 
 
-def test_other_metadata_of_the_same_picture_leave_its_identifier(make, folder):
+def test_metadata_update_keeps_the_identifier(make, folder):
     """By its scheme an image that joins gets the next number."""
     index = make(load_images(folder), scheme="numeric")
     before = index.stored.identifiers[index.stored.rows_by_id["red-square"]]
@@ -254,7 +254,7 @@ def test_other_metadata_of_the_same_picture_leave_its_identifier(make, folder):
     assert stored.records[stored.rows_by_id["red-square"]].metadata["color"] == "crimson"
 
 
-async def test_every_edit_has_an_asynchronous_twin(index, folder, tmp_path):
+async def test_async_edits_match_the_sync_edits(index, folder, tmp_path):
     await index.ainsert(document(another(tmp_path / "new.png")))
     await index.adelete_ref_doc("red-circle", delete_from_docstore=True)
     changed = next(d for d in load_images(folder) if d.id_ == "red-square")
@@ -278,7 +278,7 @@ for hit in index.as_retriever(similarity_top_k=5).retrieve("red circle"):
 """
 
 
-def test_a_new_process_loads_it_and_recalls_the_same(index, tmp_path):
+def test_new_process_loads_the_index_and_recalls_the_same(index, tmp_path):
     index.storage_context.persist(tmp_path / "persisted")
     command = [sys.executable, "-c", RELOAD, str(tmp_path / "persisted")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -286,7 +286,7 @@ def test_a_new_process_loads_it_and_recalls_the_same(index, tmp_path):
     assert printed == "".join(f"{hit.node.node_id}\t{hit.score}\t{hit.node.text}\n" for hit in hits)
 
 
-def test_a_folder_that_has_moved_is_named_when_it_is_loaded_and_edits_go_on(index, tmp_path):
+def test_moved_folder_is_passed_on_load_and_can_be_edited(index, tmp_path):
     index.storage_context.persist(tmp_path / "persisted")
     moved = shutil.move(index.folder, tmp_path / "moved")
     storage = StorageContext.from_defaults(persist_dir=str(tmp_path / "persisted"))
@@ -297,7 +297,7 @@ def test_a_folder_that_has_moved_is_named_when_it_is_loaded_and_edits_go_on(inde
     assert len(load_index(tmp_path / "moved").records) == 20
 
 
-def test_an_edit_by_another_process_is_seen_and_not_undone(index, tmp_path):
+def test_edit_by_another_process_is_kept(index, tmp_path):
     retriever = everything(index)
     remove_images(load_index(index.folder), ["red-bar"])
     index.insert(document(another(tmp_path / "new.png")))
@@ -305,14 +305,14 @@ def test_an_edit_by_another_process_is_seen_and_not_undone(index, tmp_path):
     assert "red-bar" not in found(retriever)
 
 
-def test_an_index_that_was_not_trained_says_so(make, folder):
+def test_untrained_index_raises_not_trained(make, folder):
     index = make(load_images(folder), scorer=None)
     assert index.untrained_ids() == list(index.stored.rows_by_id)
     with pytest.raises(NotTrained, match="train"):
         index.as_retriever()
 
 
-def test_the_pictures_reach_the_model_of_its_query_engine(index):
+def test_query_engine_sends_images_to_the_model(index):
     asked.clear()
     answer = index.as_query_engine(llm=Watching(), similarity_top_k=3).query("Which color?")
     assert pictures() == [3]
@@ -320,7 +320,7 @@ def test_the_pictures_reach_the_model_of_its_query_engine(index):
 
 
 @pytest.mark.parametrize("mode", [ChatMode.BEST, ChatMode.CONTEXT, ChatMode.CONDENSE_PLUS_CONTEXT])
-def test_the_pictures_reach_the_model_of_its_chat_engine_in_every_turn(index, mode):
+def test_chat_engine_sends_images_in_every_turn(index, mode):
     asked.clear()
     chat = index.as_chat_engine(
         mode, llm=Watching(), memory=memory(), similarity_top_k=2, node_postprocessors=[SimilarityPostprocessor()]
@@ -331,7 +331,7 @@ def test_the_pictures_reach_the_model_of_its_chat_engine_in_every_turn(index, mo
     assert asked[0][-1].blocks[-1].text == "Which color?"
 
 
-def test_a_chat_goes_on_where_a_picture_is_gone(index, folder):
+def test_chat_continues_without_a_missing_image(index, folder):
     asked.clear()
     gone = index.as_retriever(similarity_top_k=1).retrieve("Which color?")[0].node
     (folder / f"{gone.node_id}.png").unlink()
@@ -340,14 +340,14 @@ def test_a_chat_goes_on_where_a_picture_is_gone(index, folder):
     assert asked[0][-1].blocks[-1].text == f"{gone.text}\n(The picture {gone.node_id} cannot be shown.)\n\nWhich color?"
 
 
-def test_a_chat_that_condenses_questions_asks_the_query_engine(index):
+def test_condense_question_chat_uses_the_query_engine(index):
     asked.clear()
     chat = index.as_chat_engine(ChatMode.CONDENSE_QUESTION, llm=Watching(), similarity_top_k=2, memory=memory())
     chat.chat("Which color?")
     assert pictures() == [2]
 
 
-def test_it_trains_recalls_and_answers_by_the_same_model_and_learns_what_came_later(make, folder, tmp_path):
+def test_index_trains_recalls_answers_and_updates(make, folder, tmp_path):
     index = make(load_images(folder), scorer=None)
     index.train(TrainOptions(max_steps=2, lora_rank=2), show_progress=False)
     assert index.untrained_ids() == []
@@ -367,7 +367,7 @@ def test_it_trains_recalls_and_answers_by_the_same_model_and_learns_what_came_la
 
 
 @pytest.mark.skipif(find_spec("llama_index.readers") is not None, reason="llama-index-readers-file is installed")
-def test_the_stock_reader_without_its_extra_reads_no_picture_and_that_is_an_error(make, folder):
+def test_stock_reader_without_its_extra_is_an_error(make, folder):
     (document, *_) = SimpleDirectoryReader(input_files=[folder / "red-bar.png"]).load_data()
     with pytest.raises(ImageError, match="load_images"):
         make([document])

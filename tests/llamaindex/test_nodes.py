@@ -38,22 +38,22 @@ def opened(block):
     return Image.open(block.resolve_image())
 
 
-def test_caption_and_shown_metadata_are_one_text_before_the_picture(tmp_path):
+def test_caption_and_metadata_are_one_text_before_the_image(tmp_path):
     text, image = make(draw(tmp_path / "a.png")).get_content_blocks(MetadataMode.LLM)
     assert text.text == "color: red\n\na red circle"
     assert (image.block_type, image.image_mimetype) == ("image", "image/png")
 
 
-def test_citations_get_the_picture_alone(tmp_path):
+def test_citations_get_only_the_image(tmp_path):
     assert kinds(make(draw(tmp_path / "a.png")).get_content_blocks()) == ["image"]
 
 
-def test_without_caption_and_shown_metadata_there_is_no_empty_text(tmp_path):
+def test_node_without_caption_and_metadata_has_no_text(tmp_path):
     node = make(draw(tmp_path / "a.png"), text="", excluded_llm_metadata_keys=["color", "file_path"])
     assert kinds(node.get_content_blocks(MetadataMode.LLM)) == ["image"]
 
 
-def test_a_plain_small_picture_is_shown_as_it_is(tmp_path):
+def test_small_plain_image_is_sent_unchanged(tmp_path):
     path = draw(tmp_path / "a.png")
     (image,) = make(path).get_content_blocks()
     assert image.path == path
@@ -69,19 +69,19 @@ def test_a_plain_small_picture_is_shown_as_it_is(tmp_path):
         ("e.bmp", "RGB", "BMP"),
     ],
 )
-def test_any_other_picture_is_shown_as_plain_rgb(tmp_path, name, mode, format):
+def test_other_image_formats_are_sent_as_rgb(tmp_path, name, mode, format):
     (image,) = make(draw(tmp_path / name, mode, format=format)).get_content_blocks()
     shown = opened(image)
     assert (shown.mode, shown.size, shown.get_format_mimetype()) == ("RGB", (64, 48), image.image_mimetype)
     assert image.image_mimetype in {"image/png", "image/jpeg"}
 
 
-def test_a_picture_without_suffix_has_the_type_of_its_content(tmp_path):
+def test_image_without_suffix_has_the_type_of_its_content(tmp_path):
     (image,) = make(draw(tmp_path / "picture", format="JPEG")).get_content_blocks()
     assert image.inline_url().startswith("data:image/jpeg;base64,")
 
 
-def test_a_turned_photograph_is_shown_upright(tmp_path):
+def test_rotated_photograph_is_sent_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     (image,) = make(draw(tmp_path / "a.jpg", format="JPEG", exif=exif)).get_content_blocks()
@@ -89,12 +89,12 @@ def test_a_turned_photograph_is_shown_upright(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "most", "shown"), [((400, 100), 10_000, (200, 50)), ((9000, 1), 100, (100, 1))])
-def test_a_large_picture_is_scaled_down_in_proportion(tmp_path, size, most, shown):
+def test_large_image_is_scaled_down_in_proportion(tmp_path, size, most, shown):
     (image,) = make(draw(tmp_path / "a.png", size=size), max_image_pixels=most).get_content_blocks()
     assert opened(image).size == shown
 
 
-def test_a_picture_is_scaled_once_and_again_when_its_file_has_changed(tmp_path):
+def test_scaled_image_is_cached_until_its_file_changes(tmp_path):
     path = draw(tmp_path / "a.png", size=(200, 200))
     first = model_image(path, max_pixels=100)
     written = first.path.stat().st_mtime_ns
@@ -104,7 +104,7 @@ def test_a_picture_is_scaled_once_and_again_when_its_file_has_changed(tmp_path):
     assert model_image(path, max_pixels=100).path != first.path
 
 
-def test_any_size_is_shown_where_it_is_asked_for(tmp_path):
+def test_image_size_is_unlimited_if_max_pixels_is_none(tmp_path):
     path = draw(tmp_path / "a.png", size=(2000, 1000))
     (whole,) = make(path, max_image_pixels=None).get_content_blocks()
     (scaled,) = make(path).get_content_blocks()
@@ -112,14 +112,14 @@ def test_any_size_is_shown_where_it_is_asked_for(tmp_path):
     assert opened(scaled).size == (1448, 724)
 
 
-async def test_the_tokens_of_a_picture_are_estimated_by_its_size_or_given(tmp_path):
+async def test_image_tokens_are_estimated_by_size_or_given(tmp_path):
     path = draw(tmp_path / "a.png", size=(280, 140))
     (estimated,) = make(path).get_content_blocks()
     (given,) = make(path, image_tokens=64).get_content_blocks()
     assert (await estimated.aestimate_tokens(), await given.aestimate_tokens()) == (52, 64)
 
 
-async def test_five_small_pictures_fit_one_request_of_a_small_context(tmp_path):
+async def test_five_small_images_fit_into_a_small_context(tmp_path):
     """Of LlamaIndex's own blocks, 2,125 tokens each, one request holds one."""
     own = [ChatMessage(blocks=make(draw(tmp_path / f"{i}.png")).get_content_blocks()) for i in range(5)]
     stock = [
@@ -140,7 +140,7 @@ def no_picture(path):
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, broken, no_picture], ids=["gone", "broken", "no picture"])
-def test_a_picture_that_cannot_be_read_leaves_a_text_and_a_warning(tmp_path, caplog, spoil):
+def test_unreadable_image_becomes_text_and_logs_a_warning(tmp_path, caplog, spoil):
     path = draw(tmp_path / "a.png")
     node = make(path)
     spoil(path)
@@ -152,26 +152,26 @@ def test_a_picture_that_cannot_be_read_leaves_a_text_and_a_warning(tmp_path, cap
     assert str(path) not in missing.text
 
 
-def test_a_picture_of_too_many_pixels_leaves_a_text(tmp_path, monkeypatch):
+def test_image_with_too_many_pixels_becomes_text(tmp_path, monkeypatch):
     path = draw(tmp_path / "a.png", size=(300, 200))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
     assert kinds(make(path).get_content_blocks()) == ["text"]
 
 
-def test_nothing_is_fetched_from_an_address():
+def test_image_url_is_not_fetched():
     node = GenretImageNode(id_="far", image_url="http://127.0.0.1:9/cat.png")
     with pytest.raises(ImageError, match="Download it"):
         node.model_image()
     assert kinds(node.get_content_blocks()) == ["text"]
 
 
-def test_a_picture_in_memory_is_shown_from_a_file(tmp_path):
+def test_image_in_memory_is_sent_from_a_file(tmp_path):
     content = draw(tmp_path / "a.png").read_bytes()
     (image,) = GenretImageNode(image=base64.b64encode(content).decode()).get_content_blocks()
     assert (image.image, opened(image).size) == (None, (64, 48))
 
 
-async def test_what_is_missing_is_told_also_where_only_pictures_are_shown(tmp_path):
+async def test_missing_image_text_is_sent_without_show_text(tmp_path):
     path = draw(tmp_path / "a.png")
     there, gone = make(path), make(tmp_path / "gone.png", id_="two")
     messages = [ChatMessage(blocks=node.get_content_blocks(MetadataMode.LLM)) for node in (there, gone, gone)]
@@ -183,7 +183,7 @@ async def test_what_is_missing_is_told_also_where_only_pictures_are_shown(tmp_pa
     assert [getattr(block, "text", "picture") for block in read.blocks].count("color: red\n\na red circle") == 3
 
 
-def test_no_base64_is_in_what_is_logged_stored_or_traced(tmp_path):
+def test_node_and_message_texts_contain_no_base64(tmp_path):
     node = make(draw(tmp_path / "a.png"))
     message = ChatMessage(blocks=node.get_content_blocks(MetadataMode.LLM))
     content = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()[:40]
@@ -198,7 +198,7 @@ def test_no_base64_is_in_what_is_logged_stored_or_traced(tmp_path):
         assert content not in text
 
 
-def test_a_docstore_keeps_it_as_an_image_node_that_becomes_whole_again(tmp_path):
+def test_node_from_a_docstore_can_be_restored(tmp_path):
     node = make(draw(tmp_path / "a.png", size=(200, 200)))
     docstore = SimpleDocumentStore()
     docstore.add_documents([node])
@@ -209,7 +209,7 @@ def test_a_docstore_keeps_it_as_an_image_node_that_becomes_whole_again(tmp_path)
     assert opened(whole.get_content_blocks()[0]).size == (10, 10)
 
 
-def test_engines_that_open_the_file_themselves_get_one_that_they_can_open(tmp_path):
+def test_readable_pictures_makes_nodes_readable(tmp_path):
     plain = ImageNode(id_="one", text="a red circle", image_path=str(draw(tmp_path / "a.jpg", "CMYK", format="JPEG")))
     gone = make(tmp_path / "gone.png", id_="two")
     found = [NodeWithScore(node=plain, score=0.5), NodeWithScore(node=gone, score=0.25)]
@@ -221,6 +221,6 @@ def test_engines_that_open_the_file_themselves_get_one_that_they_can_open(tmp_pa
     assert plain.image_path.endswith("a.jpg")
 
 
-def test_a_limit_that_leaves_no_picture_is_an_error(tmp_path):
+def test_max_image_pixels_below_1_is_an_error(tmp_path):
     with pytest.raises(ImageError, match="max_image_pixels=0"):
         model_image(draw(tmp_path / "a.png"), max_pixels=0)

@@ -50,9 +50,7 @@ def references(verifier, index, shown):
 
 
 @pytest.mark.parametrize("by", ["identifier", "image"])
-def test_scores_are_the_log_odds_of_the_search_and_what_query_and_image_tell_of_each_other(
-    retriever, trained_index, trained_mllm, by
-):
+def test_scores_add_weighted_information_to_log_odds(retriever, trained_index, trained_mllm, by):
     """Against one plain forward pass for each image."""
     verifier = RecallVerifier(retriever, by=by, weight=0.5, references=5)
     nodes = retriever.retrieve(QUERY)
@@ -83,7 +81,7 @@ def test_scores_are_the_log_odds_of_the_search_and_what_query_and_image_tell_of_
     assert len(found) == len(nodes)
 
 
-def test_the_signals_are_what_their_names_say(retriever, trained_index, trained_mllm):
+def test_signals_match_their_definitions(retriever, trained_index, trained_mllm):
     signals = RecallVerifier(retriever)._signals(retriever, QUERY)
     nodes = retriever.retrieve(QUERY)
     scores = [node.score for node in nodes]
@@ -107,7 +105,7 @@ def test_async_verifies_the_same_in_three_event_loops(retriever):
         assert [n.score for n in found] == pytest.approx([score for _, score in expected])
 
 
-async def test_a_server_verifies_as_the_table_behind_it_does(server, trained_index, monkeypatch):  # noqa: F811
+async def test_server_verifies_like_its_fake_scorer(server, trained_index, monkeypatch):  # noqa: F811
     """One request for all names, and one for all likelihoods."""
     prompt = trained_index.prompts.for_query(trained_index.tokenizer, QUERY)
     monkeypatch.setattr("tests.scorers.test_vllm_http.PROMPTS", [Prompt(prompt.token_ids)])
@@ -140,7 +138,7 @@ async def test_a_server_verifies_as_the_table_behind_it_does(server, trained_ind
         assert node.node.metadata["genret_information"] == pytest.approx(expected)
 
 
-def test_too_little_evidence_gives_no_image_and_enough_gives_the_images_with_their_confidence(fake):
+def test_verifier_abstains_or_adds_confidence(fake):
     nodes = fake.retrieve(QUERY)
     assert RecallVerifier(fake, abstention=ALWAYS).postprocess_nodes(nodes, query_str=QUERY) == []
     found = RecallVerifier(fake, abstention=NEVER).postprocess_nodes(nodes, query_str=QUERY)
@@ -149,21 +147,21 @@ def test_too_little_evidence_gives_no_image_and_enough_gives_the_images_with_the
     assert [node.node.metadata["genret_confidence"] for node in found] == pytest.approx([surest] * 4)
 
 
-def test_the_best_top_n_are_kept(fake):
+def test_top_n_keeps_the_best(fake):
     nodes = fake.retrieve(QUERY)
     everything = RecallVerifier(fake).postprocess_nodes(nodes, query_str=QUERY)
     best = RecallVerifier(fake, top_n=2).postprocess_nodes(nodes, query_str=QUERY)
     assert [n.node.node_id for n in best] == [n.node.node_id for n in everything[:2]]
 
 
-def test_without_weight_the_order_and_the_scores_stay(fake):
+def test_weight_zero_keeps_order_and_scores(fake):
     nodes = fake.retrieve(QUERY)
     found = RecallVerifier(fake, weight=0.0).postprocess_nodes(nodes, query_str=QUERY)
     assert [n.node.node_id for n in found] == [n.node.node_id for n in nodes]
     assert [n.score for n in found] == pytest.approx([n.score for n in nodes])
 
 
-def test_the_nodes_given_are_not_changed_and_the_answering_model_is_told_nothing_more(fake):
+def test_verifier_keeps_its_input_nodes_unchanged(fake):
     nodes = fake.retrieve(QUERY)
     before = [node.to_dict() for node in nodes]
     (first, *_) = RecallVerifier(fake, abstention=NEVER).postprocess_nodes(nodes, query_str=QUERY)
@@ -173,7 +171,7 @@ def test_the_nodes_given_are_not_changed_and_the_answering_model_is_told_nothing
 
 
 @pytest.mark.filterwarnings("ignore::llama_index_genret.errors.ImageNotShown")  # no answer is looked at
-def test_it_verifies_in_a_query_engine_sync_and_async(fake):
+def test_verifier_works_in_a_query_engine_sync_and_async(fake):
     def engine(abstention):
         verifier = RecallVerifier(fake, abstention=abstention)
         return RetrieverQueryEngine.from_args(fake, llm=MockLLM(), node_postprocessors=[verifier])
@@ -183,7 +181,7 @@ def test_it_verifies_in_a_query_engine_sync_and_async(fake):
     assert asyncio.run(engine(ALWAYS).aquery(QUERY)).source_nodes == []
 
 
-def test_calibration_loses_no_more_known_queries_than_allowed(fake):
+def test_calibration_limits_the_lost_known_queries(fake):
     known, unknown = ([f"{word} number {i}" for i in range(20)] for word in ("red", "nothing"))
     verifier = RecallVerifier(fake).calibrated(known, unknown, lost=0.1)
     lost = sum(not verifier.postprocess_nodes(fake.retrieve(query), query_str=query) for query in known)
@@ -194,7 +192,7 @@ def test_calibration_loses_no_more_known_queries_than_allowed(fake):
     assert plain.abstention is None
 
 
-def test_nodes_of_another_retriever_are_verified_by_their_image_ids(fake, trained_index):
+def test_nodes_of_another_retriever_are_matched_by_image_id(fake, trained_index):
     node = TextNode(text="a caption", id_="chunk 7", metadata={"image_id": trained_index.records[3].image_id})
     (found,) = RecallVerifier(fake, weight=0.3).postprocess_nodes(
         [NodeWithScore(node=node, score=None)], query_str=QUERY
@@ -204,7 +202,7 @@ def test_nodes_of_another_retriever_are_verified_by_their_image_ids(fake, traine
     assert found.node.text == "a caption"
 
 
-def test_what_cannot_be_verified_is_refused(fake, trained_index):
+def test_invalid_verification_is_refused(fake, trained_index):
     verifier, nodes = RecallVerifier(fake), fake.retrieve(QUERY)
     assert verifier.postprocess_nodes([]) == []
     with pytest.raises(QueryError, match="query_str"):
@@ -215,7 +213,7 @@ def test_what_cannot_be_verified_is_refused(fake, trained_index):
         verifier.postprocess_nodes([NodeWithScore(node=TextNode(id_="elsewhere"))], query_str=QUERY)
 
 
-def test_where_every_reference_is_recalled_the_recalled_are_the_references(fake, trained_index):
+def test_recalled_images_are_the_references_if_all_recalled(fake, trained_index):
     everything = GenerativeImageRetriever(trained_index, fake._scorer, similarity_top_k=20)
     found = RecallVerifier(everything).postprocess_nodes(everything.retrieve(QUERY), query_str=QUERY)
     information = [node.node.metadata["genret_information"] for node in found]
@@ -223,13 +221,13 @@ def test_where_every_reference_is_recalled_the_recalled_are_the_references(fake,
     assert np.mean(np.exp(information)) == pytest.approx(1.0)
 
 
-def test_it_is_a_postprocessor_of_llama_index(fake):
+def test_verifier_is_a_llama_index_postprocessor(fake):
     assert issubclass(RecallVerifier, BaseNodePostprocessor)
     assert RecallVerifier.class_name() == "genret_recall_verifier"
     assert RecallVerifier(fake, by="image").to_dict()["by"] == "image"
 
 
-def test_the_session_is_asked_once_for_all_that_is_wanted(fake, monkeypatch):
+def test_verifier_opens_one_session(fake, monkeypatch):
     asked = []
     original = fake._scorer.session
 
