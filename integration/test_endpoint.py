@@ -25,7 +25,7 @@ from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.search import SearchOptions
 from llama_index_genret.serving.launch import CPU_FLAGS, free_port, running_server
 from llama_index_genret.store import Scoring, ScoringChoice, TunedScoring, load_index, remove_images, store_tuning
-from tests.store.test_filters import by_llama_index
+from tests.store.test_filters import evaluate_with_llama_index
 
 TEXTS = ["red circle", "the blue bar", "show me the green frame", "black"]
 KEY = "secret-of-the-test"
@@ -160,7 +160,7 @@ def test_a_filter_is_kept_by_the_server_whatever_is_asked(client, served_index):
     sizes = set()
     for _ in range(60):
         filters = MetadataFilters(filters=[condition(2)])
-        passing = by_llama_index(filters, [dict(record.metadata) for record in served_index.records])
+        passing = evaluate_with_llama_index(filters, [dict(record.metadata) for record in served_index.records])
         allowed = {record.image_id for record, passes in zip(served_index.records, passing, strict=True) if passes}
         asked = {
             "query": random_.choice(TEXTS),

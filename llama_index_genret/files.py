@@ -1,9 +1,8 @@
-"""Durable files, folders that appear whole or not at all, locks, and the partial file of a resumable run.
+"""Write durable files and atomic folders, lock files, and open the partial file of a resumable run.
 
-A rename happens after the content has reached the disk, and the new name is synced afterwards: first the content, then
-the folder that names it, then the rename, then the folder again.
+The order of a durable write: sync the content, sync its folder, rename, sync the folder again.
 
-Independent of what the files hold.
+Depends on the file system; independent of the content of the files.
 """
 
 from __future__ import annotations
@@ -26,10 +25,12 @@ from llama_index_genret.errors import BatchError, IndexBusy, NotWritten
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Tell what a full, broken or read-only disk says as an error that names the folder and the way out.
+    """Convert errors of a full, broken or read-only disk into NotWritten, which names the folder and the fix.
+
+    The body may raise such errors only for writes to `folder`.
 
     Raises:
-        NotWritten: for an OSError inside, or what Rust makes of one, which must come of writing to `folder` only.
+        NotWritten: the body raised OSError, or the error that a Rust library raises in its place.
     """
     try:
         yield
@@ -37,20 +38,20 @@ def writing(folder: Path) -> Iterator[None]:
         if not _comes_of_files(error):
             raise
         raise NotWritten(
-            f"{folder} could not be written: {error}. What was there is as it was. Free space there, or make it "
+            f"{folder} could not be written: {error}. Its content is unchanged. Free space there, or make it "
             "writable, and run the command again."
         ) from error
 
 
 def _comes_of_files(error: Exception) -> bool:
-    """Tokenizers raises a bare Exception, in which only the words tell."""
+    """Tell whether an error is a file error. Tokenizers raises a bare Exception, recognised by its message."""
     bare = type(error) is Exception and "(os error " in str(error)
     return bare or isinstance(error, (OSError, SafetensorError))
 
 
 @contextmanager
 def _descriptor(path: Path) -> Iterator[int]:
-    """Open a file or a folder to read, and close it on leaving."""
+    """Open a file or a folder for reading, and close it on exit."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         yield descriptor
@@ -59,15 +60,15 @@ def _descriptor(path: Path) -> Iterator[int]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on the disk."""
+    """Wait until a file's content, or the entries of a folder, are on the disk."""
     with _descriptor(path) as descriptor:
         os.fsync(descriptor)
 
 
 def sync_tree(folder: Path) -> None:
-    """`sync` all files in a folder, and then the folders, itself included.
+    """Call `sync` for all files in a folder, and then for all folders, `folder` included.
 
-    Files become readable to whom the folder is: safetensors makes them readable to their owner only.
+    Files get the read and write permissions of the folder. Safetensors makes files readable by their owner only.
     """
     found, mode = sorted(folder.rglob("*")), folder.stat().st_mode & 0o666
     for path in (path for path in found if path.is_file()):
@@ -79,7 +80,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, where they are missing; their names are on the disk afterwards."""
+    """Create a folder and its missing parents. Their directory entries are on the disk afterwards."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -87,7 +88,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, in place of an older one."""
+    """Write a file atomically, in place of an older one."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
         with temporary.open("xb") as file:
@@ -102,14 +103,15 @@ def write_file(path: Path, content: bytes) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` on leaving; on an error nothing is left of it.
+    """Yield a temporary folder that is renamed to `out` on exit. On an error it is removed.
 
-    It lies beside `out`, so that the rename stays on one file system; what killed runs left there is removed.
+    The temporary folder is beside `out`, so that the rename stays on one file system. Remains of killed runs are
+    removed.
 
     Args:
-        out: free, or an empty folder. A symbolic link is followed.
+        out: a path that does not exist, or an empty folder. A symbolic link is followed.
     Raises:
-        NotWritten: the disk is full, or read only.
+        NotWritten: the disk is full or read-only.
     """
     out = out.resolve()
     with writing(out):
@@ -120,7 +122,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         temporary.mkdir()
     try:
         with writing(out), _descriptor(temporary) as held:
-            with suppress(OSError):  # file systems without locks on folders
+            with suppress(OSError):  # some file systems cannot lock folders
                 lock_descriptor(held)
             yield temporary
             sync_tree(temporary)
@@ -131,23 +133,24 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def remove_unheld(folder: Path) -> None:
-    """Remove a folder of `new_folder` that a killed process has left; one that is being written stays."""
-    with suppress(OSError), _descriptor(folder) as held:  # an OSError: it is gone
+    """Remove a folder of `new_folder` that a killed process has left. A folder that is being written is kept."""
+    with suppress(OSError), _descriptor(folder) as held:  # OSError: another process has removed it
         if lock_descriptor(held, blocking=False):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def only_writer(lock: Path, *, busy: str, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold a lock file, which is gone afterwards. That of a killed process is free.
+    """Hold a lock file and remove it on exit. The lock of a killed process is free.
 
     Args:
-        busy: the error's text.
-        wait_s: how long to wait for another holder.
+        busy: message of IndexBusy.
+        wait_s: seconds to wait for another holder.
     Raises:
-        IndexBusy: another process, or thread, holds it. OSError: it cannot be made.
+        IndexBusy: another process or thread holds the lock.
+        OSError: the lock file cannot be created.
     """
-    lock.parent.stat()  # FileLock would make a folder that is gone
+    lock.parent.stat()  # FileLock would create a missing folder
     try:
         held = FileLock(lock, timeout=wait_s, fallback_to_soft=False).acquire()
     except Timeout as error:
@@ -156,7 +159,7 @@ def only_writer(lock: Path, *, busy: str, wait_s: float = 0.0) -> Iterator[None]
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)  # before it is free, so that nobody's new one is removed
+            lock.unlink(missing_ok=True)  # before the release, so that no other holder's new lock is removed
 
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -164,17 +167,17 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 @contextmanager
 def locked(path: Path, *, way_out: str) -> Iterator[BinaryIO]:
-    """The file, opened to read and append, while nobody else holds it.
+    """Open a file for reading and appending, and hold an exclusive lock on it.
 
     Args:
-        way_out: what else a user may do, "name another --out".
+        way_out: the alternative that an error offers to the user, such as "choose another --out".
     Raises:
-        BatchError: it cannot be written, the disk has become full, or another run holds it.
+        BatchError: the file cannot be written, the disk is full, or another run holds the lock.
     """
     try:
         file = path.open("a+b")
     except OSError as error:
-        raise BatchError(f"{path} cannot be written: {error}. Make its folder, or {way_out}.") from error
+        raise BatchError(f"{path} cannot be written: {error}. Create its folder, or {way_out}.") from error
     try:
         with file:
             if not lock_descriptor(file.fileno(), blocking=False):
@@ -184,19 +187,19 @@ def locked(path: Path, *, way_out: str) -> Iterator[BinaryIO]:
         if error.errno not in _DISK:
             raise
         raise BatchError(
-            f"{path} could not be written: {error}. Free space there, and run the command again: it goes on."
+            f"{path} could not be written: {error}. Free space there, and run the command again: it resumes."
         ) from error
 
 
 def size(file: BinaryIO) -> int:
-    """Bytes in an open file."""
+    """Return the size of an open file in bytes."""
     return os.fstat(file.fileno()).st_size
 
 
-def difference(part: Path, earlier: BaseModel | None, asked: BaseModel, *, way_out: str) -> str:
-    """In what an unfinished run differs from the one that would go on with it, for an error."""
+def difference(part: Path, earlier: BaseModel | None, current: BaseModel, *, way_out: str) -> str:
+    """Return an error message with the options in which an unfinished run differs from the current run."""
     if earlier is None:
-        return f"{part} is there, but not what it answers: {way_out}"
-    before, now = earlier.model_dump(), asked.model_dump()
+        return f"{part} exists, but its header is missing or damaged: {way_out}"
+    before, now = earlier.model_dump(), current.model_dump()
     differing = ", ".join(f"{key} {before[key]!r} (now {now[key]!r})" for key in now if before[key] != now[key])
-    return f"{part} is an unfinished run with {differing}. Repeat the command that began it to go on with it, {way_out}"
+    return f"{part} is an unfinished run with {differing}. Repeat the original command to resume it, {way_out}"

@@ -1,10 +1,10 @@
-"""Recalling a large file of queries: answers are written as they come, so that a run that was killed goes on.
+"""Recall images for a large file of queries. Results are written after each batch, so that a killed run resumes.
 
-    QUERIES.jsonl          one object a line; read as a stream, never held
-    HITS.jsonl.part        the answers so far, in the order of the queries; renamed to HITS.jsonl with the last one
-    HITS.jsonl.part.json   what they answer: a run that asks something else does not go on with them
+    QUERIES.jsonl          one object per line; read as a stream, never held in memory
+    HITS.jsonl.part        the results so far, in the order of the queries; renamed to HITS.jsonl at the end
+    HITS.jsonl.part.json   the header of the run: a run with another header does not resume it
 
-Knows scorers and files; nothing of LlamaIndex.
+Depends on scorers and files; independent of LlamaIndex.
 """
 
 from __future__ import annotations
@@ -32,15 +32,20 @@ from llama_index_genret.store.filters import Value
 
 BATCH_SIZE = 32
 ANSWER_KEYS = ("hits", "exact", "error")
-"""Keys of an answer beside those of its query."""
+"""Keys that a result adds to those of its query."""
 
-WAY_OUT = "name another --out, or pass --overwrite to throw away its answers."
+WAY_OUT = "choose another --out, or pass --overwrite to discard its results."
 
 
 class BatchHeader(BaseModel):
-    """What decides the answers of a run. A run goes on only if the header of the earlier one is equal.
+    """The inputs that determine the results of a run. A run resumes an earlier one only if the headers are equal.
 
-    index: its version. queries: sha256 of the file. scored_by: free text that tells one kind from another.
+    index: version of the index.
+    queries: sha256 of the file of queries.
+    k, mode, max_expansions: see `search.SearchOptions`.
+    filters: metadata values, compared as text.
+    scoring: the ranking of hits.
+    scored_by: free text that identifies the kind of scorer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,7 +61,12 @@ class BatchHeader(BaseModel):
 
 @dataclass(frozen=True)
 class BatchSummary:
-    """queries: of the file. refused: those with an error instead of hits. kept: answered by an earlier run."""
+    """The counts of a finished run.
+
+    queries: queries in the file.
+    refused: queries with an error instead of hits.
+    kept: queries whose results come from an earlier run.
+    """
 
     queries: int
     refused: int
@@ -65,7 +75,7 @@ class BatchSummary:
 
 @dataclass(frozen=True)
 class _PartialAnswers:
-    """What lies in HITS.jsonl.part: answers, those among them that are errors, and where they end in the file."""
+    """The content of HITS.jsonl.part: number of results, number of errors among them, and their end in bytes."""
 
     answers: int = 0
     refused: int = 0
@@ -74,7 +84,7 @@ class _PartialAnswers:
 
 @dataclass(frozen=True)
 class BatchRun:
-    """A run that may begin: made by `open_batch`, which has checked everything that can be checked without a model."""
+    """A run that is ready to start. `open_batch` creates it after all checks that need no model."""
 
     index: Index
     queries: Path
@@ -87,13 +97,13 @@ class BatchRun:
     def finish(
         self, scorer: Scorer, *, batch_size: int = BATCH_SIZE, progress: Callable[[int], None] = lambda done: None
     ) -> BatchSummary:
-        """Recall all queries that have no answer yet, `batch_size` in one search, and put the file in its place.
+        """Recall images for all queries without a result, `batch_size` per search, and rename the file to `out`.
 
-        A query that is refused gets an `error` instead of hits. A run goes on at the beginning of a batch, so that it
-        searches what a run without interruption would have searched together.
+        A refused query gets an `error` instead of hits. A run resumes at the start of a batch, so that its batches
+        equal those of an uninterrupted run.
 
         Args:
-            progress: called with the number of answered queries: at once, and after each batch.
+            progress: called with the number of finished queries, at the start and after each batch.
         """
         kept = _whole_batches(self.part, batch_size)
         self.part.truncate(kept.end)
@@ -131,26 +141,27 @@ def open_batch(
     scored_by: str = "",
     overwrite: bool = False,
 ) -> Iterator[BatchRun]:
-    """Check the files of a run, before a model is loaded, and keep other runs from writing the same.
+    """Check the files of a run before a model is loaded, and lock its output against other runs.
 
     Args:
         k, mode, max_expansions: see `search.SearchOptions`.
         filters: metadata values, compared as text, all of which an image must have.
-        scoring: how hits are ranked; None, and None in it: the value chosen by `genret tune`.
-        scored_by: the kind of scorer, for a later run that goes on.
-        overwrite: whether HITS.jsonl may be replaced, and an unfinished run that asks something else thrown away.
+        scoring: ranking of hits. None, and each field that is None, takes the value chosen by `genret tune`.
+        scored_by: the kind of scorer; a resumed run must have the same.
+        overwrite: True allows replacing HITS.jsonl and discarding an unfinished run with another header.
     Raises:
-        CorpusError: QUERIES.jsonl cannot be read, has no queries, or a broken line; names file and line.
-        BatchError: `out` exists, or its unfinished run asks something else or is still running.
+        CorpusError: QUERIES.jsonl cannot be read, has no queries, or has an invalid line. The error names file and
+            line.
+        BatchError: `out` exists, or its unfinished run has another header or is still running.
         FilterError: no record has one of the keys.
-        SearchError: the options or the scoring cannot be.
+        SearchError: the options or the scoring are invalid.
     """
     leaf_filter = index.leaf_filter(text_filters(index, filters)) if filters else None
     chosen = index.scoring(scoring)
     options = SearchOptions(k=k, mode=mode, max_expansions=max_expansions, leaf_filter=leaf_filter)
     options = with_scoring(options, index, chosen)
     if out.exists() and (not overwrite or out.is_dir() or (queries.exists() and out.samefile(queries))):
-        raise BatchError(f"{out} exists: name another file, or pass --overwrite to replace a file of hits.")
+        raise BatchError(f"{out} exists: choose another file, or pass --overwrite to replace a file of hits.")
     total, sha256 = _survey(queries)
     header = BatchHeader(
         index=index.version,
@@ -162,7 +173,7 @@ def open_batch(
         scoring=chosen,
         scored_by=scored_by,
     )
-    with locked(_part_of(out), way_out="name another --out") as part:
+    with locked(_part_of(out), way_out="choose another --out") as part:
         earlier = _read_header(_header_of(out)) if size(part) else header
         if earlier != header:
             if not overwrite:
@@ -179,7 +190,9 @@ def open_batch(
 
 
 def text_filters(index: Index, wanted: Mapping[str, str]) -> RecordFilters:
-    """Require that metadata equal all of `wanted`, compared as text: "2024" is also the number, "true" also true.
+    """Return filters that require metadata to equal all of `wanted`, compared as text.
+
+    "2024" also equals the number 2024, and "true" also equals True.
 
     Raises:
         FilterError: no record has one of the keys.
@@ -189,15 +202,15 @@ def text_filters(index: Index, wanted: Mapping[str, str]) -> RecordFilters:
 
 
 def _reads_as(value: Value, text: str) -> bool:
-    """Tell whether a value is written as this text in Python or, for true and false, in JSON."""
+    """Tell whether this text is the value's form in Python or, for true and false, in JSON."""
     return str(value) == text or (isinstance(value, bool) and str(value).lower() == text)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of QUERIES.jsonl, one after another: `{"query": "...", any other keys}`; empty lines are skipped.
+    """Yield the objects of QUERIES.jsonl: `{"query": "...", any other keys}`. Empty lines are skipped.
 
     Raises:
-        CorpusError: the file cannot be read or a line is broken; names file and line.
+        CorpusError: the file cannot be read, or a line is invalid. The error names file and line.
     """
     try:
         with path.open("rb") as lines:
@@ -212,21 +225,21 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise CorpusError(f"{where}: no JSON in UTF-8: {error}; found {line[:80]!r}.") from error
+        raise CorpusError(f"{where}: not JSON in UTF-8: {error}. Got {line[:80]!r}.") from error
     if not isinstance(row, dict) or not isinstance(row.get("query"), str):
-        raise CorpusError(f'{where}: want {{"query": "..."}}, found {line[:80]!r}.')
-    if taken := [key for key in ANSWER_KEYS if key in row]:
-        raise CorpusError(f"{where} has {taken}, which an answer writes: rename these keys.")
+        raise CorpusError(f'{where}: want {{"query": "..."}}, got {line[:80]!r}.')
+    if reserved := [key for key in ANSWER_KEYS if key in row]:
+        raise CorpusError(f"{where} has {reserved}, which are reserved for results: rename these keys.")
     return row
 
 
 def _survey(path: Path) -> tuple[int, str]:
-    """Number of queries and sha256 of the file; reads every line, so that a broken one is told at the beginning."""
+    """Parse every line, so that errors are raised early. Return the number of queries and the file's sha256."""
     if path.exists() and not path.is_file():
-        raise CorpusError(f"{path} is no regular file: it is read twice, write the queries to a file.")
+        raise CorpusError(f"{path} is no regular file, and queries are read twice: write them to a file.")
     total = sum(1 for _ in read_rows(path))
     if total == 0:
-        raise CorpusError(f"{path} has no queries.")
+        raise CorpusError(f'{path} has no queries: write one {{"query": "..."}} per line.')
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(2**20):
@@ -237,7 +250,7 @@ def _survey(path: Path) -> tuple[int, str]:
 def _answers(
     index: Index, scorer: Scorer, queries: Sequence[str], options: SearchOptions, rerank: Rerank | None
 ) -> list[dict[str, Any]]:
-    """Return for each query its hits, or why it is refused."""
+    """Return the hits of each query, or the error that refuses it."""
     answers: list[dict[str, Any]] = [{} for _ in queries]
     prompts: dict[int, Prompt] = {}
     for place, query in enumerate(queries):
@@ -247,7 +260,7 @@ def _answers(
             answers[place] = {"error": str(error)}
     try:
         rankings = recall(scorer, index.trie, list(prompts.values()), options, rerank=rerank) if prompts else []
-    except QueryError as error:  # by the scorer, which does not say of which
+    except QueryError as error:  # the scorer does not report which query it refuses
         if len(queries) == 1:
             return [{"error": str(error)}]
         return [answer for query in queries for answer in _answers(index, scorer, [query], options, rerank)]
@@ -261,7 +274,7 @@ def _answer(index: Index, ranking: Ranking) -> dict[str, Any]:
 
 
 def hit_to_json(index: Index, hit: Hit) -> dict[str, Any]:
-    """Return a hit as the command line and files of hits write it."""
+    """Return a hit in the JSON form of the command line and of files of hits."""
     record = index.record_of(hit)
     names = {"image_id": record.image_id, "file_name": record.file_name}
     scores = {"score": hit.score, "log_prob": hit.log_prob}
@@ -270,12 +283,12 @@ def hit_to_json(index: Index, hit: Hit) -> dict[str, Any]:
 
 
 def _line(answer: Mapping[str, Any]) -> bytes:
-    """A half of a surrogate pair, which JSON can hold and UTF-8 cannot, stays the escape that it came as."""
+    """Return an answer as a line of JSON in UTF-8. A lone surrogate, which UTF-8 cannot encode, stays escaped."""
     return json.dumps(answer, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _whole_batches(part: BinaryIO, batch_size: int) -> _PartialAnswers:
-    """The answers of an earlier run up to the end of its last whole batch."""
+    """Return the results of an earlier run up to the end of its last whole batch."""
     part.seek(0)
     whole = _PartialAnswers()
     refused = 0
@@ -284,7 +297,7 @@ def _whole_batches(part: BinaryIO, batch_size: int) -> _PartialAnswers:
             answer = json.loads(line)
         except ValueError:
             break
-        if not line.endswith(b"\n"):  # written half
+        if not line.endswith(b"\n"):  # the run was killed during this line
             break
         refused += "error" in answer
         if answers % batch_size == 0:

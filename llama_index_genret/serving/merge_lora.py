@@ -1,8 +1,8 @@
-"""Two LoRA adapters, one trained on top of the other, as one that does what both do.
+"""Merge two LoRA adapters, one trained on top of the other, into one adapter with the same effect.
 
     W + s1 B1 A1 + s2 B2 A2 = W + [s1 B1, s2 B2] [A1; A2]        s = alpha / rank
 
-Knows the files of plain LoRA adapters as PEFT stores them; nothing of torch, models or indexes.
+Depends on the files of plain LoRA adapters as PEFT stores them; independent of torch, models and indexes.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ Weights = dict[str, NDArray[np.float32]]
 
 
 def lora_rank(adapter: Path) -> int:
-    """The rank of a stored adapter."""
+    """Return the rank of a stored adapter."""
     return int(_config(adapter)["r"])
 
 
 def join_adapters(first: Path, second: Path, out: Path) -> Path:
-    """Write the adapter that adds what `first` and `second` add, of the sum of their ranks, whole or not at all.
+    """Write an adapter with the combined effect of `first` and `second`, atomically. Its rank is the sum of theirs.
 
     Args:
-        first, second: folders of plain LoRA adapters for the same base model. out: a new folder.
+        first, second: folders of plain LoRA adapters for the same base model.
+        out: a new folder.
     Raises:
-        ModelMismatch: they adapt other modules, or one holds more than LoRA matrices.
+        ModelMismatch: the adapters adapt different modules, or one holds more than LoRA matrices.
     """
     folders = (first, second)
     configs, weights = [_config(folder) for folder in folders], [load_file(folder / WEIGHTS) for folder in folders]
@@ -46,10 +47,12 @@ def join_adapters(first: Path, second: Path, out: Path) -> Path:
         more += [name for name in _UNSET if config.get(name)]
         more += [name for name in tensors if not name.endswith((_A, _B))]
         if more:
-            raise ModelMismatch(f"the adapter in {folder} is no plain LoRA, it has {more[0]}: it cannot be joined.")
+            raise ModelMismatch(f"the adapter in {folder} is no plain LoRA, it has {more[0]}: it cannot be merged.")
     if weights[0].keys() != weights[1].keys():
         other = sorted(weights[0].keys() ^ weights[1].keys())
-        raise ModelMismatch(f"{first} and {second} adapt other modules ({other[0]} is in one of them): not joined.")
+        raise ModelMismatch(
+            f"{first} and {second} adapt different modules ({other[0]} is in only one of them): they cannot be merged."
+        )
     rank = sum(config["r"] for config in configs)
     scales = [config["lora_alpha"] / config["r"] for config in configs]
     with new_folder(out) as into:
@@ -59,7 +62,7 @@ def join_adapters(first: Path, second: Path, out: Path) -> Path:
 
 
 def _join(weights: list[Weights], scales: list[float]) -> Weights:
-    """A stacked (r1 + r2, in); B side by side (out, r1 + r2), each times its scale."""
+    """Return A stacked, (r1 + r2, in), and B side by side, (out, r1 + r2), each B times its scale."""
     return {
         name: np.concatenate([tensors[name] for tensors in weights])
         if name.endswith(_A)

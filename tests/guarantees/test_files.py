@@ -200,7 +200,7 @@ def test_a_batch_that_found_the_disk_full_goes_on(untrained_index, tmp_path):
         with open_batch(untrained_index, queries, out) as batch:
             return batch.finish(scorer, batch_size=2)
 
-    with files_of_at_most(12_000), pytest.raises(BatchError, match=r"hits\.jsonl\.part could not be written.*goes on"):
+    with files_of_at_most(12_000), pytest.raises(BatchError, match=r"hits\.jsonl\.part could not be written.*resumes"):
         run()
     assert not out.exists()
     assert 0 < run().kept < 12

@@ -33,7 +33,7 @@ from llama_index_genret.serving.endpoint.client import RecallClient
 from llama_index_genret.store import ScoringChoice, load_index, remove_images
 from tests.openai_server import OpenAIServer, running
 from tests.serving.endpoint.test_client import Recalling
-from tests.store.test_filters import by_llama_index
+from tests.store.test_filters import evaluate_with_llama_index
 
 TENANTS = ["acme", "Müller & Söhne 株式会社"]
 LEVELS = [0, 1, 2.5, None]
@@ -86,7 +86,7 @@ TREES = st.recursive(
 
 def allowed_by(filters, index):
     """By LlamaIndex's own evaluator, image by image."""
-    passing = by_llama_index(filters, [dict(record.metadata) for record in index.records])
+    passing = evaluate_with_llama_index(filters, [dict(record.metadata) for record in index.records])
     return {record.image_id for record, passes in zip(index.records, passing, strict=True) if passes}
 
 

@@ -1,4 +1,4 @@
-"""Files of queries to files of hits: order, refusals, going on after a kill, and what is never overwritten."""
+"""Batch recall from a file of queries to a file of hits: order, errors, resuming after a kill, and overwriting."""
 
 import json
 
@@ -39,7 +39,7 @@ def run(index, scorer, queries, out, batch_size=4, progress=lambda done: None, *
         return batch.finish(scorer, batch_size=batch_size, progress=progress)
 
 
-def answers(path):
+def read_results(path):
     return [json.loads(line) for line in path.read_bytes().decode("utf-8").split("\n")[:-1]]
 
 
@@ -47,24 +47,22 @@ class Killed(BaseException):
     pass
 
 
-def killed_at(answered):
+def kill_after(n_results):
     def progress(done):
-        if done >= answered:
+        if done >= n_results:
             raise Killed
 
     return progress
 
 
-def beside(out):
+def output_files(out):
     return sorted(path.name for path in out.parent.iterdir() if path.name.startswith(out.name))
 
 
-def test_each_query_has_a_line_in_its_place_with_the_hits_that_it_gets_alone(
-    untrained_index, scorer, queries, tmp_path
-):
+def test_each_line_has_the_hits_of_its_query_alone(untrained_index, scorer, queries, tmp_path):
     index, out = untrained_index, tmp_path / "hits.jsonl"
     summary = run(index, scorer, queries, out, k=3)
-    found = answers(out)
+    found = read_results(out)
     assert [line["query"] for line in found] == [row["query"] for row in ROWS]
     for place, (row, line) in enumerate(zip(ROWS, found, strict=True)):
         assert row.items() <= line.items()
@@ -76,20 +74,18 @@ def test_each_query_has_a_line_in_its_place_with_the_hits_that_it_gets_alone(
             assert line["hits"] == [hit_to_json(index, hit) for hit in ranking.hits]
             assert line["exact"] == ranking.exact
     assert (summary.queries, summary.refused, summary.kept) == (len(ROWS), len(REFUSED), 0)
-    assert beside(out) == ["hits.jsonl"]
+    assert output_files(out) == ["hits.jsonl"]
 
 
-def test_a_refused_query_says_why(untrained_index, scorer, queries, tmp_path):
+def test_refused_query_has_its_error(untrained_index, scorer, queries, tmp_path):
     run(untrained_index, scorer, queries, tmp_path / "hits.jsonl")
-    empty, long, half = (answers(tmp_path / "hits.jsonl")[place]["error"] for place in REFUSED)
+    empty, long, half = (read_results(tmp_path / "hits.jsonl")[place]["error"] for place in REFUSED)
     assert "empty" in empty
     assert "at most 256" in long
     assert "not valid Unicode" in half
 
 
-def test_a_query_that_only_the_scorer_refuses_costs_the_others_of_its_batch_nothing(
-    untrained_index, scorer, queries, tmp_path
-):
+def test_query_refused_by_the_scorer_keeps_its_batch(untrained_index, scorer, queries, tmp_path):
     longest = len(untrained_index.prompts.for_query(untrained_index.tokenizer, ROWS[12]["query"]).token_ids)
 
     class Short(FakeScorer):
@@ -102,40 +98,40 @@ def test_a_query_that_only_the_scorer_refuses_costs_the_others_of_its_batch_noth
     run(untrained_index, scorer, queries, whole)
     summary = run(untrained_index, Short(scorer.vocab_size), queries, out)
     assert summary.refused == len(REFUSED) + 1
-    found, expected = answers(out), answers(whole)
+    found, expected = read_results(out), read_results(whole)
     assert found.pop(12)["error"] == "longer than this model reads"
     expected.pop(12)
     assert found == expected
 
 
-@pytest.mark.parametrize("answered", range(0, len(ROWS) + 1, 4))
-@pytest.mark.parametrize("torn", [b"", b'{"query": "pict', b'{"query": "picture", "hits": [], "exact": true}'])
-def test_a_killed_run_goes_on_to_the_very_file_of_a_run_without_interruption(
-    untrained_index, scorer, queries, tmp_path, answered, torn
+@pytest.mark.parametrize("n_results", range(0, len(ROWS) + 1, 4))
+@pytest.mark.parametrize("partial_line", [b"", b'{"query": "pict', b'{"query": "picture", "hits": [], "exact": true}'])
+def test_resumed_run_writes_the_file_of_an_uninterrupted_run(
+    untrained_index, scorer, queries, tmp_path, n_results, partial_line
 ):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "hits.jsonl"
     expected = run(untrained_index, scorer, queries, whole)
     with pytest.raises(Killed):
-        run(untrained_index, scorer, queries, out, progress=killed_at(answered))
+        run(untrained_index, scorer, queries, out, progress=kill_after(n_results))
     part = tmp_path / "hits.jsonl.part"
-    assert part.is_file() == (answered > 0)
-    if answered:
+    assert part.is_file() == (n_results > 0)
+    if n_results:
         with part.open("ab") as file:
-            file.write(torn)
+            file.write(partial_line)
     seen = []
     summary = run(untrained_index, scorer, queries, out, progress=seen.append)
     assert out.read_bytes() == whole.read_bytes()
     assert summary.refused == expected.refused
-    assert summary.kept == seen[0] == answered
+    assert summary.kept == seen[0] == n_results
     assert seen[-1] == len(ROWS)
-    assert beside(out) == ["hits.jsonl"]
+    assert output_files(out) == ["hits.jsonl"]
 
 
-def test_a_run_goes_on_with_batches_of_another_size(untrained_index, scorer, queries, tmp_path):
+def test_run_resumes_with_another_batch_size(untrained_index, scorer, queries, tmp_path):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "hits.jsonl"
     run(untrained_index, scorer, queries, whole)
     with pytest.raises(Killed):
-        run(untrained_index, scorer, queries, out, progress=killed_at(8))
+        run(untrained_index, scorer, queries, out, progress=kill_after(8))
     assert run(untrained_index, scorer, queries, out, batch_size=3).kept == 6
     assert out.read_bytes() == whole.read_bytes()
 
@@ -150,26 +146,22 @@ def test_a_run_goes_on_with_batches_of_another_size(untrained_index, scorer, que
         ({"scored_by": "server"}, r"scored_by '' \(now 'server'\)"),
     ],
 )
-def test_an_unfinished_run_of_other_options_is_refused_and_says_what_differs(
-    untrained_index, scorer, queries, tmp_path, changed, words
-):
+def test_unfinished_run_with_other_options_is_refused(untrained_index, scorer, queries, tmp_path, changed, words):
     out, part = tmp_path / "hits.jsonl", tmp_path / "hits.jsonl.part"
     with pytest.raises(Killed):
-        run(untrained_index, scorer, queries, out, k=5, progress=killed_at(4))
+        run(untrained_index, scorer, queries, out, k=5, progress=kill_after(4))
     before = part.read_bytes()
     with pytest.raises(BatchError, match=f"{words}.*--overwrite"):
         run(untrained_index, scorer, queries, out, **{"k": 5, **changed})
     assert part.read_bytes() == before
     assert run(untrained_index, scorer, queries, out, overwrite=True, **{"k": 5, **changed}).kept == 0
-    assert len(answers(out)) == len(ROWS)
+    assert len(read_results(out)) == len(ROWS)
 
 
-def test_an_unfinished_run_of_another_file_or_index_is_refused(
-    untrained_index, trained_index, scorer, queries, tmp_path
-):
+def test_unfinished_run_of_another_file_or_index_is_refused(untrained_index, trained_index, scorer, queries, tmp_path):
     out = tmp_path / "hits.jsonl"
     with pytest.raises(Killed):
-        run(untrained_index, scorer, queries, out, progress=killed_at(4))
+        run(untrained_index, scorer, queries, out, progress=kill_after(4))
     with pytest.raises(BatchError, match=f"index '{untrained_index.version}' .now '{trained_index.version}'"):
         run(trained_index, scorer, queries, out)
     queries.write_bytes(queries.read_bytes().replace(b"picture 8", b"picture 9"))
@@ -177,54 +169,53 @@ def test_an_unfinished_run_of_another_file_or_index_is_refused(
         run(untrained_index, scorer, queries, out)
 
 
-def test_a_part_without_its_header_is_refused(untrained_index, scorer, queries, tmp_path):
+def test_partial_file_without_its_header_is_refused(untrained_index, scorer, queries, tmp_path):
     (tmp_path / "hits.jsonl.part").write_text("{}\n")
-    with pytest.raises(BatchError, match="not what it answers"):
+    with pytest.raises(BatchError, match="its header is missing"):
         run(untrained_index, scorer, queries, tmp_path / "hits.jsonl")
 
 
-def test_a_file_of_hits_is_replaced_only_on_request_and_not_before_the_last_answer(
-    untrained_index, scorer, queries, tmp_path
-):
+def test_hits_are_replaced_only_with_overwrite_and_at_the_end(untrained_index, scorer, queries, tmp_path):
     out = tmp_path / "hits.jsonl"
     out.write_text("precious")
     with pytest.raises(BatchError, match="--overwrite"):
         run(untrained_index, scorer, queries, out)
     with pytest.raises(Killed):
-        run(untrained_index, scorer, queries, out, overwrite=True, progress=killed_at(8))
+        run(untrained_index, scorer, queries, out, overwrite=True, progress=kill_after(8))
     assert out.read_text() == "precious"
     assert run(untrained_index, scorer, queries, out, overwrite=True).kept == 8
-    assert len(answers(out)) == len(ROWS)
+    assert len(read_results(out)) == len(ROWS)
 
 
-def test_the_queries_themselves_are_never_replaced(untrained_index, scorer, queries):
+def test_file_of_queries_is_never_replaced(untrained_index, scorer, queries):
     with pytest.raises(BatchError, match="exists"):
         run(untrained_index, scorer, queries, queries, overwrite=True)
 
 
-def test_two_runs_do_not_write_one_file(untrained_index, scorer, queries, tmp_path):
+def test_two_runs_cannot_write_the_same_file(untrained_index, scorer, queries, tmp_path):
     out = tmp_path / "hits.jsonl"
     with open_batch(untrained_index, queries, out) as batch:
         with pytest.raises(BatchError, match="another run"), open_batch(untrained_index, queries, out):
             pass
         batch.finish(scorer)
-    assert len(answers(out)) == len(ROWS)
+    assert len(read_results(out)) == len(ROWS)
 
 
 @pytest.mark.parametrize(
     "line", ["{", "[]", '"text"', "{}", '{"query": 1}', '{"query": "x", "hits": []}', '{"query": "x", "error": ""}']
 )
-def test_a_broken_line_is_told_before_anything_is_written_with_file_and_line(untrained_index, queries, tmp_path, line):
+def test_invalid_line_is_an_error_with_file_and_line(untrained_index, queries, tmp_path, line):
+    """The error is raised before anything is written."""
     queries.write_text('{"query": "a"}\n\n' + line)
     with (
         pytest.raises(CorpusError, match=r"queries\.jsonl, line 3"),
         open_batch(untrained_index, queries, tmp_path / "hits.jsonl"),
     ):
         pass
-    assert beside(tmp_path / "hits.jsonl") == []
+    assert output_files(tmp_path / "hits.jsonl") == []
 
 
-def test_bytes_that_are_no_utf_8_are_told_with_file_and_line(untrained_index, queries, tmp_path):
+def test_invalid_utf_8_is_an_error_with_file_and_line(untrained_index, queries, tmp_path):
     queries.write_bytes(b'{"query": "a"}\n{"query": "\xff"}\n')
     with (
         pytest.raises(CorpusError, match=r"queries\.jsonl, line 2"),
@@ -233,7 +224,7 @@ def test_bytes_that_are_no_utf_8_are_told_with_file_and_line(untrained_index, qu
         pass
 
 
-def test_a_missing_or_empty_file_or_folder_is_an_error_that_names_it(untrained_index, queries, tmp_path):
+def test_missing_or_empty_file_is_an_error_with_its_name(untrained_index, queries, tmp_path):
     for path, out, error in [
         (tmp_path / "nowhere.jsonl", tmp_path / "h", CorpusError),
         (tmp_path, tmp_path / "h", CorpusError),
@@ -249,28 +240,28 @@ def test_a_missing_or_empty_file_or_folder_is_an_error_that_names_it(untrained_i
 def test_filters_reach_the_search(untrained_index, scorer, queries, tmp_path):
     out = tmp_path / "hits.jsonl"
     run(untrained_index, scorer, queries, out, filters={"color": "red"})
-    found = [line for line in answers(out) if "hits" in line]
+    found = [line for line in read_results(out) if "hits" in line]
     assert {hit["file_name"].split("-")[0] for line in found for hit in line["hits"]} == {"red"}
     with pytest.raises(FilterError), open_batch(untrained_index, queries, tmp_path / "h", filters={"size": "1"}):
         pass
 
 
 @pytest.mark.parametrize(("mode", "max_expansions"), [("beam", None), ("exact", None), ("exact", 9)])
-def test_the_mode_reaches_the_search(untrained_index, scorer, queries, tmp_path, monkeypatch, mode, max_expansions):
-    """Told by what is asked of the search: a beam does not miss among twenty images."""
+def test_mode_reaches_the_search(untrained_index, scorer, queries, tmp_path, monkeypatch, mode, max_expansions):
+    """The options are recorded, because beam and exact search find the same hits among twenty images."""
     modes = []
 
-    def spied(scorer, trie, prompts, options, **more):
+    def recording_recall(scorer, trie, prompts, options, **more):
         modes.append((options.mode, options.max_expansions))
         return recall(scorer, trie, prompts, options, **more)
 
-    monkeypatch.setattr("llama_index_genret.serving.batch.recall", spied)
+    monkeypatch.setattr("llama_index_genret.serving.batch.recall", recording_recall)
     out = tmp_path / "hits.jsonl"
     run(untrained_index, scorer, queries, out, mode=mode, max_expansions=max_expansions)
     assert set(modes) == {(mode, max_expansions)}
 
 
-def test_the_command_line_writes_hits_counts_refusals_and_does_not_overwrite(trained_index, queries, tmp_path):
+def test_command_line_writes_hits_and_does_not_overwrite(trained_index, queries, tmp_path):
     out = tmp_path / "hits.jsonl"
     arguments = ("batch", trained_index.folder, queries, "--out", out, "-k", 3, "--device", "cpu")
     done = genret(*arguments, "--json")
@@ -279,7 +270,7 @@ def test_the_command_line_writes_hits_counts_refusals_and_does_not_overwrite(tra
     assert (summary["queries"], summary["refused"], summary["kept"]) == (len(ROWS), len(REFUSED), 0)
     assert "3 queries were refused" in done.stderr
     assert f"{len(ROWS)}/{len(ROWS)}" in done.stderr
-    first = answers(out)[0]
+    first = read_results(out)[0]
     alone = json.loads(genret("query", trained_index.folder, "red circle", "-k", 3, "--device", "cpu", "--json").stdout)
     assert [hit["image_id"] for hit in first["hits"]] == [hit["image_id"] for hit in alone["hits"]]
     again = genret(*arguments)

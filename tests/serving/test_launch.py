@@ -1,4 +1,4 @@
-"""Starting and stopping a server, with a small one in vLLM's place."""
+"""Starting and stopping a server; a small HTTP server stands in for vLLM."""
 
 import sys
 
@@ -22,7 +22,7 @@ HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy).serve_forever()
 """
 
 
-def test_a_server_that_does_not_stop_is_killed_with_its_children(tmp_path):
+def test_server_that_does_not_stop_is_killed_with_its_children(tmp_path):
     port, log = free_port(), tmp_path / "server.log"
     command = [sys.executable, "-c", STUBBORN, str(port)]
     with running_server(command, host="127.0.0.1", port=port, log=log, stop_timeout_s=0.2):

@@ -1,6 +1,6 @@
 """`POST /v1/recall` inside a vLLM server: `--middleware llama_index_genret.serving.endpoint.RecallMiddleware`.
 
-`wire` and `registry` are light; the rest loads in the server, which has vLLM and FastAPI.
+`app`, `engine_scorer` and `vllm_serve` need vLLM or FastAPI and load in the server only. The other modules are light.
 """
 
 from typing import Any

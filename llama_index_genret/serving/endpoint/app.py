@@ -1,8 +1,9 @@
-"""The recall routes, put into vLLM's own app: its API key guards them, its OpenAPI description has them, and its error
-handlers answer malformed requests.
+"""The recall routes inside vLLM's own app. They share its API key, OpenAPI description and handlers for bad requests.
 
-A plain ASGI middleware, which is what vLLM lets one add: it adds the routes when the app starts, and leaves all others
-as they are.
+`RecallMiddleware` is a plain ASGI middleware, the extension point of vLLM. It adds the routes when the app starts and
+leaves all other routes unchanged.
+
+Depends on FastAPI and the state of vLLM's app; independent of how the server is started.
 """
 
 from __future__ import annotations
@@ -58,17 +59,19 @@ from llama_index_genret.store import Index
 CLIENT_CLOSED_REQUEST = 499
 RETRY_AFTER_S = 1
 MIB = 2**20
-LOOK_EVERY_S = 0.5
-"""Whether the server is being stopped."""
+POLL_S = 0.5
+"""Seconds between checks for a timeout and for a stopping server."""
 
 REQUESTS = Counter("genret_recall_requests", "Recall requests by outcome.", ["outcome"])
-SECONDS = Histogram("genret_recall_seconds", "Seconds from a recall request to its answer.")
+SECONDS = Histogram("genret_recall_seconds", "Seconds from a recall request to its response.")
 STEPS = Counter("genret_recall_steps", "Search steps that the engine has scored.")
 
 
-def _with_key(raw: Request) -> None:
-    """Ask for vLLM's API key again. vLLM guards what begins with /v1, and a `--root-path` that is part of that, as "/"
-    is, hides it. Compared in constant time."""
+def _check_api_key(raw: Request) -> None:
+    """Check vLLM's API key in constant time; raise HTTPException 401 if it is missing or wrong.
+
+    vLLM guards only paths that start with /v1. A `--root-path` that is a prefix of /v1, such as "/", bypasses that.
+    """
     args = getattr(raw.app.state, "args", None)
     keys = [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
     scheme, _, given = raw.headers.get("Authorization", "").partition(" ")
@@ -82,10 +85,10 @@ def _digest(text: str) -> bytes:
 
 
 class RecallRoute(APIRoute):  # type: ignore[misc]
-    """Answers 413 where the body of a request is larger than `Limits.body_mib`, without reading the rest of it."""
+    """A route that responds with 413 if a request body exceeds `Limits.body_mib`, without reading the rest of it."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """See FastAPI."""
+        """Return FastAPI's handler with a limit on the body."""
         answer: Callable[[Request], Coroutine[Any, Any, Response]] = super().get_route_handler()
 
         async def limited(raw: Request) -> Response:
@@ -96,12 +99,12 @@ class RecallRoute(APIRoute):  # type: ignore[misc]
 
 
 def _receive_at_most(limit: int, raw: Request) -> Receive:
-    """Return the `receive` of a request, which raises HTTPException where the body has more bytes than the limit."""
+    """Return the `receive` of a request. It raises HTTPException 413 if the body has more bytes than the limit."""
     announced, received = int(raw.headers.get("content-length", 0)), 0
 
     def check(size: int) -> None:
         if size > limit:
-            raise HTTPException(413, f"the body of the request is larger than {limit // MIB} MiB: send a smaller one.")
+            raise HTTPException(413, f"the request body is larger than the limit of {limit // MIB} MiB: send less.")
 
     async def receive() -> Message:
         nonlocal received
@@ -114,31 +117,34 @@ def _receive_at_most(limit: int, raw: Request) -> Receive:
     return receive
 
 
-router = APIRouter(route_class=RecallRoute, dependencies=[Depends(_with_key)])
+router = APIRouter(route_class=RecallRoute, dependencies=[Depends(_check_api_key)])
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {
-        "description": "The request, its query, image or filters cannot be read",
+        "description": "The request, its query, image or filters are invalid",
         "model": RecallErrorResponse | UnreadableBody,
     },
     401: {"description": "The API key is missing or wrong"},
-    404: {"description": "There is no such index, or not in that version", "model": RecallErrorResponse},
-    413: {"description": "The body is too large", "model": RecallErrorResponse},
-    503: {"description": "Too much to do, or the engine has died", "model": RecallErrorResponse},
-    504: {"description": "The recall took too long, and was ended", "model": RecallErrorResponse},
+    404: {"description": "The index does not exist in the requested version", "model": RecallErrorResponse},
+    413: {"description": "The request body is too large", "model": RecallErrorResponse},
+    503: {"description": "The server is overloaded or stopping, or its engine has died", "model": RecallErrorResponse},
+    504: {"description": "The recall took too long and was cancelled", "model": RecallErrorResponse},
 }
-"""What the description tells beside an answer."""
+"""Error responses in the OpenAPI description."""
 
 
 class RecallMiddleware:
-    """Adds the recall routes to the app when it starts, with the indexes and the limits that the environment names."""
+    """ASGI middleware that adds the recall routes when the app starts.
+
+    The environment variables INDEXES_VARIABLE and LIMITS_VARIABLE set the indexes and the limits.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self.limits = Limits.from_text(os.environ.get(LIMITS_VARIABLE, ""))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
+        """Pass a request on to the app. Add the routes to the app first, if it lacks them."""
         app: FastAPI = scope["app"]
         if not hasattr(app.state, "genret"):
             app.state.genret = Registry(_index_folders(os.environ.get(INDEXES_VARIABLE, "")))
@@ -154,7 +160,7 @@ def _index_folders(text: str) -> dict[str, Path]:
 
 @router.post("/v1/recall", response_model=RecallResponse, responses=REFUSALS)
 async def recall_images(request: RecallRequest, raw: Request) -> Response:
-    """Rank the images that each query means, by generating their identifiers under a constraint."""
+    """Rank images for each query by constrained generation of their identifiers."""
     start = time.perf_counter()
     admission: Admission = raw.app.state.genret_admission
     try:
@@ -173,33 +179,36 @@ async def recall_images(request: RecallRequest, raw: Request) -> Response:
 
 
 async def _cancel_on_disconnect(
-    answering: Coroutine[Any, Any, RecallResponse], raw: Request, limit_s: float
+    response: Coroutine[Any, Any, RecallResponse], raw: Request, limit_s: float
 ) -> RecallResponse | None:
-    """What it returns, or None where the client leaves before. Either way nothing of it goes on.
+    """Return the response, or None if the client disconnects. The coroutine is cancelled unless it has finished.
 
     Raises:
-        TooSlow: it took longer than the limit.
-        EngineStopped: the server stops meanwhile. What it had asked of its engine may then never be answered.
+        TooSlow: the recall took longer than the limit.
+        EngineStopped: the server is stopping. Its engine may never respond to pending requests.
     """
     server = getattr(raw.app.state, "server", None)
-    work, gone = asyncio.create_task(answering), asyncio.create_task(_wait_for_disconnect(raw))
+    work, disconnect = asyncio.create_task(response), asyncio.create_task(_wait_for_disconnect(raw))
     end = time.monotonic() + limit_s
     try:
-        while not (work.done() or gone.done()):
-            await asyncio.wait({work, gone}, timeout=LOOK_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+        while not (work.done() or disconnect.done()):
+            await asyncio.wait({work, disconnect}, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
             if not work.done() and time.monotonic() > end:
-                raise TooSlow(f"the recall was not answered within {limit_s} s, and was ended.")
+                raise TooSlow(
+                    f"the recall did not finish within the limit of {limit_s} s and was cancelled: send fewer queries, "
+                    "or a smaller k or beam_width."
+                )
             if not work.done() and server is not None and server.should_exit:
-                raise EngineStopped("the server is being stopped, or its engine has died: try again, or another one.")
+                raise EngineStopped("the server is stopping, or its engine has died: try again, or use another one.")
         return await work if work.done() else None
     finally:
-        gone.cancel()
+        disconnect.cancel()
         work.cancel()
 
 
 @router.get("/v1/recall/indexes", response_model=IndexList)
 async def list_indexes(raw: Request) -> IndexList:
-    """The loaded indexes, in the versions that are served now."""
+    """List the loaded indexes and their served versions."""
     registry: Registry = raw.app.state.genret
     for loaded in registry.loaded:
         await registry.current(loaded.name)
@@ -236,7 +245,11 @@ async def _answer(request: RecallRequest, app: FastAPI) -> RecallResponse:
 
 
 async def _find_index(registry: Registry, request: RecallRequest) -> LoadedIndex:
-    """By its version, if that is asked for, else by its name."""
+    """Return the index of the requested version, or else of the requested name.
+
+    Raises:
+        IndexNotFound: the server does not serve it.
+    """
     if request.version is None:
         return await registry.current(registry.name_of(request.index))
     names = [loaded.name for loaded in registry.loaded if request.index in (None, loaded.name)]
@@ -244,7 +257,7 @@ async def _find_index(registry: Registry, request: RecallRequest) -> LoadedIndex
     found = next((loaded for loaded in current if loaded.version == request.version), None)
     if found is None:
         served = {loaded.name: loaded.version for loaded in current}
-        raise IndexNotFound(f"no index of the version {request.version!r} is on this server, which has {served}.")
+        raise IndexNotFound(f"unknown version {request.version!r}; this server has the versions {served}.")
     return found
 
 
@@ -274,7 +287,7 @@ def _result(loaded: LoadedIndex, text: str, ranking: Ranking) -> RecallResult:
 
 
 def _error(error: Exception) -> JSONResponse:
-    """Return the refusal that tells of an error; raise what is none of ours."""
+    """Return the error response of a package error. Raise any other error."""
     if isinstance(error, IndexNotFound):
         return _refusal(404, "NotFoundError", str(error))
     if isinstance(error, (QueryError, FilterError, SearchError, ImageError)) and not isinstance(error, NotANumber):
@@ -288,9 +301,9 @@ def _error(error: Exception) -> JSONResponse:
     raise error
 
 
-def _refusal(status: int, kind: str, words: str) -> JSONResponse:
-    """Return an error in the shape of the OpenAI API's. A 503 says when to try again."""
-    body = RecallErrorResponse(error=RecallErrorDetail(message=words, type=kind, code=status)).model_dump()
+def _refusal(status: int, kind: str, message: str) -> JSONResponse:
+    """Return an error response in the format of the OpenAI API. A 503 has a Retry-After header."""
+    body = RecallErrorResponse(error=RecallErrorDetail(message=message, type=kind, code=status)).model_dump()
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
     return JSONResponse(body, status_code=status, headers=headers)
 
@@ -300,6 +313,6 @@ def _outcome(status: int) -> str:
 
 
 async def _wait_for_disconnect(raw: Request) -> None:
-    """Return when the client has left."""
+    """Return when the client has disconnected."""
     while (await raw.receive())["type"] != "http.disconnect":
         pass

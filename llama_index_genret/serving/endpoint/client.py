@@ -1,6 +1,9 @@
-"""One request instead of one a step: recall by a server's own endpoint, where it serves the very version of the index.
+"""Recall through a server's endpoint: one request per query instead of one per search step.
 
-Knows HTTP and the index; nothing of vLLM. Whoever calls it falls back to the stock protocol where it gives None.
+The server must serve the same version of the index. If the client returns None, the caller falls back to the stock
+protocol.
+
+Depends on HTTP and the index; independent of vLLM.
 """
 
 from __future__ import annotations
@@ -24,11 +27,14 @@ RECALL = "/recall"
 
 @dataclass(frozen=True)
 class RecallQuery:
-    """What one recall asks.
+    """A query for the endpoint.
 
-    prompt: of `text` or of an image. scoring: how hits are ranked.
-    options: `k`, `width`, `mode` and `max_expansions` are sent. The server finds the leaf filter and the prior by
-        itself, from `filters` and `scoring`.
+    text: query text, may be empty for an image query.
+    prompt: the prompt of `text` or of an image.
+    options: `k`, `width`, `mode` and `max_expansions` are sent. The server computes the leaf filter and the prior
+        itself from `filters` and `scoring`.
+    filters: metadata filters, None for all images.
+    scoring: ranking of hits.
     """
 
     text: str
@@ -39,19 +45,23 @@ class RecallQuery:
 
 
 class RecallClient:
-    """Recalls from `POST /v1/recall` of `server`."""
+    """Client of the route `POST /v1/recall` of `server`."""
 
     def __init__(self, index: Index, server: Server) -> None:
         self._index = index
         self._server = server
-        self._is_served = True  # until the server says that it is not
+        self._is_served = True  # until the server responds with 404
 
     def recall(self, query: RecallQuery) -> Ranking | None:
-        """The best `k` images, or None where the server does not serve this version of the index, or not so many.
+        """Return the best `k` images.
 
+        Returns:
+            None if the server does not serve this version of the index, or the query exceeds the endpoint's limits.
         Raises:
-            ServerUnreachable, ServerError: nothing answers, or with an error, or with images that cannot be.
-            ImageError: the image cannot be read. QueryError: it is larger than the server takes.
+            ServerUnreachable: no server responds.
+            ServerError: the response is an error, or contains invalid images.
+            ImageError: the image cannot be read.
+            QueryError: the image is larger than the server accepts.
         """
         body = self._body(query) if self._is_served else None
         if body is None:
@@ -60,7 +70,7 @@ class RecallClient:
             return self._ranking(connection.request("POST", RECALL, body), query)
 
     async def arecall(self, query: RecallQuery) -> Ranking | None:
-        """The same for an event loop."""
+        """Return the best `k` images, asynchronously; see `recall`."""
         body = self._body(query) if self._is_served else None
         if body is None:
             return None
@@ -68,27 +78,31 @@ class RecallClient:
             return self._ranking(await connection.request("POST", RECALL, body), query)
 
     def _body(self, query: RecallQuery) -> dict[str, Any] | None:
-        """None where it is beyond the limits of the endpoint."""
+        """Return the request body, or None if the query exceeds the limits of the endpoint."""
         options, image = query.options, to_data_url(query.prompt.image) if query.prompt.image else None
-        asked: dict[str, Any] = {"query": query.text or None, "image": image, "filters": query.filters}
-        asked |= {"k": options.k, "beam_width": options.width, "mode": options.mode}
-        asked |= {"max_expansions": options.max_expansions, "scoring": asdict(query.scoring)}
+        fields: dict[str, Any] = {"query": query.text or None, "image": image, "filters": query.filters}
+        fields |= {"k": options.k, "beam_width": options.width, "mode": options.mode}
+        fields |= {"max_expansions": options.max_expansions, "scoring": asdict(query.scoring)}
         try:
-            return RecallRequest(**asked, version=self._index.version).model_dump(mode="json")
+            return RecallRequest(**fields, version=self._index.version).model_dump(mode="json")
         except ValidationError as error:
             if image is None:
                 return None
-            raise QueryError(f"the server's endpoint does not take this query: {error}") from None
+            raise QueryError(f"the server's endpoint does not accept this query: {error}") from None
 
     def _ranking(self, answer: httpx.Response, query: RecallQuery) -> Ranking | None:
-        """Return None also where the result must be exact, and the server's `max_expansions` did not suffice."""
-        if answer.status_code == 404:  # a stock server, or one that has another version
+        """Return the ranking of a response, or None if the caller must search itself.
+
+        This is the case after a 404, or if the result must be exact and the server's `max_expansions` was too small.
+        """
+        if answer.status_code == 404:  # a stock server, or another version of the index
             self._is_served = False
             return None
         response = _validate(RecallResponse, answer)
         if len(response.results) != 1 or len(response.results[0].hits) > query.options.k:
             raise ServerError(
-                f"{response_address(answer)} answered other images than the best {query.options.k} of one query."
+                f"{response_address(answer)} must return at most {query.options.k} images of one query, got "
+                f"{[len(result.hits) for result in response.results]} images per query."
             )
         result = response.results[0]
         if query.options.mode == "exact" and query.options.max_expansions is None and not result.exact:
@@ -98,7 +112,7 @@ class RecallClient:
     def _hits(self, result: RecallResult, where: str) -> list[Hit]:
         rows = [self._index.rows_by_id.get(hit.image_id, -1) for hit in result.hits]
         if -1 in rows or len(set(rows)) < len(rows):
-            raise ServerError(f"{where} answered an image twice, or one that the index does not have.")
+            raise ServerError(f"{where} returned an image twice, or an image that is not in the index.")
         pairs = zip(rows, result.hits, strict=True)
         return [Hit(row, row, self._index.token_ids(row), min(hit.log_prob, 0.0), hit.ranked_by) for row, hit in pairs]
 
@@ -108,4 +122,4 @@ def _validate(model: Any, answer: httpx.Response) -> Any:
     try:
         return model.model_validate(body)
     except (ValidationError, SearchError) as error:
-        raise ServerError(f"{response_address(answer)} answered something else than a recall: {error}") from error
+        raise ServerError(f"{response_address(answer)} returned an invalid recall response: {error}") from error

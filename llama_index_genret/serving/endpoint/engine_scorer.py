@@ -1,7 +1,7 @@
-"""The engine of a vLLM server as a scorer, from inside the server's process: no HTTP between the steps.
+"""A scorer that calls the vLLM engine inside the server's process, without HTTP between search steps.
 
-Only vLLM's public surface: `engine_client.generate`, its renderer, `vllm.inputs` and `SamplingParams`. Loads in the
-server only.
+Depends on vLLM's public surface only: `engine_client.generate`, its renderer, `vllm.inputs` and `SamplingParams`.
+This module loads in the server only.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from llama_index_genret.search import Normalise, Rows
 
 
 class EngineStopped(GenretError):
-    """The engine takes no more requests, and ends those that it has."""
+    """The engine is stopping: it accepts no requests and aborts pending ones."""
 
 
 class EngineScorer:
-    """Scores with a vLLM engine client. `steps` counts the steps asked of it.
+    """A scorer over a vLLM engine client. `steps` counts the search steps it has scored.
 
     Args:
-        lora: vLLM's request of the adapter to score with, None for the served weights.
+        engine: vLLM's engine client.
+        max_model_len: context length of the served model, in tokens.
+        lora: vLLM's LoRA request of the adapter to score with, None for the served weights.
     """
 
     def __init__(self, engine: Any, max_model_len: int, lora: Any = None) -> None:
@@ -45,7 +47,9 @@ class EngineScorer:
 
     @asynccontextmanager
     async def async_session(self, prompts: Sequence[Prompt], normalise: Normalise) -> AsyncIterator[AsyncSession]:
-        """See `Scorer.async_session`. The engine answers log-probabilities over the vocabulary for either.
+        """Open a session; see `Scorer.async_session`.
+
+        The engine returns log-probabilities over the whole vocabulary for either `normalise`.
 
         Raises:
             QueryError: a prompt leaves no room for an identifier in the served context.
@@ -53,19 +57,20 @@ class EngineScorer:
         yield _EngineSession(self, await self.render(prompts, room=ROOM_FOR_IDENTIFIER))
 
     async def render(self, prompts: Sequence[Prompt], *, room: int) -> list[Any]:
-        """What the engine takes of prompts, made once: an image is processed here, and no more for each beam.
+        """Return prompts in the engine's input format. An image is processed once here, not once per beam.
 
         Args:
-            room: tokens that will follow.
+            room: number of tokens that will follow each prompt.
         Raises:
-            QueryError: the served context has no room for them. ImageError: see `load_image`.
+            QueryError: a prompt and the tokens that follow exceed the served context.
+            ImageError: see `load_image`.
         """
         rendered = await asyncio.gather(*map(self._render, prompts))
         longest = max((len(prompt["prompt_token_ids"]) for prompt in rendered), default=0)
         if longest > self._max_model_len - room:
             raise QueryError(
-                f"the query's prompt has {longest} tokens, the model is served with --max-model-len "
-                f"{self._max_model_len}: shorten the query or raise it."
+                f"the query's prompt has {longest} tokens and needs room for {room} more, the model is served with "
+                f"--max-model-len {self._max_model_len}: shorten the query, or serve with a larger one."
             )
         return rendered
 
@@ -73,28 +78,28 @@ class EngineScorer:
         if prompt.image is None:
             return tokens_input(list(prompt.token_ids))
         image = await asyncio.to_thread(load_image, prompt.image)
-        asked = TokensPrompt(prompt_token_ids=list(prompt.token_ids), multi_modal_data={"image": image})
-        (rendered,) = await self._engine.renderer.render_cmpl_async([asked])
+        unrendered = TokensPrompt(prompt_token_ids=list(prompt.token_ids), multi_modal_data={"image": image})
+        (rendered,) = await self._engine.renderer.render_cmpl_async([unrendered])
         return rendered
 
-    async def ask(self, rendered: Any, part: RowSlice) -> list[float]:
-        """Log-probabilities of the part's tokens after a rendered prompt."""
+    async def log_probs(self, rendered: Any, part: RowSlice) -> list[float]:
+        """Return the log-probabilities of the part's tokens after a rendered prompt."""
         prompt = {**rendered, "prompt_token_ids": [*rendered["prompt_token_ids"], *part.prefix]}
         return scores(await self._generate(prompt, scoring(part)), part)
 
-    async def ask_likelihood(self, rendered: Any, token_ids: Sequence[int]) -> float:
-        """Log-probability of the tokens after a rendered prompt."""
+    async def log_likelihood(self, rendered: Any, token_ids: Sequence[int]) -> float:
+        """Return the log-probability of the token sequence after a rendered prompt."""
         prompt = {**rendered, "prompt_token_ids": [*rendered["prompt_token_ids"], *token_ids]}
         return log_likelihood(await self._generate(prompt, likelihood()), token_ids)
 
     async def _generate(self, prompt: Any, params: Any) -> Any:
-        answer: Any = None
+        output: Any = None
         request_id = f"recall-{uuid.uuid4().hex}"
-        async for so_far in self._engine.generate(prompt, params, request_id, lora_request=self._lora):
-            answer = so_far
-        if answer is not None and answer.outputs and answer.outputs[0].finish_reason == "abort":
-            raise EngineStopped("the engine ends what it was asked, unanswered: the server is being stopped.")
-        return answer
+        async for partial_output in self._engine.generate(prompt, params, request_id, lora_request=self._lora):
+            output = partial_output
+        if output is not None and output.outputs and output.outputs[0].finish_reason == "abort":
+            raise EngineStopped("the engine aborted the request, because the server is stopping: retry it.")
+        return output
 
 
 @dataclass(frozen=True)
@@ -104,21 +109,21 @@ class _EngineSession:
 
     async def score(self, rows: Rows) -> Scores:
         self.scorer.steps += 1
-        asked = [self.scorer.ask(self.rendered[part.query], part) for part in row_slices(rows)]
-        return np.concatenate(await _all(asked))
+        requests = [self.scorer.log_probs(self.rendered[part.query], part) for part in row_slices(rows)]
+        return np.concatenate(await _gather_or_cancel(requests))
 
     async def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
         self.scorer.steps += 1
         prompts = list(dict.fromkeys(one.prompt for one in continuations))
-        room = max(len(one.token_ids) for one in continuations) + 1  # vLLM makes one more
+        room = max(len(one.token_ids) for one in continuations) + 1  # vLLM generates one more token
         rendered = dict(zip(prompts, await self.scorer.render(prompts, room=room), strict=True))
-        asked = [self.scorer.ask_likelihood(rendered[one.prompt], one.token_ids) for one in continuations]
-        return np.array(await _all(asked))
+        requests = [self.scorer.log_likelihood(rendered[one.prompt], one.token_ids) for one in continuations]
+        return np.array(await _gather_or_cancel(requests))
 
 
-async def _all(asked: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """What all answer; one that fails, or a client that leaves, ends them all."""
-    tasks = list(map(asyncio.create_task, asked))
+async def _gather_or_cancel(requests: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Return all results. A failure, or cancellation after a disconnect, cancels all requests."""
+    tasks = list(map(asyncio.create_task, requests))
     try:
         return await asyncio.gather(*tasks)
     finally:

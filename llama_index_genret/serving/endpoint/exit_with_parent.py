@@ -1,7 +1,9 @@
-"""Processes of a killed server end with it: vLLM's engine would keep its memory, a GPU's too, for ever.
+"""End the child processes of a killed server. vLLM's engine would otherwise keep running and hold its GPU memory.
 
-A plugin of vLLM (entry point `vllm.general_plugins`), which every process of vLLM's loads. Does nothing in a server
-without this package's indexes.
+vLLM loads this module in all its processes, as a plugin (entry point `vllm.general_plugins`). The plugin does nothing
+in a server without indexes of this package.
+
+Depends on multiprocessing; independent of vLLM's modules.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ import time
 from llama_index_genret.serving.endpoint.schema import INDEXES_VARIABLE
 
 GRACE_S = 5.0
-"""From the request to end until the end."""
+"""Seconds between SIGTERM and the forced exit."""
 
 
 def end_with_parent() -> None:
-    """End this process soon after the one that started it, where that is one of multiprocessing's."""
+    """End this process soon after its parent process, if multiprocessing started it."""
     parent = multiprocessing.parent_process()
     if parent is not None and INDEXES_VARIABLE in os.environ:
         threading.Thread(target=_end_after, args=(parent,), name="end-with-parent", daemon=True).start()

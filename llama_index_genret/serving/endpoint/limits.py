@@ -1,7 +1,7 @@
 """The limits of the recall routes, and the admission of queries within them.
 
-Without a limit every waiting query takes memory, and all of them wait longer than their clients do. Connections and the
-other routes of the server are limited by a proxy before it.
+Without a limit, waiting queries exhaust memory and time out at their clients. A reverse proxy in front of the server
+limits connections and the other routes.
 
 Depends on numbers and their names; independent of HTTP.
 """
@@ -15,16 +15,16 @@ from dataclasses import dataclass, fields
 from llama_index_genret.errors import GenretError, ServerError
 
 LIMITS_VARIABLE = "GENRET_LIMITS"
-"""Environment of the server: `name=number` of some of the `Limits`, with spaces between."""
+"""Environment variable of the server: `name=number` pairs of `Limits` fields, separated by spaces."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that the recall routes take of their clients.
+    """Limits of the recall routes.
 
-    queries: number of queries that are answered at once; more receive 503 with `Retry-After`.
-    body_mib: size of the body of a request in MiB; a larger one receives 413.
-    recall_s: seconds until a recall is answered; a longer one ends with 504.
+    queries: maximum number of concurrent queries; more receive 503 with `Retry-After`.
+    body_mib: maximum size of a request body in MiB; a larger one receives 413.
+    recall_s: maximum duration of a recall in seconds; a longer one receives 504.
     """
 
     queries: int = 1024
@@ -33,18 +33,18 @@ class Limits:
 
     @classmethod
     def from_text(cls, text: str) -> Limits:
-        """The defaults, but for those that `text` names.
+        """Return the default limits with those in `text` replaced.
 
         Raises:
-            ServerError: a name that is none, or no positive whole number.
+            ServerError: a name is unknown, or a value is not a positive whole number.
         """
         known = {field.name for field in fields(cls)}
         given = dict(word.partition("=")[::2] for word in text.split())
         wrong = {name: value for name, value in given.items() if name not in known or not _is_positive(value)}
         if wrong:
             raise ServerError(
-                f"{LIMITS_VARIABLE} has {wrong}: give positive whole numbers, {'queries=1024 body_mib=64'!r}, "
-                f"of {sorted(known)}."
+                f"invalid {LIMITS_VARIABLE}: {wrong}. Set positive whole numbers such as {'queries=1024 body_mib=64'!r}"
+                f"; choose from: {', '.join(sorted(known))}."
             )
         return cls(**{name: int(value) for name, value in given.items()})
 
@@ -54,15 +54,15 @@ def _is_positive(text: str) -> bool:
 
 
 class TooBusy(GenretError):
-    """The server has too much to do already."""
+    """The server already has its maximum number of concurrent queries."""
 
 
 class TooSlow(GenretError):
-    """A recall took longer than the server lets one take."""
+    """A recall took longer than the server allows."""
 
 
 class Admission:
-    """Counts the queries that are being answered."""
+    """A counter that limits the number of concurrent queries."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -70,15 +70,15 @@ class Admission:
 
     @contextmanager
     def of(self, queries: int) -> Iterator[None]:
-        """Answer so many inside. A request that is alone is always let in.
+        """Count `queries` more concurrent queries inside the block. A request is always admitted if none is active.
 
         Raises:
-            TooBusy: there are too many.
+            TooBusy: the limit would be exceeded.
         """
         if self._queries and self._queries + queries > self.limits.queries:
             raise TooBusy(
-                f"{self._queries} queries are being answered, and this server takes {self.limits.queries} at once: "
-                "try again, or send fewer at a time."
+                f"{self._queries} queries are running, and this server accepts at most {self.limits.queries} at once: "
+                "retry later, or send fewer at a time."
             )
         self._queries += queries
         try:

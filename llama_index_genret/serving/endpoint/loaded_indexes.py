@@ -1,6 +1,8 @@
 """The indexes that a server has loaded, each in its newest version on disk.
 
-Knows index folders; nothing of HTTP or engines. A version is immutable: a search keeps the one that it began with.
+A version is immutable: a search keeps the version that it started with.
+
+Depends on index folders; independent of HTTP and engines.
 """
 
 from __future__ import annotations
@@ -20,31 +22,31 @@ from llama_index_genret.trie import LeafFilter
 log = logging.getLogger(__name__)
 
 CACHED_FILTERS = 64
-"""For each index; a quarter of a byte for each image and filter."""
+"""Number of cached filters per index. Each takes a quarter of a byte per image."""
 
 
 class LoadedIndex:
-    """One version of an index, under its name on this server. The leaves of the filters asked last are kept."""
+    """One version of an index, and its name on this server. Leaf bitmaps of recent filters are cached."""
 
     def __init__(self, name: str, index: Index) -> None:
         self.name, self.index = name, index
-        # no bound method: an older version and its mapped files go with its last search, not when garbage is collected
+        # a bound method would form a reference cycle and keep an old version's mapped files until garbage collection
         self._leaves = lru_cache(maxsize=CACHED_FILTERS)(partial(_leaf_filter, index))
 
     @property
     def version(self) -> str:
-        """See `Index.version`."""
+        """Return the version of the index; see `Index.version`."""
         return self.index.version
 
     def leaf_filter(self, filters: RecordFilters | None) -> LeafFilter | None:
-        """See `Index.leaf_filter`."""
+        """Return the cached bitmap of the leaves that pass, or None without filters; see `Index.leaf_filter`."""
         return None if filters is None else self._leaves(filters.model_dump_json())
 
 
 class Registry:
-    """Loads `folders`, and again whenever a manifest was replaced: `genret add` and `remove` need no restart.
+    """The indexes of `folders`, which reload when their manifest changes: `genret add` and `remove` need no restart.
 
-    A newer version that cannot be served (damaged, or of other weights) leaves the older one in its place.
+    If a newer version cannot be served because it is damaged or has other weights, the older one stays.
     """
 
     def __init__(self, folders: Mapping[str, Path]) -> None:
@@ -59,30 +61,30 @@ class Registry:
 
     @property
     def loaded(self) -> list[LoadedIndex]:
-        """All indexes, as they are served now."""
+        """Return all indexes in their served versions."""
         return [self._loaded[name] for name in self._folders]
 
     def is_current(self, name: str) -> bool:
-        """Whether the manifest on disk is the one that was looked at last. Costs one `stat`."""
+        """Tell whether the manifest on disk is unchanged since the last load. Costs one `stat`."""
         return self._seen.get(name) == _stamp(self._folders[name])
 
     def name_of(self, wanted: str | None) -> str:
-        """The name of the index that a request means.
+        """Return the name of the requested index. None stands for the only index.
 
         Raises:
-            IndexNotFound: there is none of that name, or several and none was named.
+            IndexNotFound: the name is unknown, or it is missing and there are several indexes.
         """
         names = list(self._folders)
         if wanted is None and len(names) == 1:
             return names[0]
         if wanted is None or wanted not in self._folders:
-            raise IndexNotFound(f"there is no index {wanted!r} on this server: name one of {names} as 'index'.")
+            raise IndexNotFound(f"unknown index {wanted!r}; set 'index' to one of {names}.")
         return wanted
 
     async def current(self, name: str) -> LoadedIndex:
-        """A version that is no older than this call. The folder is read in a thread, once for all who wait for it.
+        """Return a version that is at least as new as this call. One thread reads the folder for all waiting callers.
 
-        A reading that was begun before this call may miss its edit, so it is waited for, and the next one too.
+        A read that started before this call may miss the newest edit. The call then waits for the next read as well.
         """
         for _ in range(2):
             if self.is_current(name):
@@ -90,11 +92,11 @@ class Registry:
             reading = self._readings.get(name)
             if reading is None or reading.done():
                 reading = self._readings[name] = asyncio.ensure_future(asyncio.to_thread(self.get, name))
-            await asyncio.shield(reading)  # who leaves does not end it for the others
+            await asyncio.shield(reading)  # a cancelled caller must not cancel it for the others
         return self._loaded[name]
 
     def get(self, name: str) -> LoadedIndex:
-        """The newest version that can be served; reads the folder where it has changed."""
+        """Return the newest version that can be served. The folder is read again if it has changed."""
         if not self.is_current(name):
             with self._lock:
                 if not self.is_current(name):
@@ -106,7 +108,7 @@ class Registry:
             self._load(name)
         except (GenretError, OSError) as error:
             self.problems[name] = str(error)
-            log.warning("the index %s stays at version %s: %s", name, self._loaded[name].version, error)
+            log.warning("the index %s is still served in version %s: %s", name, self._loaded[name].version, error)
 
     def _load(self, name: str) -> None:
         folder = self._folders[name]
@@ -114,19 +116,19 @@ class Registry:
         try:
             self._loaded[name], self.problems[name] = self._read(name, folder), ""
         finally:
-            self._seen[name] = stamp  # only now: who asks meanwhile waits for the newer version
+            self._seen[name] = stamp  # set last, so that concurrent callers wait for the newer version
 
     def _read(self, name: str, folder: Path) -> LoadedIndex:
         index = load_index(folder)
         served = self._loaded.get(name)
         if served and index.weights_id != served.index.weights_id:
             raise ModelMismatch(
-                f"{folder} has other weights now ({index.weights_id}, served {served.index.weights_id}): it was "
+                f"{folder} now has other weights ({index.weights_id}, served {served.index.weights_id}): it was "
                 "trained, or got images with symbols of their own. Restart `genret serve` on it."
             )
         loaded = LoadedIndex(name, index)
-        loaded.leaf_filter(RecordFilters(filters=[]))  # reads the metadata now, in the thread that loads
-        _ = index.prior  # the same of the prior of every node
+        loaded.leaf_filter(RecordFilters(filters=[]))  # fills the cached metadata columns in the loading thread
+        _ = index.prior  # fills the cached prior in the loading thread
         return loaded
 
 

