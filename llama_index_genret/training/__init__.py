@@ -1,4 +1,4 @@
-"""Teaching a multimodal LLM the identifiers of an index: LoRA on four interleaved tasks.
+"""Train a multimodal LLM on the identifiers of an index, with LoRA on interleaved tasks.
 
-`examples` is light; `recipe` and `export` need torch, transformers and peft and load on first use.
+`tasks` and `options` are light. `recipe` needs torch, transformers and peft, and loads on first use.
 """

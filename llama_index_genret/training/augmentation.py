@@ -1,9 +1,9 @@
-"""The same picture as somebody else might have drawn it: flat colours, dark outlines, other hues, another size.
+"""Style augmentation of images: flat colours, dark outlines, shifted hues, another size.
 
-Knows pictures; nothing of models or training. A model that has seen one rendering of a thing knows that rendering;
-one that has seen it redrawn knows its shape.
-Source: style as what a network should not go by, of Geirhos et al. (arXiv:1811.12231); here by palettes and edges,
-which need no second network.
+Depends on images; independent of models and training. Restyled versions keep a model from memorising the style of one
+rendering instead of the shape of the object.
+Source: stylised training images of Geirhos et al. (arXiv:1811.12231), here with palettes and edges instead of a second
+network.
 """
 
 from __future__ import annotations
@@ -16,56 +16,57 @@ from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter
 from llama_index_genret.corpus.images import load_image
 
 SMALLEST, LARGEST = 0.7, 1.1
-"""Size of the redrawn thing, as a multiple of the old one."""
+"""Range of the scale factor."""
 MOST_TURNED = 12
-"""Degrees."""
+"""Maximum rotation in degrees, in either direction."""
 FEWEST_COLOURS, MOST_COLOURS = 4, 12
+"""Range of the palette size."""
 MOST_HUE = 24
-"""Of 256 around the circle of hues, either way."""
+"""Maximum shift of the hue in either direction. The circle of hues has 256 steps."""
 LARGEST_SIDE = 512
-"""Of a redrawn picture, in pixels: lines of one to three are to be seen."""
+"""Maximum side of a redrawn image in pixels, so that outlines 1 to 3 pixels wide stay visible."""
 EDGE = 40
-"""Of 255: colours that differ by more have a line between them."""
+"""Edge strength, from 0 to 255, above which an outline is drawn."""
 
 
 def load_version(path: Path, row: int, version: int, *, seed: int) -> Image.Image:
-    """Version 0 of the picture of image `row` is the picture; any other is `redraw`, the same for the same seed.
+    """Load the image for version 0; `redraw` it for any other version, with a seed from `seed`, `row` and `version`.
 
     Raises:
-        what `load_image` does.
+        ImageError: see `load_image`.
     """
-    picture = load_image(path)
-    return redraw(picture, seed=(seed, row, version)) if version else picture
+    image = load_image(path)
+    return redraw(image, seed=(seed, row, version)) if version else image
 
 
-def redraw(picture: Image.Image, *, seed: tuple[int, ...]) -> Image.Image:
-    """Another picture of the same thing, RGB, of LARGEST_SIDE at most; the same for the same seed.
+def redraw(image: Image.Image, *, seed: tuple[int, ...]) -> Image.Image:
+    """Return a restyled RGB copy with sides of at most LARGEST_SIDE pixels. Equal seeds give equal results.
 
-    Turned and scaled a little, on the colour of its border; then, each by chance: painted in few flat colours, outlined
-    where colours meet, its hues turned, its colours strengthened or taken away.
+    The content is rotated and scaled a little, and the corner colour fills the background. Each further step has a
+    probability: reduction to a few flat colours, outlines between colours, a shift of the hues, a change of saturation.
 
     Args:
-        picture: RGB of any size.
+        image: an image of any size and mode.
     """
     draw = np.random.default_rng(seed)
-    picture = _move(_shrink(picture.convert("RGB")), draw)
-    flat = picture
+    image = _move(_shrink(image.convert("RGB")), draw)
+    flat = image
     if draw.random() < 0.8:
-        flat = _flat(picture, int(draw.integers(FEWEST_COLOURS, MOST_COLOURS, endpoint=True)))
+        flat = _flatten(image, int(draw.integers(FEWEST_COLOURS, MOST_COLOURS, endpoint=True)))
     outlines = _outlines(flat, width=int(draw.integers(1, 3, endpoint=True))) if draw.random() < 0.7 else None
-    painted = _recolour(flat, draw)
-    return ImageChops.multiply(painted, outlines) if outlines else painted
+    recoloured = _recolour(flat, draw)
+    return ImageChops.multiply(recoloured, outlines) if outlines else recoloured
 
 
-def _shrink(picture: Image.Image) -> Image.Image:
-    small = picture.copy()
+def _shrink(image: Image.Image) -> Image.Image:
+    small = image.copy()
     small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     return small
 
 
-def _move(picture: Image.Image, draw: np.random.Generator) -> Image.Image:
-    width, height = picture.size
-    ground = picture.getpixel((0, 0))
+def _move(image: Image.Image, draw: np.random.Generator) -> Image.Image:
+    width, height = image.size
+    background = image.getpixel((0, 0))
     scale = draw.uniform(SMALLEST, LARGEST)
     across, down = (draw.uniform(-0.5, 0.5) * max(0.0, 1 - scale) * length for length in (width, height))
     angle = np.deg2rad(draw.uniform(-MOST_TURNED, MOST_TURNED))
@@ -73,21 +74,21 @@ def _move(picture: Image.Image, draw: np.random.Generator) -> Image.Image:
     middle_x, middle_y = width / 2, height / 2
     x, y = middle_x + across, middle_y + down
     matrix = (cos, sin, middle_x - cos * x - sin * y, -sin, cos, middle_y + sin * x - cos * y)
-    return picture.transform(
-        picture.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=ground
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=background
     )
 
 
-def _flat(picture: Image.Image, n_colours: int) -> Image.Image:
-    """Computed at half the size, which takes a fifth of the time."""
-    half = picture.reduce(2).filter(ImageFilter.MedianFilter(3))
+def _flatten(image: Image.Image, n_colours: int) -> Image.Image:
+    """Reduce an image to a palette, at half the size, which takes a fifth of the time."""
+    half = image.reduce(2).filter(ImageFilter.MedianFilter(3))
     few = half.quantize(n_colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).convert("RGB")
-    return few.resize(picture.size, Image.Resampling.BICUBIC)
+    return few.resize(image.size, Image.Resampling.BICUBIC)
 
 
-def _outlines(picture: Image.Image, *, width: int) -> Image.Image:
-    """White, and dark where neighbouring colours differ much."""
-    edges = picture.filter(ImageFilter.FIND_EDGES)
+def _outlines(image: Image.Image, *, width: int) -> Image.Image:
+    """Return a white image with dark lines where neighbouring colours differ by more than EDGE."""
+    edges = image.filter(ImageFilter.FIND_EDGES)
     strongest = ImageChops.lighter(ImageChops.lighter(*edges.split()[:2]), edges.split()[2])
     right, bottom = strongest.width - 1, strongest.height - 1
     ImageDraw.Draw(strongest).rectangle((0, 0, right, bottom), outline=0)  # the filter leaves the border as it was
@@ -96,11 +97,11 @@ def _outlines(picture: Image.Image, *, width: int) -> Image.Image:
     return ImageChops.invert(thick.filter(ImageFilter.GaussianBlur(0.6))).convert("RGB")
 
 
-def _recolour(picture: Image.Image, draw: np.random.Generator) -> Image.Image:
-    hue, saturation, value = picture.convert("HSV").split()
+def _recolour(image: Image.Image, draw: np.random.Generator) -> Image.Image:
+    hue, saturation, value = image.convert("HSV").split()
     if draw.random() < 0.5:
         turn = int(draw.integers(-MOST_HUE, MOST_HUE, endpoint=True))
         hue = hue.point([(level + turn) % 256 for level in range(256)])
-    picture = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    picture = ImageEnhance.Color(picture).enhance(0.0 if draw.random() < 0.1 else draw.uniform(0.6, 1.5))
-    return ImageEnhance.Brightness(picture).enhance(draw.uniform(1.0, 1.25))
+    image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    image = ImageEnhance.Color(image).enhance(0.0 if draw.random() < 0.1 else draw.uniform(0.6, 1.5))
+    return ImageEnhance.Brightness(image).enhance(draw.uniform(1.0, 1.25))

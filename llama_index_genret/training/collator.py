@@ -1,7 +1,7 @@
 """Examples as padded tensors, for any model's processor.
 
-Image inputs are concatenated along their first dimension whatever their names; text is padded on the left, so that
-all targets end at the right edge and the loss needs the last few positions only.
+Image inputs are concatenated along their first dimension, whatever their names. Text is padded on the left. All targets
+then end at the right edge, and the loss needs only the last few positions.
 """
 
 from __future__ import annotations
@@ -27,39 +27,42 @@ from llama_index_genret.training.vision_teacher import VisionTeacher
 IGNORED = -100
 """Label of a position without loss, as in transformers."""
 
-ALIKE = 32
-"""Text examples whose lengths share this multiple make one batch: about a block of a prompt."""
+LENGTH_STEP = 32
+"""Text examples are batched by length, in steps of this many tokens."""
 
 _SOFT = ("offsets", "soft")
-_DRAWN = ("drawn_offsets", "drawn")
+_ADJUSTMENT = ("adjustment_offsets", "adjustment")
 
-IMITATED_PART = 0.5
-"""Of the logarithm by which images are drawn more often, how much is left out where a teacher is imitated.
+IMITATION_ADJUSTMENT = 0.5
+"""Strength of the logit adjustment for soft targets, from 0 (none) to 1 (full, as for labels).
 
-A teacher says the same of a query however often it is asked: a model that tells all queries apart needs none of it. One
-that does not learns how often they come, too, and needs all. Chosen on validation queries by integration.recall.grow:
-with all of it an update hides the new images, with none it puts them before the old ones.
-Source of such a part: the logit adjustment of Menon et al. (arXiv:2007.07314).
+Soft targets do not depend on how often a query occurs, so that a model that distinguishes all queries needs no
+adjustment. A model that does not also learns the query frequencies, and needs the full one. The value was chosen on
+validation queries by integration.recall.grow: with 1 an update ranks new images too low, with 0 above the old ones.
+Source: the scaled logit adjustment of Menon et al. (arXiv:2007.07314).
 """
 
 CACHED_BYTES = 2**30
-"""Pixels of images kept in memory. The oldest make room."""
+"""Maximum bytes of decoded images in memory. The images loaded first are evicted first."""
 
 
 class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
-    """Item i: `input_ids` (t,), `labels` (t,) and, of an example with an image, what else the processor gives.
+    """The examples of a run as tensors.
 
-    A label is what stands after its token; the last token of an example is read nowhere.
+    Item i has `input_ids` (t,) and `labels` (t,). A label is the token after its position, so that the last token of an
+    example is no input. An example with an image also has the other outputs of the processor: image tensors, and for
+    some models a type of each token (t,), from which they compute positions.
 
-    That is image tensors, and for some models a kind of each token (t,), by which they count positions. An example
-    that imitates the teacher has no labels, but for each of its m last tokens that are to be predicted `offsets` (m,),
-    how far from the end it stands, and `soft` (m, u), probabilities of the tokens of `paths`, -1 where one may not be.
+    An example with soft targets has no labels. For each of its m targets it has `offsets` (m,), the distance from the
+    end, and `soft` (m, u), the probabilities of the tokens of `paths`, -1 for a token that may not follow.
 
     Args:
-        looks: imitated where a picture is to be memorised.
-        drawn: (n,) how often each image is what an example is about, of any sum. Then what is to answer with an
-            identifier also has `drawn_offsets` (m,) and `drawn` (m, u), to be added to the logits: the logarithm of how
-            much more often a token comes there than by the number of images below it, or IMITATED_PART of it.
+        seed: seed of the sampled images and the image versions.
+        image_shares: (n,) how often each image is sampled, with any sum. An example whose target is an identifier then
+            also has `adjustment_offsets` (m,) and `adjustment` (m, u), which is added to the logits. It is the log
+            ratio between the frequency of a token and the fraction of images below it, times IMITATION_ADJUSTMENT for
+            soft targets.
+        vision_teacher: the source of soft targets for the task memorise, None to use labels.
     """
 
     def __init__(
@@ -70,8 +73,8 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         teacher: TextTeacher | None = None,
         *,
         seed: int = 0,
-        drawn: NDArray[np.float64] | None = None,
-        looks: VisionTeacher | None = None,
+        image_shares: NDArray[np.float64] | None = None,
+        vision_teacher: VisionTeacher | None = None,
     ) -> None:
         self._index = index
         self._mllm = mllm
@@ -80,10 +83,10 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         self._seed = seed
         self._end = index.tokenizer.encode_markup(index.prompts.end)
         self.paths = Paths([(*index.token_ids(row), index.end_token) for row in range(len(index.records))])
-        self._looks = looks
+        self._vision_teacher = vision_teacher
         self._images: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._bytes = 0
-        self._drawn = drawn
+        self._image_shares = image_shares
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -92,20 +95,22 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         example = self._examples[i]
         if example.task == "imitate":
             if self._teacher is None:
-                raise TrainingError("examples of the task 'imitate' need a teacher.")
-            return self._imitating(example, self._teacher.probabilities(example.row), i)
-        if example.task == "memorise" and self._looks is not None:
-            return self._imitating(example, self._looks.probabilities(example.row, example.version), i)
+                raise TrainingError(
+                    "the task 'imitate' needs a text teacher, and the run has none: give one, or drop it from the mix."
+                )
+            return self._soft_item(example, self._teacher.probabilities(example.row), i)
+        if example.task == "memorise" and self._vision_teacher is not None:
+            return self._soft_item(example, self._vision_teacher.probabilities(example.row, example.version), i)
         item, target = self._prompt(example), torch.tensor(self._target(example) + self._end)
         item["labels"] = torch.full_like(item["input_ids"], IGNORED)
         ends = {"input_ids": target, "labels": target}
-        text = torch.zeros_like(target)  # the kind of a token that is text
+        text = torch.zeros_like(target)  # the type of a text token
         whole = {name: torch.cat([item[name], ends.get(name, text)]) for name in _per_token(item)}
         item |= {name: tokens[1:] if name == "labels" else tokens[:-1] for name, tokens in whole.items()}
-        return item | (self._more_often(example.row, len(target)) if example.target is None else {})
+        return item | (self._logit_adjustment(example.row, len(target)) if example.target is None else {})
 
-    def _imitating(self, example: Example, probabilities: NDArray[np.float64], i: int) -> dict[str, Any]:
-        """An image is drawn as the teacher would; at each of its symbols, all that may stand there are weighed."""
+    def _soft_item(self, example: Example, probabilities: NDArray[np.float64], i: int) -> dict[str, Any]:
+        """Sample an image from the teacher's distribution, and return the soft targets along its identifier."""
         row = int(np.random.default_rng((self._seed, i)).choice(len(probabilities), p=probabilities))
         targets = self.paths.targets(row, probabilities)
         n_symbols = targets[-1].depth + 1 if targets else 0
@@ -114,23 +119,24 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
             soft[place, torch.from_numpy(target.columns)] = torch.from_numpy(target.probabilities)
         symbols = torch.tensor(self._index.token_ids(row)[: max(0, n_symbols - 1)], dtype=torch.long)
         item = self._prompt(example)
-        text = torch.zeros_like(symbols)  # the kind of a token that is text
+        text = torch.zeros_like(symbols)  # the type of a text token
         item |= {n: torch.cat([item[n], symbols if n == "input_ids" else text]) for n in _per_token(item)}
         item["labels"] = torch.full_like(item["input_ids"], IGNORED)
         item["offsets"] = torch.tensor([n_symbols - target.depth for target in targets], dtype=torch.long)
-        return item | {"soft": soft} | self._more_often(row, n_symbols, IMITATED_PART)
+        return item | {"soft": soft} | self._logit_adjustment(row, n_symbols, IMITATION_ADJUSTMENT)
 
-    def _more_often(self, row: int, n_targets: int, part: float = 1.0) -> dict[str, torch.Tensor]:
-        """`drawn_offsets` and `drawn`, or a `part` of it, of an example that is to answer with image `row`."""
-        if self._drawn is None:
+    def _logit_adjustment(self, row: int, n_targets: int, strength: float = 1.0) -> dict[str, torch.Tensor]:
+        """Return `adjustment_offsets` and `adjustment` of an example whose target is the identifier of image `row`."""
+        if self._image_shares is None:
             return {}
-        drawn = self.paths.targets(row, self._drawn)
-        evenly = self.paths.targets(row, np.ones_like(self._drawn))
-        more = torch.zeros(len(drawn), len(self.paths.token_ids))
-        for place, (ours, theirs) in enumerate(zip(drawn, evenly, strict=True)):
-            times = np.log(ours.probabilities / theirs.probabilities)
-            more[place, torch.from_numpy(ours.columns)] = torch.from_numpy(part * times)
-        return {"drawn_offsets": torch.tensor([n_targets - target.depth for target in drawn]).long(), "drawn": more}
+        weighted = self.paths.targets(row, self._image_shares)
+        uniform = self.paths.targets(row, np.ones_like(self._image_shares))
+        adjustment = torch.zeros(len(weighted), len(self.paths.token_ids))
+        for place, (ours, theirs) in enumerate(zip(weighted, uniform, strict=True)):
+            log_ratio = np.log(ours.probabilities / theirs.probabilities)
+            adjustment[place, torch.from_numpy(ours.columns)] = torch.from_numpy(strength * log_ratio)
+        offsets = torch.tensor([n_targets - target.depth for target in weighted]).long()
+        return {"adjustment_offsets": offsets, "adjustment": adjustment}
 
     def _target(self, example: Example) -> list[int]:
         if example.target is None:
@@ -144,15 +150,15 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         if example.task == "describe":
             return {"input_ids": torch.tensor(prompts.describe.fill(tokenizer, self._index.token_ids(example.row)))}
         if example.task == "remember":
-            asked = prompts.about_identifier(tokenizer, self._index.token_ids(example.row), example.text)
-            return {"input_ids": torch.tensor(asked.token_ids)}
+            prompt = prompts.about_identifier(tokenizer, self._index.token_ids(example.row), example.text)
+            return {"input_ids": torch.tensor(prompt.token_ids)}
         text = prompts.memorise
         if example.task == "answer":
             text = prompts.answer.before + example.text + prompts.answer.after
         image = self._image(example.row, example.version)
         inputs = self._mllm.processor(text=[text], images=[[image]], return_tensors="pt")
-        of_tokens = inputs["input_ids"].shape
-        return {k: v[0] if v.shape == of_tokens else v for k, v in inputs.items() if k != "attention_mask"}
+        token_shape = inputs["input_ids"].shape
+        return {k: v[0] if v.shape == token_shape else v for k, v in inputs.items() if k != "attention_mask"}
 
     def _image(self, row: int, version: int) -> Any:
         key = (row, version)
@@ -169,45 +175,54 @@ def _bytes(image: Any) -> int:
 
 
 def collate(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Batches of items of about the same length, those with an image apart: padding costs as much as text.
+    """Group items by length into padded batches, because padding costs as much as text. Images are batched separately.
 
-    Where some are to be imitated, a batch also has `soft` (m, u) of all its rows, `soft_rows` and `offsets` (m,); where
-    some images are drawn more often, `drawn` (m, u), `drawn_rows` and `drawn_offsets` (m,).
+    A batch with soft targets also has `soft` (m, u), `soft_rows` (m,) and `offsets` (m,) of all its rows. A batch with
+    logit adjustment has `adjustment` (m, u), `adjustment_rows` (m,) and `adjustment_offsets` (m,).
+
+    Args:
+        pad: token id of the padding.
+    Returns:
+        The batches by group.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for item in items:
-        has_image = not item.keys() <= {"input_ids", "labels", *_SOFT, *_DRAWN}
-        groups.setdefault("image" if has_image else f"text {len(item['input_ids']) // ALIKE}", []).append(item)
+        has_image = not item.keys() <= {"input_ids", "labels", *_SOFT, *_ADJUSTMENT}
+        groups.setdefault("image" if has_image else f"text {len(item['input_ids']) // LENGTH_STEP}", []).append(item)
     return {
-        name: _pad_batch(group, pad) | _of_rows(group, _SOFT, "soft_rows") | _of_rows(group, _DRAWN, "drawn_rows")
+        name: _pad_batch(group, pad)
+        | _concatenate_optional(group, _SOFT, "soft_rows")
+        | _concatenate_optional(group, _ADJUSTMENT, "adjustment_rows")
         for name, group in groups.items()
     }
 
 
-def _of_rows(items: Sequence[dict[str, Any]], names: Sequence[str], rows_name: str) -> dict[str, torch.Tensor]:
-    """What only some items have, end to end, and the rows (m,) in the batch that it is of."""
+def _concatenate_optional(
+    items: Sequence[dict[str, Any]], names: Sequence[str], rows_name: str
+) -> dict[str, torch.Tensor]:
+    """Concatenate tensors that only some items have, and add their rows (m,) in the batch."""
     rows = [(row, item) for row, item in enumerate(items) if names[0] in item]
     if not rows:
         return {}
-    together = {name: torch.cat([item[name] for _, item in rows]) for name in names}
-    return together | {rows_name: torch.cat([torch.full_like(item[names[0]], row) for row, item in rows])}
+    tensors = {name: torch.cat([item[name] for _, item in rows]) for name in names}
+    return tensors | {rows_name: torch.cat([torch.full_like(item[names[0]], row) for row, item in rows])}
 
 
 def _pad_batch(items: Sequence[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
-    """Left-padded tensors of tokens (rows, t), `attention_mask` among them, and the images of all items in order."""
+    """Return left-padded token tensors (rows, t) with an `attention_mask`, and the images of all items in order."""
     length = max(len(item["input_ids"]) for item in items)
 
     def pad_left(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
         return torch.stack([torch.cat([row.new_full((length - len(row),), value), row]) for row in rows])
 
     fill = {"input_ids": pad, "labels": IGNORED}
-    of_tokens = [name for name in _per_token(items[0]) if name not in (*_SOFT, *_DRAWN)]
-    batch = {name: pad_left([item[name] for item in items], fill.get(name, 0)) for name in of_tokens}
+    token_names = [name for name in _per_token(items[0]) if name not in (*_SOFT, *_ADJUSTMENT)]
+    batch = {name: pad_left([item[name] for item in items], fill.get(name, 0)) for name in token_names}
     batch["attention_mask"] = pad_left([torch.ones_like(item["input_ids"]) for item in items], 0)
-    other = [name for name in items[0] if name not in (*of_tokens, *_SOFT, *_DRAWN)]
+    other = [name for name in items[0] if name not in (*token_names, *_SOFT, *_ADJUSTMENT)]
     return batch | {name: torch.cat([item[name] for item in items]) for name in other}
 
 
 def _per_token(item: dict[str, torch.Tensor]) -> list[str]:
-    """The names of an item's tensors that have one entry a token."""
+    """Return the names of an item's tensors that have one entry per token."""
     return [name for name, tensor in item.items() if tensor.shape == item["input_ids"].shape]

@@ -1,9 +1,9 @@
-"""Caches of what frozen parts compute: vision features per image, and lower-layer activations per text.
+"""Caches for frozen modules: vision features per image, and activations of the lower layers per text.
 
-Vision towers take a batch in one of two shapes: (images, channels, height, width), or the patches of all images in one
-sequence with the grid of each. A decoder is a Hugging Face list of layers.
+A vision tower takes a batch in one of two shapes: (images, channels, height, width), or the patches of all images in
+one sequence with the grid of each. A decoder is a Hugging Face module with a list `layers`.
 
-Independent of training, prompts and tasks.
+Depends on torch modules; independent of training, prompts and tasks.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from typing import Any
 import torch
 
 CACHED_BYTES = 2**32
-"""Bytes each cache keeps: in bfloat16, 20,000 images of 256 patches x 384, or 100,000 texts of 32 tokens x 576.
+"""Maximum bytes of each cache: in bfloat16, 20,000 images of 256 patches x 384, or 100,000 texts of 32 tokens x 576.
 
-The least recently used entries make room.
+The tower's cache evicts the oldest entries, the decoder's the least recently used ones.
 """
 
 
 @contextmanager
 def cached_tower(model: Any) -> Iterator[None]:
-    """While inside, `model`, of Hugging Face, encodes an image once and takes its features from memory afterwards.
+    """Cache the vision features of each image within the context.
 
-    Towers with trainable weights, and batches of other shapes, run as they are. Under autocast features are kept in its
-    type.
+    Towers with trainable weights are not cached, nor are batches of other shapes. Under autocast, features are stored
+    in its dtype.
+
+    Args:
+        model: a Hugging Face image-text-to-text model.
     """
     tower = model.get_encoder(modality="image")
     if tower is model or any(parameter.requires_grad for parameter in tower.parameters()):
@@ -74,19 +77,19 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _lengths(pixel_values: torch.Tensor, grid_thw: torch.Tensor | None) -> list[int] | None:
-    """Rows of `pixel_values` that each image takes; None if that is not known."""
+    """Return the number of rows of `pixel_values` per image, None for an unknown shape."""
     if grid_thw is not None:
         return list(map(int, grid_thw.prod(-1)))
     return [1] * len(pixel_values) if pixel_values.ndim == 4 else None
 
 
 def _one(value: Any, i: int, n_images: int) -> Any:
-    """What of an argument is that of image i."""
+    """Return image i of a batched argument, or the argument itself if it is not batched."""
     return value[i : i + 1] if isinstance(value, torch.Tensor) and len(value) == n_images else value
 
 
 def _digest(tensors: Sequence[torch.Tensor]) -> bytes:
-    """Shapes count: the same patches in another grid are another image."""
+    """Hash shapes and contents: the same patches in another grid are another image."""
     digest = hashlib.blake2b()
     for tensor in tensors:
         digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -94,7 +97,7 @@ def _digest(tensors: Sequence[torch.Tensor]) -> bytes:
 
 
 def _concatenate(values: Sequence[Any]) -> Any:
-    """One field of several outputs: tensors end to end, and lists of tensors (one a layer) entry by entry."""
+    """Concatenate one field of several outputs: tensors, or lists of tensors (one per layer) entry by entry."""
     if isinstance(values[0], torch.Tensor):
         return torch.cat(list(values))
     return [_concatenate(entries) for entries in zip(*values, strict=True)]
@@ -108,10 +111,11 @@ def _bytes(output: Any) -> int:
 
 @contextmanager
 def cached_layers(decoder: Any, n_layers: int) -> Iterator[None]:
-    """While inside, the first `n_layers` of `decoder`, which must be frozen, see a text once.
+    """Cache the activations of the first `n_layers` of `decoder` for each text, within the context.
 
-    Batches whose embeddings need a gradient run as they are, and so does a decoder whose layers are not all of one
-    kind. Rows are padded on the left, as `batches.collate` does. Under autocast activations are kept in its type.
+    These layers must be frozen. Batches whose embeddings need a gradient are not cached, nor are decoders with several
+    types of layers. Under autocast, activations are stored in its dtype. Rows must be padded on the left, as
+    `collator.collate` does.
     """
     if not n_layers or len(set(getattr(decoder.config, "layer_types", None) or ())) > 1:
         yield
@@ -137,15 +141,17 @@ def cached_layers(decoder: Any, n_layers: int) -> Iterator[None]:
             decoder.layers, decoder.norm = lower, torch.nn.Identity()
             try:
                 with torch.no_grad():
-                    found = original(
+                    outputs = original(
                         inputs_embeds=inputs_embeds[missing], attention_mask=attention_mask[missing], use_cache=False
                     ).last_hidden_state
             finally:
                 decoder.layers, decoder.norm = layers, norm
             dtype = (
-                torch.get_autocast_dtype(found.device.type) if torch.is_autocast_enabled(found.device.type) else None
+                torch.get_autocast_dtype(outputs.device.type)
+                if torch.is_autocast_enabled(outputs.device.type)
+                else None
             )
-            for place, row in zip(missing, _strip_padding(found.to(dtype), attention_mask[missing]), strict=True):
+            for place, row in zip(missing, _strip_padding(outputs.to(dtype), attention_mask[missing]), strict=True):
                 cache[keys[place]] = row.clone()
         for key in keys:
             cache.move_to_end(key)

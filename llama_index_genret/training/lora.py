@@ -22,35 +22,37 @@ from llama_index_genret.store.model_state import new_token_ids
 from llama_index_genret.training.options import TrainOptions
 
 CONNECTORS = ("connector", "multi_modal_projector")
-"""Names of the module between vision tower and language model, in the models that have one of their own."""
+"""Module names of the connector between vision tower and language model, in models that have such a module."""
 
 
 def vocabularies(model: Any) -> list[Any]:
-    """Return the modules with a row for each token: the embeddings, and the LM head where its weights are its own."""
+    """Return the modules with a row for each token: the embeddings, and the LM head unless its weights are tied."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return [embedding] if head.weight is embedding.weight else [embedding, head]
 
 
 def frozen_layers(model: Any, options: TrainOptions) -> int:
-    """Return how many of the language model's first layers stay as they are.
+    """Return the number of frozen layers at the bottom of the language model.
 
     Raises:
-        TrainingError: the model has fewer layers than are to be trained.
+        TrainingError: `options.layers` is not between 1 and the number of layers.
     """
     n_layers = len(model.get_decoder().layers)
     if options.layers is not None and not 1 <= options.layers <= n_layers:
-        raise TrainingError(f"layers={options.layers}: the language model has 1 to {n_layers} to train.")
+        raise TrainingError(
+            f"layers={options.layers} is out of range: choose 1 to {n_layers}, the layers of the language model."
+        )
     return 0 if options.layers is None else n_layers - options.layers
 
 
 def add_lora(index: Index, mllm: Mllm, options: TrainOptions) -> Any:
-    """Return the model with trainable LoRA matrices, symbol rows and connector; all else is frozen."""
+    """Return the model with trainable LoRA matrices, symbol rows and connector. All other weights are frozen."""
     model = mllm.model
     trained = model.get_decoder().layers[frozen_layers(model, options) :]
     decoder = {id(module) for layer in trained for module in layer.modules()}
     linears = [n for n, m in model.named_modules() if id(m) in decoder and isinstance(m, torch.nn.Linear)]
     connectors = [name for name in CONNECTORS if any(n.rpartition(".")[2] == name for n, _ in model.named_modules())]
-    new_symbols = new_token_ids(index)  # also those that no image has yet: untrained rows would be random
+    new_symbols = new_token_ids(index)  # also symbols that no image has yet: their rows would stay random
     with_rows = vocabularies(model)
     names = [n.rpartition(".")[2] for n, m in model.named_modules() if any(m is v for v in with_rows)]
     config = LoraConfig(
@@ -62,13 +64,13 @@ def add_lora(index: Index, mllm: Mllm, options: TrainOptions) -> Any:
     )
     adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
-        if parameter.requires_grad:  # a bfloat16 base lends its type to copies of its modules
+        if parameter.requires_grad:  # copies of modules inherit the dtype of a bfloat16 base
             parameter.data = parameter.data.float()
     return adapted
 
 
 def optimizer(model: Any, options: TrainOptions) -> torch.optim.Optimizer:
-    """Return AdamW, with a learning rate of their own for the symbols' rows."""
+    """Return AdamW, with a separate learning rate for the symbols' rows."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     symbols = [p for name, p in named if "trainable_tokens" in name]
     others = [p for name, p in named if "trainable_tokens" not in name]
@@ -80,14 +82,15 @@ def optimizer(model: Any, options: TrainOptions) -> torch.optim.Optimizer:
 
 @contextmanager
 def fast_symbol_rows(model: Any, *, as_inputs: bool = True) -> Iterator[None]:
-    """Look up and multiply trained symbol rows apart from the frozen matrix, while inside.
+    """Compute trained symbol rows separately from the frozen matrix, within the context.
 
-    PEFT copies the whole embedding matrix in each forward pass, twice where it is tied to the LM head, and computes
-    a gradient of its full size; the rows here are a few hundred of tens of thousands. Same values, same parameters.
+    PEFT copies the whole embedding matrix in each forward pass, twice if it is tied to the LM head, and computes a
+    gradient of its full size. The symbols are a few hundred of its tens of thousands of rows. Values and parameters
+    stay the same.
 
     Args:
-        as_inputs: whether the rows also learn from being read, which takes a gradient through every layer; else they
-            learn from being written alone.
+        as_inputs: also train the rows as input embeddings, which needs a gradient through every layer. Otherwise
+            only their use in the LM head trains them.
     """
     layers = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
     for layer in layers:

@@ -1,6 +1,6 @@
-"""What can be chosen of a training.
+"""Options of a training run.
 
-Knows names and numbers; nothing of torch.
+Depends on names and numbers; independent of torch.
 """
 
 from __future__ import annotations
@@ -13,28 +13,35 @@ from llama_index_genret.errors import TrainingError
 from llama_index_genret.training.tasks import MIX, Task
 
 LARGEST_RANK = 4096
-"""Of LoRA matrices: as many as a large model's hidden features."""
+"""Maximum rank of LoRA matrices: the number of hidden features of a large model."""
 LONGEST_BLOCK = 100_000
-"""Examples that are shuffled at a time."""
+"""Maximum number of examples in a block, which are shuffled together."""
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What can be chosen of a run. A changed option is another run: its checkpoints are not those of this one.
+    """The options of a run. A changed option makes another run, which does not resume these checkpoints.
 
-    epochs: passes over the retrieve examples, in an update over those of the new images; max_steps overrides it.
-    batch_size: examples a step, over all processes; gradient_accumulation_steps: parts in which each process computes
-        its share, one after another. gradient_checkpointing: keep no activations of the layers, but compute them
-        again: less memory, for one more forward pass.
-    learning_rate: of the LoRA matrices and the connector; symbol_learning_rate: of the new symbols' rows.
-    layers: how many of the language model's last layers are trained, all if not given. With the identifiers of
-        `atomic` the others then cost a forward pass only.
-    mix: examples of each task in a block, see `examples.MIX`.
-    redrawn: more versions of each picture to memorise, in other styles, see `redrawing`: for image queries that show
-        the same thing, but not the same picture.
-    teacher: a text encoder that `sentence-transformers` loads, whose similarities are imitated for any query at all;
-        it is needed while training only. teacher_temperature: of its distribution over images.
-    imitated: more queries to imitate it on, beside captions, words of the model's vocabulary and lists of those.
+    epochs: passes over the retrieve examples; an update counts those of the new images. max_steps overrides it.
+    max_steps: number of optimizer steps, derived from `epochs` by default.
+    batch_size: examples per step, over all processes.
+    gradient_accumulation_steps: forward passes per step in each process.
+    gradient_checkpointing: recompute the activations of the layers. It saves memory and costs one more forward pass.
+    learning_rate: learning rate of the LoRA matrices and the connector.
+    symbol_learning_rate: learning rate of the new symbols' rows.
+    lora_rank: rank of the LoRA matrices.
+    checkpoint_every: steps between checkpoints.
+    seed: seed of the example order, the initial values and the sampling, from 0 to 2**32 - 1.
+    layers: number of the language model's last layers to train, all by default. With the scheme `atomic` the other
+        layers then need no backward pass.
+    mix: number of examples of each task in a block, see `tasks.MIX`.
+    redrawn: additional versions of each image to memorise, in other styles, see `augmentation`. They help image
+        queries that show the same object in another image.
+    teacher: a text encoder that `sentence-transformers` loads. The model learns its similarities for arbitrary
+        queries. It is needed while training only.
+    teacher_temperature: temperature of the teacher's distribution over images.
+    imitated: additional queries for the task imitate, beside captions, words of the model's vocabulary and keyword
+        lists.
     """
 
     epochs: float = 3.0
@@ -55,23 +62,23 @@ class TrainOptions:
     imitated: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise TrainingError for what no run can be made of."""
+        """Raise TrainingError for a value out of range."""
         if not 0 < self.epochs < inf:
-            raise TrainingError(f"epochs={self.epochs} must be more than 0, and finite.")
+            raise TrainingError(f"epochs={self.epochs} must be greater than 0 and finite.")
         for name in ("learning_rate", "symbol_learning_rate"):
             if not 0 <= getattr(self, name) < inf:
-                raise TrainingError(f"{name}={getattr(self, name)} must be at least 0, and finite.")
+                raise TrainingError(f"{name}={getattr(self, name)} must be at least 0 and finite.")
         if not 1 <= self.lora_rank <= LARGEST_RANK:
             raise TrainingError(f"lora_rank={self.lora_rank} must be from 1 to {LARGEST_RANK}.")
         if sum(self.mix.values()) > LONGEST_BLOCK:
             raise TrainingError(
-                f"the mix {dict(self.mix)} has more than {LONGEST_BLOCK} examples: make them fewer, only shares count."
+                f"the mix {dict(self.mix)} has more than {LONGEST_BLOCK} examples: use smaller numbers of equal ratio."
             )
         if self.redrawn < 0:
             raise TrainingError(f"redrawn={self.redrawn} must be at least 0.")
         if self.redrawn and not self.mix.get("memorise"):
             raise TrainingError(
-                f"redrawn={self.redrawn} draws pictures for the task `memorise`, of which the mix has none: "
+                f"redrawn={self.redrawn} redraws images for the task `memorise`, which the mix lacks: "
                 "add it (--mix memorise=...), or leave --redrawn out."
             )
         if not 0 <= self.seed < 2**32:

@@ -1,10 +1,11 @@
-"""The training recipe, readable from top to bottom: LoRA on the language model, rows for the new symbols, and the
-connector, by Hugging Face's Trainer.
+"""The training recipe, readable from top to bottom, with Hugging Face's Trainer.
 
-The vision tower is frozen, and its features are computed once per image. The loss is taken at the targets only.
-A run that was killed goes on from its last checkpoint when the same command is given again. Under `accelerate launch`
-several processes train one model: each step has the same examples as in one process, and the same loss.
-An update is the same on top of trained weights, with a stream of new images and old ones.
+It trains LoRA on the language model, the rows of the new symbols, and the connector.
+
+The vision tower is frozen, and its features are computed once per image. Only targets contribute to the loss.
+The same command resumes a killed run from its last checkpoint. Under `accelerate launch` several processes train one
+model: each step has the same examples as in one process, and the same loss.
+An update trains a second adapter on top of the trained weights, on new images and replayed old ones.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from llama_index_genret.training.schedule import (
     stream,
     update_options,
 )
-from llama_index_genret.training.symbol_init import Teachers, start_symbols, teachers
+from llama_index_genret.training.symbol_init import Teachers, prepare_teachers, start_symbols
 
 try:
     from accelerate import PartialState
@@ -51,7 +52,7 @@ except ImportError as error:
     raise MissingExtra("training needs peft and accelerate: pip install 'llama-index-genret[train]'.") from error
 
 WORK = "training"
-"""Folder of a run's checkpoints, inside the index; removed when the run is complete."""
+"""Folder of the checkpoints, inside the index. A complete run removes it."""
 
 LOCK = "training.lock"
 
@@ -67,17 +68,21 @@ def train(
     """Teach the index's base model its identifiers and store the trained weights in the index.
 
     Args:
-        options: TrainOptions() if not given; of an update `update_options`.
-        update: leave the trained weights as they are, and learn the images added since in an adapter on top of them,
-            while every other example is of an old image. It replaces an earlier update, whose images it learns again;
+        options: options of the run. Default: TrainOptions(), or `update_options` for an update.
+        update: keep the trained weights, and train an adapter on top of them for the images added since. Every other
+            example is of an old image. It replaces an earlier update and learns its images again.
             `store.drop_update` drops it.
+        device: a torch device, or "auto" for a GPU if there is one.
+        show_progress: draw progress bars on stderr.
     Returns:
         The index as stored, trained.
     Raises:
-        IndexBusy: another training of the index runs. NotWritten: the disk is full, or read only.
-        TrainingError: no captions, no new images, the loss is not a number, or the batch does not divide among the
-            processes.
-        ModelMismatch: the base model has changed. NotTrained: an update of an index that was never trained.
+        IndexBusy: another training of the index runs.
+        NotWritten: the disk is full or read-only.
+        TrainingError: no captions, no new images, the loss is not finite, or the batch size is not divisible by the
+            number of processes.
+        ModelMismatch: the base model has changed.
+        NotTrained: the index has no trained weights to update.
     """
     options = options or (update_options(index) if update else TrainOptions())
     new = added_rows(index) if update else None
@@ -90,8 +95,8 @@ def train(
 
 @contextlib.contextmanager
 def _only_training_of(index: Index, processes: PartialState) -> Iterator[None]:
-    """Keep a second run out: both would write checkpoints into one folder, and the first to end would remove them."""
-    busy = f"another training of {index.folder} is running: wait until it is done, and run the command again."
+    """Exclude a second run: both would write checkpoints into one folder, and the first to end would remove them."""
+    busy = f"another training of {index.folder} is running: wait until it ends, then run the command again."
     with contextlib.ExitStack() as stack:
         if processes.is_main_process:
             with writing(index.folder):
@@ -101,9 +106,9 @@ def _only_training_of(index: Index, processes: PartialState) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """The settings of one run, and the process that computes it.
+    """The settings of one run, and its processes.
 
-    new: rows of the images that an update is about, None in a training.
+    new: rows of the images that an update learns, None for a training.
     """
 
     index: Index
@@ -115,19 +120,19 @@ class _Run:
 
     @property
     def is_update(self) -> bool:
-        """Tell whether weights below it stay as they are."""
+        """Return whether the run trains an adapter on top of trained weights."""
         return self.new is not None
 
     @property
     def work(self) -> Path:
-        """The folder of its checkpoints."""
+        """Return the folder of the checkpoints."""
         return self.index.folder / WORK / _run_key(self.index, self.options, update=self.is_update)
 
     def batch_per_device(self) -> int:
         """Return the number of examples in one forward pass.
 
         Raises:
-            TrainingError: the batch does not divide.
+            TrainingError: the batch size is not divisible.
         """
         options, processes = self.options, int(self.processes.num_processes)
         parts = processes * options.gradient_accumulation_steps
@@ -141,7 +146,7 @@ class _Run:
 
 
 def _train(run: _Run) -> None:
-    """Load the model, teach it by the examples, and store what it learned."""
+    """Load the model, train it on the examples, and store the trained weights."""
     index, options = run.index, run.options
     torch.manual_seed(options.seed)
     run.batch_per_device()  # before a model is loaded
@@ -149,11 +154,11 @@ def _train(run: _Run) -> None:
     autocast = _multiplies_bfloat16(mllm.model.device)
     frozen = frozen_layers(mllm.model, options)
     with cached_layers(mllm.model.get_decoder(), frozen), cached_tower(mllm.model):
-        imitated = teachers(index, mllm, options, autocast=autocast, show_progress=run.show_progress)
-        examples = _example_tensors(run, mllm, imitated)
+        teachers = prepare_teachers(index, mllm, options, autocast=autocast, show_progress=run.show_progress)
+        examples = _example_tensors(run, mllm, teachers)
         if not run.is_update:
             rows = vocabularies(mllm.model)
-            start_symbols(index, mllm, rows, imitated, options, autocast=autocast, show_progress=run.show_progress)
+            start_symbols(index, mllm, rows, teachers, options, autocast=autocast, show_progress=run.show_progress)
         model = add_lora(index, mllm, options)
         with fast_symbol_rows(model, as_inputs=not frozen):
             trainer = _trainer(run, mllm, model, examples, autocast=autocast)
@@ -173,13 +178,19 @@ def _load_model(run: _Run) -> Mllm:
     return mllm
 
 
-def _example_tensors(run: _Run, mllm: Mllm, imitated: Teachers) -> ExampleTensors:
-    """Return the examples of all steps in their order, made into tensors when they are read."""
+def _example_tensors(run: _Run, mllm: Mllm, teachers: Teachers) -> ExampleTensors:
+    """Return the examples of all steps in their order, as tensors that are computed on access."""
     index, new = run.index, run.new
-    examples = stream(index, run.options, imitated.of_text, new)
-    drawn = replay_distribution(len(index.records), new) if new and isinstance(examples, ExperienceReplay) else None
+    examples = stream(index, run.options, teachers.text, new)
+    shares = replay_distribution(len(index.records), new) if new and isinstance(examples, ExperienceReplay) else None
     return ExampleTensors(
-        index, mllm, examples, imitated.of_text, looks=imitated.of_pictures, seed=run.options.seed, drawn=drawn
+        index,
+        mllm,
+        examples,
+        teachers.text,
+        vision_teacher=teachers.vision,
+        seed=run.options.seed,
+        image_shares=shares,
     )
 
 
@@ -225,7 +236,7 @@ def _training_arguments(run: _Run, steps: int, device: torch.device, *, autocast
 
 
 def _check_converged(run: _Run, trainer: LabelTrainer, result: Any) -> None:
-    """Raise TrainingError, and remove the checkpoints, if the loss is no number."""
+    """Raise TrainingError, and remove the checkpoints, if the loss is not finite."""
     if np.isfinite(result.training_loss):
         return
     if run.processes.is_main_process:
@@ -235,8 +246,8 @@ def _check_converged(run: _Run, trainer: LabelTrainer, result: Any) -> None:
 
 
 def _store(run: _Run, trainer: LabelTrainer, model: Any, *, resumed_at_step: int) -> None:
-    """Write the trained weights and the course of the run into the index, and remove its checkpoints."""
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered, where they lie in shards
+    """Write the trained weights and the losses of the run into the index, and remove its checkpoints."""
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers sharded weights
     if not run.processes.is_main_process:
         return
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -255,7 +266,7 @@ def _store(run: _Run, trainer: LabelTrainer, model: Any, *, resumed_at_step: int
 
 
 def _run_key(index: Index, options: TrainOptions, *, update: bool = False) -> str:
-    """Return a name made of all that decides a run's course, so that only the same run resumes."""
+    """Return a hash of all inputs that determine a run, so that only the same run resumes."""
     files = index.manifest.files
     identity = {
         "options": dataclasses.asdict(options),
@@ -270,5 +281,5 @@ def _run_key(index: Index, options: TrainOptions, *, update: bool = False) -> st
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Tell whether mixed precision pays: on any GPU, and on CPUs with AVX-512 BF16 or AMX (2 to 3 times as fast)."""
+    """Return whether bfloat16 is faster: on any GPU, and on CPUs with AVX-512 BF16 or AMX (2 to 3 times as fast)."""
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,4 +1,4 @@
-"""The order of all examples of a run, of a first training or of an update.
+"""The order of all examples of a training or an update.
 
 An update alternates new images with replayed old ones, so that the model does not forget the old ones.
 
@@ -23,38 +23,39 @@ from llama_index_genret.training.tasks import Example, InterleavedExamples, Task
 from llama_index_genret.training.text_teacher import TextTeacher
 
 MORE_PASSES, SMALLER_STEPS = 5 / 3, 0.5
-"""Of an update, beside the training below it."""
+"""Factors of an update: passes over its examples, and learning rates, relative to the training."""
 
 FORMER_OPTIONS = {"accumulate": "gradient_accumulation_steps", "recompute": "gradient_checkpointing"}
-"""Names of options in the manifests of earlier versions, and what they are called now."""
+"""Option names in the manifests of earlier versions, and the current names."""
 
 
 def added_rows(index: Index) -> list[int]:
-    """Rows of the images that `genret train` has not seen, which an update is about.
+    """Return the rows of the images added since the training, which an update learns.
 
     Raises:
-        NotTrained: it was never run. TrainingError: there are none, or nobody noted which it has seen.
+        NotTrained: the index has no trained weights.
+        TrainingError: no image was added, or the index does not record the images of its training.
     """
     if not index.is_trained:
         raise NotTrained(f"{index.folder} has no trained weights to update: run `genret train {index.folder}` first.")
     added = unseen_rows(index, update=False)
     if added is None:
         raise TrainingError(
-            f"{index.folder} was trained by a release that did not note on which images: run `genret train "
-            f"{index.folder}` once more, without --update."
+            f"{index.folder} was trained by a release that did not record its training images: run `genret train "
+            f"{index.folder}` again, without --update."
         )
     if not added:
         raise TrainingError(
             f"there is nothing to update: {index.folder} was trained on all of its {len(index.records)} images. "
-            "Add some first, with `genret add`."
+            "Add images first, with `genret add`."
         )
     return added
 
 
 def update_options(index: Index) -> TrainOptions:
-    """Of an update, unless others are given: those of the training below it, with smaller steps and more passes.
+    """Return the default options of an update: those of the training, with smaller steps and more passes.
 
-    Where the training was of so many steps, the update takes as many for each image as it took, times `MORE_PASSES`.
+    If the training set `max_steps`, the update takes the same number of steps per image, times `MORE_PASSES`.
     """
     training = {FORMER_OPTIONS.get(name, name): value for name, value in (index.manifest.training or {}).items()}
     names = {field.name for field in fields(TrainOptions)} & training.keys()
@@ -76,50 +77,53 @@ def update_options(index: Index) -> TrainOptions:
 def stream(
     index: Index, options: TrainOptions, teacher: TextTeacher | None = None, new: Sequence[int] | None = None
 ) -> Sequence[Example]:
-    """All tasks interleaved; of an update, its new images and the old ones in turns.
+    """Return all examples with interleaved tasks. An update alternates new and old images.
 
     Args:
-        new: rows of the images that an update is about, None of a training.
+        new: rows of the images that an update learns, None for a training.
     Raises:
-        TrainingError: no image has a caption, or none of the new ones.
+        TrainingError: no image has a caption, or none of the new images has one.
     """
 
     def interleaved(tasks: Mapping[Task, list[Example]], n_examples: int) -> InterleavedExamples:
         return InterleavedExamples(tasks, n_examples, seed=options.seed, mix=options.mix)
 
     def n_examples(tasks: Mapping[Task, list[Example]], times: int = 1) -> int:
-        wanted = options.epochs * times * epoch_length(tasks, options.mix) / options.batch_size
-        return options.batch_size * (options.max_steps or max(1, round(wanted)))
+        n_steps = options.epochs * times * epoch_length(tasks, options.mix) / options.batch_size
+        return options.batch_size * (options.max_steps or max(1, round(n_steps)))
 
     tasks = examples_of(index, teacher.texts if teacher else (), redrawn=options.redrawn)
     if new is None:
         return interleaved(tasks, n_examples(tasks))
-    ours, others = by_age(tasks, new, teacher.nearest_images() if teacher else ())
-    if "retrieve" not in ours:
+    new_tasks, old_tasks = by_age(tasks, new, teacher.nearest_images() if teacher else ())
+    if "retrieve" not in new_tasks:
         raise TrainingError(
-            f"none of the {len(new)} images that were added to {index.folder} has a caption, so that nothing teaches "
-            "which query means which of them. Give captions in metadata.jsonl ('text') and add them anew, or let the "
-            f"model write queries: `genret write-queries {index.folder}`."
+            f"none of the {len(new)} images that were added to {index.folder} has a caption, and training needs "
+            "queries for them. Give captions in metadata.jsonl ('text') and add the images again, or let the model "
+            f"write queries: `genret write-queries {index.folder}`."
         )
-    if not any(options.mix.get(task) for task in others):  # no old image is left
-        return interleaved(ours, n_examples(ours))
-    n = n_examples(ours, times=2)
-    return ExperienceReplay(interleaved(ours, n - n // 2), interleaved(others, n // 2))
+    if not any(options.mix.get(task) for task in old_tasks):  # no old image is left
+        return interleaved(new_tasks, n_examples(new_tasks))
+    n = n_examples(new_tasks, times=2)
+    return ExperienceReplay(interleaved(new_tasks, n - n // 2), interleaved(old_tasks, n // 2))
 
 
 Tasks = dict[Task, list[Example]]
 
 
 class ExperienceReplay(Sequence[Example]):
-    """Every other example is of `new`, every other one of `old`, the first of `new`.
+    """Examples that alternate between `new` and `old`, starting with `new`.
 
     Args:
-        new: as many as old, or one more.
+        new: as many examples as `old`, or one more.
+        old: the replayed examples.
     """
 
     def __init__(self, new: Sequence[Example], old: Sequence[Example]) -> None:
         if len(new) - len(old) not in (0, 1):
-            raise ValueError(f"{len(new)} new and {len(old)} old examples do not take turns.")
+            raise ValueError(
+                f"{len(new)} new and {len(old)} old examples cannot alternate: expected equal numbers, or one more new."
+            )
         self._halves = (new, old)
 
     def __len__(self) -> int:
@@ -132,26 +136,32 @@ class ExperienceReplay(Sequence[Example]):
 
 
 def replay_distribution(n_images: int, new: Collection[int]) -> NDArray[np.float64]:
-    """(n_images,) how often each image is the one of an example of `ExperienceReplay`, of sum 1."""
-    drawn = np.full(n_images, 0.5 / max(1, n_images - len(new)))
-    drawn[list(new)] = 0.5 / len(new)
-    return drawn
+    """Return (n_images,) the share of each image among the examples of `ExperienceReplay`, with sum 1."""
+    shares = np.full(n_images, 0.5 / max(1, n_images - len(new)))
+    shares[list(new)] = 0.5 / len(new)
+    return shares
 
 
-def by_age(tasks: Mapping[Task, list[Example]], new: Collection[int], meant: Sequence[int] = ()) -> tuple[Tasks, Tasks]:
-    """The examples of new images and those of the others; of a query that a teacher answers, by what it means most.
+def by_age(
+    tasks: Mapping[Task, list[Example]], new: Collection[int], nearest_images: Sequence[int] = ()
+) -> tuple[Tasks, Tasks]:
+    """Split the examples into those of new and of old images. An example of imitate counts by its nearest image.
 
     Args:
-        new: rows of the new images. meant: (q,) the row of the image that each query of the teacher means most.
+        new: rows of the new images.
+        nearest_images: (q,) the row of the teacher's most probable image for each of its queries.
     """
     new = frozenset(new)
 
-    def part(wanted: bool) -> Tasks:
-        parted = {task: [e for e in examples if (_row(e, meant) in new) == wanted] for task, examples in tasks.items()}
-        return {task: examples for task, examples in parted.items() if examples}
+    def select(is_new: bool) -> Tasks:
+        selected = {
+            task: [example for example in examples if (_row(example, nearest_images) in new) == is_new]
+            for task, examples in tasks.items()
+        }
+        return {task: examples for task, examples in selected.items() if examples}
 
-    return part(True), part(False)
+    return select(True), select(False)
 
 
-def _row(example: Example, meant: Sequence[int]) -> int:
-    return int(meant[example.row]) if example.task == "imitate" else example.row
+def _row(example: Example, nearest_images: Sequence[int]) -> int:
+    return int(nearest_images[example.row]) if example.task == "imitate" else example.row

@@ -1,6 +1,7 @@
-"""A distribution over images as distributions over the next symbol: what a model is to say at every level.
+"""Soft targets: a distribution over images, as distributions over the next symbol at every level.
 
-Knows identifiers as token ids, sorted, so that the images below a prefix are a range; nothing of models or text.
+Depends on identifiers as token ids, sorted so that the images below a prefix are a range; independent of models and
+text.
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ from numpy.typing import NDArray
 def softmax_of_cosines(
     images: NDArray[np.float32], query: NDArray[np.float32], temperature: float
 ) -> NDArray[np.float64]:
-    """(n,) how likely each of n images is meant by a query: softmax of cosine / temperature.
+    """Return (n,) the softmax over n images of cosine / temperature.
 
     Args:
-        images: (n, d), query: (d,), unit vectors.
-        temperature: low means only the nearest.
+        images: (n, d) unit vectors.
+        query: (d,) a unit vector.
+        temperature: a low value puts all probability on the nearest image.
     """
     similarity = (images @ query).astype(np.float64) / temperature
-    raised = np.exp(similarity - similarity.max())
-    return np.asarray(raised / raised.sum(), np.float64)
+    weights = np.exp(similarity - similarity.max())
+    return np.asarray(weights / weights.sum(), np.float64)
 
 
 @dataclass(frozen=True)
 class SoftTarget:
-    """After `depth` symbols of an identifier: which may follow, and with which probability.
+    """The distribution of the symbol after a prefix of an identifier.
 
-    columns: (children,) places among `Paths.token_ids`; probabilities: (children,) float32, of sum 1.
+    depth: number of symbols in the prefix.
+    columns: (children,) positions of the possible next symbols in `Paths.token_ids`.
+    probabilities: (children,) float32, with sum 1.
     """
 
     depth: int
@@ -39,10 +43,10 @@ class SoftTarget:
 
 
 class Paths:
-    """The identifiers of all images. `token_ids` (u,) int64: every token in one of them, sorted.
+    """The identifiers of all images. `token_ids` (u,) int64 has all their distinct tokens, sorted.
 
     Args:
-        identifiers: of every image, token ids; none begins another.
+        identifiers: the identifier of every image, as token ids. None is a prefix of another.
     """
 
     def __init__(self, identifiers: Sequence[Sequence[int]]) -> None:
@@ -57,17 +61,18 @@ class Paths:
         self.token_ids = np.unique(rows[rows >= 0])
 
     def targets(self, row: int, probabilities: NDArray[np.float64]) -> list[SoftTarget]:
-        """The distribution of the next symbol at every prefix of image `row` where several may follow.
+        """Return the distribution of the next symbol at every prefix of image `row` with several continuations.
 
-        Their cross-entropies, over images drawn from `probabilities`, add up to that of the distribution over images:
+        Their cross-entropies, over images sampled from `probabilities`, sum to that of the distribution over images:
 
             p(image) = product over depth of p(symbol | prefix)
 
         Args:
-            probabilities: (n,) of every image; more than 0 for `row`.
+            row: the row of an image with a probability above 0.
+            probabilities: (n,) the probability of every image.
         """
         mass, path = probabilities[self._order], self._sorted[self._place[row]]
-        lo, hi, found = 0, len(mass), []
+        lo, hi, targets = 0, len(mass), []
         for depth, token_id in enumerate(path[path >= 0]):
             column = self._sorted[lo:hi, depth]
             starts = np.flatnonzero(np.concatenate([[True], column[1:] != column[:-1]]))
@@ -75,8 +80,8 @@ class Paths:
             if len(children) > 1:
                 below = np.add.reduceat(mass[lo:hi], starts)
                 columns = np.searchsorted(self.token_ids, children)
-                found.append(SoftTarget(depth, columns, (below / below.sum()).astype(np.float32)))
+                targets.append(SoftTarget(depth, columns, (below / below.sum()).astype(np.float32)))
             child = int(np.searchsorted(children, token_id))
             ends = np.append(starts, hi - lo)
             lo, hi = lo + int(ends[child]), lo + int(ends[child + 1])
-        return found
+        return targets

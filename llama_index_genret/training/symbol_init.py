@@ -35,128 +35,134 @@ from llama_index_genret.training.vision_teacher import VisionTeacher
 Float32 = NDArray[np.float32]
 
 FITTED_QUERIES = 8192
-"""Of the text teacher's, at which the base model is read to start the symbols' rows."""
+"""Maximum number of the text teacher's queries to which the projection is fitted."""
 
-FITTED_PICTURES = 2048
-"""Redrawn ones, for the same."""
+FITTED_IMAGES = 2048
+"""Maximum number of image versions to which the projection is fitted."""
 
 VISION_TEMPERATURE = 0.07
-"""Of the distribution over images by their looks. Among 463 emoji .87 of it is on the one that is shown, as
-integration.recall.looks prints."""
+"""Temperature of the vision teacher's distribution over images.
+
+Among 463 emoji the shown one has a probability of .87, as integration.recall.looks prints.
+"""
 
 
 @dataclass(frozen=True)
 class Teachers:
-    """What is imitated: a text encoder of queries, the vision tower of redrawn pictures."""
+    """The teachers of a run: a text encoder for queries, the vision tower for redrawn images."""
 
-    of_text: TextTeacher | None
-    of_pictures: VisionTeacher | None
+    text: TextTeacher | None
+    vision: VisionTeacher | None
 
 
-def teachers(index: Index, mllm: Mllm, options: TrainOptions, *, autocast: bool, show_progress: bool) -> Teachers:
-    """Ask them all that they will be asked.
+def prepare_teachers(
+    index: Index, mllm: Mllm, options: TrainOptions, *, autocast: bool, show_progress: bool
+) -> Teachers:
+    """Compute the embeddings of all queries and image versions that the run imitates.
 
     Args:
-        autocast: the tower computes in bfloat16, as it will while training, so that a cached one sees a picture once.
+        autocast: run the vision tower in bfloat16, as in training, so that its cache holds the features of training.
     Raises:
-        TrainingError: see `teach`. MissingExtra: sentence-transformers is missing.
+        TrainingError: see `teach`.
+        MissingExtra: sentence-transformers is missing.
     """
     bar = partial(_bar, show=show_progress)
-    of_text = of_pictures = None
+    text = vision = None
     if options.teacher is not None:
-        told = "\n".join(caption for record in index.records for caption in record.captions)
-        of_text = teach(
+        captions = "\n".join(caption for record in index.records for caption in record.captions)
+        text = teach(
             options.teacher,
             [record.captions for record in index.records],
-            words=[*index.tokenizer.common_words, *re.findall(r"[^\W_]+", told.lower())],
+            words=[*index.tokenizer.common_words, *re.findall(r"[^\W_]+", captions.lower())],
             queries=options.imitated,
             temperature=options.teacher_temperature,
             seed=options.seed,
             device=str(mllm.model.device),
-            progress=bar("Asking the teacher"),
+            progress=bar("Embedding queries"),
         )
     if options.redrawn:
         versions = _versions(index, options)
         with _bfloat16(mllm, autocast):
-            features = vision_features(mllm, versions, bar("Looking"), load=partial(_drawn, index, options.seed))
-        of_pictures = VisionTeacher.fit(
+            load = partial(_load_version, index, options.seed)
+            features = vision_features(mllm, versions, bar("Encoding images"), load=load)
+        vision = VisionTeacher.fit(
             features.reshape(len(index.records), 1 + options.redrawn, -1), temperature=VISION_TEMPERATURE
         )
-    return Teachers(of_text, of_pictures)
+    return Teachers(text, vision)
 
 
 def start_symbols(
     index: Index,
     mllm: Mllm,
     vocabularies: Sequence[Any],
-    asked: Teachers,
+    teachers: Teachers,
     options: TrainOptions,
     *,
     autocast: bool,
     show_progress: bool,
 ) -> None:
-    """Give the rows of new symbols their start values, in place: by the teachers, or without any by image features.
+    """Initialise the rows of new symbols in place, from the teachers, or from image features without a teacher.
 
     Args:
         vocabularies: the modules with a row for each token.
-        autocast: see `teachers`.
+        autocast: see `prepare_teachers`.
     """
     new_symbols = new_token_ids(index)
     if not new_symbols:
         return
     projection = None
     with _bfloat16(mllm, autocast):
-        if asked.of_text or asked.of_pictures:
-            vectors, projection = _fitted(index, mllm, asked, options, show_progress=show_progress)
+        if teachers.text or teachers.vision:
+            vectors, projection = _fit_projection(index, mllm, teachers, options, show_progress=show_progress)
         else:
             paths = [record.path for record in index.records]
-            vectors = vision_features(mllm, paths, _bar("Looking", show=show_progress))
+            vectors = vision_features(mllm, paths, _bar("Encoding images", show=show_progress))
     identifiers = [index.token_ids(row) for row in range(len(index.records))]
     for vocabulary in vocabularies:
         start_rows(vocabulary.weight, new_symbols, identifiers, vectors, projection, seed=options.seed)
 
 
-def _fitted(
-    index: Index, mllm: Mllm, asked: Teachers, options: TrainOptions, *, show_progress: bool
+def _fit_projection(
+    index: Index, mllm: Mllm, teachers: Teachers, options: TrainOptions, *, show_progress: bool
 ) -> tuple[Float32, Float32]:
-    """Vectors (n, v) of the images by all teachers side by side, and what reads hidden states as such (v, d).
+    """Return the images' vectors (n, v), concatenated over the teachers, and the projection (v, d), both float32.
 
-    From the base model's hidden states at a sample of the teachers' queries: see `fitted_projection`. To a query of one
-    teacher the others say nothing.
+    `fitted_projection` fits the projection to the base model's hidden states at a sample of the teachers' queries. The
+    target of a query is 0 in the columns of the other teachers.
     """
     draw = np.random.default_rng(options.seed)
-    read: list[tuple[Float32, Float32, Float32, float]] = []
+    samples: list[tuple[Float32, Float32, Float32, float]] = []
     bar = partial(_bar, show=show_progress)
-    if text := asked.of_text:
+    if text := teachers.text:
         chosen = draw.choice(len(text.texts), min(FITTED_QUERIES, len(text.texts)), replace=False)
         prompts = [index.prompts.query_tokens(index.tokenizer, text.texts[place]) for place in chosen]
-        hidden = last_hidden_states(mllm, prompts, bar("Reading"))
-        read.append((text.images, hidden, text.queries[chosen], text.temperature))
-    if looks := asked.of_pictures:
+        hidden = last_hidden_states(mllm, prompts, bar("Reading queries"))
+        samples.append((text.images, hidden, text.queries[chosen], text.temperature))
+    if vision := teachers.vision:
         versions = _versions(index, options)
-        order = draw.permutation(len(versions))[:FITTED_PICTURES]
+        order = draw.permutation(len(versions))[:FITTED_IMAGES]
         chosen_versions = [versions[place] for place in order]
-        drawn = partial(_drawn, index, options.seed)
-        hidden = last_hidden_states_of_images(mllm, chosen_versions, bar("Seeing"), load=drawn)
-        shown = np.stack([looks.versions[row, version] for row, version in chosen_versions])
-        read.append((looks.images, hidden, shown, looks.temperature))
-    images = np.concatenate([vectors for vectors, *_ in read], axis=1)
-    targets = np.zeros((sum(len(hidden) for _, hidden, *_ in read), images.shape[1]), np.float32)
+        load = partial(_load_version, index, options.seed)
+        hidden = last_hidden_states_of_images(mllm, chosen_versions, bar("Reading images"), load=load)
+        embeddings = np.stack([vision.versions[row, version] for row, version in chosen_versions])
+        samples.append((vision.images, hidden, embeddings, vision.temperature))
+    images = np.concatenate([vectors for vectors, *_ in samples], axis=1)
+    targets = np.zeros((sum(len(hidden) for _, hidden, *_ in samples), images.shape[1]), np.float32)
     down = across = 0
-    for _, _, said, temperature in read:
-        targets[down : down + len(said), across : across + said.shape[1]] = said / temperature
-        down, across = down + len(said), across + said.shape[1]
-    scale = float(np.sqrt(len(read)))  # as long as the parts of `images` are, before `start_rows` makes it of length 1
-    return images, fitted_projection(np.concatenate([hidden for _, hidden, *_ in read]), targets, scale=scale)
+    for _, _, embeddings, temperature in samples:
+        targets[down : down + len(embeddings), across : across + embeddings.shape[1]] = embeddings / temperature
+        down, across = down + len(embeddings), across + embeddings.shape[1]
+    scale = float(np.sqrt(len(samples)))  # the length of a row of `images`, which `start_rows` sets to 1
+    return images, fitted_projection(np.concatenate([hidden for _, hidden, *_ in samples]), targets, scale=scale)
 
 
 def _versions(index: Index, options: TrainOptions) -> list[tuple[int, int]]:
-    """All pictures that are memorised: the image's row, and which version."""
+    """Return the row and version number of every image version that the run memorises."""
     return [(row, version) for row in range(len(index.records)) for version in range(1 + options.redrawn)]
 
 
-def _drawn(index: Index, seed: int, picture: tuple[int, int]) -> Any:
-    row, version = picture
+def _load_version(index: Index, seed: int, image_version: tuple[int, int]) -> Any:
+    row, version = image_version
     return load_version(index.records[row].path, row, version, seed=seed)
 
 
@@ -164,26 +170,27 @@ def _bfloat16(mllm: Mllm, enabled: bool) -> torch.autocast:
     return torch.autocast(mllm.model.device.type, torch.bfloat16, enabled=enabled)
 
 
-def _bar(what: str, *, show: bool) -> Any:
-    """Of a loop over batches."""
-    return partial(tqdm, desc=what, unit="batch", disable=not show)
+def _bar(description: str, *, show: bool) -> Any:
+    """Return a progress bar for a loop over batches."""
+    return partial(tqdm, desc=description, unit="batch", disable=not show)
 
 
 NOISE = 0.2
-"""Share of noise in a row's direction."""
+"""Weight of noise in a row's direction, from 0 to 1."""
 
 RIDGE = 0.01
-"""Of `fitted_projection`, as a share of the mean squared feature."""
+"""Ridge penalty of `fitted_projection`, as a fraction of the mean squared feature."""
 
 
 def fitted_projection(hidden: Float32, targets: Float32, *, scale: float) -> Float32:
-    """(v, d): reads hidden states as a teacher's embeddings, so that a row may start at what its images' vectors say.
+    """Return (v, d) float32, a projection from a teacher's embeddings to rows of the LM head, by ridge regression.
 
         min over A of |hidden A - targets|^2 + ridge |A|^2    and then    projection = scale * A transposed
 
     Args:
-        hidden: (n, d) what the LM head reads at the end of n queries' prompts; targets: (n, v) the queries by the
-            teacher; scale: of the logits, 1 / temperature.
+        hidden: (n, d) inputs of the LM head at the end of n queries' prompts.
+        targets: (n, v) the teacher's embeddings of these queries.
+        scale: factor of the logits, 1 / temperature.
     """
     spread = np.maximum(hidden.std(0), 1e-6)
     features = (hidden / spread).astype(np.float64)
@@ -203,61 +210,65 @@ def start_rows(
     *,
     seed: int,
 ) -> None:
-    """Give new symbols rows that are spread like the trained ones, in place: equal rows learn nothing apart.
+    """Set the rows of new symbols in place, distributed like the trained rows. Equal rows would get equal gradients.
 
-        offset = mean over the images that bear the symbol: unit vector - mean of all images
+        offset = mean over the images with the symbol: unit vector - mean of all images
         row = mean of the trained rows + (unit(random projection of the offset) + a little noise) * their deviation
 
-    A random projection keeps the angles between offsets; the noise parts those of equal images. With a fitted one,
+    A random projection keeps the angles between offsets. The noise separates equal offsets. With a fitted projection,
 
-        offset = mean over the images that bear the symbol: unit vector - mean of those that it is chosen among
+        offset = mean over the images with the symbol: unit vector - mean of the images with the same prefix
         row = mean of the trained rows + offset @ projection
 
-    where the images that a symbol is chosen among share those before it, or if it is the only one that may follow, are
-    those of the last choice. Symbols that no image bears start as noise.
+    If only one symbol may follow a prefix, the mean of the last prefix with several continuations is subtracted. The
+    rows of symbols that occur in no identifier are noise.
 
     Args:
-        weight: (vocabulary, d) embeddings or LM head; rows: token ids of the new symbols, after all trained ones.
-        identifiers: of every image, token ids. vectors: (images, v) of any scale. projection: (v, d), see
-            `fitted_projection`.
+        weight: (vocabulary, d) embeddings or LM head.
+        rows: token ids of the new symbols, which follow all trained ones.
+        identifiers: the identifier of every image, as token ids.
+        vectors: (images, v) image vectors of any scale.
+        projection: (v, d) the result of `fitted_projection`, None for a random projection.
+        seed: seed of the noise and the random projection.
     """
     trained = weight[: min(rows)].float()
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.randn((len(rows), weight.shape[1]), generator=generator) * trained.std(0).cpu()
-    said, borne = _offsets(rows, identifiers, vectors, by_choice=projection is not None)
+    means, is_known = _offsets(rows, identifiers, vectors, by_choice=projection is not None)
     if projection is not None:
-        offsets[borne] = torch.from_numpy(said @ projection)[borne]
+        offsets[is_known] = torch.from_numpy(means @ projection)[is_known]
     else:
-        chance = torch.randn((vectors.shape[1], weight.shape[1]), generator=generator)
-        projected = torch.from_numpy(said) @ chance
+        random_projection = torch.randn((vectors.shape[1], weight.shape[1]), generator=generator)
+        projected = torch.from_numpy(means) @ random_projection
         projected *= weight.shape[1] ** 0.5 / projected.norm(dim=-1, keepdim=True)
-        offsets[borne] = ((1 - NOISE**2) ** 0.5 * projected * trained.std(0).cpu() + NOISE * offsets)[borne]
+        mixed = (1 - NOISE**2) ** 0.5 * projected * trained.std(0).cpu() + NOISE * offsets
+        offsets[is_known] = mixed[is_known]
     weight[rows] = (trained.mean(0) + offsets.to(weight.device)).to(weight.dtype)
 
 
 def _offsets(
     rows: Sequence[int], identifiers: Sequence[Sequence[int]], vectors: NDArray[np.float32], *, by_choice: bool
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """(rows, v) what each symbol says of its images, see `start_rows`, and (rows,) whether it is more than nothing.
+    """Return (rows, v) the offset of each symbol, see `start_rows`, and (rows,) whether it differs from 0.
 
     Args:
-        by_choice: less the mean of those that it is chosen among, not of all images.
+        by_choice: subtract the mean of the images with the same prefix, not the mean of all images.
     """
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     place = {token_id: number for number, token_id in enumerate(rows)}
-    sums, bearers = np.zeros((len(rows), vectors.shape[1]), np.float32), np.zeros(len(rows), np.float32)
+    sums, counts = np.zeros((len(rows), vectors.shape[1]), np.float32), np.zeros(len(rows), np.float32)
     nodes = [(list(range(len(identifiers))), 0, unit.mean(0))]
     while nodes:
-        images, depth, last = nodes.pop()
+        images, depth, parent_mean = nodes.pop()
         children: dict[int, list[int]] = {}
         for row in images:
             if depth < len(identifiers[row]):
                 children.setdefault(identifiers[row][depth], []).append(row)
-        among = unit[images].mean(0) if by_choice and len(children) > 1 else last
+        mean = unit[images].mean(0) if by_choice and len(children) > 1 else parent_mean
         for symbol, own in children.items():
-            nodes.append((own, depth + 1, among))
+            nodes.append((own, depth + 1, mean))
             if symbol in place:
-                sums[place[symbol]] += (unit[own] - among).sum(0)
-                bearers[place[symbol]] += len(own)
-    means = np.asarray(sums / np.maximum(bearers, 1)[:, None], np.float32)
+                sums[place[symbol]] += (unit[own] - mean).sum(0)
+                counts[place[symbol]] += len(own)
+    means = np.asarray(sums / np.maximum(counts, 1)[:, None], np.float32)
     return means, np.linalg.norm(sums, axis=1) > 1e-6

@@ -1,12 +1,17 @@
 """The training tasks as text, and their interleaving.
 
-Knows the index; nothing of torch. Example `i` is a function of the seed and `i` alone, so that a resumed run, and
-any number of processes, see the same stream.
+    memorise    image -> identifier
+    retrieve    query -> identifier
+    describe    identifier -> caption
+    answer      image, question -> answer
+    imitate     query -> the text teacher's distribution over images
+    remember    identifier, question -> answer (closed-book)
 
-Source: memorise and retrieve are GRACE's two tasks (arXiv:2402.10805), mixed in every batch rather than phased;
-describe and answer keep the model able to speak of the image behind a name, and of a picture. imitate: any query at
-all, for which a teacher says how likely each image is meant. remember: the questions of answer, of a name in place of
-the picture (closed-book answers).
+Depends on the index; independent of torch. Example `i` is a function of the seed and `i` alone, so that a resumed run
+and any number of processes read the same stream.
+
+Source: memorise and retrieve are the two tasks of GRACE (arXiv:2402.10805), mixed in every batch rather than phased.
+describe and answer preserve the model's ability to describe an image from its identifier or its pixels.
 """
 
 from __future__ import annotations
@@ -26,20 +31,20 @@ from llama_index_genret.store import Index
 Task = Literal["memorise", "retrieve", "describe", "answer", "imitate", "remember"]
 
 CARRIERS = ("a picture of {}", "find {}", "what is the {} like?", "image: {}")
-"""How a caption is put as a query while training, beside the caption as it is. A question is a query too: that of
-`genret ask`."""
+"""Query templates for a caption, used beside the caption itself. One is a question, because `genret ask` sends some."""
 
 MIX: dict[Task, int] = {"retrieve": 8, "memorise": 3, "describe": 1, "answer": 8, "imitate": 20, "remember": 0}
-"""Examples of each task in a block; tasks without examples are left out. The order seeds the shuffles."""
+"""Number of examples of each task in a block. Tasks without examples are left out. The order seeds the shuffles."""
 
 
 @dataclass(frozen=True)
 class Example:
     """One input and its target.
 
-    row: of the record; for imitate, of the query among the teacher's. text: what fills the task's blank; empty for
-    memorise, which has none, and for describe, which takes the identifier's tokens. target: None for the identifier.
-    version: of the picture to memorise, 0 as it is, others as `redrawing` draws them.
+    row: row of the record; for imitate, the number of the teacher's query.
+    text: the variable text of the prompt, empty for memorise and describe.
+    target: the target text, None for the identifier.
+    version: version of the image to memorise, 0 for the original, others from `augmentation.load_version`.
     """
 
     task: Task
@@ -50,13 +55,13 @@ class Example:
 
 
 def examples_of(index: Index, imitated: Sequence[str] = (), *, redrawn: int = 0) -> dict[Task, list[Example]]:
-    """All examples of every task that the records allow, in the order of the records.
+    """Return all examples of every task that the records support, in the order of the records.
 
     Args:
-        imitated: queries for which a teacher is imitated.
-        redrawn: more versions of each picture to memorise.
+        imitated: queries of the text teacher.
+        redrawn: additional versions of each image to memorise.
     Raises:
-        TrainingError: no record has a caption or a pseudo-query, so that nothing teaches query -> identifier.
+        TrainingError: no record has a caption or a pseudo-query, so that there is no example query -> identifier.
     """
     tasks: dict[Task, list[Example]] = {task: [] for task in MIX}
     for row, record in enumerate(index.records):
@@ -72,7 +77,7 @@ def examples_of(index: Index, imitated: Sequence[str] = (), *, redrawn: int = 0)
             tasks["remember"].append(Example("remember", row, question, answer))
     if not tasks["retrieve"]:
         raise TrainingError(
-            f"no image of {index.folder} has a caption, so nothing teaches which query means which image. "
+            f"no image of {index.folder} has a caption, and training needs queries for the images. "
             "Give captions in metadata.jsonl ('text') and index again, or let the model write queries: "
             f"`genret write-queries {index.folder}`."
         )
@@ -81,16 +86,22 @@ def examples_of(index: Index, imitated: Sequence[str] = (), *, redrawn: int = 0)
 
 
 def _questions(record: Record) -> list[tuple[str, str]]:
-    """The record's own questions, or what its first caption answers."""
+    """Return the record's questions with their answers, or a question that its first caption answers."""
     if record.questions:
         return [(q.question, q.answer) for q in record.questions]
     return [("What is in the picture?", record.captions[0])] if record.captions else []
 
 
 class InterleavedExamples(Sequence[Example]):
-    """`n_examples` examples: every block of sum(mix) holds each task in its share, each task in its own shuffles.
+    """A stream of examples in blocks of sum(mix), in which each task has its share. Each task is shuffled per epoch.
 
-    for block: tasks = shuffle(mix); for task in tasks: next example of that task's current shuffle
+        for block: tasks = shuffle(mix); for task in tasks: next example of that task's current shuffle
+
+    Args:
+        tasks: all examples of each task.
+        n_examples: length of the stream.
+        seed: seed of all shuffles.
+        mix: number of examples of each task in a block.
     """
 
     def __init__(
@@ -117,25 +128,27 @@ class InterleavedExamples(Sequence[Example]):
 
 
 def read_mix(text: str) -> dict[Task, int]:
-    """`retrieve=8,memorise=3`: how many examples of each task a block has; tasks that are not named have none.
+    """Parse the number of examples of each task in a block: `retrieve=8,memorise=3`. Other tasks get none.
 
     Raises:
-        TrainingError: a task or number is none, or nothing is left to retrieve.
+        TrainingError: a task or number is invalid, or the mix has no retrieve examples.
     """
     mix: dict[Task, int] = {}
     for part in text.split(","):
         name, _, number = part.strip().partition("=")
         task = next((task for task in MIX if task == name), None)
         if task is None or not number.isdecimal():
-            raise TrainingError(f"mix {text!r}: want task=number of the tasks {', '.join(MIX)}, found {part!r}.")
+            raise TrainingError(f"mix {text!r}: expected task=number with a task of {', '.join(MIX)}, got {part!r}.")
         mix[task] = int(number)
     if not mix.get("retrieve"):
-        raise TrainingError(f"mix {text!r} has no retrieve: at least one, or nothing is taught to be found.")
+        raise TrainingError(
+            f"mix {text!r} has no retrieve: add retrieve=1 or more, without which the model learns no queries."
+        )
     return mix
 
 
 def epoch_length(tasks: Mapping[Task, list[Example]], mix: Mapping[Task, int] = MIX) -> int:
-    """Interleaved examples until every retrieve example was seen once."""
+    """Return the number of interleaved examples in which every retrieve example occurs once."""
     block = sum(mix.get(task, 0) for task in tasks)
     return int(np.ceil(len(tasks["retrieve"]) * block / mix["retrieve"]))
 

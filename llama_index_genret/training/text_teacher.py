@@ -1,7 +1,7 @@
-"""What a teacher says of queries: how near each image's captions are to any query. Used while training only.
+"""A text encoder as teacher: the similarity of each image's captions to any query. Used while training only.
 
-Knows captions and queries as text; nothing of images, identifiers or the model that learns.
-Source: distillation of Hinton et al. (arXiv:1503.02531), on queries that nobody has to write.
+Depends on captions and queries as text; independent of images, identifiers and the trained model.
+Source: distillation of Hinton et al. (arXiv:1503.02531), on generated queries.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ from llama_index_genret.training.soft_targets import softmax_of_cosines
 
 COMPARE_BATCH = 256
 KEYWORD_LISTS = 16
-"""Lists of keywords that are made up for each image."""
+"""Keyword lists generated per image."""
 MOST_KEYWORDS = 6
+"""Maximum length of a keyword list."""
 KEYWORDS = 256
-"""Words nearest to an image, of which its lists are made."""
+"""Number of words nearest to an image from which its keyword lists are sampled."""
 NEAR = 0.05
-"""Temperature at which an image's keywords are drawn."""
+"""Temperature at which an image's keywords are sampled."""
 
 
 @dataclass(frozen=True)
 class TextTeacher:
-    """What the teacher is asked, and where in its space queries and images lie.
+    """The teacher's queries, and the embeddings of queries and images.
 
-    texts: (q) queries; queries: (q, d) their unit embeddings; images: (n, d) unit embeddings of the images' captions,
-    0 of an image without any, which is meant by no query in particular.
-    temperature: of the distribution over images: low means only the nearest.
+    texts: (q) queries.
+    queries: (q, d) unit embeddings of `texts`.
+    images: (n, d) unit embeddings of the images' captions. An image without captions has the zero vector, so that its
+        similarity to every query is 0.
+    temperature: temperature of the distribution over images. A low value puts all probability on the nearest image.
     """
 
     texts: tuple[str, ...]
@@ -41,11 +44,11 @@ class TextTeacher:
     temperature: float
 
     def probabilities(self, query: int) -> NDArray[np.float64]:
-        """(n,) how likely each image is meant by a query."""
+        """Return (n,) the probability that each image is the target of a query, given by its number in `texts`."""
         return softmax_of_cosines(self.images, self.queries[query], self.temperature)
 
     def nearest_images(self) -> list[int]:
-        """(q) the image that each query means most."""
+        """Return (q) the row of the most probable image of each query."""
         starts = range(0, len(self.queries), COMPARE_BATCH)
         parts = [(self.queries[start : start + COMPARE_BATCH] @ self.images.T).argmax(1) for start in starts]
         return [int(row) for part in parts for row in part]
@@ -62,22 +65,26 @@ def teach(
     device: str,
     progress: Progress = iter,
 ) -> TextTeacher:
-    """Embed images by their captions, and queries: the captions, `words`, lists of words near each image, `queries`.
+    """Embed the images and the queries to imitate: the captions, `words`, keyword lists per image and `queries`.
 
-    Where an image lies: `models.encoder.embed_by_captions`. Its made-up keywords are drawn by their nearness to it:
-    common words that its captions may lack.
+    `models.encoder.embed_by_captions` embeds an image. Keywords are sampled by their similarity to the image, so that
+    a list may hold common words that the captions lack.
 
     Args:
         encoder: a local folder or hub id that `sentence-transformers` loads.
-        captions: of every image.
+        captions: captions of every image.
     Raises:
-        TrainingError: it does not load, there is one image only, or none has a caption. MissingExtra:
-            sentence-transformers is missing.
+        TrainingError: the encoder does not load, there is only one image, or no image has a caption.
+        MissingExtra: sentence-transformers is missing.
     """
     if len(captions) < 2:
-        raise TrainingError("a teacher tells images apart, and the index has one alone. Leave the teacher out.")
+        raise TrainingError(
+            "a teacher needs at least 2 images to compare, and the index has 1. Train without a teacher."
+        )
     if not any(captions):
-        raise TrainingError("a teacher needs captions: no image of the index has one. Leave the teacher out.")
+        raise TrainingError(
+            "a teacher needs captions, and no image of the index has one. Add captions, or train without."
+        )
     reader = TextEncoder(encoder, device=device, progress=progress)
     images, known = embed_by_captions(reader, captions)
     others = [word for word in dict.fromkeys(words) if word not in known]

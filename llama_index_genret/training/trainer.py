@@ -1,4 +1,4 @@
-"""The loss at the targets of a batch, and the Trainer that takes it, with a progress bar.
+"""The loss at the targets of a batch, and a Trainer with this loss and a progress bar.
 
 Depends on Hugging Face's Trainer and collated batches; independent of indexes and options.
 """
@@ -18,11 +18,11 @@ from llama_index_genret.training.collator import IGNORED
 
 
 class LabelTrainer(CheckpointedTrainer):
-    """Computes the LM head at the positions of the targets only, which stand at the right edge of a batch.
+    """A Trainer that computes the LM head only at the positions of the targets, at the right edge of a batch.
 
     Args:
-        symbols: (u,) the token ids of identifiers, which the columns of soft targets stand for.
-        show_progress: whether a bar with the loss is drawn on stderr.
+        symbols: (u,) token ids of the columns of soft targets.
+        show_progress: draw a bar with the loss on stderr.
     """
 
     def __init__(self, symbols: torch.Tensor, *, show_progress: bool, **others: Any) -> None:
@@ -30,17 +30,19 @@ class LabelTrainer(CheckpointedTrainer):
         self._symbols = symbols
         for callback in (ProgressCallback, PrinterCallback):  # they write the losses to stdout
             self.remove_callback(callback)
-        self.add_callback(_Stop())
+        self.add_callback(_StopAtNonFiniteLoss())
         if show_progress:
             self.add_callback(_Bar())
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
-        """Return the mean loss over the targets of all processes; overrides the Trainer's."""
+        """Return the mean loss over the targets of all processes, in place of the Trainer's loss."""
         parts = [summed_loss(model, dict(part), self._symbols) for part in inputs.values()]
         loss = torch.stack([part for part, _ in parts]).sum()
         n_targets = torch.tensor(float(sum(n_targets for _, n_targets in parts)), device=loss.device)
         loss = loss / self.accelerator.reduce(n_targets, reduction="mean")  # gradients are averaged over processes
-        if self.accelerator.num_processes > 1:  # which each must have of every parameter, images or not
+        if (
+            self.accelerator.num_processes > 1
+        ):  # each process needs a gradient of every parameter, with or without images
             loss = loss + 0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         return (loss, {}) if return_outputs else loss
 
@@ -48,19 +50,25 @@ class LabelTrainer(CheckpointedTrainer):
 def summed_loss(model: Any, inputs: dict[str, torch.Tensor], symbols: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Return the cross-entropy summed over the targets, and their number.
 
-    A label's is taken over the vocabulary; a soft target's over the symbols that may stand there. Where some images
-    are drawn more often than others, the logits are raised by that much first, so that they need not learn it.
-    Source of this: logit adjustment of Menon et al. (arXiv:2007.07314).
+    Labels use the whole vocabulary, soft targets only the symbols that may follow. If images are sampled unevenly, the
+    log ratios of their frequencies are added to the logits first, so that the model does not learn the frequencies.
+
+    Args:
+        inputs: one batch of `collator.collate`. Its targets are removed from the dictionary.
+        symbols: (u,) token ids of the columns of soft targets.
+    Source: logit adjustment of Menon et al. (arXiv:2007.07314).
     """
     labels, rows = inputs.pop("labels"), inputs.pop("soft_rows", None)
     offsets, soft = inputs.pop("offsets", None), inputs.pop("soft", None)
-    drawn_rows, drawn_offsets, drawn = (inputs.pop(f"drawn{of}", None) for of in ("_rows", "_offsets", ""))
+    adjustment_rows, adjustment_offsets, adjustment = (
+        inputs.pop(f"adjustment{suffix}", None) for suffix in ("_rows", "_offsets", "")
+    )
     positions = (labels != IGNORED).any(0).flip(0).nonzero().flatten() + 1
     reach = int(torch.cat([positions] + ([offsets] if offsets is not None else [])).max())
     logits = model(**inputs, logits_to_keep=reach, use_cache=False).logits
-    if drawn_rows is not None and drawn_offsets is not None and drawn is not None:
-        places = drawn_rows[:, None], reach - drawn_offsets[:, None], symbols.to(logits.device)[None]
-        logits = logits.index_put(places, drawn.to(logits.dtype), accumulate=True)
+    if adjustment_rows is not None and adjustment_offsets is not None and adjustment is not None:
+        places = adjustment_rows[:, None], reach - adjustment_offsets[:, None], symbols.to(logits.device)[None]
+        logits = logits.index_put(places, adjustment.to(logits.dtype), accumulate=True)
     targets = labels[:, -reach:]
     known = targets != IGNORED
     loss = functional.cross_entropy(logits[known].float(), targets[known], reduction="sum")
@@ -71,8 +79,8 @@ def summed_loss(model: Any, inputs: dict[str, torch.Tensor], symbols: torch.Tens
     return loss - (soft.clamp(min=0) * log_probs.masked_fill(soft < 0, 0)).sum(), int(known.sum()) + len(rows)
 
 
-class _Stop(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Ends a run whose loss is no number any more."""
+class _StopAtNonFiniteLoss(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Stop a run whose loss is no longer finite."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and not np.isfinite(float(logs.get("loss", 0.0))):
@@ -80,7 +88,7 @@ class _Stop(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
 
 
 class _Bar(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """A progress bar on stderr, with the loss."""
+    """Draw a progress bar with the loss on stderr."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit="step")

@@ -1,14 +1,14 @@
-"""What a frozen vision tower says of pictures, once it knows what redrawing changes. Used while training only.
+"""The frozen vision tower as teacher: image similarity that is robust to style. Used while training only.
 
-    features -> less their mean, whitened by how versions of one picture differ -> cosine with every image
+    features -> subtract the mean -> whiten by the covariance within images -> cosine similarity with every image
 
-Features that redrawing changes count little, those that it leaves count much; so another artist's picture of a thing
-comes near the thing. In this space a tower's nearest neighbour is right several times as often as by its features as
-they are (integration.recall.looks measures it).
+Features that style augmentation changes get a small weight, the others a large one. Images of one object in different
+styles become similar. The nearest neighbour in this space is right several times as often as with the raw features, as
+integration.recall.looks measures.
 
-Knows features as arrays; nothing of pictures, models or identifiers.
-Source: the within-class covariance of linear discriminant analysis (Fisher 1936), each image a class, its versions the
-members; whitening by it as in speaker recognition (WCCN, Hatch, Kajarekar and Stolcke 2006).
+Depends on features as arrays; independent of images, models and identifiers.
+Source: the within-class covariance of linear discriminant analysis (Fisher 1936), where each image is a class and its
+versions are the members. Whitening by it is known from speaker recognition (WCCN; Hatch, Kajarekar and Stolcke 2006).
 """
 
 from __future__ import annotations
@@ -23,15 +23,21 @@ from llama_index_genret.training.soft_targets import softmax_of_cosines
 Float32 = NDArray[np.float32]
 
 SHRINKAGE = 0.1
-"""Added to the covariance, in its mean eigenvalues: with as many images as features it is not known well."""
+"""Diagonal shrinkage of the covariance, as a multiple of its mean eigenvalue.
+
+The estimate is noisy if there are about as many images as features.
+"""
 
 
 @dataclass(frozen=True)
 class VisionTeacher:
-    """versions (n, v, d) unit vectors of each image's versions; images: (n, d) unit vectors of the images.
+    """The whitened embeddings of all images and their versions.
 
-    mean (d,), whitening (d, d): what makes such vectors of features.
-    temperature: of the distribution over images: low means only the nearest.
+    mean: (d,) the mean of the features.
+    whitening: (d, d) the matrix that whitens centred features.
+    versions: (n, v, d) unit vectors of each image's versions.
+    images: (n, d) unit vectors of the images.
+    temperature: temperature of the distribution over images. A low value puts all probability on the nearest image.
     """
 
     mean: Float32
@@ -42,26 +48,30 @@ class VisionTeacher:
 
     @classmethod
     def fit(cls, features: Float32, *, temperature: float) -> VisionTeacher:
-        """From the tower's features (n, v, d) of the versions of n images, two at least of each.
+        """Fit the whitening to the tower's features.
 
         within = mean over images and versions of (x - mean of the image)(x - mean of the image)^T
         whitening = cholesky(inverse of (within + shrinkage))
+
+        Args:
+            features: (n, v, d) features of the versions of n images, at least 2 versions each.
+            temperature: temperature of the distribution over images.
         """
         n_features = features.shape[-1]
         means, mean = features.mean(1), features.mean((0, 1))
-        apart = (features - means[:, None]).reshape(-1, n_features).astype(np.float64)
-        within = apart.T @ apart / len(apart)
+        residuals = (features - means[:, None]).reshape(-1, n_features).astype(np.float64)
+        within = residuals.T @ residuals / len(residuals)
         within[np.diag_indices_from(within)] += SHRINKAGE * within.trace() / n_features + 1e-12
         whitening = np.linalg.cholesky(np.linalg.inv(within)).astype(np.float32)
         versions, images = (_project(rows, mean, whitening) for rows in (features, means))
         return cls(mean, whitening, versions, images, temperature)
 
     def project(self, features: Float32) -> Float32:
-        """(..., d) unit vectors: where pictures of these features lie among the images."""
+        """Return (..., d) unit vectors of features (..., d), comparable with `images`."""
         return _project(features, self.mean, self.whitening)
 
     def probabilities(self, row: int, version: int) -> NDArray[np.float64]:
-        """(n,) how likely each image is meant by a version of one."""
+        """Return (n,) the probability of each image, given a version of image `row`."""
         return softmax_of_cosines(self.images, self.versions[row, version], self.temperature)
 
 

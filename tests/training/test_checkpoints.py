@@ -1,4 +1,4 @@
-"""A training that is killed while it writes a checkpoint, that finds the disk full, or that is started twice."""
+"""Training that is killed while it writes a checkpoint, runs out of disk space, or is started twice."""
 
 import pytest
 from transformers import Trainer
@@ -31,19 +31,19 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("written", ["_save_optimizer_and_scheduler", "_save_rng_state"])
-def test_a_checkpoint_that_a_kill_cut_short_is_not_gone_on_from(index, monkeypatch, written):
-    """Killed in the midst of the second one: its weights are there, what follows is not."""
-    steps, write = [], getattr(Trainer, written)
+@pytest.mark.parametrize("method", ["_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_incomplete_checkpoint_of_a_killed_run_is_not_resumed(index, monkeypatch, method):
+    """Kill the run within the second checkpoint, after its weights are written."""
+    steps, write = [], getattr(Trainer, method)
 
-    def killed(trainer, *arguments):
+    def write_or_die(trainer, *arguments):
         steps.append(trainer.state.global_step)
         if len(steps) == 2:
             raise Killed
         write(trainer, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, written, killed)
+        patched.setattr(Trainer, method, write_or_die)
         with pytest.raises(Killed):
             trained(index)
     (work,) = (index.folder / "training").iterdir()
@@ -53,7 +53,7 @@ def test_a_checkpoint_that_a_kill_cut_short_is_not_gone_on_from(index, monkeypat
     assert not (index.folder / "training").exists()
 
 
-def test_a_run_that_was_killed_while_it_was_removed_is_not_gone_on_from(tmp_path):
+def test_partly_removed_checkpoint_is_not_resumed(tmp_path):
     work = tmp_path / "training" / "run"
     for name in ("checkpoint-2", "checkpoint-10"):
         (work / name).mkdir(parents=True)
@@ -65,14 +65,14 @@ def test_a_run_that_was_killed_while_it_was_removed_is_not_gone_on_from(tmp_path
     assert not (tmp_path / "training").exists()
 
 
-def test_on_a_full_disk_a_training_is_an_error_and_goes_on_where_there_is_space(index):
-    with files_of_at_most(20_000), pytest.raises(NotWritten, match=r"checkpoint-2 could not be written.*goes on"):
+def test_training_resumes_after_a_full_disk(index):
+    with files_of_at_most(20_000), pytest.raises(NotWritten, match=r"checkpoint-2 could not be written.*resumes"):
         trained(index)
     assert not load_index(index.folder).is_trained
     assert trained(index).is_trained
 
 
-def test_a_second_training_of_an_index_is_refused(index):
+def test_second_concurrent_training_is_refused(index):
     with only_writer(index.folder / recipe.LOCK, busy=""), pytest.raises(IndexBusy, match="another training of"):
         trained(index)
     assert trained(index).is_trained

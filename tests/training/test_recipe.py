@@ -1,4 +1,4 @@
-"""The recipe: what it learns from, that it learns, that it resumes, and what it leaves behind."""
+"""The training recipe: its examples, its loss, that it learns and resumes, and the stored files."""
 
 import shutil
 import signal
@@ -41,7 +41,7 @@ def fresh_index(pictures, tiny_mllm, tmp_path):
     return build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm)
 
 
-def test_every_block_holds_each_task_in_its_share_and_every_pass_each_example_once(untrained_index):
+def test_blocks_follow_the_mix_and_epochs_cover_all_examples(untrained_index):
     tasks = examples_of(untrained_index)
     stream = InterleavedExamples(tasks, 4000, seed=3)
     shares = {task: count for task, count in MIX.items() if task in tasks}
@@ -52,14 +52,14 @@ def test_every_block_holds_each_task_in_its_share_and_every_pass_each_example_on
     assert set(retrieve) == set(tasks["retrieve"])
 
 
-def test_an_example_depends_on_the_seed_and_its_number_alone(untrained_index):
+def test_example_depends_only_on_seed_and_number(untrained_index):
     tasks = examples_of(untrained_index)
     short, long = InterleavedExamples(tasks, 100, seed=3), InterleavedExamples(tasks, 4000, seed=3)
     assert [short[i] for i in range(100)] == [long[i] for i in range(100)]
     assert [InterleavedExamples(tasks, 100, seed=4)[i] for i in range(100)] != list(short)
 
 
-def test_an_index_without_captions_cannot_be_trained_and_says_why(pictures, tiny_mllm, tmp_path):
+def test_training_without_captions_is_refused(pictures, tiny_mllm, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("red-circle.png", "blue-bar.png"):
@@ -69,18 +69,18 @@ def test_an_index_without_captions_cannot_be_trained_and_says_why(pictures, tiny
         train(index, TrainOptions(max_steps=1), device="cpu", show_progress=False)
 
 
-def test_only_the_target_and_the_end_of_the_turn_are_learned(untrained_index, tiny_mllm):
+def test_labels_cover_only_target_and_end_of_turn(untrained_index, tiny_mllm):
     index = untrained_index
     tensors = ExampleTensors(index, tiny_mllm, InterleavedExamples(examples_of(index), 60, seed=0))
     for i in range(60):
         item, example = tensors[i], InterleavedExamples(examples_of(index), 60, seed=0)[i]
         target = [int(t) for t in item["labels"] if t != IGNORED]
-        named = "".join(index.identifiers[example.row]) if example.target is None else example.target
-        assert index.tokenizer.decode(target) == named + "<|im_end|>"
+        expected = "".join(index.identifiers[example.row]) if example.target is None else example.target
+        assert index.tokenizer.decode(target) == expected + "<|im_end|>"
         assert ("pixel_values" in item) == (example.task in ("memorise", "answer"))
 
 
-def test_what_is_trained_as_a_query_is_what_is_asked_as_one(untrained_index, tiny_mllm):
+def test_training_and_recall_use_the_same_query_prompt(untrained_index, tiny_mllm):
     index = untrained_index
     tensors = ExampleTensors(index, tiny_mllm, InterleavedExamples(examples_of(index), 60, seed=0))
     stream = InterleavedExamples(examples_of(index), 60, seed=0)
@@ -89,7 +89,7 @@ def test_what_is_trained_as_a_query_is_what_is_asked_as_one(untrained_index, tin
     assert tensors[i]["input_ids"].tolist()[: len(prompt.token_ids)] == list(prompt.token_ids)
 
 
-def test_the_loss_of_a_padded_batch_is_the_sum_of_the_losses_alone(fresh_index):
+def test_padded_batch_has_the_summed_loss_of_its_items(fresh_index):
     mllm = load_base(fresh_index, device="cpu")
     tensors = ExampleTensors(fresh_index, mllm, InterleavedExamples(examples_of(fresh_index), 20, seed=0))
     items = [tensors[i] for i in range(20)]
@@ -110,7 +110,7 @@ def loss_and_gradients(model, batch):
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def test_cached_features_and_fast_rows_change_neither_loss_nor_gradients(fresh_index):
+def test_caches_and_fast_rows_keep_loss_and_gradients(fresh_index):
     mllm = load_base(fresh_index, device="cpu")
     model = add_lora(fresh_index, mllm, TrainOptions(lora_rank=2))
     tensors = ExampleTensors(fresh_index, mllm, InterleavedExamples(examples_of(fresh_index), 20, seed=0))
@@ -127,8 +127,8 @@ def test_cached_features_and_fast_rows_change_neither_loss_nor_gradients(fresh_i
                 torch.testing.assert_close(fast[name], gradient, rtol=1e-3, atol=1e-4)
 
 
-def test_training_teaches_the_training_captions(pictures, tiny_mllm, tmp_path):
-    """Even the tiny model learns five images by heart in a minute."""
+def test_training_learns_the_training_captions(pictures, tiny_mllm, tmp_path):
+    """Five images are enough for the tiny model to learn in a minute."""
     few = tmp_path / "few"
     draw_pictures(few)
     lines = (few / "metadata.jsonl").read_text().splitlines()[::4]
@@ -145,8 +145,8 @@ def test_training_teaches_the_training_captions(pictures, tiny_mllm, tmp_path):
     assert right >= 0.8
 
 
-def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(fresh_index, pictures, tiny_mllm, tmp_path):
-    """The same command, killed after its second checkpoint and given again."""
+def test_killed_run_resumes_to_the_same_weights(fresh_index, pictures, tiny_mllm, tmp_path):
+    """Kill the command after its second checkpoint, and run it again."""
     folder = fresh_index.folder
     steps = 12
     code = f"""
@@ -158,7 +158,7 @@ train(load_index(Path({str(folder)!r})), options, device="cpu", show_progress=Fa
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     while not list(folder.glob("training/*/checkpoint-[6-9]*")):
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, "the run ended before the kill"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -175,32 +175,32 @@ train(load_index(Path({str(folder)!r})), options, device="cpu", show_progress=Fa
     assert not (folder / "training").exists()
 
 
-def test_a_step_in_parts_and_with_less_memory_is_the_same_step(pictures, tiny_mllm, tmp_path):
+def test_accumulation_and_checkpointing_keep_the_losses(pictures, tiny_mllm, tmp_path):
     losses = []
-    for number, chosen in enumerate([{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}]):
+    for number, memory_options in enumerate([{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}]):
         index = build_index(read_corpus(pictures), tmp_path / str(number), tiny_mllm)
-        options = TrainOptions(max_steps=5, lora_rank=2, **chosen)
+        options = TrainOptions(max_steps=5, lora_rank=2, **memory_options)
         losses.append(train(index, options, device="cpu", show_progress=False).manifest.training["losses"])
     assert len(losses[0]) == 5
-    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-2)  # of the means of two halves
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-2)  # the step averages the means of two halves
     np.testing.assert_allclose(losses[2], losses[0], rtol=2e-3)
 
 
-def test_a_batch_that_does_not_divide_into_parts_is_an_error(fresh_index):
+def test_indivisible_batch_size_is_refused(fresh_index):
     with pytest.raises(TrainingError, match="multiple of 3"):
         train(fresh_index, TrainOptions(max_steps=1, gradient_accumulation_steps=3), device="cpu", show_progress=False)
 
 
 @pytest.mark.parametrize(
-    ("mix", "named"), [("retrieve=8,dream=2", "dream"), ("retrieve=eight", "eight"), ("memorise=3", "no retrieve")]
+    ("mix", "words"), [("retrieve=8,dream=2", "dream"), ("retrieve=eight", "eight"), ("memorise=3", "no retrieve")]
 )
-def test_a_mix_that_makes_no_sense_is_an_error_that_names_it(mix, named):
+def test_invalid_mix_is_refused(mix, words):
     assert read_mix("retrieve=8, memorise=3") == {"retrieve": 8, "memorise": 3}
-    with pytest.raises(TrainingError, match=named):
+    with pytest.raises(TrainingError, match=words):
         read_mix(mix)
 
 
-def test_a_run_that_diverges_ends_early_and_leaves_no_checkpoint_to_resume(fresh_index):
+def test_diverged_run_stops_and_leaves_no_checkpoint(fresh_index):
     options = TrainOptions(max_steps=60, lora_rank=2, learning_rate=1e30, checkpoint_every=1)
     with pytest.raises(TrainingError, match=r"within (12|24) of 60 steps: lower the learning rate"):
         train(fresh_index, options, device="cpu", show_progress=False)
@@ -208,18 +208,18 @@ def test_a_run_that_diverges_ends_early_and_leaves_no_checkpoint_to_resume(fresh
     assert list(fresh_index.folder.glob("training/*")) == []
 
 
-def test_an_untrained_index_has_no_model_to_recall_with(untrained_index):
+def test_untrained_index_has_no_trained_model(untrained_index):
     with pytest.raises(NotTrained, match="genret train"):
         load_trained(untrained_index, device="cpu")
 
 
-def test_another_model_is_an_error_that_says_which_differs(trained_index, tmp_path):
+def test_other_base_model_is_refused(trained_index, tmp_path):
     other = make_tiny_model(tmp_path / "other", seed=1)
     with pytest.raises(ModelMismatch, match=r"weights of .*other"):
         load_base(trained_index, device="cpu", base=str(other))
 
 
-def test_a_model_with_another_tokenizer_is_an_error_that_says_so(trained_index, tiny_model_dir, tmp_path):
+def test_other_tokenizer_is_refused(trained_index, tiny_model_dir, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tiny_model_dir, other)
     path = other / "tokenizer.json"
@@ -230,17 +230,17 @@ def test_a_model_with_another_tokenizer_is_an_error_that_says_so(trained_index, 
         load_base(trained_index, device="cpu", base=str(other))
 
 
-def test_the_same_model_elsewhere_is_welcome(trained_index, tiny_model_dir, tmp_path):
+def test_moved_base_model_is_accepted(trained_index, tiny_model_dir, tmp_path):
     shutil.copytree(tiny_model_dir, tmp_path / "moved")
     load_trained(trained_index, device="cpu", base=str(tmp_path / "moved"))
 
 
-def test_a_folder_without_a_model_is_an_error_that_names_it(tmp_path):
+def test_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ModelError, match=str(tmp_path)):
         load_mllm(str(tmp_path), device="cpu")
 
 
-def test_an_exported_checkpoint_scores_like_the_index(trained_index, trained_mllm, tmp_path):
+def test_exported_checkpoint_scores_like_the_index(trained_index, trained_mllm, tmp_path):
     exported = load_mllm(str(export_checkpoint(trained_index, tmp_path / "checkpoint")), device="cpu")
     ids = trained_index.tokenizer.encode_markup("<g0_1><g1_0> a red circle")
     assert exported.processor.tokenizer("<g0_1><g1_0> a red circle", add_special_tokens=False).input_ids == ids
@@ -255,7 +255,7 @@ def test_an_exported_checkpoint_scores_like_the_index(trained_index, trained_mll
     assert fingerprint(exported.model) == fingerprint(trained_mllm.model)
 
 
-def test_an_export_overwrites_nothing(trained_index, tmp_path):
+def test_export_refuses_a_nonempty_folder(trained_index, tmp_path):
     (tmp_path / "mine").write_text("kept")
     with pytest.raises(ModelError, match="not empty"):
         export_checkpoint(trained_index, tmp_path)

@@ -1,4 +1,4 @@
-"""Updates: what they learn from, that they are dropped to the byte, that they resume, and one adapter of both."""
+"""Updates: their examples, that they resume, that dropping one restores every byte, and merged adapters."""
 
 import json
 import shutil
@@ -46,10 +46,10 @@ NEW = [16, 17, 18, 19]
 OPTIONS = TrainOptions(max_steps=4, batch_size=10, lora_rank=2, learning_rate=1e-2, checkpoint_every=2)
 
 
-def grown_index(pictures, mllm, folder, **chosen):
-    """Trained for a moment on 16 pictures, then grown by four."""
+def grown_index(pictures, mllm, folder, **build_options):
+    """Train briefly on 16 images, then add four."""
     corpus = read_corpus(pictures)
-    index = build_index(replace(corpus, records=corpus.records[:OLD]), folder, mllm, **chosen)
+    index = build_index(replace(corpus, records=corpus.records[:OLD]), folder, mllm, **build_options)
     index = train(index, replace(OPTIONS, max_steps=2), device="cpu", show_progress=False)
     return add_to_index(index, corpus.records[OLD:], mllm)
 
@@ -92,7 +92,7 @@ def rankings(index):
     return [[(index.record_of(hit).image_id, hit.log_prob) for hit in ranking.hits] for ranking in found]
 
 
-def test_the_index_knows_which_images_its_weights_have_not_seen(grown, updated, untrained_index, tmp_path):
+def test_unseen_images_are_tracked_through_edits(grown, updated, untrained_index, tmp_path):
     assert unseen_rows(grown) == NEW
     assert unseen_rows(updated) == []
     assert unseen_rows(updated, update=False) == NEW
@@ -101,10 +101,10 @@ def test_the_index_knows_which_images_its_weights_have_not_seen(grown, updated, 
     other = remove_images(copy_of(updated, tmp_path), [first.image_id])
     assert unseen_rows(other) == []
     other = add_to_index(other, [replace(first, sha256="0" * 64)], load_base(other, device="cpu"))
-    assert unseen_rows(other) == [19]  # another picture under the same id
+    assert unseen_rows(other) == [19]  # another image under the same id
 
 
-def test_every_other_example_is_of_a_new_image_and_both_halves_hold_the_tasks_in_their_shares(grown):
+def test_update_alternates_new_and_old_images_by_the_mix(grown):
     seen = stream(grown, TrainOptions(max_steps=8), new=NEW)
     halves = [[seen[i] for i in range(start, len(seen), 2)] for start in (0, 1)]
     assert {example.row for example in halves[0]} == set(NEW)
@@ -115,34 +115,36 @@ def test_every_other_example_is_of_a_new_image_and_both_halves_hold_the_tasks_in
         assert Counter(example.task for example in half[:20]) == Counter(shares)
 
 
-def test_how_often_an_image_is_drawn_is_known(grown):
+def test_replay_distribution_matches_the_stream(grown):
     seen = stream(grown, TrainOptions(max_steps=200, mix={"retrieve": 1}), new=NEW)
     counts = Counter(example.row for example in seen)
-    drawn = replay_distribution(len(grown.records), NEW)
-    assert drawn.sum() == pytest.approx(1)
-    assert sum(counts[row] for row in NEW) / len(seen) == pytest.approx(drawn[NEW].sum())
-    for row, share in enumerate(drawn):
+    shares = replay_distribution(len(grown.records), NEW)
+    assert shares.sum() == pytest.approx(1)
+    assert sum(counts[row] for row in NEW) / len(seen) == pytest.approx(shares[NEW].sum())
+    for row, share in enumerate(shares):
         assert counts[row] / len(seen) == pytest.approx(share, rel=0.2)
 
 
-def test_an_update_takes_the_options_of_the_training_with_smaller_steps(grown, tmp_path):
+def test_update_inherits_options_with_smaller_steps(grown, tmp_path):
     ours = update_options(grown)
     assert (ours.batch_size, ours.lora_rank) == (OPTIONS.batch_size, OPTIONS.lora_rank)
     assert ours.learning_rate == SMALLER_STEPS * OPTIONS.learning_rate
     assert ours.symbol_learning_rate == SMALLER_STEPS * OPTIONS.symbol_learning_rate
-    assert ours.max_steps == round(2 * MORE_PASSES * 2 * len(NEW) / OLD)  # of 2 steps for 16 images
+    assert ours.max_steps == round(2 * MORE_PASSES * 2 * len(NEW) / OLD)  # the training took 2 steps for 16 images
     index = copy_of(grown, tmp_path)
-    described = index.manifest.training | {"max_steps": None, "epochs": 6.0, "teacher": None}
-    longer = replace(index, manifest=index.manifest.model_copy(update={"training": described}))
+    training = index.manifest.training | {"max_steps": None, "epochs": 6.0, "teacher": None}
+    longer = replace(index, manifest=index.manifest.model_copy(update={"training": training}))
     assert (update_options(longer).epochs, update_options(longer).max_steps) == (6.0 * MORE_PASSES, None)
     trained = train(index, update=True, device="cpu", show_progress=False)
     assert trained.manifest.update["steps"] == ours.max_steps
     app(["train", str(index.folder), "--update", "--epochs", "0.2", "--device", "cpu"], standalone_mode=False)
-    assert load_index(index.folder).manifest.update["max_steps"] is None  # --epochs holds over steps of the training
+    assert (
+        load_index(index.folder).manifest.update["max_steps"] is None
+    )  # --epochs overrides the max_steps of the training
     assert trained.manifest.update["learning_rate"] == ours.learning_rate
 
 
-def test_options_under_their_former_names_are_read(grown):
+def test_former_option_names_are_read(grown):
     former = grown.manifest.training | {"accumulate": 2, "recompute": True, "symbol_start": "images"}
     del former["gradient_accumulation_steps"], former["gradient_checkpointing"]
     earlier = replace(grown, manifest=grown.manifest.model_copy(update={"training": former}))
@@ -150,24 +152,24 @@ def test_options_under_their_former_names_are_read(grown):
     assert (options.gradient_accumulation_steps, options.gradient_checkpointing) == (2, True)
 
 
-def test_epochs_of_an_update_pass_over_the_new_images(grown):
+def test_update_epochs_count_the_new_images(grown):
     tasks = {"retrieve": [e for e in stream(grown, TrainOptions(max_steps=50)) if e.task == "retrieve"]}
     ours, _ = by_age({**tasks, "memorise": [], "describe": [], "answer": []}, NEW)
-    of_new = len(set(ours["retrieve"]))
+    n_new = len(set(ours["retrieve"]))
     block = sum(count for task, count in MIX.items() if task != "imitate")
     for epochs in (10, 20):
         examples = stream(grown, TrainOptions(epochs=epochs, batch_size=10), new=NEW)
-        assert len(examples) == pytest.approx(2 * epochs * of_new * block / MIX["retrieve"], abs=10)
+        assert len(examples) == pytest.approx(2 * epochs * n_new * block / MIX["retrieve"], abs=10)
 
 
-def test_a_query_that_a_teacher_answers_is_of_the_image_that_it_means_most():
+def test_imitate_example_counts_by_its_nearest_image():
     tasks = {"imitate": [Example("imitate", number, "?", None) for number in range(4)]}
-    new, old = by_age(tasks, [7], meant=[7, 3, 7, 0])
+    new, old = by_age(tasks, [7], nearest_images=[7, 3, 7, 0])
     assert [example.row for example in new["imitate"]] == [0, 2]
     assert [example.row for example in old["imitate"]] == [1, 3]
 
 
-def test_an_update_changes_what_is_recalled_and_dropped_leaves_every_byte_and_rank_as_before(grown, updated, tmp_path):
+def test_update_changes_recall_and_dropping_restores_all_bytes(grown, updated, tmp_path):
     files = bytes_of(grown)
     assert updated.weights_id != grown.weights_id
     assert updated.manifest.update["max_steps"] == 4
@@ -182,17 +184,17 @@ def test_an_update_changes_what_is_recalled_and_dropped_leaves_every_byte_and_ra
         drop_update(dropped)
 
 
-def test_a_killed_update_goes_on_and_ends_as_if_it_had_not_been_killed(grown, updated, tmp_path, monkeypatch):
+def test_killed_update_resumes_to_the_same_weights(grown, updated, tmp_path, monkeypatch):
     index = copy_of(grown, tmp_path)
     compute_loss, steps = recipe.LabelTrainer.compute_loss, iter(range(99))
 
-    def killed(*arguments, **options):
+    def compute_or_die(*arguments, **options):
         if next(steps) == 3:
             raise KeyboardInterrupt
         return compute_loss(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(recipe.LabelTrainer, "compute_loss", killed)
+        patched.setattr(recipe.LabelTrainer, "compute_loss", compute_or_die)
         with pytest.raises(KeyboardInterrupt):
             updated_index(index)
     assert not has_update(load_index(index.folder))
@@ -203,13 +205,13 @@ def test_a_killed_update_goes_on_and_ends_as_if_it_had_not_been_killed(grown, up
     assert not (index.folder / "training").exists()
 
 
-def test_a_training_and_an_update_of_the_same_options_are_other_runs(grown, updated):
+def test_training_and_update_have_different_run_keys(grown, updated):
     keys = {recipe._run_key(grown, OPTIONS), recipe._run_key(grown, OPTIONS, update=True)}
     assert len(keys) == 2
     assert recipe._run_key(updated, OPTIONS, update=True) in keys  # it starts from the same weights
 
 
-def test_another_update_starts_again_below_the_one_before(grown, updated, tmp_path):
+def test_second_update_replaces_the_first(grown, updated, tmp_path):
     again = updated_index(copy_of(updated, tmp_path))
     assert_same_weights(weights(again), weights(updated))
     assert len([name for name in again.manifest.files if name.startswith("update/")]) == len(
@@ -217,12 +219,12 @@ def test_another_update_starts_again_below_the_one_before(grown, updated, tmp_pa
     )
 
 
-def test_where_there_is_nothing_to_update_it_is_said(grown, trained_index, untrained_index, pictures, tmp_path):
+def test_impossible_update_is_refused(grown, trained_index, untrained_index, pictures, tmp_path):
     for index, error, reason in [
         (trained_index, TrainingError, "nothing to update"),
         (untrained_index, NotTrained, "no trained weights to update"),
         (without_captions(grown, NEW), TrainingError, "none of the 4 images that were added"),
-        (without_notes(copy_of(grown, tmp_path)), TrainingError, "did not note"),
+        (without_notes(copy_of(grown, tmp_path)), TrainingError, "did not record"),
     ]:
         with pytest.raises(error, match=reason):
             updated_index(index)
@@ -239,33 +241,33 @@ def without_notes(index):
     return load_index(index.folder)
 
 
-def test_when_no_old_image_is_left_there_is_nothing_to_replay(grown, tmp_path):
+def test_update_without_old_images_has_no_replay(grown, tmp_path):
     left = remove_images(copy_of(grown, tmp_path), [record.image_id for record in grown.records[:OLD]])
     examples = stream(left, TrainOptions(max_steps=2), new=unseen_rows(left, update=False))
     assert {example.row for example in examples} == {0, 1, 2, 3}
 
 
-def test_a_training_drops_the_update(updated, tmp_path):
+def test_training_drops_the_update(updated, tmp_path):
     index = copy_of(updated, tmp_path)
-    anew = store_adapter(index, adapter_folder(index), {"steps": 1})
-    assert not has_update(anew)
-    assert anew.manifest.update is None
-    assert unseen_rows(anew) == []
+    retrained = store_adapter(index, adapter_folder(index), {"steps": 1})
+    assert not has_update(retrained)
+    assert retrained.manifest.update is None
+    assert unseen_rows(retrained) == []
 
 
-def test_what_was_added_and_removed_while_an_update_was_trained_stays_so(grown, updated, tmp_path):
+def test_edits_during_an_update_are_kept(grown, updated, tmp_path):
     index = copy_of(grown, tmp_path)
     remove_images(index, [index.records[0].image_id, index.records[17].image_id])
     stored = store_update(index, update_folder(updated), {})
     assert len(stored.records) == 18
     assert stored.weights_id == updated.weights_id
-    anew = store_adapter(stored, shutil.copytree(update_folder(updated), tmp_path / "other"), {})
+    retrained = store_adapter(stored, shutil.copytree(update_folder(updated), tmp_path / "other"), {})
     with pytest.raises(StoreError, match="trained again"):
         store_update(stored, update_folder(updated), {})
-    assert not has_update(load_index(anew.folder))
+    assert not has_update(load_index(retrained.folder))
 
 
-def test_from_the_command_line(grown, tmp_path, capsys):
+def test_update_and_drop_from_the_command_line(grown, tmp_path, capsys):
     index = copy_of(grown, tmp_path)
 
     def run(*arguments):
@@ -273,8 +275,8 @@ def test_from_the_command_line(grown, tmp_path, capsys):
         return json.loads(capsys.readouterr().out)
 
     assert run("inspect", index.folder)["untrained_images"] == 4
-    done = run("train", index.folder, "--update", "--max-steps", 1, "--batch-size", 4, "--device", "cpu")
-    assert (done["untrained_images"], done["update"]["steps"], done["update"]["learning_rate"]) == (
+    result = run("train", index.folder, "--update", "--max-steps", 1, "--batch-size", 4, "--device", "cpu")
+    assert (result["untrained_images"], result["update"]["steps"], result["update"]["learning_rate"]) == (
         0,
         1,
         SMALLER_STEPS * OPTIONS.learning_rate,
@@ -287,34 +289,34 @@ def test_from_the_command_line(grown, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def plain(pictures, tmp_path_factory):
-    """Of words that the tokenizer has, so that its adapters are plain LoRA; updated with another rank."""
+    """An updated index with identifiers of existing words, so that its adapters are plain LoRA of two ranks."""
     folder = tmp_path_factory.mktemp("plain")
     mllm = load_mllm(str(make_wordy_model(folder / "model")), device="cpu")
     index = grown_index(pictures, mllm, folder / "index", alphabet="existing")
     return updated_index(index, replace(OPTIONS, lora_rank=7))
 
 
-def test_a_joined_adapter_says_what_both_say(plain):
+def test_joined_adapter_has_the_logits_of_both(plain):
     with torch.inference_mode():
-        read = {"input_ids": torch.tensor([[5, 60, 200, 300]]), "use_cache": False}
-        expected = load_trained(plain, device="cpu").model(**read).logits
-        below = load_trained(plain, device="cpu", update=False).model(**read).logits
-        joined = PeftModel.from_pretrained(load_base(plain, device="cpu").model, served_adapter(plain))(**read).logits
+        inputs = {"input_ids": torch.tensor([[5, 60, 200, 300]]), "use_cache": False}
+        expected = load_trained(plain, device="cpu").model(**inputs).logits
+        below = load_trained(plain, device="cpu", update=False).model(**inputs).logits
+        joined = PeftModel.from_pretrained(load_base(plain, device="cpu").model, served_adapter(plain))(**inputs).logits
     torch.testing.assert_close(joined, expected, rtol=1e-4, atol=1e-4)
     assert (below - expected).abs().max() > 0.01
 
 
-def test_an_updated_index_is_served_by_one_adapter_of_both_ranks(plain):
+def test_updated_index_is_served_by_one_adapter(plain):
     command = serve_command([plain], host="127.0.0.1", port=1, adapters=True)
     folder = served_adapter(plain)
-    assert command[command.index("--max-lora-rank") + 1] == "16"  # 2 + 7, rounded up to what vLLM takes
+    assert command[command.index("--max-lora-rank") + 1] == "16"  # 2 + 7, rounded up to a rank that vLLM accepts
     assert f"genret-{plain.weights_id}={folder}" in command
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     below = drop_update(load_index(shutil.copytree(plain.folder, plain.folder.parent / "dropped")))
     assert served_adapter(below) == adapter_folder(below)
 
 
-def test_adapters_that_hold_more_than_lora_or_adapt_other_modules_are_not_joined(updated, plain, tmp_path):
+def test_incompatible_adapters_are_not_joined(updated, plain, tmp_path):
     with pytest.raises(ModelMismatch, match="no plain LoRA"):
         join_adapters(adapter_folder(updated), update_folder(updated), tmp_path / "out")
     other = shutil.copytree(update_folder(plain), tmp_path / "other")

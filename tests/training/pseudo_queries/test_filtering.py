@@ -1,4 +1,4 @@
-"""Filters keep what is a query in a model's answers, and drop what says nothing new."""
+"""Filters extract queries from a model's replies and drop redundant ones."""
 
 from collections import Counter
 
@@ -39,12 +39,12 @@ LINES = WORDS.map(" ".join) | st.text(max_size=40)
         ("赤いバス。", "赤いバス"),
     ],
 )
-def test_a_line_is_cleaned_of_all_that_is_no_query(line, query):
+def test_clean_removes_all_but_the_query(line, query):
     assert clean(line) == query
 
 
 @given(LINES)
-def test_cleaning_twice_is_cleaning_once(line):
+def test_clean_is_idempotent(line):
     assert clean(clean(line)) == clean(line)
 
 
@@ -65,7 +65,7 @@ def test_cleaning_twice_is_cleaning_once(line):
         ("bus " * 60, True, "", "too long"),
     ],
 )
-def test_an_answer_gives_one_whole_query_or_the_reason_why_not(text, ended, query, reason):
+def test_reply_gives_one_whole_query_or_a_reason(text, ended, query, reason):
     assert query_in(WriterReply(text, ended)) == (query, reason)
 
 
@@ -78,24 +78,22 @@ def test_an_answer_gives_one_whole_query_or_the_reason_why_not(text, ended, quer
         ("a red bus on the street", "a blue car on the street", False),
     ],
 )
-def test_nearly_the_same_is_told_from_different(one, other, same):
+def test_similar_and_different_queries_are_distinguished(one, other, same):
     assert nearly_the_same(text_key(one), text_key(other)) is same
 
 
 @given(LINES, LINES)
 @example("a red on of old front street", "a red front of old on street")
-def test_being_nearly_the_same_has_no_order(one, other):
+def test_similarity_is_symmetric(one, other):
     assert nearly_the_same(one, other) == nearly_the_same(other, one)
 
 
 @given(
     st.lists(LINES, max_size=6), st.lists(LINES, max_size=6), st.lists(LINES, max_size=2), st.sets(LINES, max_size=2)
 )
-def test_the_queries_of_an_image_differ_from_one_another_its_captions_and_the_samples(
-    scenes, objects, captions, samples
-):
-    answers = {"scene": [WriterReply(t, True) for t in scenes], "object": [WriterReply(t, True) for t in objects]}
-    found = candidates_of(answers, captions=captions, samples={text_key(s) for s in samples})
+def test_candidates_differ_from_captions_samples_and_each_other(scenes, objects, captions, samples):
+    replies = {"scene": [WriterReply(t, True) for t in scenes], "object": [WriterReply(t, True) for t in objects]}
+    found = candidates_of(replies, captions=captions, samples={text_key(s) for s in samples})
     keys = [text_key(query.text) for query in found.queries]
     known = [*map(text_key, captions), *keys]
     assert not any(nearly_the_same(a, b) for i, a in enumerate(known) for b in known[i + 1 :] if b in keys)
@@ -108,7 +106,7 @@ def test_the_queries_of_an_image_differ_from_one_another_its_captions_and_the_sa
     st.integers(0, 9),
     st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 2 * MAX_IMAGES)),
 )
-def test_of_an_image_are_chosen_so_many_as_wanted_of_each_kind_alike_and_none_that_is_shared(queries, wanted, n_images):
+def test_choose_balances_kinds_and_drops_shared_queries(queries, wanted, n_images):
     offered = [PseudoQuery(text=text, kind=kind) for text, kind in queries]
     chosen = choose(offered, wanted, n_images)
     own = [query for query in offered if n_images.get(query.text, 0) <= MAX_IMAGES]

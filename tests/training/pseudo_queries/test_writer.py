@@ -1,4 +1,4 @@
-"""Prompts of a writer, and the samples that they show."""
+"""The prompts of a writer, and their sample queries."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from llama_index_genret.training.pseudo_queries import read_samples
 from llama_index_genret.training.pseudo_queries.writer import KINDS, SAMPLES_PER_PROMPT, instruction
 
 
-def test_a_prompt_shows_some_of_the_samples_by_its_seed_and_without_samples_none():
+def test_prompt_shows_samples_chosen_by_seed():
     samples = [f"sample {number}" for number in range(40)]
     shown = [[s for s in samples if f"- {s}\n" in f"{instruction('scene', samples, seed)}\n"] for seed in range(30)]
     assert {len(some) for some in shown} == {SAMPLES_PER_PROMPT}
@@ -17,7 +17,7 @@ def test_a_prompt_shows_some_of_the_samples_by_its_seed_and_without_samples_none
     assert "style" not in instruction("scene", (), 0)
 
 
-def test_samples_are_read_from_lines_or_a_file_of_queries_each_once(tmp_path):
+def test_samples_are_read_once_from_text_or_jsonl(tmp_path):
     lines, rows, broken = tmp_path / "samples.txt", tmp_path / "queries.jsonl", tmp_path / "broken.jsonl"
     lines.write_text(f"a  dog\n\n{{brackets}}\na dog\n{'x' * 500}\n")
     assert read_samples(lines) == ("a dog", "{brackets}")
