@@ -1,7 +1,7 @@
-"""`genret`: a thin shell over the library. The only package that prints or reads the environment.
+"""The `genret` command: a thin shell over the library. Only this package prints or reads the environment.
 
-Results go to stdout, as tables or, with `--json`, as one machine-readable object; logs and bars go to stderr.
-Exit code 0, 1 (failed: one line on stderr) or 2 (usage).
+Results go to stdout, as tables, or with `--json` as one JSON object. Logs and progress bars go to stderr.
+The exit code is 0, 1 (failed, with one line on stderr) or 2 (wrong usage).
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ import typer
 from llama_index_genret.cli import evaluate, index, recall, serve, train
 from llama_index_genret.cli.browse import command as browse_command
 from llama_index_genret.cli.demo import command as demo_command
-from llama_index_genret.cli.output import log, take_any_character, visible
+from llama_index_genret.cli.output import escape_unencodable, log, visible
 from llama_index_genret.errors import GenretError
 
+# rich would read [eval] in a help text as markup and drop it.
 app = typer.Typer(
-    help="A multimodal LLM that has memorised your images.", no_args_is_help=True, pretty_exceptions_enable=False
+    help="Recall images with a multimodal LLM that has memorised them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 app.command()(index.index)
@@ -39,8 +43,8 @@ app.command()(demo_command.demo)
 
 
 def main() -> NoReturn:
-    """Entry point: turns errors of ours into one line on stderr and exit code 1."""
-    take_any_character()
+    """Run the command line. A `GenretError` becomes one line on stderr and exit code 1."""
+    escape_unencodable()
     try:
         app(standalone_mode=True)
     except GenretError as error:

@@ -1,4 +1,4 @@
-"""Commands to look at what a model recalls: measured, or on the images in the package."""
+"""The command that measures recall on held-out queries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llama_index_genret.cli.options import (
     Device,
     IndexDir,
     Json,
-    Reranked,
+    RerankOption,
     Server,
 )
 from llama_index_genret.cli.output import bar, emit, log, n_pseudo_queries, new_table
@@ -25,13 +25,20 @@ from llama_index_genret.store import ScoringChoice, load_index
 
 def evaluate(
     index_dir: IndexDir,
-    queries: Annotated[Path, typer.Argument(metavar="QUERIES.jsonl")],
+    queries: Annotated[
+        Path,
+        typer.Argument(
+            metavar="QUERIES.jsonl", help='One {"query": "...", "file_name" or "image_id": "..."} per line.'
+        ),
+    ],
     server: Server = None,
-    baselines: Annotated[str, typer.Option(help="Comma-separated, of: bm25, tfidf.")] = "",
+    baselines: Annotated[
+        str, typer.Option(help="Comma-separated text baselines over the captions: bm25, tfidf. bm25 needs [eval].")
+    ] = "",
     report: Annotated[
-        Path | None, typer.Option(help="Write one HTML page: figures, charts, pictures. Needs [eval].")
+        Path | None, typer.Option(help="Write an HTML page with figures, charts and images. Needs [eval].")
     ] = None,
-    rerank: Reranked = None,
+    rerank: RerankOption = None,
     api_key: ApiKey = "EMPTY",
     model: BaseModel = None,
     device: Device = "auto",
@@ -44,15 +51,15 @@ def evaluate(
     from llama_index_genret.evaluation.report import write_evaluation_report
 
     if report:
-        import_module("llama_index_genret.evaluation.charts")  # refuses now, not after an hour of recalling
+        import_module("llama_index_genret.evaluation.charts")  # fails now, not after an hour of recalling
 
     loaded = load_index(index_dir)
     wanted = read_queries(queries, loaded.records)
     peers = {name: baseline(name, loaded.records, wanted) for name in filter(None, baselines.split(","))}
     seen = count_pseudo_queries(loaded, wanted)
     if seen:
-        log.print(f"{seen} of the queries are pseudo-queries of the index, and not held out", style="yellow")
-    written = {"pseudo_queries": n_pseudo_queries(loaded), "queries_among_them": seen}
+        log.print(f"{seen} queries are pseudo-queries of the index, so they are not held out", style="yellow")
+    overlap = {"pseudo_queries": n_pseudo_queries(loaded), "queries_among_them": seen}
     scoring = ScoringChoice(rerank=rerank)
     scorer = open_scorer(loaded, server, api_key, model, device)
     evaluation = evaluate(loaded, scorer, wanted, progress=bar("Recalling"), scoring=scoring)
@@ -62,7 +69,7 @@ def evaluate(
         bounds = {column: " [{:.3f}, {:.3f}]".format(*interval) for column, interval in row["interval"].items()}
         columns = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
         table.add_row(name, *(f"{row[column]:.3f}{bounds.get(column, '')}" for column in columns))
-    emit(as_json, {**figures, **written, "baselines": {name: peer.figures() for name, peer in peers.items()}}, table)
+    emit(as_json, {**figures, **overlap, "baselines": {name: peer.figures() for name, peer in peers.items()}}, table)
     if report:
         write_evaluation_report(report, loaded, evaluation, baselines=peers)
         log.print(f"report: {report}")

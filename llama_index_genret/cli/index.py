@@ -1,4 +1,4 @@
-"""Commands that make an index, change which images it holds, and show it."""
+"""Commands that create an index, add and remove images, and inspect it."""
 
 from __future__ import annotations
 
@@ -25,25 +25,29 @@ from llama_index_genret.store import check_free, load_index, remove_images
 
 
 def index(
-    images: Annotated[Path, typer.Argument(help="Folder of images, with metadata.jsonl or without.")],
+    images: Annotated[Path, typer.Argument(help="Folder of images, with or without metadata.jsonl.")],
     out: Annotated[Path, typer.Option(help="Folder of the new index.")],
-    scheme: Annotated[str, typer.Option(help="structured, semantic, numeric, string, atomic, or one of your own.")] = (
+    scheme: Annotated[str, typer.Option(help="structured, semantic, numeric, string, atomic, or a registered one.")] = (
         "structured"
     ),
     scheme_option: SchemeOptions = None,
     encoder: Annotated[
-        str | None, typer.Option(help="Text encoder, by which structured names images by captions, not by looks.")
+        str | None,
+        typer.Option(help="Text encoder: structured derives codes from caption embeddings, not from images."),
     ] = None,
     alphabet: Annotated[
-        str, typer.Option(help="new: symbols are added to the model. existing: words of its vocabulary stand for them.")
+        str, typer.Option(help="new: add symbols to the vocabulary of the model. existing: use words of it as symbols.")
     ] = "new",
     model: Model = DEFAULT_MODEL,
-    skip_broken: Annotated[bool, typer.Option(help="Leave broken images out, and list them.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an index that is there, trained weights included.")] = False,
+    skip_broken: Annotated[bool, typer.Option(help="Skip broken images and list them.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing index and its trained weights.")] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Name every image of a folder: by its looks to the model's own vision tower, or as the scheme does."""
+    """Create an index: assign an identifier to every image of a folder.
+
+    The scheme structured derives the codes from the vision tower of the model, or from captions with --encoder.
+    """
     from llama_index_genret.corpus import read_corpus
     from llama_index_genret.models.mllm import load_mllm
     from llama_index_genret.store.build import build_index
@@ -52,14 +56,14 @@ def index(
     options = parse_options("--scheme-option", scheme_option or [])
     if encoder is not None:
         if "encoder" in options:
-            raise typer.BadParameter("--encoder and --scheme-option encoder=... say the same: give one of them")
+            raise typer.BadParameter("--encoder and --scheme-option encoder=... are the same option: give one of them")
         options["encoder"] = encoder
     if alphabet not in get_args(Alphabet):
-        raise typer.BadParameter(f"--alphabet is one of {', '.join(get_args(Alphabet))}, not {alphabet!r}")
+        raise typer.BadParameter(f"unknown --alphabet {alphabet!r}; choose from: {', '.join(get_args(Alphabet))}")
     get_scheme(scheme, **options)
     corpus = read_corpus(images, skip_broken=skip_broken, progress=bar("Reading"))
     for skipped in corpus.skipped:
-        log.print(visible(f"left out: {skipped}"), style="yellow")
+        log.print(visible(f"skipped: {skipped}"), style="yellow")
     mllm = load_mllm(model, device=device)
     built = build_index(
         corpus,
@@ -76,16 +80,19 @@ def index(
 
 def add(
     index_dir: IndexDir,
-    images: Annotated[Path, typer.Argument(help="Folder of images; those that the index has already are left alone.")],
+    images: Annotated[Path, typer.Argument(help="Folder of images. Images that the index already has are skipped.")],
     model: BaseModel = None,
     teacher: Annotated[
         str | None,
-        typer.Option(help="Text encoder that places new images by their captions (default: that of the training)."),
+        typer.Option(help="Text encoder that places new images by their captions. Default: the one of the training."),
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Add images without training: named by the frozen scheme; `genret train --update` teaches what leads to them."""
+    """Add images without training. The frozen scheme assigns their identifiers.
+
+    Then `genret train --update` trains the model on them.
+    """
     from llama_index_genret.corpus import read_corpus
     from llama_index_genret.store.build import add_to_index, needs_features
     from llama_index_genret.store.model_loading import load_base
@@ -99,8 +106,8 @@ def add(
     other_weights = grown.weights_id != loaded.weights_id
     if other_weights:
         log.print(
-            f"the new images have rows of their own: the weights are {grown.weights_id} now. Restart `genret serve`; "
-            "a running server goes on without the new images.",
+            f"the new images have added rows to the weights, which are now {grown.weights_id}. Restart `genret serve`: "
+            "a running server does not recall the new images.",
             style="yellow",
         )
     counts = {"added": len(new), "known": len(corpus) - len(new), "other_weights": other_weights}
@@ -109,17 +116,19 @@ def add(
 
 def remove(
     index_dir: IndexDir,
-    image_ids: Annotated[list[str], typer.Argument(metavar="IMAGE_ID...", help="Of the images; their files stay.")],
+    image_ids: Annotated[
+        list[str], typer.Argument(metavar="IMAGE_ID...", help="Ids of the images. Their files are kept.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """Remove images at once and for good: no search finds them any more."""
+    """Remove images permanently. No search finds them any more."""
     left = remove_images(load_index(index_dir), image_ids)
     emit(as_json, {**facts_of(left), "removed": len(set(image_ids))}, facts_table(left))
 
 
 def inspect(
     index_dir: IndexDir,
-    tree: Annotated[Path | None, typer.Option(help="Write a picture of the identifier tree, a PNG.")] = None,
+    tree: Annotated[Path | None, typer.Option(help="Draw the identifier tree into a PNG file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what an index holds: scheme, sizes, fan-out per level, health."""
@@ -130,9 +139,9 @@ def inspect(
     if tree:
         from llama_index_genret.identifiers.tree_plot import draw_tree
 
-        read = {s: loaded.tokenizer.read([s]) for identifier in loaded.identifiers for s in identifier}
-        named = [tuple(read[symbol] for symbol in identifier) for identifier in loaded.identifiers]
-        draw_tree(named, [record.path for record in loaded.records], tree, title=loaded.folder.resolve().name)
+        text = {s: loaded.tokenizer.read([s]) for identifier in loaded.identifiers for s in identifier}
+        identifiers = [tuple(text[symbol] for symbol in identifier) for identifier in loaded.identifiers]
+        draw_tree(identifiers, [record.path for record in loaded.records], tree, title=loaded.folder.resolve().name)
         log.print(f"tree: {tree}")
     emit(as_json, {**facts_of(loaded), **diagnosis.to_json()}, facts_table(loaded))
     if not as_json:

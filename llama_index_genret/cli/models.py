@@ -1,4 +1,4 @@
-"""The model that a command asks: in this process, behind a server, or with `vllm.LLM`."""
+"""Open the model of a command: in this process, on a server, or with `vllm.LLM`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from llama_index_genret.store import Index
 
 VLLM_ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # an engine process of its own outlives this one when it is killed
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a separate engine process survives if this one is killed
     "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",  # a fork would inherit the threads of torch
 }
 
 
 def open_scorer(loaded: Index, server: str | None, api_key: str, model: str | None, device: str) -> Any:
-    """A `VllmScorer` where a server is named, else a `TransformersScorer`."""
+    """Return a `VllmScorer` if a server is given, else a `TransformersScorer`."""
     if server:
         from llama_index_genret.scorers.vllm_http import VllmScorer
 
@@ -27,7 +27,7 @@ def open_scorer(loaded: Index, server: str | None, api_key: str, model: str | No
 
 
 def open_llm(scorer: Any, server: str | None, api_key: str) -> Any:
-    """The LLM that answers with the model of `open_scorer`."""
+    """Return the LLM that answers with the model of `open_scorer`."""
     from llama_index_genret.llamaindex.llms import InProcessLLM, genret_llm
 
     if server:
@@ -36,7 +36,7 @@ def open_llm(scorer: Any, server: str | None, api_key: str) -> Any:
 
 
 def open_offline_scorer(loaded: Index, options: dict[str, Any]) -> Any:
-    """vLLM in this process, with the index's trained weights."""
+    """Return a scorer that runs vLLM in this process, with the trained weights of the index."""
     prepare_vllm()
     from llama_index_genret.scorers.vllm_offline import VllmOfflineScorer
     from llama_index_genret.serving.launch import served_checkpoint
@@ -45,13 +45,13 @@ def open_offline_scorer(loaded: Index, options: dict[str, Any]) -> Any:
 
 
 def prepare_vllm() -> None:
-    """Ask for a vLLM that suits a command line, unless the environment says otherwise."""
+    """Set the environment of vLLM for a command line. Variables that are already set stay."""
     for variable, value in VLLM_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
 
 
 def open_endpoint(loaded: Index, scorer: Any) -> Any:
-    """One request instead of one a step, where the server has the endpoint."""
+    """Return a client of the recall endpoint, which recalls in one request instead of one per step."""
     from llama_index_genret.serving.endpoint.client import RecallClient
 
     return RecallClient(loaded, scorer.server)

@@ -1,4 +1,4 @@
-"""What a command shows: its result on stdout, as a table or one JSON object; logs and bars on stderr."""
+"""Print the result of a command to stdout, as a table or one JSON object. Logs and progress bars go to stderr."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from llama_index_genret.errors import NotWritten
 from llama_index_genret.store import Index
 from llama_index_genret.store.model_state import unseen_rows
 
-_STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Shows what it is given as it is: what stands in brackets or between colons may be a caption or a file name."""
+    """Return a console without markup: text in brackets or between colons may be a caption or a file name."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
@@ -31,33 +31,33 @@ log = console(stderr=True)
 
 
 def visible(text: str) -> str:
-    """With escapes in place of what would steer a terminal, or turn the direction of its text."""
-    return _STEERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Escape characters that control a terminal or change the direction of its text."""
+    return _CONTROL_CHARACTERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def take_any_character() -> None:
-    """Let stdout say what it has no character for as an escape; a folder may be named by bytes that are no text."""
+def escape_unencodable() -> None:
+    """Make stdout escape characters that it cannot encode. A folder name may hold bytes that are not text."""
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
         reconfigure(errors="backslashreplace")
 
 
 def bar(label: str) -> Any:
-    """Return a wrapper of iterables that draws a progress bar on stderr, where that is a terminal."""
+    """Return a wrapper of iterables that draws a progress bar on stderr, if stderr is a terminal."""
     return partial(tqdm, desc=label, leave=False, disable=None)
 
 
 @contextmanager
 def counting_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Draw a progress bar on stderr, where that is a terminal, and yield what sets the number that is done."""
+    """Draw a progress bar on stderr, if stderr is a terminal. Yield a function that sets the number done."""
     with tqdm(total=total, desc=label, disable=None) as bar:
         yield lambda done: bar.update(done - bar.n)
 
 
 def emit(as_json: bool, value: dict[str, Any], table: Table) -> None:
-    """Print a result: one JSON object on a line, or a table for people.
+    """Print a result, as one line of JSON or as a table.
 
     Raises:
-        NotWritten: stdout is a file on a full disk.
+        NotWritten: stdout cannot be written, for example because the disk is full.
     """
     try:
         if as_json:
@@ -65,11 +65,11 @@ def emit(as_json: bool, value: dict[str, Any], table: Table) -> None:
             print(json.dumps(value, ensure_ascii=not is_utf_8), flush=True)
         else:
             console().print(table)
-    except BrokenPipeError:  # whoever read it has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe
         raise
     except OSError as error:
-        sys.stdout = None  # what is left in its buffer would be written, and fail, once more
-        raise NotWritten(f"the result could not be told: {error}. What the command does is done.") from error
+        sys.stdout = None  # Python would flush the buffer at exit and fail again
+        raise NotWritten(f"the result could not be printed: {error}. The command itself is complete.") from error
 
 
 class _VisibleTable(Table):
@@ -78,7 +78,7 @@ class _VisibleTable(Table):
 
 
 def new_table(*columns: str, title: str | None = None) -> Table:
-    """A table that folds what is too wide."""
+    """Return a table that folds cells that are too wide."""
     table = _VisibleTable(title=None if title is None else visible(title), title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -86,12 +86,12 @@ def new_table(*columns: str, title: str | None = None) -> Table:
 
 
 def n_pseudo_queries(loaded: Index) -> int:
-    """Of all images together."""
+    """Return the number of pseudo-queries of all images."""
     return sum(len(loaded.pseudo_queries_of(record)) for record in loaded.records)
 
 
 def facts_of(loaded: Index) -> dict[str, Any]:
-    """What `genret inspect` says of an index."""
+    """Return the facts that `genret inspect` prints about an index."""
     trie, unseen = loaded.trie.base, unseen_rows(loaded)
     return {
         "index": str(loaded.folder),
@@ -117,7 +117,7 @@ def facts_of(loaded: Index) -> dict[str, Any]:
 
 
 def facts_table(loaded: Index) -> Table:
-    """The same for people."""
+    """Return `facts_of` as a table."""
     table = new_table("", "")
     for key, value in facts_of(loaded).items():
         table.add_row(key.replace("_", " "), str(value))

@@ -1,4 +1,4 @@
-"""Commands that recall images: for one query, for a question, for a file of queries."""
+"""Commands that recall images for one query, for a question, or for a file of queries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llama_index_genret.cli.options import (
     Json,
     MaxExpansions,
     Offline,
-    Reranked,
+    RerankOption,
     SearchMode,
     Server,
     TopK,
@@ -34,20 +34,22 @@ from llama_index_genret.store import ScoringChoice, load_index
 
 def query(
     index_dir: IndexDir,
-    text: Annotated[str, typer.Argument(help="What the image shows, or how it differs from --image.")] = "",
-    image: Annotated[Path | None, typer.Option(help="A picture to recall, alone or with a text.")] = None,
+    text: Annotated[
+        str, typer.Argument(help="Text query: a description of the image, or its difference from --image.")
+    ] = "",
+    image: Annotated[Path | None, typer.Option(help="Image query, alone or with a text.")] = None,
     k: TopK = 5,
     filters: Filters = None,
     mode: SearchMode = "beam",
     max_expansions: MaxExpansions = None,
-    rerank: Reranked = None,
+    rerank: RerankOption = None,
     server: Server = None,
     api_key: ApiKey = "EMPTY",
     model: BaseModel = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Recall images for a text, for a picture, or for both."""
+    """Recall images for a text, for an image, or for both."""
     from llama_index_genret.scorers.base import recall
     from llama_index_genret.scorers.rerank import reranking, with_scoring
     from llama_index_genret.serving.batch import hit_to_json, text_filters
@@ -87,7 +89,7 @@ def ask(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Recall images, let the same model look at them, and answer; the sources are named."""
+    """Recall images and answer the question from them with the same model. Print the answer and its sources."""
     from llama_index_genret.llamaindex.query_engine import image_query_engine
     from llama_index_genret.llamaindex.retriever import GenerativeImageRetriever
 
@@ -115,37 +117,41 @@ def ask(
 
 def batch(
     index_dir: IndexDir,
-    queries: Annotated[Path, typer.Argument(metavar="QUERIES.jsonl", help='{"query": "..."} a line, and any keys.')],
-    out: Annotated[Path, typer.Option(metavar="HITS.jsonl", help="One line for each query, in their order.")],
+    queries: Annotated[
+        Path, typer.Argument(metavar="QUERIES.jsonl", help='One {"query": "..."} per line. Other keys are allowed.')
+    ],
+    out: Annotated[Path, typer.Option(metavar="HITS.jsonl", help="Output file: one line per query, in their order.")],
     k: TopK = 10,
     mode: SearchMode = "beam",
     max_expansions: MaxExpansions = None,
     filters: Filters = None,
-    rerank: Reranked = None,
+    rerank: RerankOption = None,
     server: Server = None,
     offline: Offline = False,
     vllm_option: VllmOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Queries in one search.")] = 32,
-    overwrite: Annotated[bool, typer.Option(help="Replace HITS.jsonl, or an unfinished run of other options.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Queries per search.")] = 32,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace HITS.jsonl, or an unfinished run with other options.")
+    ] = False,
     api_key: ApiKey = "EMPTY",
     model: BaseModel = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Recall images for a whole file of queries. Killed, the same command goes on where it stopped."""
+    """Recall images for a file of queries. After an interruption, the same command resumes."""
     from llama_index_genret.serving.batch import open_batch
 
     if offline and (server or model or device != "auto"):
-        raise typer.BadParameter("--offline takes no --server, --model or --device: vLLM runs where it was built for")
+        raise typer.BadParameter("--offline takes no --server, --model or --device: vLLM chooses its own device")
     if vllm_option and not offline:
-        raise typer.BadParameter("--vllm-option is for --offline; a server has its own flags")
+        raise typer.BadParameter("--vllm-option needs --offline; pass the flags of a server to `genret serve`")
     vllm_options = parse_options("--vllm-option", vllm_option or [])
     loaded, wanted = load_index(index_dir), parse_filters(filters or [])
     kind = "vllm.LLM" if offline else "server" if server else f"transformers on {device}"
     began = time.monotonic()
-    asked: dict[str, Any] = {"k": k, "mode": mode, "max_expansions": max_expansions, "filters": wanted}
-    asked |= {"scoring": ScoringChoice(rerank=rerank), "scored_by": kind}
-    with open_batch(loaded, queries, out, overwrite=overwrite, **asked) as run:
+    options: dict[str, Any] = {"k": k, "mode": mode, "max_expansions": max_expansions, "filters": wanted}
+    options |= {"scoring": ScoringChoice(rerank=rerank), "scored_by": kind}
+    with open_batch(loaded, queries, out, overwrite=overwrite, **options) as run:
         scorer = (
             open_offline_scorer(loaded, vllm_options)
             if offline
@@ -154,7 +160,7 @@ def batch(
         with counting_bar("Recalling", run.total) as progress:
             summary = run.finish(scorer, batch_size=batch_size, progress=progress)
     if summary.refused:
-        log.print(f"{summary.refused} queries were refused: their lines have an error instead of hits", style="yellow")
+        log.print(f"{summary.refused} queries were refused. Their lines have an error instead of hits", style="yellow")
     figures = {**dataclasses.asdict(summary), "out": str(out), "seconds": round(time.monotonic() - began, 1)}
     table = new_table(*figures)
     table.add_row(*map(str, figures.values()))

@@ -1,4 +1,4 @@
-"""Commands that bring an index to a server."""
+"""Commands that serve an index, or export its checkpoint."""
 
 from __future__ import annotations
 
@@ -17,34 +17,37 @@ from llama_index_genret.store import load_index
 def export(
     index_dir: IndexDir,
     out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Type of the weights: float32 or bfloat16.")] = "float32",
     as_json: Json = False,
 ) -> None:
-    """Write the trained model, merged, as a checkpoint that plain vLLM serves."""
+    """Merge the trained weights into a checkpoint that plain vLLM serves."""
     from llama_index_genret.serving.export import export_checkpoint
 
-    written = export_checkpoint(load_index(index_dir), out, dtype=dtype)
+    checkpoint = export_checkpoint(load_index(index_dir), out, dtype=dtype)
     table = new_table("checkpoint", "serve with")
-    table.add_row(str(written), f"vllm serve {written} --max-logprobs -1")
-    emit(as_json, {"checkpoint": str(written)}, table)
+    table.add_row(str(checkpoint), f"vllm serve {checkpoint} --max-logprobs -1")
+    emit(as_json, {"checkpoint": str(checkpoint)}, table)
 
 
 def serve(
     context: typer.Context,
     index_dir: IndexDir,
-    also: Annotated[list[Path] | None, typer.Option(help="Another index, on the same model; may be repeated.")] = None,
+    also: Annotated[
+        list[Path] | None, typer.Option(help="Another index of the same model. Repeat it for several.")
+    ] = None,
     adapters: Annotated[
         bool,
         typer.Option(
-            "--adapters", help="Recall by LoRA adapters, answer by the base model; for `--alphabet existing`."
+            "--adapters",
+            help="Recall with LoRA adapters and answer with the base model. Needs an index of `--alphabet existing`.",
         ),
     ] = False,
-    host: str = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    dtype: Annotated[str, typer.Option(help="Of the merged weights: float32 or bfloat16.")] = "float32",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    dtype: Annotated[str, typer.Option(help="Type of the merged weights: float32 or bfloat16.")] = "float32",
     as_json: Json = False,
 ) -> None:
-    """Serve indexes and their model with vLLM. What stands after `--` goes to vLLM as it is."""
+    """Serve indexes and their model with vLLM. Flags after `--` are passed to vLLM unchanged."""
     from llama_index_genret.serving.launch import printable_command, serve_command, serve_environment
 
     indexes = [load_index(folder) for folder in (index_dir, *(also or ()))]

@@ -1,4 +1,4 @@
-"""Commands that change what the model knows: queries to train on, training, tuning."""
+"""Commands that write pseudo-queries, train the model, and tune its scoring."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llama_index_genret.cli.options import (
     IndexDir,
     Json,
     Offline,
-    RerankedBy,
+    RerankByOption,
     Server,
     VllmOption,
     parse_options,
@@ -40,36 +40,39 @@ TUNED_FIGURES = ("recall@1", "recall@5", "recall@10", "mrr")
 
 def write_queries(
     index_dir: IndexDir,
-    per_image: Annotated[int, typer.Option(min=1, help="Queries that an image should have, its captions counted.")] = 8,
+    per_image: Annotated[int, typer.Option(min=1, help="Queries per image, captions included.")] = 8,
     style: Annotated[
-        Path | None, typer.Option(help="Queries of users, whose style is taken: one a line, or QUERIES.jsonl.")
+        Path | None,
+        typer.Option(help="File of user queries whose style the model imitates: one per line, or QUERIES.jsonl."),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.05, max=2.0)] = 0.8,
-    seed: int = 0,
+    temperature: Annotated[float, typer.Option(min=0.05, max=2.0, help="Sampling temperature.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="Random seed of the sampling.")] = 0,
     server: Annotated[
-        str | None, typer.Option(help="Address of a vLLM server of the base model: http://HOST:PORT/v1")
+        str | None, typer.Option(help="URL of a vLLM server of the base model: http://HOST:PORT/v1")
     ] = None,
     offline: Offline = False,
     vllm_option: VllmOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that the model looks at together.")] = 8,
-    overwrite: Annotated[bool, typer.Option(help="Write for all images anew.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 8,
+    overwrite: Annotated[bool, typer.Option(help="Replace the pseudo-queries of all images.")] = False,
     api_key: ApiKey = "EMPTY",
     model: Annotated[
-        str | None, typer.Option("--model", help="The base model, if it has moved; with --server, its served name.")
+        str | None,
+        typer.Option("--model", help="New place of the base model, if it has moved. With --server: its served name."),
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Let the base model write queries of images with few captions, to train on. Killed, the same command goes on.
+    """Write pseudo-queries for images with few captions, with the base model. They are training data.
 
-    Images that have theirs are left alone. What is written is no caption: `genret eval` compares without it.
+    Images that have enough queries are skipped. Pseudo-queries are no captions, so the baselines of `genret eval` do
+    not read them. After an interruption, the same command resumes.
     """
     from llama_index_genret.training.pseudo_queries import WriteOptions, open_writing, read_samples
 
     if offline and (server or device != "auto"):
-        raise typer.BadParameter("--offline takes no --server or --device: vLLM runs where it was built for")
+        raise typer.BadParameter("--offline takes no --server or --device: vLLM chooses its own device")
     if vllm_option and not offline:
-        raise typer.BadParameter("--vllm-option is for --offline; a server has its own flags")
+        raise typer.BadParameter("--vllm-option needs --offline; a server has its own flags")
     vllm_options = parse_options("--vllm-option", vllm_option or [])
     loaded, samples = load_index(index_dir), read_samples(style) if style else ()
 
@@ -109,45 +112,62 @@ def train(
     index_dir: IndexDir,
     update: Annotated[
         bool,
-        typer.Option("--update", help="Learn the images added since, in an adapter on top; old ones are replayed."),
+        typer.Option("--update", help="Train an adapter on top for images added since. Old images are replayed."),
     ] = False,
     drop: Annotated[
-        bool, typer.Option("--drop-update", help="Go back to the weights before the update; trains nothing.")
+        bool, typer.Option("--drop-update", help="Restore the weights before the update. Trains nothing.")
     ] = False,
     epochs: Annotated[
-        float | None, typer.Option(help="Passes over the captions, in an update over those of the new images.")
+        float | None,
+        typer.Option(help="Passes over the captions, for an update those of the new images. Default: 3."),
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step, over all processes.")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps, instead of --epochs. Default: as many as --epochs needs.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Examples per step, over all processes. Default: 20.")
+    ] = None,
     gradient_accumulation_steps: Annotated[
-        int | None, typer.Option(min=1, help="Parts in which a step is computed.")
+        int | None, typer.Option(min=1, help="Parts per step, to save memory. Default: 1.")
     ] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory: compute activations again.")
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations, to save memory.")
     ] = False,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of the LoRA matrices; 0.002 suits 0.1 B parameters, less suits larger models.")
+        float | None,
+        typer.Option(
+            help="Learning rate of the LoRA matrices. Default: 0.002, for 0.1 B parameters. Larger models need less."
+        ),
     ] = None,
-    lora_rank: Annotated[int | None, typer.Option(min=1)] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Train only so many of the last layers.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=1, help="Rank of the LoRA matrices. Default: 32.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Train only this many of the last layers. Default: all.")
+    ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(help="Text encoder to imitate on any query: a folder or hub id of sentence-transformers."),
+        typer.Option(help="Text encoder to distil from: a folder or hub id of sentence-transformers. Default: none."),
     ] = None,
     imitate: Annotated[
-        Path | None, typer.Option(help="More queries to imitate it on, one a line.", exists=True, dir_okay=False)
+        Path | None,
+        typer.Option(help="File of further queries for the distillation, one per line.", exists=True, dir_okay=False),
     ] = None,
     redrawn: Annotated[
-        int | None, typer.Option(min=0, help="Memorise so many more versions of each picture, in other styles.")
+        int | None,
+        typer.Option(min=0, help="Augmented versions of each image to memorise, in other styles. Default: 0."),
     ] = None,
-    mix: Annotated[str | None, typer.Option(help="Examples of each task, as retrieve=8,memorise=3,answer=8.")] = None,
-    seed: int = 0,
+    mix: Annotated[
+        str | None,
+        typer.Option(help="Examples per task. Default: retrieve=8,memorise=3,describe=1,answer=8,imitate=20."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the training.")] = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Teach the model the index's identifiers. Killed, the same command goes on from its last checkpoint.
+    """Train the model to generate the identifiers of the index.
 
-    Several processes, as many GPUs: accelerate launch --num_processes 4 -m llama_index_genret.cli train INDEX
+    After an interruption, the same command resumes from its last checkpoint. With --update, the defaults derive from
+    the options of the training before. On several GPUs, run one process per GPU:
+    accelerate launch --num_processes 4 -m llama_index_genret.cli train INDEX
     """
     if epochs is not None and max_steps is not None:
         raise typer.BadParameter("give --epochs or --max-steps, not both")
@@ -158,16 +178,16 @@ def train(
     given |= {"teacher": teacher, "redrawn": redrawn, "mix": mix, "imitated": imitate}
     given = {name: value for name, value in given.items() if value is not None}
     if drop and (update or given):
-        raise typer.BadParameter("--drop-update trains nothing: give it alone")
+        raise typer.BadParameter("--drop-update trains nothing and takes no other training options: give it alone")
     if drop:
         trained = drop_update(load_index(index_dir))
     else:
-        trained = _trained(load_index(index_dir), given | {"seed": seed}, update=update, device=device)
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        trained = _train_index(load_index(index_dir), given | {"seed": seed}, update=update, device=device)
+    if os.environ.get("RANK", "0") == "0":  # only one of several processes prints
         emit(as_json, facts_of(trained), facts_table(trained))
 
 
-def _trained(loaded: Index, given: dict[str, Any], *, update: bool, device: str) -> Index:
+def _train_index(loaded: Index, given: dict[str, Any], *, update: bool, device: str) -> Index:
     from llama_index_genret.corpus.jsonl import read_lines
     from llama_index_genret.training.options import TrainOptions
     from llama_index_genret.training.recipe import train
@@ -179,26 +199,37 @@ def _trained(loaded: Index, given: dict[str, Any], *, update: bool, device: str)
     if "imitated" in given:
         given["imitated"] = tuple(line.strip() for line in read_lines(given["imitated"]) if line.strip())
     if "epochs" in given:
-        given["max_steps"] = None  # an update would take over those of the training
+        given["max_steps"] = None  # an update inherits max_steps from the training
     options = dataclasses.replace(update_options(loaded) if update else TrainOptions(), **given)
     return train(loaded, options, update=update, device=device, show_progress=sys.stderr.isatty())
 
 
 def tune(
     index_dir: IndexDir,
-    queries: Annotated[Path | None, typer.Argument(metavar="VALIDATION.jsonl", help="As of `genret eval`.")] = None,
+    queries: Annotated[
+        Path | None,
+        typer.Argument(metavar="VALIDATION.jsonl", help="Validation queries, in the format of `genret eval`."),
+    ] = None,
     rerank: Annotated[
-        int, typer.Option(min=0, help="Try to rank so many of the best anew, by log p(query | image).")
+        int, typer.Option(min=0, help="Best hits per query to re-rank by log p(query | image), 0 for none.")
     ] = 0,
-    rerank_by: RerankedBy = None,
+    rerank_by: RerankByOption = None,
     etas: Annotated[
         list[float] | None,
-        typer.Option("--eta", min=0, help="Try only this weight of the prior; repeat for several.", show_default=False),
+        typer.Option(
+            "--eta",
+            min=0,
+            help="Weight of the prior to evaluate. Repeat it for several. Default: a grid from 0 to 1.5.",
+            show_default=False,
+        ),
     ] = None,
     rerank_weights: Annotated[
         list[float] | None,
         typer.Option(
-            "--rerank-weight", min=0, help="Try only this weight of --rerank; repeat for several.", show_default=False
+            "--rerank-weight",
+            min=0,
+            help="Weight of --rerank to evaluate. Repeat it for several. Default: a grid from 0 to 4.",
+            show_default=False,
         ),
     ] = None,
     server: Server = None,
@@ -207,7 +238,7 @@ def tune(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Compute the prior of the images, and choose on held-out queries how much of it is taken off their scores."""
+    """Compute the prior of the images, and choose its weight, and that of a re-ranking, on validation queries."""
     from llama_index_genret.evaluation.queries import read_queries
     from llama_index_genret.evaluation.tuning import ETAS, RERANK_WEIGHTS, tune
 
@@ -238,7 +269,7 @@ def tune(
 def _shortfall(summary: Any) -> str:
     reasons = ", ".join(f"{count} {reason}" for reason, count in summary.refused.items())
     return (
-        f"{summary.short} of {summary.images} images got fewer queries than asked for, {summary.none} of them none. "
-        f"Refused of what the model said: {reasons or 'nothing'}. A larger or trained model writes better ones; "
-        "--seed N --overwrite writes others."
+        f"{summary.short} of {summary.images} images have fewer queries than --per-image, {summary.none} of them none. "
+        f"Rejected outputs of the model: {reasons or 'none'}. Use a larger or trained model for better queries, or "
+        "--seed N --overwrite for other ones."
     )

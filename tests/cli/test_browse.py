@@ -1,4 +1,4 @@
-"""The page of `genret browse`: what it is told, and what it may not ask for. `integration/` opens it in a browser."""
+"""The API of `genret browse`: its responses, and the requests that it refuses. `integration/` opens it in a browser."""
 
 import math
 from dataclasses import replace
@@ -38,15 +38,15 @@ async def client(recaller):
 
 
 def search(index, scorer, text, **options):
-    watching = RecordingScorer(scorer)
+    recorder = RecordingScorer(scorer)
     prompts = [index.prompts.for_query(index.tokenizer, text)]
-    (ranking,) = recall(watching, index.trie, prompts, SearchOptions(k=20, **options))
-    return ranking.hits, probabilities(watching.steps)
+    (ranking,) = recall(recorder, index.trie, prompts, SearchOptions(k=20, **options))
+    return ranking.hits, probabilities(recorder.steps)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_levels_show_the_probabilities_of_the_search(untrained_index, seed):
-    """Marked symbols multiply to the image's probability; all children of a level sum to one."""
+    """The probabilities of the chosen symbols multiply to that of the image. The children of a level sum to one."""
     index, scorer = untrained_index, FakeScorer(untrained_index.tokenizer.vocab_size, seed=seed, spread=2.0)
     hits, expanded = search(index, scorer, "a red circle")
     assert len(hits) == 20
@@ -61,7 +61,7 @@ def test_levels_show_the_probabilities_of_the_search(untrained_index, seed):
             assert sum(choice.probability for choice in level.choices) + level.rest == pytest.approx(1)
             shown = [choice.probability for choice in level.choices[:SHOWN]]
             assert all(high >= low for high, low in pairwise(shown))
-            assert level.asked == (level.children > 1)
+            assert level.scored == (level.children > 1)
 
 
 def test_choices_count_images_below_and_allowed_images(untrained_index):
@@ -71,21 +71,21 @@ def test_choices_count_images_below_and_allowed_images(untrained_index):
     reds = {record.image_id for record in index.records if record.metadata["color"] == "red"}
     assert {index.record_of(hit).image_id for hit in hits} == reds
     for hit in hits:
-        beginning = ()
+        prefix = ()
         for level in identifier_levels(index, hit, expanded, allowed):
             for choice in level.choices:
                 below = {
                     record.image_id
-                    for record, name in zip(index.records, index.identifiers, strict=True)
-                    if name[: len(beginning) + 1] == (*beginning, choice.symbol)
+                    for record, identifier in zip(index.records, index.identifiers, strict=True)
+                    if identifier[: len(prefix) + 1] == (*prefix, choice.symbol)
                 }
                 assert (choice.images, choice.allowed) == (len(below), len(below & reds))
                 assert set(choice.examples) <= below & reds
-            beginning += tuple(choice.symbol for choice in level.choices if choice.chosen)
+            prefix += tuple(choice.symbol for choice in level.choices if choice.chosen)
 
 
 def test_counts_exclude_removed_and_include_added_images(pictures, tiny_mllm, tmp_path, monkeypatch):
-    """The added ones wait in a second trie, which a larger index keeps until a tenth of it has changed."""
+    """Added images are in a second trie, which a larger index keeps until a tenth of the images has changed."""
     monkeypatch.setattr("llama_index_genret.store.edits.COMPACT_FROM", 1.0)
     corpus = read_corpus(pictures)
     whole = build_index(corpus, tmp_path / "whole", tiny_mllm)
@@ -103,7 +103,7 @@ def test_counts_exclude_removed_and_include_added_images(pictures, tiny_mllm, tm
     for hit in hits:
         (first, *_) = identifier_levels(more, hit, expanded, None)
         for choice in first.choices:
-            assert choice.images == sum(name[0] == choice.symbol for name in more.identifiers)
+            assert choice.images == sum(identifier[0] == choice.symbol for identifier in more.identifiers)
 
 
 async def test_recall_by_text_by_image_and_with_filters(client, pictures):
@@ -114,16 +114,16 @@ async def test_recall_by_text_by_image_and_with_filters(client, pictures):
     found = (await client.post("/api/recall", json=red)).json()
     assert sorted(hit["file_name"] for hit in found["hits"]) == ["blue-circle.png", "red-circle.png"]
     picture = to_data_url(pictures / "red-circle.png")
-    pictured = (await client.post("/api/recall", json={"image": picture, "k": 2})).json()
-    assert [len(hit["levels"]) > 0 for hit in pictured["hits"]] == [True, True]
+    by_image = (await client.post("/api/recall", json={"image": picture, "k": 2})).json()
+    assert [len(hit["levels"]) > 0 for hit in by_image["hits"]] == [True, True]
 
 
 async def test_answer_has_its_source_images(client):
-    asked = {"text": "What is it?", "k": 2, "filters": {"color": ["green"]}}
-    given = (await client.post("/api/answer", json=asked)).json()
-    assert len(given["sources"]) == 2
-    assert all(source["file_name"].startswith("green-") for source in given["sources"])
-    assert isinstance(given["answer"], str)
+    body = {"text": "What is it?", "k": 2, "filters": {"color": ["green"]}}
+    response = (await client.post("/api/answer", json=body)).json()
+    assert len(response["sources"]) == 2
+    assert all(source["file_name"].startswith("green-") for source in response["sources"])
+    assert isinstance(response["answer"], str)
 
 
 async def test_images_are_served_by_id_only(client, trained_index, pictures):
@@ -137,7 +137,7 @@ async def test_images_are_served_by_id_only(client, trained_index, pictures):
 
 
 async def test_requests_of_other_origins_are_refused(client, recaller):
-    """A foreign page can send a form or text unasked, but no JSON; a foreign name may lead here, but is refused."""
+    """A page of another origin can send a form or text, but no JSON. Another host name is refused."""
     plain = {"Content-Type": "text/plain"}
     assert (await client.post("/api/recall", content='{"text": "x"}', headers=plain)).status_code == 415
     assert (await client.get("/", headers={"Host": "evil.example"})).status_code == 400
@@ -152,7 +152,7 @@ async def test_requests_of_other_origins_are_refused(client, recaller):
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("body", "words"),
     [
         ({"text": " "}, "the query is empty"),
         ({"text": "x", "filters": {"size": [1]}}, "no image has metadata 'size'"),
@@ -161,8 +161,8 @@ async def test_requests_of_other_origins_are_refused(client, recaller):
         ({"image": "data:text/plain;base64,eA=="}, "image"),
     ],
 )
-async def test_invalid_request_is_refused_with_the_reason(client, asked, words):
-    refused = await client.post("/api/recall", json=asked)
+async def test_invalid_request_is_refused_with_the_reason(client, body, words):
+    refused = await client.post("/api/recall", json=body)
     assert refused.status_code == 400
     assert words in refused.json()["error"]
 

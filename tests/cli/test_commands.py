@@ -1,11 +1,17 @@
-"""The command line: its JSON, its exit codes, its errors. Each command in a process of its own."""
+"""The command line: its help, JSON, exit codes and errors. Each command runs in a separate process."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+import typer
+from typer.testing import CliRunner
+
+from llama_index_genret.cli import app
+from llama_index_genret.training.options import TrainOptions
 
 
 def genret(*arguments):
@@ -19,8 +25,52 @@ def genret_json(*arguments):
     return json.loads(done.stdout)
 
 
+COMMANDS = typer.main.get_command(app).commands
+
+
+def help_of(name):
+    """Return the help of a command as one line, without the line breaks of the terminal."""
+    result = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "100"})
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_prints_every_bracketed_extra(name):
+    """rich markup would drop `[eval]`."""
+    command = COMMANDS[name]
+    sources = [command.help or "", *(getattr(parameter, "help", None) or "" for parameter in command.params)]
+    for source in sources:
+        assert all(extra in help_of(name) for extra in re.findall(r"\[[a-z]+\]", source))
+
+
+def test_help_of_eval_and_browse_has_their_extras():
+    assert help_of("eval").count("Needs [eval].") == 1
+    assert "Needs [browse]." in help_of("browse")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_help_text(name):
+    parameters = [one for one in COMMANDS[name].params if one.param_type_name == "option" and one.name != "help"]
+    assert [one.name for one in parameters if not one.help] == []
+
+
+def test_help_of_train_has_the_defaults_of_the_options():
+    options = TrainOptions()
+    for text in (
+        f"Default: {options.epochs:g}",
+        f"over all processes. Default: {options.batch_size}",
+        f"to save memory. Default: {options.gradient_accumulation_steps}",
+        f"Default: {options.learning_rate:g}",
+        f"Rank of the LoRA matrices. Default: {options.lora_rank}",
+        f"in other styles. Default: {options.redrawn}",
+        "Default: " + ",".join(f"{task}={count}" for task, count in options.mix.items() if count),
+    ):
+        assert text.replace(" ", "") in help_of("train").replace(" ", "")  # a line break may split a long word
+
+
 def test_commands_from_image_folder_to_answer(pictures, tiny_model_dir, tmp_path):
-    """index, train, inspect, query, ask, eval, export: one user's session."""
+    """The commands index, train, inspect, query, ask, eval and export work in one session."""
     folder = tmp_path / "index"
     made = genret_json("index", pictures, "--out", folder, "--model", tiny_model_dir, "--device", "cpu")
     assert (made["images"], made["scheme"], made["trained"]) == (20, "structured", False)
@@ -39,11 +89,11 @@ def test_commands_from_image_folder_to_answer(pictures, tiny_model_dir, tmp_path
     assert certain["exact"]
     picture = pictures / "red-circle.png"
     for text in ([], ["the same, but blue"]):
-        pictured = genret_json("query", folder, *text, "--image", picture, "-k", 3, "--device", "cpu")
-        assert len(pictured["hits"]) == 3
-    asked = genret_json("ask", folder, "What is it?", "-k", 2, "--device", "cpu")
-    assert asked["sources"] == [hit["image_id"] for hit in asked["hits"]]
-    assert len(asked["sources"]) == 2
+        by_image = genret_json("query", folder, *text, "--image", picture, "-k", 3, "--device", "cpu")
+        assert len(by_image["hits"]) == 3
+    answer = genret_json("ask", folder, "What is it?", "-k", 2, "--device", "cpu")
+    assert answer["sources"] == [hit["image_id"] for hit in answer["hits"]]
+    assert len(answer["sources"]) == 2
     queries = tmp_path / "queries.jsonl"
     queries.write_text('{"query": "red circle", "file_name": "red-circle.png"}\n')
     report = tmp_path / "report.html"

@@ -1,4 +1,4 @@
-"""The demo's pictures are whole, its held-out queries are held out, its swapped questions tell the pictures apart."""
+"""The demo images decode, its held-out queries are held out, and its grounding pairs have different answers."""
 
 import json
 import re
@@ -19,7 +19,7 @@ def captions() -> dict[str, list[str]]:
     return {row["file_name"]: row["text"] for row in rows("images/metadata.jsonl")}
 
 
-def fitting(query: dict[str, Any]) -> list[str]:
+def right_files(query: dict[str, Any]) -> list[str]:
     names = query["file_name"]
     return names if isinstance(names, list) else [names]
 
@@ -35,7 +35,7 @@ def test_each_demo_image_is_listed_once_and_decodes() -> None:
 
 
 def test_demo_captions_are_unique() -> None:
-    texts = [text for picture in captions().values() for text in picture]
+    texts = [text for image_captions in captions().values() for text in image_captions]
     assert len(set(texts)) == len(texts) == 200
 
 
@@ -45,7 +45,7 @@ def test_tag_queries_do_not_occur_in_training_captions() -> None:
     assert 150 <= len(tags) <= 300
     assert len({query["query"] for query in tags}) == len(tags)
     for query in tags:
-        for name in fitting(query):
+        for name in right_files(query):
             assert not any(query["query"] in text.lower() for text in trained[name]), (query, trained[name])
 
 
@@ -53,8 +53,8 @@ def test_queries_are_not_training_prompts() -> None:
     made = {
         carrier.format(text).lower() for texts in captions().values() for text in texts for carrier in TRAINED_CARRIERS
     }
-    asked = {query["query"].lower() for query in rows("queries.jsonl")}
-    assert not asked & made
+    queries = {query["query"].lower() for query in rows("queries.jsonl")}
+    assert not queries & made
 
 
 def test_each_image_has_one_phrasing_query_with_its_caption() -> None:

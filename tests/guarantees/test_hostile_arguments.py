@@ -216,7 +216,7 @@ def test_a_result_that_finds_the_disk_full_is_an_error_and_one_that_nobody_reads
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=600)
     assert done.returncode == 1
-    assert "error: the result could not be told" in done.stderr
+    assert "error: the result could not be printed" in done.stderr
     assert done.stderr.count("\n") == 1
     reader, writer = os.pipe()
     os.close(reader)

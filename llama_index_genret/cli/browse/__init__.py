@@ -1,4 +1,4 @@
-"""`genret browse`: a page on this machine, to try a trained model by hand.
+"""`genret browse`: a local web page to try a trained model by hand.
 
-`spelling` tells how an identifier was spelled, `recaller` recalls and answers, `app` serves both and `page.html`.
+`trace` explains how a search built an identifier, `recaller` recalls and answers, `app` serves both and `page.html`.
 """

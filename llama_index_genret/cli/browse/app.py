@@ -1,8 +1,9 @@
-"""The page of `genret browse` and the three questions that it asks, as a Starlette app on this machine's own address.
+"""The Starlette app of `genret browse`: one page and its JSON API, on the loopback address.
 
-Knows HTTP and one `Recaller`. Images are named by their ids, never by paths. Nothing is asked of other machines, and
-nothing is told to pages of other origins: only JSON is accepted, which a browser lets no other page send unasked,
-and only under the names of this machine. Needs the extra `browse`; whoever imports this module is told so.
+Depends on HTTP and one `Recaller`. Clients refer to images by id, never by path. The app sends no requests to other
+machines. Pages of other origins get no access: the app accepts only JSON, which a browser does not send across origins
+without a preflight, and only the host names of this machine. Importing this module without the extra `browse` raises
+MissingExtra.
 """
 
 from __future__ import annotations
@@ -41,13 +42,17 @@ HOST = "127.0.0.1"
 SIDE_PX = 320
 MAX_BODY_BYTES = 32 << 20
 MAX_VALUES = 200
-"""Values of a metadata key that the page offers; a key with more is not offered."""
+"""Largest number of values of a metadata key for which the page offers a filter."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 class BrowseQuery(BaseModel):
-    """What the page sends. filters: metadata keys, and the values of which an image must have one."""
+    """A request of the page.
+
+    text: query or question. k: number of images, 1 to 50, default 8.
+    filters: metadata key -> accepted values. An image must have one of them for every key. Default none.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     text: str = ""
@@ -56,13 +61,13 @@ class BrowseQuery(BaseModel):
 
 
 class BrowseImageQuery(BrowseQuery):
-    """image: a `data:` URL."""
+    """A recall request. image: image query as a `data:` URL, default none."""
 
     image: str | None = None
 
 
 def make_app(recaller: Recaller) -> Starlette:
-    """The app, for uvicorn or a test."""
+    """Return the app, for uvicorn or a test."""
     page = files("llama_index_genret.cli.browse").joinpath("page.html").read_text(encoding="utf-8")
 
     @lru_cache(maxsize=2000)
@@ -85,20 +90,20 @@ def make_app(recaller: Recaller) -> Starlette:
         try:
             content = await run_in_threadpool(picture, request.query_params.get("id", ""))
         except (KeyError, *UNREADABLE) as error:
-            raise HTTPException(404, "there is no such image, or its file cannot be read.") from error
+            raise HTTPException(404, "the index has no image with this id, or its file cannot be read.") from error
         headers = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
         return Response(content, media_type="image/webp", headers=headers)
 
     async def recall(request: Request) -> Response:
-        asked = await _body(request, BrowseImageQuery)
-        image = from_data_url(asked.image) if asked.image else None
-        found = await run_in_threadpool(recaller.recall, asked.text, image, k=asked.k, filters=asked.filters)
-        return JSONResponse(asdict(found))
+        query = await _body(request, BrowseImageQuery)
+        image = from_data_url(query.image) if query.image else None
+        ranking = await run_in_threadpool(recaller.recall, query.text, image, k=query.k, filters=query.filters)
+        return JSONResponse(asdict(ranking))
 
     async def answer(request: Request) -> Response:
-        asked = await _body(request, BrowseQuery)
-        given = await run_in_threadpool(recaller.answer, asked.text, k=asked.k, filters=asked.filters)
-        return JSONResponse(asdict(given))
+        query = await _body(request, BrowseQuery)
+        response = await run_in_threadpool(recaller.answer, query.text, k=query.k, filters=query.filters)
+        return JSONResponse(asdict(response))
 
     routes = [
         Route("/", show_page),
@@ -108,35 +113,35 @@ def make_app(recaller: Recaller) -> Starlette:
         Route("/api/answer", answer, methods=["POST"]),
     ]
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-    handlers: Any = {GenretError: _refused, HTTPException: _not_served}
+    handlers: Any = {GenretError: _genret_error, HTTPException: _http_error}
     return Starlette(routes=routes, middleware=[hosts], exception_handlers=handlers)
 
 
 def listen(port: int) -> socket.socket:
-    """A socket on this machine's own address; port 0 for any that is free.
+    """Return a socket on the loopback address. Port 0 selects a free port.
 
     Raises:
-        ServerError: the port is taken.
+        ServerError: the port is in use.
     """
     try:
         return socket.create_server((HOST, port))
     except OSError as error:
-        raise ServerError(f"port {port} of {HOST} cannot be used ({error}): choose another by --port.") from error
+        raise ServerError(f"port {port} of {HOST} cannot be used ({error}). Choose another one with --port.") from error
 
 
 def serve(app: Starlette, listening: socket.socket) -> None:
-    """Serve until the process is told to stop."""
+    """Serve until the process receives a signal to stop."""
     uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run(sockets=[listening])
 
 
 async def _body(request: Request, model: type[Model]) -> Model:
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise HTTPException(415, "send application/json.")
+        raise HTTPException(415, "expected the content type application/json.")
     content = bytearray()
     async for chunk in request.stream():
         content += chunk
         if len(content) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"at most {MAX_BODY_BYTES >> 20} MiB are read: choose a smaller picture.")
+            raise HTTPException(413, f"the request is larger than {MAX_BODY_BYTES >> 20} MiB. Choose a smaller image.")
     try:
         return model.model_validate_json(bytes(content))
     except ValidationError as error:
@@ -144,10 +149,10 @@ async def _body(request: Request, model: type[Model]) -> Model:
         raise HTTPException(400, f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
 
 
-async def _refused(request: Request, error: Exception) -> Response:
+async def _genret_error(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, status_code=400)
 
 
-async def _not_served(request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, status_code=error.status_code)

@@ -1,4 +1,4 @@
-"""The command that serves a page on this machine, to try a model by hand."""
+"""The command that serves a local web page to try a model by hand."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llama_index_genret.store import load_index
 
 def browse(
     index_dir: IndexDir,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 8001,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page. 0 selects a free port.")] = 8001,
     server: Server = None,
     api_key: ApiKey = "EMPTY",
     model: BaseModel = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Serve a page on this machine: queries, dropped images, filters, and how each identifier was spelled."""
+    """Serve a local web page to recall by text, image and filters, and to see each search. Needs [browse]."""
     from llama_index_genret.cli.browse.app import HOST, listen, make_app, serve
     from llama_index_genret.cli.browse.recaller import Recaller
 
@@ -34,5 +34,5 @@ def browse(
         table = new_table("page")
         table.add_row(url)
         emit(as_json, {"url": url}, table)
-        log.print("Ctrl-C ends it", style="dim")
+        log.print("Press Ctrl-C to stop", style="dim")
         serve(make_app(recaller), listening)

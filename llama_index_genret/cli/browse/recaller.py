@@ -1,6 +1,6 @@
-"""What a person tries by hand: recall for a text or a picture, told symbol by symbol, and answers with their images.
+"""Recall for a text or an image with its search symbol by symbol, and answers with their source images.
 
-Knows the index, a scorer and LlamaIndex's query engine; nothing of HTTP.
+Depends on the index, a scorer and the query engine of LlamaIndex; independent of HTTP.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from llama_index_genret.serving.endpoint.client import RecallClient, RecallQuery
 from llama_index_genret.store import Index, RecordFilters, Scoring
 from llama_index_genret.store.filters import Value
 
-Chosen = Mapping[str, list[Value]]
-"""Metadata keys, and the values of which an image must have one."""
+AcceptedValues = Mapping[str, list[Value]]
+"""Metadata key -> accepted values. An image must have one of them for every key."""
 
 
 @dataclass(frozen=True)
 class BrowseHit:
-    """One image. levels: how its identifier was spelled; none where a server recalled it in one request."""
+    """One recalled image. levels: the search per symbol, empty if a server recalled the image in one request."""
 
     image_id: str
     file_name: str
@@ -43,7 +43,7 @@ class BrowseHit:
 
 @dataclass(frozen=True)
 class BrowseRanking:
-    """Images, best first, and how they were found; see `search.Ranking`."""
+    """Images, best first, and facts about the search. See `search.Ranking`."""
 
     hits: tuple[BrowseHit, ...]
     exact: bool
@@ -54,7 +54,7 @@ class BrowseRanking:
 
 @dataclass(frozen=True)
 class BrowseAnswer:
-    """An answer, and the images that the model looked at for it, best first."""
+    """An answer with the images that the model read for it, best first."""
 
     answer: str
     sources: tuple[BrowseHit, ...]
@@ -62,10 +62,11 @@ class BrowseAnswer:
 
 
 class Recaller:
-    """Recalls and answers with one model, one request at a time.
+    """Recall and answer with one model, one request at a time.
 
     Args:
-        endpoint: of a server, for pictures, which it recalls in one request only.
+        endpoint: recall endpoint of a server, used for image queries: a server recalls them in one request only.
+            Default none.
     """
 
     def __init__(self, index: Index, scorer: Scorer, llm: LLM, *, endpoint: RecallClient | None = None) -> None:
@@ -73,11 +74,12 @@ class Recaller:
         self._scorer, self._llm, self._endpoint = scorer, llm, endpoint
         self._lock = threading.Lock()
 
-    def recall(self, text: str, image: bytes | None, *, k: int, filters: Chosen) -> BrowseRanking:
-        """The best `k` for a text, for a picture, or for both, by a beam.
+    def recall(self, text: str, image: bytes | None, *, k: int, filters: AcceptedValues) -> BrowseRanking:
+        """Return the best `k` images for a text, for an image, or for both, by beam search.
 
         Raises:
-            QueryError, FilterError, ImageError, ServerError: as their names say.
+            QueryError: the query is invalid. FilterError: the filters do not apply. ImageError: the image is invalid.
+            ServerError: the server failed.
         """
         index, began = self.index, time.monotonic()
         prompts, tokenizer = index.prompts, index.tokenizer
@@ -89,19 +91,19 @@ class Recaller:
         with self._lock:
             query = RecallQuery(text, prompt, options, conditions, scoring)
             ranking = self._endpoint.recall(query) if self._endpoint and image is not None else None
-            watching = RecordingScorer(self._scorer)
+            recorder = RecordingScorer(self._scorer)
             if ranking is None:
                 rerank = reranking(index, scoring)
-                (ranking,) = recall(watching, index.trie, [prompt], options, rerank=rerank)
-        expanded = probabilities(watching.steps)
+                (ranking,) = recall(recorder, index.trie, [prompt], options, rerank=rerank)
+        expanded = probabilities(recorder.steps)
         hits = tuple(
-            self._found(hit, identifier_levels(index, hit, expanded, leaf_filter) if expanded else ())
+            self._browse_hit(hit, identifier_levels(index, hit, expanded, leaf_filter) if expanded else ())
             for hit in ranking.hits
         )
         return BrowseRanking(hits, ranking.exact, ranking.nodes_expanded, time.monotonic() - began, scoring)
 
-    def answer(self, question: str, *, k: int, filters: Chosen) -> BrowseAnswer:
-        """Recall images for the question, look at them, answer. Errors as of `recall`."""
+    def answer(self, question: str, *, k: int, filters: AcceptedValues) -> BrowseAnswer:
+        """Recall images for the question and answer from them. Raises the errors of `recall`."""
         began = time.monotonic()
         wanted = MetadataFilters.model_validate(RecordFilters.equal(filters).model_dump()) if filters else None
         retriever = GenerativeImageRetriever(
@@ -114,15 +116,15 @@ class Recaller:
             record = self.index.records[self.index.rows_by_id[node.node.metadata["image_id"]]]
             caption = record.captions[0] if record.captions else ""
             scores = node.score or 0.0, node.node.metadata["genret_log_prob"]
-            name = node.node.metadata["genret_identifier"]
-            sources.append(BrowseHit(record.image_id, record.file_name, caption, *scores, name))
+            identifier = node.node.metadata["genret_identifier"]
+            sources.append(BrowseHit(record.image_id, record.file_name, caption, *scores, identifier))
         return BrowseAnswer(str(response), tuple(sources), time.monotonic() - began)
 
     def filters(self) -> dict[str, Sequence[Value]]:
-        """The values of every metadata key, in the order of the images."""
+        """Return the values of every metadata key, in the order of the images."""
         return {key: self.index.columns.distinct(key) for key in self.index.columns.keys}
 
-    def _found(self, hit: Hit, levels: tuple[Level, ...]) -> BrowseHit:
+    def _browse_hit(self, hit: Hit, levels: tuple[Level, ...]) -> BrowseHit:
         record = self.index.record_of(hit)
         caption = record.captions[0] if record.captions else ""
         names = record.image_id, record.file_name, caption

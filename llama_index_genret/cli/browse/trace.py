@@ -1,6 +1,6 @@
-"""How a search spelled an identifier: at each level the children that it considered, with their probabilities.
+"""Trace of a search: per level of an identifier, the children that the search scored, with their probabilities.
 
-Knows indexes and what a `RecordingScorer` noted; nothing of models or HTTP.
+Depends on indexes and the steps of a `RecordingScorer`; independent of models and HTTP.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from llama_index_genret.store import Index
 from llama_index_genret.trie import LeafFilter, LiveTrie, Nodes
 
 SHOWN = 6
-"""Most probable children of a level that are told one by one."""
+"""Number of the most probable children that a level lists one by one."""
 
 EXAMPLES = 3
-"""Images shown of those below a child."""
+"""Number of example images per child."""
 
 Int64 = NDArray[np.int64]
 
@@ -29,8 +29,11 @@ Int64 = NDArray[np.int64]
 class Choice:
     """One child of a prefix.
 
-    symbol: as people read it; "" closes the identifier. probability: given the prefix, over all its children.
-    images: how many lie below it, of which `allowed` pass the filters; `examples` are ids of some that pass.
+    symbol: readable text of the symbol, "" for the end of the identifier.
+    probability: probability given the prefix, over all its children.
+    chosen: whether the identifier of the hit goes on with this child.
+    images: number of images below the child. allowed: number of them that pass the filters.
+    examples: ids of at most `EXAMPLES` images that pass.
     """
 
     symbol: str
@@ -45,18 +48,23 @@ class Choice:
 class Level:
     """The step from one prefix of an identifier to the next.
 
-    choices: the most probable `SHOWN` of `children`, and the chosen one; `rest` is the probability of the others.
-    asked: whether the model was; of an only child it is not, whose probability is 1.
+    choices: the `SHOWN` most probable children, and the chosen one.
+    children: number of all children. rest: probability of the children that are not listed.
+    scored: whether the model scored the children. An only child is not scored and has probability 1.
     """
 
     choices: tuple[Choice, ...]
     children: int
     rest: float
-    asked: bool
+    scored: bool
 
 
 def probabilities(steps: Sequence[Step]) -> dict[Prefix, NDArray[np.float64]]:
-    """Of every prefix that a search of one query expanded: the probabilities of its children, by ascending token id."""
+    """Return prefix -> probabilities of its children, by ascending token id.
+
+    Args:
+        steps: steps of a search for one query. Only expanded prefixes are in the result.
+    """
     found = {}
     for step in steps:
         for row, score in zip(step.rows, step.rows.split(np.asarray(step.scores, np.float64)), strict=True):
@@ -68,11 +76,11 @@ def probabilities(steps: Sequence[Step]) -> dict[Prefix, NDArray[np.float64]]:
 def identifier_levels(
     index: Index, hit: Hit, expanded: dict[Prefix, NDArray[np.float64]], leaf_filter: LeafFilter | None
 ) -> tuple[Level, ...]:
-    """The levels of a hit's identifier, first symbol first.
+    """Return the levels of a hit's identifier, first symbol first.
 
     Args:
-        expanded: of `probabilities`, of the search that found the hit.
-        leaf_filter: the leaves that pass the query's filters; None for all.
+        expanded: result of `probabilities` for the search that found the hit.
+        leaf_filter: the leaves that pass the filters of the query. None for all.
     """
     trie, nodes, levels = index.trie, index.trie.roots(1), []
     for depth, token in enumerate(hit.token_ids):
@@ -97,7 +105,7 @@ def identifier_levels(
 
 
 def leaves_below(trie: LiveTrie, nodes: Nodes) -> Int64:
-    """The live leaves below one node, ascending."""
+    """Return the live leaves below one node, ascending."""
     parts = [(trie.base, nodes.base, 0)]
     if trie.added is not None and nodes.added is not None:
         parts.append((trie.added, nodes.added, trie.base.n_leaves))

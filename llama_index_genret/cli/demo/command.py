@@ -16,10 +16,10 @@ from llama_index_genret.cli.output import bar, console, emit, log, new_table, vi
 def demo(
     model: Model = DEFAULT_MODEL,
     vllm: Annotated[bool, typer.Option("--vllm", help="Recall and answer through a vLLM server.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the index and report.html.")] = Path("demo-out"),
+    out: Annotated[Path, typer.Option(help="Folder of the index and report.html.")] = Path("demo-out"),
     as_json: Json = False,
 ) -> None:
-    """The whole path on the images in the package: index, train, recall, grounded answer, report."""
+    """Run every step on the images in the package: index, train, recall, grounded answer, report."""
     from llama_index_genret.cli.demo.run import figure_rows, run_demo
 
     result = run_demo(model, out, vllm=vllm, progress=bar("Encoding"), say=log.print)
@@ -35,7 +35,7 @@ def demo(
     answer = dataclasses.asdict(result.answer)
     if not as_json:
         console().print(shown)
-        said = visible(f"  {result.answer.answer}  ← {answer['sources']}")
-        console().print(Text.assemble((result.answer.question, "bold"), said))
+        answer_line = visible(f"  {result.answer.answer}  ← {answer['sources']}")
+        console().print(Text.assemble((result.answer.question, "bold"), answer_line))
     emit(as_json, {**dataclasses.asdict(result.figures), "answer": answer, "report": str(result.report)}, figures)
     log.print(f"report: {result.report}")

@@ -1,6 +1,6 @@
-"""The whole path on the images in the package: index, train, recall, look and answer, report.
+"""Run every step on the images in the package: index, train, recall, grounded answer, report.
 
-Every figure is measured on what a user would call: the retriever, and LlamaIndex's own query engine.
+Every figure is measured on the interfaces of a user: the retriever and the query engine of LlamaIndex.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Figures:
-    """What `genret demo` measures; rates in [0, 1]. The two last are None without a server."""
+    """The figures of `genret demo`. Rates lie in [0, 1]. The last two are None without a server."""
 
     captions_recall_1: float
     phrasings_recall_1: float
@@ -75,7 +75,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class DemoAnswer:
-    """One question to the query engine, with the image ids that it looked at."""
+    """One question to the query engine, with its answer and the ids of its source images."""
 
     question: str
     answer: str
@@ -84,7 +84,7 @@ class DemoAnswer:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Everything a reader wants to see, printed or as a page."""
+    """The results of the demo, for the terminal and for the report."""
 
     index: Index
     figures: Figures
@@ -96,17 +96,23 @@ class DemoResult:
 def run_demo(
     model: str, out: Path, *, vllm: bool = False, options: TrainOptions = OPTIONS, progress: Progress = iter, say: Say
 ) -> DemoResult:
-    """Index, train, recall and answer on the demo's images; write `out/index` and `out/report.html`.
+    """Index, train, recall and answer on the demo images. Write `out/index` and `out/report.html`.
 
     Args:
-        vllm: recall and answer through a vLLM server started for it, and compare its scores with this process's.
+        model: folder or hub id of the base model.
+        out: output folder. An index in it is replaced.
+        vllm: start a vLLM server, recall and answer through it, and compare its scores with those of this process.
+            Default False.
+        options: options of the training, default `OPTIONS`.
+        progress: wrapper of iterables that draws a progress bar, default none.
+        say: callback for log lines.
     """
     say(f"Indexing {DATA / 'images'}")
     mllm = load_mllm(model)
     index = build_index(read_corpus(DATA / "images"), out / "index", mllm, overwrite=True, progress=progress)
     if find_spec("matplotlib") is None:
-        say("The report will have no charts: pip install 'llama-index-genret[eval]'")
-    say("Training: memorise, retrieve, describe and answer, interleaved")
+        say("The report has no charts, because matplotlib is missing: pip install 'llama-index-genret[eval]'")
+    say("Training the tasks memorise, retrieve, describe and answer, interleaved")
     index = train(index, options)
     mllm = load_trained(index)
     local = TransformersScorer(mllm)
@@ -114,12 +120,12 @@ def run_demo(
     if not vllm:
         say("Recalling and answering in this process")
         return _measure(index, local, InProcessLLM(mllm), queries, out)
-    say("Starting a vLLM server, recalling and answering through it")
+    say("Starting a vLLM server to recall and answer")
     with _server(index, out / "vllm.log") as (scorer, llm):
         result = _measure(index, scorer, llm, queries, out, images_by=local)
         agreement, difference = agreement_of(_recall(index, local, queries), result.evaluation.hits)
     figures = replace(result.figures, top5_agreement=agreement, largest_log_prob_difference=difference)
-    return _reported(replace(result, figures=figures))
+    return _write_report(replace(result, figures=figures))
 
 
 @contextmanager
@@ -171,11 +177,11 @@ def _measure(
     answer = DemoAnswer(
         QUESTION, str(response), tuple(node.node.metadata["image_id"] for node in response.source_nodes)
     )
-    return _reported(DemoResult(index, figures, evaluation, answer, out / "report.html"))
+    return _write_report(DemoResult(index, figures, evaluation, answer, out / "report.html"))
 
 
 def _image_recall(index: Index, scorer: Scorer) -> float:
-    """recall@1 of image queries: the model names the picture it is shown."""
+    """Return recall@1 of image queries: the model generates the identifier of the image that it reads."""
     prompts = [index.prompts.for_image(index.tokenizer, record.path) for record in index.records]
     ranked = [
         [index.record_of(hit).image_id for hit in hits]
@@ -185,7 +191,7 @@ def _image_recall(index: Index, scorer: Scorer) -> float:
 
 
 def _grounding(index: Index, engine: RetrieverQueryEngine, retriever: GenerativeImageRetriever) -> tuple[float, float]:
-    """Shares of right answers: to the recalled picture, and to another one put in its place."""
+    """Return the shares of right answers about the recalled image, and about another image in its place."""
     pairs = [json.loads(line) for line in (DATA / "grounding.jsonl").read_text(encoding="utf-8").splitlines()]
     records = {record.file_name: record for record in index.records}
     right, follows = [], []
@@ -202,7 +208,7 @@ def _ask(engine: RetrieverQueryEngine, question: str, nodes: list[NodeWithScore]
 
 
 def same_answer(answer: str, wanted: str) -> bool:
-    """Whether two answers say the same words, whatever their case and punctuation."""
+    """Return whether two answers have the same words, ignoring case and punctuation."""
     return _plain(answer) == _plain(wanted)
 
 
@@ -213,11 +219,11 @@ def _plain(text: str) -> str:
 def agreement_of(
     ours: Sequence[Sequence[Hit]], theirs: Sequence[Sequence[Hit]], *, tolerance: float = 1e-3
 ) -> tuple[float, float]:
-    """How far two scorers agree on the same queries.
+    """Return how far two scorers agree on the same queries.
 
     Returns:
-        The share of queries whose top 5 are the same in the same order, hits within `tolerance` of each other being
-        a tie; and the largest difference of log-probability of one image in both lists.
+        The share of queries with the same top 5 in the same order, where hits within `tolerance` are a tie, and the
+        largest difference between the natural log-probabilities of one image in both lists.
     """
     same, largest = [], 0.0
     for left, right in zip(ours, theirs, strict=True):
@@ -232,8 +238,8 @@ def agreement_of(
     return float(np.mean(same)), largest
 
 
-def _reported(result: DemoResult) -> DemoResult:
-    """Write the page, with charts where what draws them is installed."""
+def _write_report(result: DemoResult) -> DemoResult:
+    """Write the report and return the result unchanged. Charts need matplotlib."""
     records = result.index.records
     rows = [result.index.rows_by_id[image_id] for image_id in result.answer.sources]
     figures = tuple(tuple(map(Cell, row)) for row in figure_rows(result.figures))
@@ -242,7 +248,7 @@ def _reported(result: DemoResult) -> DemoResult:
         result.report,
         result.index,
         result.evaluation,
-        tables=[Table("The demo's figures", ("figure", "value", "note"), figures, words=frozenset({"note"}))],
+        tables=[Table("Figures of the demo", ("figure", "value", "note"), figures, words=frozenset({"note"}))],
         charts=find_spec("matplotlib") is not None,
         answers=[ReportAnswer(result.answer.question, result.answer.answer, sources)],
     )
@@ -250,24 +256,24 @@ def _reported(result: DemoResult) -> DemoResult:
 
 
 def figure_rows(figures: Figures) -> list[tuple[str, str, str]]:
-    """Name, value and note of each figure, for a table."""
+    """Return name, value and note of each figure, for a table."""
     rows = [
         ("recall@1, captions", f"{figures.captions_recall_1:.3f}", "trained on; goal 0.95"),
         ("recall@1, new phrasings", f"{figures.phrasings_recall_1:.3f}", "held out; goal 0.90"),
-        ("image to its identifier", f"{figures.image_to_identifier:.3f}", "recall@1 of image queries; goal 0.90"),
+        ("image to identifier", f"{figures.image_to_identifier:.3f}", "recall@1 of image queries; goal 0.90"),
         (
             "recall@1 / @5, held-out tags",
             f"{figures.tags_recall_1:.3f} / {figures.tags_recall_5:.3f}",
             f"char TF-IDF {figures.tags_tfidf_recall_1:.3f} / {figures.tags_tfidf_recall_5:.3f}",
         ),
-        ("right answers", f"{figures.answers_right:.3f}", "about the recalled picture; goal 0.80"),
+        ("right answers", f"{figures.answers_right:.3f}", "about the recalled image; goal 0.80"),
         (
-            "answers that follow a swapped picture",
+            "right answers to a swapped image",
             f"{figures.answers_follow_the_swapped_picture:.3f}",
-            "another picture in its place, its own answer wanted",
+            "about another image in place of the recalled one",
         ),
     ]
     if figures.top5_agreement is not None:
-        rows.append(("same top 5, server and process", f"{figures.top5_agreement:.3f}", "ties within 0.001"))
+        rows.append(("same top 5 by server and process", f"{figures.top5_agreement:.3f}", "ties within 0.001"))
         rows.append(("largest log-prob difference", f"{figures.largest_log_prob_difference:.1e}", "goal 0.001"))
     return rows

@@ -307,7 +307,7 @@ def test_the_command_writes_reports_what_is_missing_and_inspect_and_eval_tell_of
     wrote, said = genret("write-queries", bare.folder, *small)
     assert wrote["images"] == 20
     assert wrote["short"] > 0
-    assert "got fewer queries than asked for" in said
+    assert "fewer queries than --per-image" in said
     assert "unfinished" in said
     again, said = genret("write-queries", bare.folder, *small)
     assert (again["images"], again["pseudo_queries"]) == (0, wrote["pseudo_queries"])
