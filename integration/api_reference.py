@@ -26,18 +26,18 @@ import llama_index_genret as package
 
 PREFIX = f"{package.__name__}."
 NOT_READ = ("vllm", "fastapi", "prometheus_client")
-"""Of a module that needs a vLLM server's packages only the docstring is read, whether they are installed or not."""
+"""pdoc reads only the docstring of a module that needs a vLLM server's packages, installed or not."""
 ELSEWHERE = {
     "AutoModelForImageTextToText", "IngestionPipeline", "OpenAILike", "SamplingParams", "VllmOfflineScorer", "vllm",
 }  # fmt: skip
-"""What docstrings name of other packages, and of modules that are not read."""
+"""Targets that docstrings may mention although pdoc does not read them: other packages, and skipped modules."""
 CODE = re.compile(r"`([A-Za-z_]\w*(?:\.\w+)*)(?:\(\))?`")
 CLASS = re.compile(r"[A-Z]+[a-z]\w*$")
 FILE = re.compile(r"\.(jsonl?|txt|md|csv|npy|html|png)$")
 
 
 def all_modules() -> dict[str, ModuleType]:
-    """Every module of the package by its full name; what cannot be read is there with its docstring only."""
+    """Return every module of the package by its full name. A module that cannot be imported has its docstring only."""
     sys.modules.update(dict.fromkeys(NOT_READ))  # as if they were not installed
     modules: dict[str, ModuleType] = {}
     unread = set(NOT_READ)
@@ -56,7 +56,7 @@ def all_modules() -> dict[str, ModuleType]:
 
 
 def docstring_in_source(name: str) -> str:
-    """The docstring of a module that is not imported, with a word on why nothing else is there."""
+    """Return a stand-in with the docstring of a module that is not imported, and a note that says so."""
     spec = find_spec(name)
     source = Path((spec and spec.origin) or "").read_text(encoding="utf-8")
     return f"{ast.get_docstring(ast.parse(source))}\n\nIt needs a vLLM server's packages: see its source."
@@ -68,23 +68,23 @@ def write_reference(out: Path) -> None:
     Raises:
         UserWarning: what pdoc has to say of a module that it cannot read.
     """
-    for name in package.__all__:  # pdoc looks at what is there, and these load on first use
+    for name in package.__all__:  # pdoc uses dir(), and these load on first use
         setattr(package, name, getattr(package, name))
     children = [child.name for child in pkgutil.iter_modules(package.__path__) if not child.name.startswith("_")]
-    package.__all__ = [*package.__all__, *children]  # else it takes them for private
+    package.__all__ = [*package.__all__, *children]  # else pdoc takes them for private
     pdoc.render.configure(docformat="google", show_source=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module=r"pdoc\.")
-        # mypy checks annotations; pdoc looks for those of a NamedTuple in a module that is none.
+        # mypy checks annotations. pdoc resolves those of a NamedTuple in a module that does not exist.
         warnings.filterwarnings("ignore", message="Error parsing type annotation ForwardRef", module=r"pdoc\.doc_types")
         pdoc.pdoc(package.__name__, output_directory=out)
 
 
 def broken_references(modules: dict[str, ModuleType]) -> Iterator[str]:
-    """Where and what, for each class or dotted name in the backticks of a docstring that names nothing.
+    """Return (place, reference) for each class or dotted path in the backticks of a docstring that does not exist.
 
-    A name is looked for in its module, in the package, and among all classes and functions of the package. What starts
-    with a variable, as in `rows.token_ids`, is none.
+    A reference is looked up in its module, in the package, and among all classes and functions of the package. A path
+    that starts with a variable, as in `rows.token_ids`, is skipped.
     """
     known = {name: value for module in modules.values() for name, value in own_names(module)}
     known |= {name.rpartition(".")[2]: module for name, module in modules.items()}
@@ -100,14 +100,14 @@ def broken_references(modules: dict[str, ModuleType]) -> Iterator[str]:
 
 
 def own_names(module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """The classes and functions that a module defines."""
+    """Return the classes and functions that a module defines."""
     for name, value in vars(module).items():
         if getattr(value, "__module__", None) == module.__name__ and callable(value):
             yield name, value
 
 
 def docstrings(module: ModuleType) -> Iterator[tuple[str, str]]:
-    """A module's own, those of its classes and functions, and those of their methods."""
+    """Return the docstrings of a module, of its classes and functions, and of their methods."""
     yield module.__name__, module.__doc__ or ""
     for name, value in own_names(module):
         yield f"{module.__name__}.{name}", value.__doc__ or ""
@@ -117,7 +117,7 @@ def docstrings(module: ModuleType) -> Iterator[tuple[str, str]]:
 
 
 def has(value: Any, path: str) -> bool:
-    """Whether a dotted path leads somewhere; attributes that a class only annotates, or sets on `self`, count."""
+    """Return True if a dotted path resolves. Attributes that a class only annotates, or sets on `self`, count."""
     head, _, tail = path.partition(".")
     if not head or hasattr(value, head):
         return not head or has(getattr(value, head), tail)
@@ -129,7 +129,7 @@ def has(value: Any, path: str) -> bool:
 
 
 def main(out: Path) -> None:
-    """Write the reference, then refuse it where something in it leads nowhere."""
+    """Write the reference, then fail if a reference in it is broken."""
     modules = all_modules()
     write_reference(out)
     broken = sorted(set(broken_references(modules)))

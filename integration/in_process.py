@@ -1,9 +1,9 @@
-"""What the model of an index recalls and answers in a process of its own, as JSON.
+"""Recall and answer with the model of an index in a process of its own, as JSON.
 
     python -m integration.in_process INDEX < questions.json
 
-For models that load only in a process set up for them. Questions are {"texts": [...], "images": [files],
-"question": ...}: texts and images recall, the question is asked of each image.
+This is for models that load only in a process set up for them. The input is {"texts": [...], "images": [files],
+"question": ...}. Texts and images are queries. The question is put about each image.
 """
 
 import json
@@ -21,13 +21,13 @@ TOP_K, ANSWER_TOKENS = 5, 4
 
 
 def ranked(retriever, query):
-    """Image ids and log-probabilities."""
+    """Return image ids and log-probabilities."""
     nodes = retriever.retrieve(query)
     return {node.node.node_id: node.node.metadata["genret_log_prob"] for node in nodes}
 
 
 def answers(llm, retriever, question, images):
-    """What `llm` says to the question about each image alone, without spaces around it."""
+    """Return the answers of `llm` to the question about each image alone, without surrounding spaces."""
     engine = image_query_engine(retriever, llm)
     shown = [[NodeWithScore(node=ImageNode(image_path=image, image_mimetype="image/png"))] for image in images]
     return [str(engine.synthesize(QueryBundle(question), nodes)).strip() for nodes in shown]

@@ -1,6 +1,6 @@
-"""nginx with the configuration of `integration/deploy`, on other addresses and, for a test, with other numbers.
+"""Run nginx with the configuration of `integration/deploy`, on other addresses and, for a test, with other numbers.
 
-Knows the text of the configuration; nothing of what it does.
+Depends on the text of the configuration; independent of its effects.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin") or
 UPSTREAM, LISTEN = "genret:8000", "listen 8080"
 STARTED_S = 10.0
 TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-"""Kinds of files that nginx writes, which it would put where only root may write."""
+"""Kinds of files that nginx writes, by default where only root may write."""
 
 
 def value_of(directive: str) -> str:

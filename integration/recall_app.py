@@ -1,4 +1,4 @@
-"""The recall routes in an app with vLLM's guard and error handlers; a table in place of the engine."""
+"""The recall routes in an app with vLLM's guard and error handlers. A table replaces the engine."""
 
 import asyncio
 import threading
@@ -18,9 +18,9 @@ from llama_index_genret.serving.endpoint import RecallMiddleware
 
 
 class TableEngine:
-    """`generate` answers with log-probabilities from a table, as vLLM's engine does.
+    """An engine whose `generate` answers with log-probabilities from a table, in vLLM's format.
 
-    value: stands in place of the last log-probability, where it is given. wait_s: how long each answer takes.
+    value: replaces the last log-probability, if given. wait_s: seconds until each answer.
     """
 
     def __init__(self, vocabulary):
@@ -39,7 +39,7 @@ class TableEngine:
 
 
 def recall_app(index, *, api_key=(), root_path=""):
-    """The app; the environment names the index."""
+    """Return the app. The environment sets the index."""
     app = FastAPI()
     app.root_path = root_path
     app.state.args = SimpleNamespace(api_key=list(api_key), log_error_stack=False)

@@ -1,4 +1,4 @@
-"""Makes the picture of the README: every eighth of the 30 queries that the demo's report draws by lot, five hits each.
+"""Make the README's figure: every eighth of the 30 queries that the demo's report samples, with five hits each.
 
 make demo && .venv/bin/python -m integration.report_picture demo-out/report.html integration/report.png
 """

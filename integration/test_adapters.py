@@ -101,7 +101,7 @@ def test_an_image_and_an_image_with_a_text_are_queries_too(client, indexes, scor
             assert_same(served(client, **body), in_process(index, scorers[name], prompt))
 
 
-def test_the_base_model_answers_and_the_adapters_do_not(client, base, indexes, scorers):
+def test_the_base_model_answers_and_not_the_adapters(client, base, indexes, scorers):
     """The log-probabilities behind an answer are those of the untrained model, unless an adapter is named."""
     token_ids = indexes["codes"].prompts.for_query(indexes["codes"].tokenizer, TEXT).token_ids
     adapter = served_name(indexes["codes"].weights_id)
@@ -117,7 +117,7 @@ def test_the_base_model_answers_and_the_adapters_do_not(client, base, indexes, s
     assert found["genret"] != found[adapter]
 
 
-def test_the_base_model_writes_pseudo_queries_through_the_server_as_in_this_process(server, indexes, tmp_path):
+def test_pseudo_queries_of_the_server_equal_those_of_the_process(server, indexes, tmp_path):
     index = indexes["codes"]
     requests = [
         WriterRequest(record.path, f"What is {text}?", 3) for record in index.records[::4] for text in ("it", "red")
@@ -151,7 +151,7 @@ def _logits(mllm, token_ids):
         return mllm.model(input_ids=torch.tensor([token_ids])).logits[0, -1].log_softmax(-1).tolist()
 
 
-def test_the_retriever_takes_one_request_or_the_stock_protocol_with_the_same_nodes(server, indexes, monkeypatch):
+def test_endpoint_and_stock_protocol_give_the_same_nodes(server, indexes, monkeypatch):
     posted = []
     send = httpx.Client.send
     monkeypatch.setattr(httpx.Client, "send", lambda *a, **k: posted.append(a[1].url.path) or send(*a, **k))
@@ -168,7 +168,7 @@ def test_the_retriever_takes_one_request_or_the_stock_protocol_with_the_same_nod
         assert ours._scorer.served_model() == "genret"
 
 
-def test_an_image_query_of_the_retriever_goes_to_the_endpoint_sync_and_async(server, indexes, scorers, pictures):
+def test_image_queries_use_the_endpoint_sync_and_async(server, indexes, scorers, pictures):
     index, scorer = indexes["codes"], scorers["codes"]
     here = GenerativeImageRetriever(index, scorer, similarity_top_k=4)
     there = GenerativeImageRetriever.from_server(index.folder, server.api_base, similarity_top_k=4)
@@ -183,7 +183,7 @@ def test_an_image_query_of_the_retriever_goes_to_the_endpoint_sync_and_async(ser
         stock.retrieve(query)
 
 
-def test_indexes_are_listed_named_and_edited_apart(client, indexes):
+def test_indexes_are_listed_selected_and_edited_separately(client, indexes):
     cards = {card["name"]: card for card in client.get("/recall/indexes").json()["data"]}
     assert {name: (card["scheme"], card["images"]) for name, card in cards.items()} == {
         "codes": ("structured", 20),
@@ -198,13 +198,13 @@ def test_indexes_are_listed_named_and_edited_apart(client, indexes):
 
 
 @pytest.mark.parametrize("image", ["no url", "data:image/png;base64,AAAA", "http://127.0.0.1:1/x.png", "file:///x"])
-def test_what_is_no_image_is_refused_and_no_address_is_fetched(client, image):
+def test_invalid_images_are_refused_and_nothing_is_fetched(client, image):
     answer = client.post("/recall", json={"image": image, "index": "codes"})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["type"] == "BadRequestError"
 
 
-def test_what_one_server_cannot_serve_is_refused_before_it_starts(indexes, trained_index):
+def test_incompatible_indexes_are_refused_before_the_start(indexes, trained_index):
     words, codes = indexes["words"].folder, indexes["codes"].folder
     for arguments, reason in [
         ((codes, "--also", words), "one checkpoint cannot hold both"),

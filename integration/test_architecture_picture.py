@@ -16,12 +16,12 @@ OVERFLOW = """() => [...document.querySelectorAll('g')].flatMap(group => {
 })"""
 
 
-def test_the_picture_is_what_its_command_draws():
+def test_figure_equals_the_output_of_its_command():
     assert PICTURE.read_text(encoding="utf-8") == architecture_picture.svg()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everything_stays_in_its_box_on_a_ground_of_its_scheme(browser, scheme):
+def test_figure_text_fits_its_boxes_in_both_color_schemes(browser, scheme):
     page = browser.new_page(color_scheme=scheme)
     page.goto(PICTURE.as_uri())
     assert page.locator("g").count() == len(architecture_picture.BOXES)

@@ -73,9 +73,7 @@ def assert_alike(theirs, ours):
         np.testing.assert_allclose([hit["log_prob"] for hit in found], [hit["log_prob"] for hit in expected], atol=1e-3)
 
 
-def test_offline_batch_finds_what_the_process_finds_goes_on_after_a_kill_and_leaves_no_process(
-    trained_index, queries, local, tmp_path
-):
+def test_offline_batch_equals_process_and_resumes_after_a_kill(trained_index, queries, local, tmp_path):
     out, part = tmp_path / "hits.jsonl", tmp_path / "hits.jsonl.part"
     arguments = ["batch", trained_index.folder, queries, "--out", out, "-k", 5, "--offline", "--batch-size", 4]
     environment = {**os.environ, OWNER: str(tmp_path)}
@@ -94,7 +92,7 @@ def test_offline_batch_finds_what_the_process_finds_goes_on_after_a_kill_and_lea
     assert len({line["hits"][0]["image_id"] for line in read(out) if "hits" in line}) > 1
 
 
-def test_a_process_is_known_by_the_variable():
+def test_processes_are_found_by_their_environment_variable():
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env={OWNER: "probe"}) as process:
         assert wait_until(lambda: processes_of("probe") == [process.pid], 10)
         process.communicate(b"\n")
@@ -127,7 +125,7 @@ def ranked(index, scorer, *, together):
     return [[(hit.leaf, hit.log_prob) for hit in ranking.hits] for ranking in rankings]
 
 
-def test_text_and_image_prompts_in_one_search_score_as_in_the_process(trained_index, trained_mllm):
+def test_text_and_image_prompts_score_as_in_the_process(trained_index, trained_mllm):
     done = subprocess.run(
         [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, trained_index.folder],
         capture_output=True,
@@ -143,9 +141,7 @@ def test_text_and_image_prompts_in_one_search_score_as_in_the_process(trained_in
     assert len({tuple(row) for row in expected[1::2, :, 0]}) > 2, "the pictures make no difference"
 
 
-def test_offline_queries_are_written_of_the_pictures_and_stored_with_where_they_come_from(
-    pictures, tiny_model_dir, tmp_path
-):
+def test_offline_pseudo_queries_are_stored_with_their_source(pictures, tiny_model_dir, tmp_path):
     """`genret write-queries --offline` by the base model: most of what it babbles is refused, but not all."""
     bare = tmp_path / "bare"
     shutil.copytree(pictures, bare, ignore=shutil.ignore_patterns("metadata.jsonl"))

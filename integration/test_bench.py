@@ -38,7 +38,7 @@ def results(tmp_path):
     return run
 
 
-def test_the_corpus_is_sorted_distinct_and_brute_force_sees_its_children():
+def test_bench_corpus_is_sorted_distinct_and_children_match():
     corpus = Corpus.sample(3_000, 0)
     identifiers = corpus.token_ids.tolist()
     assert identifiers == sorted(map(list, set(map(tuple, identifiers))))
@@ -75,27 +75,27 @@ def test_memory_and_opening_are_measured(results):
     assert found["build from sorted, N=100000"]["times_ours"]["dict trie (GENRE)"] > 3
 
 
-def test_a_filter_is_measured_and_its_set_up_beats_rebuilding(results):
+def test_filter_setup_is_measured_and_beats_rebuilding(results):
     found = results(filter_bench, "--sizes", "10000")
     assert {f"step {share}, {n} queries, N=10000" for share in ("1%", "50%") for n in (1, 64)} <= found.keys()
     assert {f"gather {share}, {n} rows, N=10000" for share in ("1%", "50%") for n in (10, 640)} <= found.keys()
     assert found["set-up 50%, N=10000"]["times_ours"]["dict trie, rebuilt"] > 3
 
 
-def test_a_beam_step_finds_what_hugging_face_finds_and_beats_it(results, monkeypatch):
+def test_beam_step_equals_hugging_face_and_beats_it(results, monkeypatch):
     monkeypatch.setattr(step_bench, "QUERIES", (1, 8))
     ratios = results(step_bench, "--sizes", "2000")["beam step, 8 queries, N=2000"]["times_ours"]
     assert ratios["Hugging Face, dict trie"] > 3
     assert ratios["Hugging Face, no constraint"] > 3
 
 
-def test_the_logits_processor_gives_what_hugging_faces_gives_and_beats_it(results, monkeypatch):
+def test_logits_processor_equals_hugging_face_and_beats_it(results, monkeypatch):
     monkeypatch.setattr(processor_bench, "ROWS", (64,))
     found = results(processor_bench, "--sizes", "2000")
     assert found["processor, 64 rows, N=2000"]["times_ours"]["Hugging Face"] > 3
 
 
-def test_exact_search_is_held_to_the_definition_and_to_the_beam(results, monkeypatch):
+def test_exact_search_equals_the_definition_and_is_measured(results, monkeypatch):
     monkeypatch.setattr(exact_bench, "TRIES", 50)
     found = results(exact_bench, "--sizes", "2000")
     assert found["equal to scoring every identifier"] == 50
@@ -103,7 +103,7 @@ def test_exact_search_is_held_to_the_definition_and_to_the_beam(results, monkeyp
         assert found[f"spread {spread}: prefixes expanded, exact"] >= 1
 
 
-def test_recall_of_a_real_model_finds_what_generate_finds(results):
+def test_recall_of_a_real_model_equals_generate(results):
     """Ninety million weights, ten beams: asserted by the benchmark itself."""
     found = results(recall_bench, "--sizes", "2000")
     assert found["largest difference of log-probabilities to generate's"] < recall_bench.TOLERANCE
@@ -158,7 +158,7 @@ def on_served_site(served_site, monkeypatch):
     return site
 
 
-def test_one_query_is_measured_beside_vllms_own_ways(results, on_served_site):
+def test_one_query_is_measured_beside_vllm(results, on_served_site):
     found = results(serve_bench, "--sizes", ",".join(map(str, SIZES)))
     for shape in SHAPES:
         for state in ("cold", "warm"):

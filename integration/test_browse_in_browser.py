@@ -87,7 +87,7 @@ def recall(page: Page, text: str) -> None:
         page.get_by_role("button", name="Recall", exact=True).click()
 
 
-def test_a_query_a_filter_a_picture_and_a_question(visit):
+def test_page_recalls_filters_and_answers(visit):
     """One user's visit; the colors of the page follow the system's."""
     page, hits = visit.page, visit.page.locator("#hits .hit")
     background = brightness(page.evaluate("getComputedStyle(document.body).backgroundColor"))
@@ -132,7 +132,7 @@ def test_a_query_a_filter_a_picture_and_a_question(visit):
     visit.looked_at("question")
 
 
-def test_a_query_that_cannot_be_asked_is_told_on_the_page(visit):
+def test_invalid_query_is_shown_as_an_error_on_the_page(visit):
     """The browser notes the refusal in its console, and nothing else."""
     recall(visit.page, "   ")
     expect(visit.page.get_by_role("alert")).to_contain_text("the query is empty")
@@ -140,7 +140,7 @@ def test_a_query_that_cannot_be_asked_is_told_on_the_page(visit):
     assert "400" in visit.complaints.pop()
 
 
-def test_hostile_words_stay_words(visit):
+def test_hostile_text_stays_text(visit):
     hostile = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     visit.page.get_by_label("Query or question").fill(hostile)
     visit.page.get_by_role("button", name="Answer", exact=True).click()

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.timeout(3600)
 """The first waits for the whole demo: half an hour on a core that multiplies no bfloat16."""
 
 
-def test_the_model_recalls_what_it_was_taught_and_what_it_was_not(demo):
+def test_model_recalls_trained_and_held_out_queries(demo):
     figures, _ = demo
     assert figures["captions_recall_1"] >= 0.95
     assert figures["phrasings_recall_1"] >= 0.90
@@ -20,7 +20,7 @@ def test_the_model_recalls_what_it_was_taught_and_what_it_was_not(demo):
     assert 0 < figures["tags_recall_1"] <= figures["tags_recall_5"]
 
 
-def test_answers_follow_the_picture(demo):
+def test_answers_follow_the_image(demo):
     figures, _ = demo
     assert figures["answers_right"] >= 0.80
     assert figures["answers_follow_the_swapped_picture"] >= 0.80
@@ -32,7 +32,7 @@ def test_server_and_process_agree_on_every_query(demo):
     assert figures["largest_log_prob_difference"] <= 1e-3
 
 
-def test_the_index_that_it_leaves_recalls_from_the_command_line(demo, tmp_path):
+def test_demo_index_recalls_from_the_command_line(demo, tmp_path):
     figures, index = demo
     lines = (DATA / "queries.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "phrasings.jsonl").write_text("".join(line for line in lines if '"phrasing"' in line), encoding="utf-8")
@@ -53,7 +53,7 @@ def test_the_grounded_answer_names_its_source(demo):
     assert figures["answer"]["answer"]
 
 
-def test_the_report_that_it_writes_opens_whole_on_a_phone(demo, browser):
+def test_report_fits_on_a_phone(demo, browser):
     figures, index = demo
     complaints, page = [], browser.new_page(viewport={"width": 390, "height": 800})
     page.on("console", lambda message: complaints.append(message.text))

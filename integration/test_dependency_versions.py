@@ -77,7 +77,7 @@ def environment(name):
 
 
 @pytest.mark.parametrize("name", REQUIREMENTS)
-def test_the_client_side_on_other_versions(untrained_index, name):
+def test_client_works_on_other_dependency_versions(untrained_index, name):
     python, names = environment(name), [re.split("[=><]", requirement)[0] for requirement in NEEDED]
     probed = subprocess.run([python, "-c", PROBE, *names], capture_output=True, text=True, check=True)
     versions = json.loads(probed.stdout)

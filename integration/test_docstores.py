@@ -66,7 +66,7 @@ for hit in index.as_retriever(similarity_top_k=99).retrieve("red circle"):
 
 
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed: apt-get install it")
-def test_nodes_live_in_redis_through_every_edit_and_into_a_new_process(tmp_path, tiny_model_dir):
+def test_redis_docstore_survives_edits_and_a_new_process(tmp_path, tiny_model_dir):
     folder = draw_pictures(tmp_path / "images")
     with redis_server(tmp_path) as port:
         storage = StorageContext.from_defaults(docstore=docstore_at(port))

@@ -64,7 +64,7 @@ def local_scorer(trained_mllm):
     return TransformersScorer(trained_mllm)
 
 
-def test_a_connection_outlives_the_five_seconds_that_clients_keep_one(endpoint):
+def test_idle_connection_outlives_five_seconds(endpoint):
     """Else of two who let go at once, one asks on a connection that the other has closed, and gets no answer."""
     with contextlib.closing(http.client.HTTPConnection(endpoint.removeprefix("http://"), timeout=60)) as connection:
         for pause_s in (0, 7):
@@ -90,7 +90,7 @@ def assert_same(result, ids, log_probs):
     np.testing.assert_allclose([hit["log_prob"] for hit in result["hits"]], log_probs, atol=1e-3)
 
 
-def test_one_request_recalls_what_the_model_in_this_process_recalls(client, served_index, local_scorer):
+def test_one_request_recalls_the_same_as_the_process(client, served_index, local_scorer):
     for mode in ("beam", "exact"):
         answer = client.post("/v1/recall", json={"queries": TEXTS, "k": 4, "mode": mode}).json()
         assert (answer["index"], len(answer["results"])) == ("shapes", 4)
@@ -111,7 +111,7 @@ SCORINGS = [
 ]
 
 
-def test_prior_and_reranking_rank_in_the_server_as_in_this_process(client, endpoint, served_index, local_scorer):
+def test_prior_and_reranking_rank_as_in_process(client, endpoint, served_index, local_scorer):
     """What is tuned while the server runs is used from then on."""
     index, _ = tune(served_index, local_scorer)
     index = store_tuning(index, index.log_prior, TunedScoring(scoring=Scoring(eta=0.8), queries=1))
@@ -144,7 +144,7 @@ def test_prior_and_reranking_rank_in_the_server_as_in_this_process(client, endpo
     store_tuning(index, index.log_prior, TunedScoring(scoring=Scoring(), queries=0))
 
 
-def test_a_filter_is_kept_by_the_server_whatever_is_asked(client, served_index):
+def test_server_applies_the_filter_to_every_query(client, served_index):
     """Every operator, nested at random: what comes back passes LlamaIndex's own evaluator, and none is missing."""
     random_ = random.Random(0)
 
@@ -194,7 +194,7 @@ def test_a_filter_is_kept_by_the_server_whatever_is_asked(client, served_index):
         ({"query": "a", "max_expansions": 9}, 400, "mode='exact'"),
     ],
 )
-def test_what_cannot_be_answered_is_refused_in_the_shape_of_the_openai_api(client, body, status, words):
+def test_invalid_requests_get_openai_errors(client, body, status, words):
     answer = client.post("/v1/recall", json=body)
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
@@ -202,7 +202,7 @@ def test_what_cannot_be_answered_is_refused_in_the_shape_of_the_openai_api(clien
     assert error["code"] == status
 
 
-def test_the_routes_obey_the_api_key_and_stand_in_the_description(endpoint, client):
+def test_routes_need_the_api_key_and_are_in_openapi(endpoint, client):
     assert httpx.post(f"{endpoint}/v1/recall", json={"query": "a"}).status_code == 401
     assert httpx.get(f"{endpoint}/v1/recall/indexes").status_code == 401
     paths = client.get("/openapi.json").json()["paths"]
@@ -229,7 +229,7 @@ def test_an_edited_index_is_served_without_a_restart(client, served_index):
     assert client.post("/v1/recall", json=everything).json()["version"] == answer["version"]
 
 
-def test_many_clients_and_some_that_leave_get_what_each_gets_alone(endpoint, client):
+def test_concurrent_and_disconnecting_clients_get_equal_results(endpoint, client):
     alone = {text: client.post("/v1/recall", json={"query": text, "k": 3}).json()["results"][0] for text in TEXTS}
 
     async def ask(opened, number):
@@ -257,7 +257,7 @@ def _ranked(result):
     return [hit["image_id"] for hit in result["hits"]], [hit["log_prob"] for hit in result["hits"]]
 
 
-def test_the_retriever_takes_one_request_and_finds_what_the_stock_protocol_finds(endpoint, served_index, monkeypatch):
+def test_retriever_with_one_request_equals_the_stock_protocol(endpoint, served_index, monkeypatch):
     index = load_index(served_index.folder)
     filters = MetadataFilters(filters=[MetadataFilter(key="color", value="black")])
     other = MetadataFilter(key="shape", value=["bar", "frame"], operator=FilterOperator.NIN)
@@ -279,7 +279,7 @@ def test_the_retriever_takes_one_request_and_finds_what_the_stock_protocol_finds
             np.testing.assert_allclose([n.score for n in found], [n.score for n in expected], rtol=1e-3)
 
 
-def test_a_client_with_an_older_version_falls_back_and_never_sees_the_newer_one(endpoint, served_index, tmp_path):
+def test_client_of_an_older_version_never_sees_the_newer_one(endpoint, served_index, tmp_path):
     shutil.copytree(served_index.folder, tmp_path / "older")
     retriever = GenerativeImageRetriever.from_server(
         tmp_path / "older", f"{endpoint}/v1", api_key=KEY, similarity_top_k=99
@@ -293,7 +293,7 @@ def test_a_client_with_an_older_version_falls_back_and_never_sees_the_newer_one(
     assert {node.node.node_id for node in newer.retrieve("black")} == before - {"black-bar"}
 
 
-def test_reloads_in_the_middle_never_mix_two_versions(endpoint, client, served_index):
+def test_reload_during_requests_never_mixes_two_versions(endpoint, client, served_index):
     """Every answer is that of one version: its images are all there, and those removed since are all gone."""
     images = {client.get("/v1/recall/indexes").json()["data"][0]["version"]: 17}
 
@@ -318,7 +318,7 @@ def _remove(folder, image_id):
     remove_images(load_index(folder), [image_id])
 
 
-def test_when_the_engine_dies_requests_get_503_and_the_client_says_so(server, endpoint, served_index):
+def test_dead_engine_gives_503_and_a_client_error(server, endpoint, served_index):
     """The last test of this server."""
     (engine,) = [
         p for p in psutil.Process(server.pid).children(recursive=True) if "EngineCore" in " ".join(p.cmdline())

@@ -47,7 +47,7 @@ METHODS = ["GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE"]
 
 
 @pytest.mark.parametrize("root_path", ["", "/", "/v", "/v1", "/api", "/api/"])
-async def test_without_the_key_no_path_method_or_mount_answers_anything(app_of, root_path):
+async def test_every_path_method_and_mount_needs_the_key(app_of, root_path):
     app = app_of(root_path=root_path)
     for key in (None, "wrong", f"{KEY}x", KEY[:-1], ""):
         async with client_of(app, key) as client:
@@ -63,7 +63,7 @@ async def test_without_the_key_no_path_method_or_mount_answers_anything(app_of, 
         ).is_success
 
 
-async def test_the_key_is_asked_for_by_its_scheme_and_without_one_all_may_ask(app_of):
+async def test_key_needs_the_bearer_scheme_and_is_optional(app_of):
     for header, status in ((KEY, 401), (f"Basic {KEY}", 401), (f"Bearer  {KEY}", 401), (f"bearer {KEY}", 200)):
         async with client_of(app_of(), None) as client:
             answer = await client.post("/v1/recall", json=BODY, headers={"Authorization": header})
@@ -81,7 +81,7 @@ async def test_a_key_is_compared_in_constant_time(app_of, monkeypatch):
     assert {len(part) for pair in compared for part in pair} == {32}  # digests: the length tells nothing either
 
 
-def test_a_websocket_is_not_let_in(app_of):
+def test_a_websocket_without_the_key_is_rejected(app_of):
     with (
         pytest.raises((WebSocketDisconnect, RuntimeError, AssertionError)),
         TestClient(app_of()).websocket_connect("/v1/recall") as socket,
@@ -95,7 +95,7 @@ IMAGES = ["http://{}/x.png", "https://{}/x.png", "file:///etc/passwd", "FILE:///
 
 
 @pytest.mark.parametrize("image", IMAGES)
-async def test_an_image_is_its_content_and_no_address_or_file_is_asked(app_of, image):
+async def test_image_addresses_and_files_are_never_fetched(app_of, image):
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         listening.settimeout(0.05)
         asked = image.format(f"127.0.0.1:{listening.getsockname()[1]}")
@@ -107,7 +107,7 @@ async def test_an_image_is_its_content_and_no_address_or_file_is_asked(app_of, i
             listening.accept()
 
 
-def test_what_genret_serve_tells_vllm_lets_it_fetch_nothing_for_a_chat():
+def test_serve_flags_forbid_vllm_to_fetch_for_a_chat():
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         listening.settimeout(0.05)
         connector = MediaConnector(allowed_media_domains=[FETCH_NO_MEDIA[1]])
@@ -119,7 +119,7 @@ def test_what_genret_serve_tells_vllm_lets_it_fetch_nothing_for_a_chat():
             listening.accept()
 
 
-async def test_two_tenants_at_once_see_their_own_and_a_wrong_filter_is_refused(app_of, untrained_index):
+async def test_tenants_are_isolated_and_invalid_filters_refused(app_of, untrained_index):
     colors = sorted({record.metadata["color"] for record in untrained_index.records})
     async with client_of(app_of()) as client:
 
@@ -152,7 +152,7 @@ async def test_two_tenants_at_once_see_their_own_and_a_wrong_filter_is_refused(a
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-async def test_a_model_that_answers_no_number_is_the_servers_fault(app_of, value):
+async def test_model_output_without_a_number_is_a_server_error(app_of, value):
     app = app_of()
     app.state.engine_client.value = value
     async with client_of(app) as client:
@@ -161,7 +161,7 @@ async def test_a_model_that_answers_no_number_is_the_servers_fault(app_of, value
     assert "NaN" in answer.json()["error"]["message"]
 
 
-async def test_an_impossible_image_is_told_in_json(app_of):
+async def test_invalid_image_is_a_json_error(app_of):
     app = app_of()
     app.state.engine_client.value = float("-inf")
     async with client_of(app) as client:

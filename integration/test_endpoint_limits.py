@@ -53,7 +53,7 @@ def recall_body(size):
 
 
 @pytest.mark.parametrize("sent", [in_one_piece, in_chunks])
-def test_the_largest_body_is_taken_and_one_byte_more_is_413(client, sent):
+def test_largest_body_is_accepted_and_one_byte_more_is_413(client, sent):
     assert client.post("/v1/recall", content=sent(recall_body(MIB))).status_code == 200
     for size in (MIB + 1, 20 * MIB):
         refused = client.post("/v1/recall", content=sent(recall_body(size)))
@@ -72,7 +72,7 @@ def test_expect_100_continue_is_answered_413_before_the_body(port):
         assert opened.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_recall_ends_with_its_client_its_time_or_its_server():
+def test_recall_ends_on_disconnect_timeout_or_shutdown():
     from llama_index_genret.serving.endpoint.app import TooSlow, _cancel_on_disconnect
     from llama_index_genret.serving.endpoint.engine_scorer import EngineStopped
 

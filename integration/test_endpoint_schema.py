@@ -140,7 +140,7 @@ def test_the_routes_do_what_their_description_says(operations, path, mode, examp
         (b'{"query": "a", "version": "0"}', 404),
     ],
 )
-async def test_a_body_is_answered_or_refused_in_the_shape_of_the_openai_api(client, body, status):
+async def test_bodies_are_answered_or_refused_as_by_openai(client, body, status):
     answer = await client.post("/v1/recall", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == status, answer.text[:300]
     if status != 200:

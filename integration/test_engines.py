@@ -114,7 +114,7 @@ def without_pictures(messages):
 
 @pytest.mark.parametrize("how", ["sync", "async"])
 @pytest.mark.parametrize("name", ENGINES)
-def test_vllm_sees_the_pictures_of_every_engine(retriever, llm, chats, name, how):
+def test_vllm_receives_the_images_of_every_engine(retriever, llm, chats, name, how):
     """A picture is 4 tokens of the tiny model and a few around them: what its prompts have more than without pictures.
 
     Not to the token: texts that a picture has parted are read as one without it.

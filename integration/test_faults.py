@@ -38,13 +38,13 @@ def workshop(tmp_path_factory):
         ("train", "read", False),
     ],
 )
-def test_at_every_point(workshop, name, kind, few):
+def test_index_is_whole_after_a_fault_at_every_point(workshop, name, kind, few):
     found = KINDS[kind](Trials(workshop, workshop.commands[name], few=few))
     assert found.figures["points"] >= 8
     assert found.failures == []
 
 
-def test_a_flipped_bit_or_a_cut_is_found_and_named(workshop):
+def test_flipped_bits_and_cut_files_are_found_and_named(workshop):
     counts, failures = flips(full_index(workshop), trials=150)
     assert failures == []
     assert counts["found"] > 100

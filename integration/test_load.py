@@ -37,7 +37,7 @@ def result(index, text, ranking, exact=True):
     return {"query": text, "hits": hits, "exact": exact}
 
 
-def test_the_reference_takes_right_answers_and_no_others(site):
+def test_reference_accepts_only_right_results(site):
     index, texts = site.indexes["pictures"], list(islice(queries(0), 3))
     reference, question = Reference(site, index, texts), Question(5)
     right = {text: site.ranked("pictures", site.recall_by(site.scorer, "pictures", text))[:5] for text in texts}
@@ -56,7 +56,7 @@ def test_the_reference_takes_right_answers_and_no_others(site):
     assert "filter" in reference.problem(0, text, filtered, result(index, text, right[text]))
 
 
-def test_the_edits_go_round_through_all_states(site):
+def test_edits_cycle_through_all_states(site):
     index = site.indexes["pictures"]
     edited = EditedIndex(index)
     for number in range(1, 2 * STATES + 1):
@@ -67,7 +67,7 @@ def test_the_edits_go_round_through_all_states(site):
         assert {record.image_id for record in load_index(index.folder).records} == expected
 
 
-def test_memory_and_files_that_grow_are_noticed_after_the_warm_up():
+def test_growth_of_memory_and_files_is_detected_after_warm_up():
     def watched(mib, files=None):
         return Watch(0, mib, files or [100] * len(mib))
 
@@ -82,7 +82,7 @@ def test_memory_and_files_that_grow_are_noticed_after_the_warm_up():
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FAULTS if kind != "reset"])
-async def test_a_server_that_keeps_everybody_is_found_out(kind):
+async def test_a_server_that_cuts_no_client_is_detected(kind):
     """It reads what comes, and neither answers nor closes."""
 
     async def keep(reader, writer):
@@ -97,7 +97,7 @@ async def test_a_server_that_keeps_everybody_is_found_out(kind):
     await asyncio.sleep(0.05)
 
 
-def test_an_outage_excuses_who_was_on_the_way_and_no_slow_end():
+def test_outage_excuses_requests_in_flight_but_no_slow_exit():
     outage = Outage("engine", 100.0)
     supervisor = Supervisor(lambda: None, outages=[outage])
     assert supervisor.excuses(99.0, 101.0)
@@ -111,7 +111,7 @@ def test_an_outage_excuses_who_was_on_the_way_and_no_slow_end():
     assert len(Outage("engine", 100.0, unhealthy_s=101.0).problems()) == 1  # it never ended
 
 
-def test_the_server_holds_while_clients_misbehave(tmp_path, capsys):
+def test_server_survives_faulty_clients(tmp_path, capsys):
     found = tmp_path / "load.json"
     code = load_test.main(["--minutes", "0.5", "--clients", "8", "--faults", "--json", str(found)])
     results = json.loads(found.read_text())["load_test"]["results"]

@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_runs_from_top_to_bottom(name, folder):
+def test_notebook_runs_from_top_to_bottom(name, folder):
     execute(folder / f"{name}.ipynb", folder / f"{name}.ipynb")
     cells = nbformat.read(folder / f"{name}.ipynb", 4).cells
     assert any("image/jpeg" in output.get("data", {}) for cell in cells for output in cell.get("outputs", ()))
@@ -34,7 +34,7 @@ def test_it_runs_from_top_to_bottom(name, folder):
         ("import os; print(os.path.expanduser('~/photos'))", BadOutput),
     ],
 )
-def test_nothing_is_written_of_one_that_nobody_should_read(code, error, tmp_path):
+def test_failing_notebook_is_not_written(code, error, tmp_path):
     source, target = tmp_path / "a.ipynb", tmp_path / "b.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), source)
     with pytest.raises(error):

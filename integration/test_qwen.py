@@ -98,13 +98,13 @@ def test_the_recall_endpoint_finds_what_the_process_finds(qwen):
         assert_same_ranking({hit["image_id"]: hit["log_prob"] for hit in result["hits"]}, expected)
 
 
-def test_the_model_names_the_pictures_that_it_has_memorised(qwen):
+def test_model_generates_identifiers_of_memorised_images(qwen):
     named = [next(iter(found)) for found in qwen.local["images"]]
     right = np.mean([name == record.image_id for name, record in zip(named, qwen.index.records, strict=True)])
     assert right >= 0.5  # by chance: 0.1
 
 
-def test_the_answer_of_the_server_about_a_picture_is_the_answer_of_the_process(qwen):
+def test_image_answers_of_server_and_process_are_equal(qwen):
     retriever = GenerativeImageRetriever(qwen.index, VllmScorer(qwen.api_base))
     llm = genret_llm(qwen.api_base, max_tokens=ANSWER_TOKENS)
     theirs = [said(answer) for answer in answers(llm, retriever, QUESTION, qwen.asked["images"])]
@@ -112,7 +112,7 @@ def test_the_answer_of_the_server_about_a_picture_is_the_answer_of_the_process(q
     assert len(set(theirs)) > 1
 
 
-def test_the_command_line_recalls_the_same_in_process_and_through_the_server(qwen, environment):
+def test_command_line_recalls_the_same_in_process_and_server(qwen, environment):
     local, remote = (
         genret_json("query", qwen.index.folder, "red circle", *where, env=os.environ | environment)
         for where in (["--device", "cpu"], ["--server", qwen.api_base])

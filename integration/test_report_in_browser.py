@@ -161,12 +161,12 @@ def visit(request, browser, report) -> Iterator[Visit]:
     context.close()
 
 
-def test_the_browser_has_nothing_to_complain_of_and_asks_for_no_other_file(visit, report):
+def test_report_loads_without_errors_or_other_files(visit, report):
     assert visit.complaints == []
     assert [url for url in visit.requests if not url.startswith("data:")] == [report.as_uri()]
 
 
-def test_every_thumbnail_has_a_decoded_picture_and_a_place(visit):
+def test_every_thumbnail_is_decoded_and_has_a_position(visit):
     sizes = visit.page.evaluate(BACKGROUND_SIZES)
     assert len(sizes) > 100
     assert min(sizes) >= 40
@@ -177,7 +177,7 @@ def test_a_thumbnail_is_painted(visit):
     assert len(painted.convert("RGB").getcolors(1 << 24) or ()) > 20
 
 
-def test_the_texts_and_marks_of_every_chart_stand_out_from_its_card(visit):
+def test_chart_texts_and_marks_contrast_with_their_card(visit):
     """Dark on light and light on dark: what is written, and what is drawn in the colors of the systems."""
     charts = visit.page.locator("figure.card")
     assert charts.count() == len(example_charts())
@@ -209,7 +209,7 @@ def test_the_color_scheme_is_followed(visit):
     assert ("dark" if brightness(background) < 80 else "light") == wanted
 
 
-def test_the_filter_leaves_only_misses_and_gives_all_back(visit):
+def test_filter_shows_only_misses_and_then_all(visit):
     rows, misses = visit.page.locator(".row"), visit.page.locator(".row.missed")
     everything, missed = rows.count(), misses.count()
 

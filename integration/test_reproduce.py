@@ -99,7 +99,7 @@ def hits(run, pool):
 # --- the formats -------------------------------------------------------------------------------------------------
 
 
-def test_the_miniature_is_read_as_both_datasets_with_restval_on_the_side_of_train(miniature, coco):
+def test_miniature_reads_as_both_datasets_with_restval_in_train(miniature, coco):
     flickr = read_karpathy(miniature / "flickr30k/dataset_flickr30k.json")
     assert Counter(image.split for image in flickr.images) == {"train": 20, "val": 4, "test": 8}
     assert Counter(image.split for image in coco.images) == {"train": 14, "restval": 6, "val": 4, "test": 8}
@@ -161,7 +161,7 @@ def test_a_missing_image_ends_the_run_before_anything_is_made(miniature, tiny_mo
 # --- pools -------------------------------------------------------------------------------------------------------
 
 
-def test_every_scheme_has_a_row_for_each_protocol_and_pool_and_so_has_clip(whole):
+def test_every_scheme_and_clip_have_a_row_per_protocol_and_pool(whole):
     found = {(row["system"], row["setting"], row["pool"]): row["pool_size"] for row in whole.rows}
     pools = {"test": 8, "full": 32}
     expected = {(s, p, name): n for s in SCHEMES for p in ("transductive", "inductive") for name, n in pools.items()}
@@ -170,7 +170,7 @@ def test_every_scheme_has_a_row_for_each_protocol_and_pool_and_so_has_clip(whole
     assert {row["queries"] for row in whole.rows} == {41}
 
 
-def test_the_pool_of_the_split_holds_its_images_alone_and_the_full_pool_all(whole, coco):
+def test_split_pool_holds_its_images_and_full_pool_all(whole, coco):
     split = {image.image_id: image.split for image in coco.images}
     for run in sorted(whole.out.glob("*/*/trained.json")):
         for row in hits(run.parent, "split"):
@@ -183,7 +183,7 @@ def test_the_pool_of_the_split_holds_its_images_alone_and_the_full_pool_all(whol
 # --- no leak -----------------------------------------------------------------------------------------------------
 
 
-def test_no_held_out_caption_is_in_an_index_and_the_captions_of_restval_are(whole, coco):
+def test_indexes_hold_restval_but_no_held_out_captions(whole, coco):
     by_id = {image.image_id: image for image in coco.images}
     for folder in whole.out.glob("*/*/index"):
         index = load_index(folder)
@@ -196,7 +196,7 @@ def test_no_held_out_caption_is_in_an_index_and_the_captions_of_restval_are(whol
                 assert len(record.captions) in (0, 2)
 
 
-def test_in_the_transductive_setting_test_images_have_their_pseudo_queries_and_val_images_nothing(whole):
+def test_transductive_pseudo_queries_are_of_test_images_only(whole):
     index = load_index(whole.out / "structured/transductive/index")
     known = {
         split: {len(r.captions) for r in index.records if r.metadata["split"] == split} for split in ("val", "test")
@@ -224,9 +224,7 @@ def planned(coco, miniature):
 
 @pytest.mark.parametrize("how", ["{}", "Look: {} Really!"])
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_an_index_that_knows_a_held_out_caption_is_not_trained(
-    coco, planned, miniature, tiny_mllm, tmp_path, how, split
-):
+def test_an_index_with_a_held_out_caption_is_not_trained(coco, planned, miniature, tiny_mllm, tmp_path, how, split):
     image = coco.of_split(split)[1]
     leaking = records_of(
         coco.images,
@@ -239,22 +237,20 @@ def test_an_index_that_knows_a_held_out_caption_is_not_trained(
         check_no_leak(index, coco, planned("transductive"))
 
 
-def test_an_index_that_holds_a_later_image_before_its_training_is_not_trained(
-    coco, planned, miniature, tiny_mllm, tmp_path
-):
+def test_an_index_with_a_later_image_is_not_trained(coco, planned, miniature, tiny_mllm, tmp_path):
     early = build_index(Corpus(miniature, planned("transductive").trained), tmp_path / "i", tiny_mllm, scheme="numeric")
     check_no_leak(early, coco, planned("transductive"))
     with pytest.raises(TrainingError, match="inductive means after"):
         check_no_leak(early, coco, planned("inductive"))
 
 
-def test_a_held_out_caption_among_the_training_options_is_an_error(coco):
+def test_held_out_caption_in_training_options_is_an_error(coco):
     check_options({"imitated": ("something else",)}, coco)
     with pytest.raises(TrainingError, match="held-out caption"):
         check_options({"imitated": ("something else", coco.of_split("test")[0].captions[1])}, coco)
 
 
-def test_pseudo_queries_that_say_a_caption_are_dropped_and_counted(coco, tmp_path):
+def test_pseudo_queries_with_a_caption_are_dropped_and_counted(coco, tmp_path):
     image, other = coco.of_split("test")[:2]
     texts = [image.captions[0].upper(), f"well, {image.captions[2]}!", other.captions[0], "two shapes", "  "]
     path = tmp_path / "pseudo.jsonl"
@@ -271,7 +267,7 @@ def test_pseudo_queries_for_a_train_image_are_an_error(coco, tmp_path):
         read_pseudo_queries(path, coco, "test")
 
 
-def test_the_model_itself_writes_pseudo_queries_and_sees_no_held_out_caption(miniature, tiny_model_dir, tmp_path, coco):
+def test_written_pseudo_queries_see_no_held_out_caption(miniature, tiny_model_dir, tmp_path, coco):
     from llama_index_genret.store import ImagePseudoQueries, Provenance, PseudoQuery, store_pseudo_queries
 
     out, folder = tmp_path / "out", miniature / "coco"
@@ -309,7 +305,7 @@ def test_the_model_itself_writes_pseudo_queries_and_sees_no_held_out_caption(min
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_inductive_images_join_after_the_training_and_change_no_weight(whole, coco, scheme):
+def test_inductive_images_change_no_weight(whole, coco, scheme):
     run = whole.out / scheme / "inductive"
     trained, index = json.loads((run / "trained.json").read_text()), load_index(run / "index")
     assert trained["images"] == len([image for image in coco.images if image.split != "test"]) == 24
@@ -319,7 +315,7 @@ def test_inductive_images_join_after_the_training_and_change_no_weight(whole, co
     assert {record.image_id for record in index.records[24:]} == {image.image_id for image in coco.of_split("test")}
 
 
-def test_weights_that_were_trained_again_after_images_were_added_are_refused(whole, tmp_path):
+def test_weights_trained_after_adding_images_are_refused(whole, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole.out, out)
     path = out / "string/inductive/trained.json"
@@ -331,11 +327,11 @@ def test_weights_that_were_trained_again_after_images_were_added_are_refused(who
 # --- misses ------------------------------------------------------------------------------------------------------
 
 
-def test_where_all_queries_can_be_asked_none_has_failed(whole):
+def test_valid_queries_have_no_failures(whole):
     assert {row["failed"] for row in whole.rows} == {0}
 
 
-def test_a_refused_query_and_an_image_of_equal_codes_count_as_misses(miniature, tiny_model_dir, tmp_path):
+def test_refused_queries_and_equal_codes_count_as_misses(miniature, tiny_model_dir, tmp_path):
     """One test caption is longer than the model reads, and two test images are one picture."""
     folder = tmp_path / "flickr30k"
     shutil.copytree(miniature / "flickr30k", folder)
@@ -379,7 +375,7 @@ def test_figures_count_every_query_and_only_the_right_image():
 # --- going on ----------------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_gives_the_same_table_and_trains_nothing_again(whole, tmp_path):
+def test_resumed_run_gives_the_same_table_without_training(whole, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole.out, out)
     again = [str(out) if part == str(whole.out) else part for part in whole.arguments]
@@ -410,7 +406,7 @@ def test_another_experiment_is_not_mixed_into_the_folder(whole):
         ("--schemes", "numeric,clever", "'clever' is not known: choose of numeric, string"),
     ],
 )
-def test_an_unknown_option_is_an_error_that_says_what_there_is(whole, flag, value, message):
+def test_unknown_option_is_an_error_with_the_choices(whole, flag, value, message):
     with pytest.raises(SystemExit, match=message):
         main([*whole.arguments, flag, value])
 
@@ -418,7 +414,7 @@ def test_an_unknown_option_is_an_error_that_says_what_there_is(whole, flag, valu
 # --- the table and the peer --------------------------------------------------------------------------------------
 
 
-def test_the_table_prints_the_published_rows_with_how_sure_they_are_and_says_what_cannot_be_compared(whole):
+def test_table_prints_published_rows_with_their_certainty(whole):
     table = (whole.out / "table.md").read_text()
     assert "NOT COMPARABLE" in table
     assert "6 restval images are trained on; GRACE drops them" in table
@@ -437,7 +433,7 @@ def test_a_table_of_the_real_pools_can_be_compared():
     assert "NOT COMPARABLE" not in markdown("coco", [row, full])
 
 
-def test_clip_ranks_by_cosine_and_puts_the_right_image_after_its_equals():
+def test_clip_ranks_by_cosine_with_ties_against_it():
     rng = np.random.default_rng(0)
     images = rng.integers(-1, 2, (40, 3)).astype(np.float32)  # many ties
     queries = rng.integers(-1, 2, (60, 3)).astype(np.float32)
@@ -451,7 +447,7 @@ def test_clip_ranks_by_cosine_and_puts_the_right_image_after_its_equals():
         assert len(set(ranked)) == 10
 
 
-def test_clip_is_measured_on_the_very_queries_and_says_how_many_it_cut(whole, coco, tiny_clip):
+def test_clip_uses_the_same_queries_and_counts_truncated_ones(whole, coco, tiny_clip):
     processor = transformers.CLIPProcessor.from_pretrained(tiny_clip)
     lengths = [len(processor.tokenizer(text, verbose=False).input_ids) for text, _ in coco.queries("test")]
     cut = sum(length > 48 for length in lengths)

@@ -101,7 +101,7 @@ def test_two_processes_answer(clients):
     assert len(clients) == 2
 
 
-def test_many_at_once_are_ranked_as_by_the_model_in_this_process(server, trained_mllm):
+def test_concurrent_queries_rank_as_in_process(server, trained_mllm):
     scorer = TransformersScorer(trained_mllm)
     alone = {text: expected(server.index, scorer, text, k=4)[:2] for text in TEXTS}
 
@@ -129,7 +129,7 @@ def test_an_edit_is_seen_by_each_process(server, clients):
         assert found == {record.image_id for record in server.index.records} - {"red-circle"}
 
 
-def test_metrics_count_the_requests_of_all_processes_whichever_is_asked(clients):
+def test_metrics_of_any_process_count_all_requests(clients):
     """The first process answers three, the second five; both then tell of eight."""
     before = answered(next(iter(clients.values())))
     for client, times in zip(clients.values(), (3, 5), strict=True):

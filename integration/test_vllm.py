@@ -53,7 +53,7 @@ def hostile_queries(index, n, seed=0):
     return [kinds[i % len(kinds)]() for i in range(n)]
 
 
-def test_a_thousand_hostile_queries_give_valid_identifiers_or_a_clear_refusal(trained_index, local_scorer, server):
+def test_hostile_queries_give_valid_identifiers_or_an_error(trained_index, local_scorer, server):
     index = trained_index
     prompts, refused = [], []
     for query in hostile_queries(index, 1000):
@@ -77,9 +77,7 @@ def test_a_thousand_hostile_queries_give_valid_identifiers_or_a_clear_refusal(tr
 
 
 @pytest.mark.parametrize("normalise", Normalise)
-def test_server_and_process_rank_alike_with_log_probabilities_within_a_thousandth(
-    trained_index, local_scorer, server_scorer, normalise
-):
+def test_server_and_process_agree_within_a_thousandth(trained_index, local_scorer, server_scorer, normalise):
     texts = [carrier.replace("{}", r.captions[0]) for carrier in CARRIERS for r in trained_index.records]
     prompts = [trained_index.prompts.for_query(trained_index.tokenizer, text) for text in texts]
     ours, theirs = (
@@ -92,7 +90,7 @@ def test_server_and_process_rank_alike_with_log_probabilities_within_a_thousandt
     assert any(a[0].leaf != b[0].leaf for a in ours for b in ours), "every query recalls one image: nothing is compared"
 
 
-def test_the_retriever_finds_the_same_nodes_sync_async_and_in_three_event_loops(trained_index, server):
+def test_retriever_is_the_same_sync_async_and_in_three_loops(trained_index, server):
     retriever = GenerativeImageRetriever.from_server(trained_index.folder, server.api_base, similarity_top_k=3)
     expected = [(n.node.node_id, n.score) for n in retriever.retrieve("red circle")]
     for _ in range(3):
@@ -101,7 +99,7 @@ def test_the_retriever_finds_the_same_nodes_sync_async_and_in_three_event_loops(
         np.testing.assert_allclose([n.score for n in nodes], [score for _, score in expected], rtol=1e-3)
 
 
-async def test_fifty_parallel_queries_get_what_each_gets_alone(trained_index, server):
+async def test_fifty_parallel_queries_equal_single_queries(trained_index, server):
     retriever = GenerativeImageRetriever.from_server(trained_index.folder, server.api_base, similarity_top_k=1)
     texts = [f"{record.captions[0]} {number}" for record in trained_index.records for number in range(3)][:50]
     together = await asyncio.gather(*(retriever.aretrieve(text) for text in texts))
@@ -110,7 +108,7 @@ async def test_fifty_parallel_queries_get_what_each_gets_alone(trained_index, se
         np.testing.assert_allclose(nodes[0].score, alone[0].score, rtol=1e-3)
 
 
-def test_the_query_engine_answers_from_the_server_sync_async_and_streaming(trained_index, server):
+def test_query_engine_answers_sync_async_and_streaming(trained_index, server):
     retriever = GenerativeImageRetriever.from_server(trained_index.folder, server.api_base, similarity_top_k=1)
     llm = genret_llm(server.api_base, max_tokens=8)
     engine = image_query_engine(retriever, llm)
@@ -140,7 +138,7 @@ def test_the_answer_of_the_server_is_the_answer_of_the_process(trained_index, tr
     assert len(set(theirs)) > 1
 
 
-def test_the_command_line_recalls_asks_and_evaluates_through_the_server(trained_index, server, tmp_path):
+def test_command_line_works_through_the_server(trained_index, server, tmp_path):
     folder, address = trained_index.folder, ["--server", server.api_base]
     local = genret_json("query", folder, "red circle", "-k", "3", "--device", "cpu")
     remote = genret_json("query", folder, "red circle", "-k", "3", *address)
@@ -162,13 +160,13 @@ def test_the_command_line_recalls_asks_and_evaluates_through_the_server(trained_
     assert (tmp_path / "r.html").stat().st_size > 1000
 
 
-def test_a_model_that_the_server_lacks_is_an_error_that_lists_what_it_serves(trained_index, server):
+def test_unknown_served_model_is_an_error_with_a_list(trained_index, server):
     retriever = GenerativeImageRetriever.from_server(trained_index.folder, server.api_base, model="other")
     with pytest.raises(ServerError, match=r"serves \['genret'\], not 'other'"):
         retriever.retrieve("red circle")
 
 
-def test_a_server_that_is_not_there_is_an_error_with_its_address(trained_index):
+def test_unreachable_server_is_an_error_with_its_address(trained_index):
     address = f"http://127.0.0.1:{free_port()}/v1"
     retriever = GenerativeImageRetriever.from_server(trained_index.folder, address)
     with pytest.raises(ServerUnreachable, match=f"{address}.*genret serve"):

@@ -1,23 +1,23 @@
-"""When two rankings, computed in different ways, are the same. Knows names and numbers only."""
+"""Compare two rankings that were computed in different ways. Depends on identifiers and numbers only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 TOLERANCE = 1e-3
-"""Of natural-log probabilities: float32 sums in another order, through the whole model."""
+"""Tolerance of natural-log probabilities: float32 sums in another order, through the whole model."""
 
 Ranked = tuple[str, float]
 
 
 def disagreement(found: Iterable[Ranked], expected: Iterable[Ranked], *, tolerance: float = TOLERANCE) -> str:
-    """What tells two rankings of (name, log-probability) apart; empty if they are the same.
+    """Describe the difference of two rankings of (image id, log-probability). Empty if they are equal.
 
-        the log-probabilities are equal place by place;
-        whoever is in both has the same in both;
-        whoever was not expected ties with the last one, and took its place.
+        the log-probabilities are equal at every rank;
+        an image in both rankings has the same log-probability in both;
+        an image that was not expected ties with the last expected one, and replaces it.
 
-    Names whose log-probabilities are within the tolerance may so have changed places.
+    Images whose log-probabilities are within the tolerance may therefore be swapped.
     """
     found, expected = list(found), list(expected)
     names, wanted = dict(found), dict(expected)
@@ -32,6 +32,6 @@ def disagreement(found: Iterable[Ranked], expected: Iterable[Ranked], *, toleran
 
 
 def assert_same_ranking(found: Iterable[Ranked], expected: Iterable[Ranked], what: str) -> None:
-    """Raise AssertionError, which names `what`, unless they are the same."""
+    """Raise AssertionError with `what` in its message unless the rankings are equal."""
     difference = disagreement(found, expected)
     assert not difference, f"{what}: {difference}"

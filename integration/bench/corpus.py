@@ -21,7 +21,7 @@ Float32 = NDArray[np.float32]
 
 
 def vocabulary() -> list[str]:
-    """Every token's text: filler, then the identifier tokens."""
+    """Return every token's text: filler, then the identifier tokens."""
     filler = [f"token{token}" for token in range(FIRST_TOKEN)]
     return filler + [f"<{'abcd'[level]}_{symbol}>" for level in range(LEVELS) for symbol in range(SYMBOLS)]
 
@@ -59,7 +59,7 @@ class Corpus:
 
     @classmethod
     def sample(cls, n: int, seed: int) -> Corpus:
-        """Draw it; the same for the same arguments."""
+        """Draw a corpus. The same arguments give the same corpus."""
         return cls(hierarchical_codes(n, seed), seed)
 
     @classmethod
@@ -75,24 +75,27 @@ class Corpus:
 
     @cached_property
     def token_ids(self) -> Int64:
-        """(n, LEVELS) token ids."""
+        """Return the (n, LEVELS) token ids."""
         return self.codes.astype(np.int64) + FIRST_TOKEN + SYMBOLS * np.arange(LEVELS)
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def leaves(self, rows: int, batch: int, among: Int64 | None = None) -> Int64:
-        """(rows,) random identifiers, by rank."""
+        """Draw (rows,) random identifiers, by rank."""
         random = np.random.default_rng((self.seed, rows, batch))
         return random.integers(0, len(self), rows) if among is None else random.choice(among, rows)
 
     def prefixes(self, leaves: Int64, depth: int) -> list[list[int]]:
-        """The identifiers' first `depth` token ids."""
+        """Return the first `depth` token ids of the identifiers."""
         prefixes: list[list[int]] = self.token_ids[leaves, :depth].tolist()
         return prefixes
 
     def allowed(self, leaves: Int64, depth: int) -> list[Int64]:
-        """What may follow each prefix, ascending, by brute force: a scan of the identifiers between two bisections."""
+        """Return the tokens that may follow each prefix, ascending, by brute force.
+
+        It scans the identifiers between two bisections.
+        """
         packed = self.codes.view(">u4").ravel().astype(np.int64)
         shift = 8 * (LEVELS - depth)
         low = packed[leaves] >> shift << shift
@@ -101,7 +104,7 @@ class Corpus:
 
 
 def logits_matrix(rows: int, seed: int) -> Float32:
-    """(rows, VOCAB) logits: random for identifier tokens, 0 for the others (whose pages nobody reads)."""
+    """Draw (rows, VOCAB) logits: random for identifier tokens, 0 for the others, which no benchmark reads."""
     logits = np.zeros((rows, VOCAB), np.float32)
     logits[:, FIRST_TOKEN:] = np.random.default_rng(seed).standard_normal((rows, VOCAB - FIRST_TOKEN)) * 3
     return logits

@@ -1,6 +1,6 @@
-"""What a folder of a million rows costs to read: `metadata.jsonl`, every picture decoded and hashed, no model.
+"""Measure reading a folder of a million rows: `metadata.jsonl`, every image decoded and hashed, no model.
 
-All rows show one small picture, so that the figures are those of the reader, not of a disk or a decoder.
+All rows share one small image, so that the figures measure the reader, not a disk or a decoder.
 
     python -m integration.bench.corpus_bench --sizes 1e6
 """
@@ -20,7 +20,7 @@ from llama_index_genret.corpus import read_corpus
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
-    """Measure every size; the smaller first, since memory is the most that was ever used."""
+    """Measure every size, the smallest first, because the memory figure is the peak so far."""
     args = options(__doc__ or "", sizes=(10_000, 100_000), argv=argv)
     report = Report("corpus_bench", args.seed)
     for n in args.sizes:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 
 def measure(report: Report, n: int, folder: Path) -> None:
-    """One size."""
+    """Measure one size."""
     Image.new("RGB", (8, 6), "red").save(folder / "a.png")
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
         for row in range(n):

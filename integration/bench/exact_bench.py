@@ -1,7 +1,7 @@
-"""Exact search: the same images as scoring every identifier, and what that costs beside a beam.
+"""Exact search: it returns the same images as scoring every identifier. Measures its cost beside a beam.
 
-First a thousand random tries and models, each held to the definition. Then 100,000 identifiers under models from
-flat to sharp: prefixes expanded, and how often a beam of ten had the same ten, or said that it had.
+First it compares a thousand random tries and models with the definition. Then it searches 100,000 identifiers under
+models from flat to sharp. It counts expanded prefixes, and how often a beam of ten found the same ten or was exact.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llama_index_genret.trie import Trie, build_trie
 
 TRIES, K = 1_000, 10
 SPREADS = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Standard deviation of the logits: perplexity over 256 children from 226 down to about 1.5."""
+"""Standard deviations of the logits. The perplexity over 256 children goes from 226 down to about 1.5."""
 
 PROMPTS = [Prompt((seed,)) for seed in range(20)]
 
@@ -43,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 
 def assert_exact(seed: int) -> int:
-    """How many random tries, of one length or of several, were searched like the definition says: all, or it stops."""
+    """Compare random tries, of one length or of several, with the definition.
+
+    Returns their number; fails on a difference.
+    """
     random = np.random.default_rng(seed)
     for number in range(TRIES):
         depth, symbols = int(random.integers(1, 5)), int(random.integers(2, 9))
@@ -63,7 +66,7 @@ def assert_exact(seed: int) -> int:
 
 
 def compare(report: Report, trie: Trie, spread: float, seed: int) -> None:
-    """One model's figures, means over the queries."""
+    """Measure one model: means over the queries."""
     scorer = FakeScorer(1024, seed=seed, spread=spread)
     beam = recall(scorer, trie, PROMPTS, SearchOptions(k=K))
     exact = recall(scorer, trie, PROMPTS, SearchOptions(k=K, mode="exact"))

@@ -1,4 +1,4 @@
-"""A filter over metadata: making it from a mask, and what it adds to a step. Random subsets of 1 % and of 50 %."""
+"""A metadata filter: the time to make it from a mask, and its cost per step. Uses random subsets of 1 % and of 50 %."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 
 def assert_exact(corpus: Corpus, trie: Trie, mask: np.ndarray, leaf_filter: LeafFilter) -> None:
-    """A child is kept exactly where brute force over the allowed identifiers alone finds it."""
+    """Check that a child is kept exactly where brute force over the allowed identifiers alone finds it."""
     assert leaf_filter.n_allowed == mask.sum()
     subset = Corpus(corpus.codes[mask], corpus.seed)
     for depth in range(LEVELS):
@@ -52,7 +52,7 @@ def assert_exact(corpus: Corpus, trie: Trie, mask: np.ndarray, leaf_filter: Leaf
 
 
 def set_up(report: Report, corpus: Corpus, mask: np.ndarray, share: float, rounds: int) -> None:
-    """From a mask in the order of the identifiers; beside it, what the others have: a trie of the subset."""
+    """Time the setup from a mask in identifier order, and the alternative in the peers: a trie of the subset."""
     key = f"set-up {share:.0%}, N={len(corpus)}"
     subset = Corpus(corpus.codes[mask], corpus.seed)
     subset.token_ids  # noqa: B018  (made before the clock starts)
@@ -76,7 +76,10 @@ def gather(
     rows: int,
     rounds: int,
 ) -> None:
-    """The gather step with and without the filter on the same rows, prefixes of allowed images; mean of all steps."""
+    """Time the gather step with and without the filter on the same rows, prefixes of allowed images.
+
+    Mean of all steps.
+    """
     logits, among = logits_matrix(rows, corpus.seed), np.flatnonzero(mask)
     places = [
         ours.nodes_at(trie, corpus.prefixes(corpus.leaves(rows, batch, among), depth))
@@ -108,9 +111,9 @@ def step(
     n_queries: int,
     rounds: int,
 ) -> None:
-    """A search's steps 2 to 4 with and without the filter, in turns. The filtered one returns allowed images only.
+    """Time steps 2 to 4 of a search with and without the filter, in turns. The filtered one returns allowed images.
 
-    A filtered search meets fewer candidates: the ratio may be below 1, where that of `gather` compares equal rows.
+    A filtered search meets fewer candidates. The ratio may be below 1, where that of `gather` compares equal rows.
     """
 
     def seconds(chosen: LeafFilter | None) -> float:

@@ -1,7 +1,8 @@
-"""Clients that misuse a connection: cut it, fall silent, write or read a byte a second, send what is too large.
+"""Clients that misuse a connection: they cut it, fall silent, read or write a byte a second, or send too much.
 
-Each returns what is wrong with what the server, or the proxy before it, did; empty if it did right: it ends each of
-them within `limit_s`, and answers who can still read. Knows sockets and HTTP; nothing of indexes or models.
+Each client returns what the server, or the proxy before it, did wrong, or an empty text. The server must end each
+connection within `limit_s`, and answer a client that can still read. Depends on sockets and HTTP; independent of
+indexes and models.
 """
 
 from __future__ import annotations
@@ -17,19 +18,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 ESTABLISHED = 1
-"""Of a socket's states, in `TCP_INFO`."""
+"""The value of `TCP_INFO` for an open socket."""
 
 CHUNK = 2**20
 MUCH = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
 SLOW_BYTES = 4
 PIPELINED = 2000
-"""Requests that a slow reader sends at once: their answers do not fit into the system's buffers."""
+"""Number of requests that a slow reader sends at once. Their answers do not fit into the system's buffers."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """The server: where it listens, an index that it serves, how long it may keep a client that misbehaves, and the
-    largest body that it takes."""
+    """The server: its address, an index that it serves, its time limit for a faulty client, and its largest body."""
 
     host: str
     port: int
@@ -39,7 +39,7 @@ class Target:
 
 
 class Line:
-    """One connection, used byte by byte."""
+    """A connection that is used byte by byte."""
 
     def __init__(self, target: Target) -> None:
         self.socket = socket.socket()
@@ -61,24 +61,24 @@ class Line:
         return await self._loop.sock_recv(self.socket, size)
 
     async def nibble(self) -> None:
-        """Read a byte and ask once more: the system tells of a cut only who writes."""
+        """Read a byte and send another request. The system reports a cut only to a socket that writes."""
         with suppress(BlockingIOError):
             self.asked += self.socket.send((MUCH * PIPELINED)[self.asked % len(MUCH) :])
         with suppress(BlockingIOError):
             self.socket.recv(1)
 
     def reset(self) -> None:
-        """Cut it, so that the server sees an error and no end."""
+        """Reset the connection, so that the server sees an error and no end."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
     @property
     def is_open(self) -> bool:
-        """Whether the server has neither closed nor cut it."""
+        """Return True if the server has neither closed nor reset it."""
         return self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == ESTABLISHED
 
     async def ends(self, do: Callable[[], Awaitable[object]], every_s: float = 1.0) -> str:
-        """Do something every second until the server ends the connection, which it must within the limit."""
+        """Repeat an action every second until the server ends the connection, which it must do within the limit."""
         start = time.monotonic()
         while self.is_open:
             if time.monotonic() - start > self._target.limit_s:
@@ -89,7 +89,7 @@ class Line:
         return ""
 
     async def answered(self, statuses: tuple[int, ...]) -> str:
-        """Read the head of an answer, which must have one of the statuses; an answer may also be cut off."""
+        """Read the head of an answer, which must have one of the statuses. The answer may also be cut off."""
         head = b""
         try:
             while b"\r\n" not in head and (got := await asyncio.wait_for(self.read(4096), self._target.limit_s)):
@@ -103,7 +103,7 @@ class Line:
 
 
 def head(route: str, length: int | None, more: str = "") -> bytes:
-    """Of a POST request; without a length its body comes in chunks."""
+    """Return the head of a POST request. Without a length its body is chunked."""
     size = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
     return f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{size}\r\n{more}\r\n".encode()
 
@@ -113,7 +113,7 @@ def recall_body(target: Target) -> bytes:
 
 
 async def reset(target: Target, draw: random.Random) -> str:
-    """Cut anywhere: in the head, in the body, while the search runs, while the answer comes."""
+    """Cut the connection anywhere: in the head, in the body, during the search, during the answer."""
     async with Line(target) as line:
         body = recall_body(target)
         request = head("/v1/recall", len(body)) + body
@@ -125,7 +125,7 @@ async def reset(target: Target, draw: random.Random) -> str:
 
 
 async def silent(target: Target, draw: random.Random) -> str:
-    """Says nothing, or stops in the middle: what a cut network looks like from the server."""
+    """Send nothing, or stop in the middle. To the server this is a cut network."""
     async with Line(target) as line:
         request = head("/v1/recall", 500)
         await line.write(draw.choice([b"", request[:30], request, request + b'{"query": "red']))
@@ -133,14 +133,14 @@ async def silent(target: Target, draw: random.Random) -> str:
 
 
 async def slow_head(target: Target, draw: random.Random) -> str:
-    """A header that never ends."""
+    """Send a header that never ends."""
     async with Line(target) as line:
         await line.write(head("/v1/recall", 500)[:-2])
         return await line.ends(lambda: line.write(b"x" if draw.random() < 0.9 else b": y\r\nx"))
 
 
 async def slow_body(target: Target, draw: random.Random) -> str:
-    """Sends the end of its body by the byte, and must be answered as any other."""
+    """Send the end of a body byte by byte. The server must answer it like any other."""
     async with Line(target) as line:
         body, chunked = recall_body(target), draw.random() < 0.5
         *pieces, last = [body[:-SLOW_BYTES], *(body[-n:][:1] for n in range(SLOW_BYTES, 0, -1))]
@@ -153,14 +153,14 @@ async def slow_body(target: Target, draw: random.Random) -> str:
 
 
 async def slow_reader(target: Target, draw: random.Random) -> str:
-    """Asks for much and reads little."""
+    """Request much and read little."""
     async with Line(target) as line:
         line.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         return await line.ends(line.nibble)
 
 
 async def oversized(target: Target, draw: random.Random) -> str:
-    """More than the server takes: announced or not, to any route."""
+    """Send more than the server accepts, announced or not, to any route."""
     async with Line(target) as line:
         route, chunked = draw.choice(["/v1/recall", "/v1/chat/completions", "/v1/completions"]), draw.random() < 0.5
         await line.write(head(route, None if chunked else target.body_bytes + CHUNK))

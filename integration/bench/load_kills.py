@@ -1,8 +1,8 @@
-"""A server that is killed, and started again whenever it has ended, as systemd or Docker would; what it does then.
+"""A server that is killed and restarted whenever it has ended, as systemd or Docker would do, and its behaviour then.
 
-Three ways: the engine's process is killed, the server's own process is killed, the server is told to stop. After each
-it must end by itself, with all its processes, and `/health` must not go on telling that all is well. Knows processes
-and health; nothing of recall.
+There are three ways: kill the engine's process, kill the server's own process, or send the server SIGTERM. After each
+it must end by itself, with all its processes, and `/health` must not stay 200. Depends on processes and health;
+independent of recall.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from llama_index_genret.serving.launch import ServedModel
 
 KILLS = ("engine", "server", "stop")
 ENDED_S = {"engine": 30.0, "server": 1.0, "stop": 30.0}
-"""How long the server may take to end, with what was asked of it."""
+"""Seconds that the server may take to end, with the requests in flight."""
 
 ORPHANED_S = 15.0
-"""How long its other processes may outlive it."""
+"""Seconds that its other processes may outlive it."""
 
 UNNOTICED_S = 10.0
-"""How long `/health` may say that all is well when the engine is dead."""
+"""Seconds that `/health` may return 200 when the engine is dead."""
 
 AFTERWARDS_S = 1.0
-"""A request that is sent within this time of the next start may still meet a connection of the life before."""
+"""A request sent within these seconds of the next start may still meet a connection of the previous server."""
 
 
 @dataclass
 class Outage:
-    """From a kill to the next life. Times of `time.monotonic`; infinite where it has not happened."""
+    """The time from a kill to the next start. Times are of `time.monotonic`, and infinite until the event happens."""
 
     kind: str
     began_s: float
@@ -46,14 +46,14 @@ class Outage:
     served_s: float = math.inf
 
     def record(self) -> dict[str, object]:
-        """Seconds since the kill, as JSON."""
+        """Return seconds since the kill, as JSON."""
         times = {"unhealthy": self.unhealthy_s, "ended": self.ended_s, "all gone": self.alone_s}
         times["served again"] = self.served_s
         since = {name: at - self.began_s for name, at in times.items()}
         return {"kind": self.kind, **{name: s if math.isfinite(s) else None for name, s in since.items()}}
 
     def problems(self) -> list[str]:
-        """What took too long."""
+        """List the events that took too long."""
         limits = {
             f"/health was 200 for {self.unhealthy_s - self.began_s:.0f} s": self.unhealthy_s
             <= self.began_s + UNNOTICED_S,
@@ -74,7 +74,7 @@ class Supervisor:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """A first life inside; the last is ended on leaving."""
+        """Start the first server on entry, and end the last one on exit."""
         self._life = ExitStack()
         try:
             await self._begin()
@@ -88,11 +88,11 @@ class Supervisor:
         self.lives.append(Watch(server.pid))
 
     def excuses(self, start_s: float, end_s: float) -> bool:
-        """Whether there was an outage while a request was on its way."""
+        """Return True if there was an outage while the request was in flight."""
         return any(start_s <= o.served_s + AFTERWARDS_S and end_s >= o.began_s for o in self.outages)
 
     async def kill(self, kind: str, *, again: bool = True) -> None:
-        """End this life in one of the KILLS, watch how it ends, and begin another."""
+        """End the server in one of the KILLS, watch its end, and start another."""
         main = psutil.Process(self.lives[-1].pid)
         children = main.children(recursive=True)
         outage = Outage(kind, time.monotonic())
@@ -129,7 +129,7 @@ class Supervisor:
 
 
 async def _gone(processes: Sequence[psutil.Process], timeout_s: float) -> bool:
-    """Whether they all end in time."""
+    """Return True if all processes end in time."""
     end = time.monotonic() + timeout_s
     while any(map(_lives, processes)):
         if time.monotonic() > end:

@@ -1,8 +1,8 @@
-"""An index that is edited while it is served, and what it must answer in each of its states.
+"""An index that is edited while it is served, and the right answers in each of its states.
 
-The index goes round in four states: whole, without a few images, without many, without these many only. Removing a few
-leaves the trie's file as it is; removing many merges it anew. A state's answers come from a trie made of its
-identifiers alone and from the model in this process, before the load begins. Knows no HTTP.
+The index cycles through four states: whole, without a few images, without many, with only these many. Removing a few
+leaves the trie's file unchanged. Removing many rebuilds it. The answers of a state are computed before the load, from
+a trie of its identifiers alone and the model in this process. Independent of HTTP.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ COLORS = ("red", "green", "blue", "yellow", "black")
 STATES = 4
 FEW, MANY = 1, 2
 GONE = ((), (FEW,), (FEW, MANY), (MANY,))
-"""Groups of images that each state lacks; the next one follows by one edit."""
+"""Groups of images that each state lacks. One edit leads to the next state."""
 
 STALE_S = 5.0
-"""A request that is sent this long after an edit must be answered by its version, or a later one."""
+"""A request sent these seconds after an edit must be answered by its version, or a later one."""
 
 
 def metadata(row: int) -> dict[str, Scalar]:
-    """Of the image in a row of the whole index."""
+    """Return the metadata of the image in a row of the whole index."""
     return {"color": COLORS[row % len(COLORS)], "year": 2020 + row % 3, "shared": row % 2 == 0}
 
 
 def group(row: int) -> int:
-    """The group of the image in a row: one in twenty is of FEW, one in four of MANY."""
+    """Return the group of the image in a row: one in twenty is in FEW, one in four in MANY."""
     return FEW if row % 20 == 3 else MANY if row % 4 == 1 else 0
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, beside the query."""
+    """The options of a request, beside its query."""
 
     k: int
     mode: Mode = "beam"
     filters: Mapping[str, Scalar | list[Scalar]] = field(default_factory=dict, hash=False)
 
     def body(self) -> dict[str, Any]:
-        """As the endpoint reads it."""
+        """Return the fields of the request's body."""
         return {"k": self.k, "mode": self.mode, "filters": dict(self.filters) or None}
 
     def passes(self, known: Mapping[str, Any]) -> bool:
-        """Whether an image with this metadata may be returned."""
+        """Return True if an image with this metadata passes the filter."""
         return all(known[key] in (v if isinstance(v, list) else [v]) for key, v in self.filters.items())
 
 
@@ -74,13 +74,13 @@ QUESTIONS: Mapping[str, tuple[Question, ...]] = {
 
 
 class Reference:
-    """The right answers, of every state to every query and question."""
+    """The right answers for every state, query and question."""
 
     def __init__(self, site: Site, index: Index, texts: Sequence[str]) -> None:
-        """Compute them all.
+        """Compute all answers.
 
         Args:
-            index: whole.
+            index: the whole index.
         """
         self._site, self._index, self._texts = site, index, list(texts)
         self._rankings: dict[tuple[int, str, Question], list[Ranked]] = {}
@@ -96,7 +96,7 @@ class Reference:
                 self._log_probs[state, text] = dict(ranking)
 
     def _recall(self, trie: Trie, records: Sequence[Record], question: Question) -> list[list[Ranked]]:
-        """One ranking a text. records: in the order of the leaves."""
+        """Return one ranking per text. records: in the order of the leaves."""
         leaf_filter = LeafFilter.from_mask(np.array([question.passes(record.metadata) for record in records]))
         prompts = [self._site.prompt(text) for text in self._texts]
         options = SearchOptions(k=question.k, mode=question.mode, leaf_filter=leaf_filter)
@@ -104,7 +104,7 @@ class Reference:
         return [[(records[hit.leaf].image_id, hit.log_prob) for hit in ranking.hits] for ranking in rankings]
 
     def problem(self, state: int, text: str, question: Question, result: Mapping[str, Any]) -> str:
-        """What is wrong with the result that a server gave; empty if nothing is."""
+        """Describe the error in a result of the server, or return an empty text."""
         found = [(hit["image_id"], hit["log_prob"]) for hit in result["hits"]]
         right = self._log_probs[state, text]
         for (name, log_prob), hit in zip(found, result["hits"], strict=True):
@@ -120,7 +120,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Edition:
-    """One version of the folder. number: how many edits were made before."""
+    """One version of the folder. number: count of edits before it."""
 
     number: int
     state: int
@@ -128,7 +128,7 @@ class Edition:
 
 
 class EditedIndex:
-    """The folder that is served: edits it, and remembers which version is which state."""
+    """The served folder. Edits it, and records the state of each version."""
 
     def __init__(self, index: Index) -> None:
         self._whole = index
@@ -136,7 +136,7 @@ class EditedIndex:
         self.newest = self._editions[index.version]
 
     def edit(self) -> None:
-        """Go on to the next state; blocks for some milliseconds."""
+        """Edit the index to the next state. Blocks for some milliseconds."""
         before, after = GONE[self.newest.state], GONE[(self.newest.state + 1) % STATES]
         changed = set(before) ^ set(after)
         rows = [row for row in range(len(self._whole.records)) if group(row) in changed]
@@ -150,16 +150,16 @@ class EditedIndex:
         self._editions[edited.version] = self.newest
 
     def oldest_allowed(self) -> int:
-        """The number of the oldest edition that may answer a request sent now."""
+        """Return the number of the oldest edition that may answer a request sent now."""
         before = time.monotonic() - STALE_S
         return next((e.number for e in reversed(self._editions.values()) if e.written_s < before), 0)
 
     def replaced_s(self, edition: Edition) -> float:
-        """When the next edition was written; infinity if none was."""
+        """Return the time at which the next edition was written, or infinity."""
         return next((e.written_s for e in self._editions.values() if e.number == edition.number + 1), math.inf)
 
     async def edition(self, version: str, *, timeout_s: float = 10.0) -> Edition | None:
-        """The edition of a version. A server may know it before the call that wrote it has returned."""
+        """Return the edition of a version. A server may know it before the call that wrote it has returned."""
         end = time.monotonic() + timeout_s
         while version not in self._editions and time.monotonic() < end:
             await asyncio.sleep(0.02)

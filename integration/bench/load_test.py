@@ -66,7 +66,7 @@ NAME, IMAGES, TEXTS = "pictures", 120, 12
 EDIT_EVERY_S, TIMEOUT_S = 3.0, 300.0
 FAULTY = 12
 ASKED_S, KILLED_AFTER_S = 8.0, 2.0
-"""How long the clients go on about a kill, and when in it the kill is."""
+"""Seconds of the load around a kill, and the second of the kill."""
 
 BODY_MIB = 4
 TIGHT = {
@@ -75,23 +75,23 @@ TIGHT = {
     "client_body_timeout 30s;": "client_body_timeout 4s;",
     "send_timeout 30s;": "send_timeout 4s;",
 }
-"""Of the proxy before a server with faulty clients."""
+"""Limits of the proxy before a server with faulty clients."""
 
 RID_S, SLACK_S = 30.0, 40.0
-"""The proxy must be rid of a faulty client within the first, and the server of all connections within the second."""
+"""Seconds: the proxy must end a faulty client within the first, the server all connections within the second."""
 
 MORE_FILES = 8
-"""That a server may hold after the load, of those before: what it has opened for good."""
+"""Connections that a server may hold beyond those before the load: those that it has opened for good."""
 
 LAST = Question(10)
-"""Asked of every query after the load."""
+"""The question that is sent with every query after the load."""
 
 SHOWN = 10
-"""Problems that are printed."""
+"""Number of problems that are printed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the load; 0 if the server held."""
+    """Run the load. Returns 0 if the server passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=32)
@@ -129,7 +129,7 @@ def _reached_by(folder: Path, port: int, by_proxy: bool) -> Iterator[int]:
 
 
 async def _load(traffic: Traffic, supervisor: Supervisor, target: Target, args: argparse.Namespace) -> None:
-    """All clients, editor, killer and sampler, until the time is over; then the server is asked how it is."""
+    """Run all clients, editor, killer and sampler until the time is over. Then check the server."""
     address = f"http://{target.host}:{target.port}"
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=args.clients)
     async with supervisor.running(), httpx.AsyncClient(base_url=address, timeout=TIMEOUT_S, limits=limits) as http:
@@ -152,7 +152,7 @@ async def _load(traffic: Traffic, supervisor: Supervisor, target: Target, args: 
 async def _killed_while_asked(
     kind: str, http: httpx.AsyncClient, traffic: Traffic, supervisor: Supervisor, args: argparse.Namespace
 ) -> None:
-    """One of the KILLS, of which the last is for good: whoever waits is answered or turned away."""
+    """Perform the KILLS, the last without a restart. Requests in flight are answered or refused."""
     start, again = time.monotonic(), kind != KILLS[-1]
     asking = [traffic.client(http, 10**6 + number, start + ASKED_S) for number in range(args.clients)]
 
@@ -179,7 +179,7 @@ async def _sample(supervisor: Supervisor) -> None:
 
 
 async def _progress(traffic: Traffic, end: float) -> None:
-    """Draw a bar on stderr, where that is a terminal."""
+    """Draw a progress bar on stderr, if it is a terminal."""
     whole = round(end - time.monotonic())
     with tqdm(total=whole, unit="s", disable=None) as bar:
         while True:
@@ -191,7 +191,7 @@ async def _progress(traffic: Traffic, end: float) -> None:
 
 
 async def _aftermath(http: httpx.AsyncClient, traffic: Traffic, supervisor: Supervisor) -> list[str]:
-    """What is wrong with the server after the load."""
+    """List the problems of the server after the load."""
     try:
         if (status := (await http.get("/health")).status_code) != 200:
             return [f"after the load: /health answers {status}"]
@@ -214,7 +214,7 @@ async def _aftermath(http: httpx.AsyncClient, traffic: Traffic, supervisor: Supe
 
 
 async def _connections_left(supervisor: Supervisor) -> int:
-    """Files that the server has open beyond those of its beginning, once it was given time to close them."""
+    """Count the files that the server has open beyond those of its start, after time to close them."""
     life, deadline = supervisor.lives[-1], time.monotonic() + SLACK_S
     while True:
         life.sample()
@@ -226,14 +226,14 @@ async def _connections_left(supervisor: Supervisor) -> int:
 
 
 async def _figure(http: httpx.AsyncClient, name: str) -> float:
-    """The sum of a metric of the server."""
+    """Return the sum of a metric of the server."""
     lines = (await http.get("/metrics")).text.splitlines()
     pattern = re.compile(name.replace("{", r"\{").replace("}", r"\}"))
     return sum(float(line.rpartition(" ")[2]) for line in lines if pattern.match(line))
 
 
 def _show(report: Report, traffic: Traffic, supervisor: Supervisor) -> list[str]:
-    """Print and record all figures. Returns what is broken."""
+    """Print and record all figures. Returns the broken promises."""
     outcomes = ("answered", "refused", "turned away", "cancelled", "ended", "in an outage", "wrong", "unanswered")
     table = Table("kind", "sent", *outcomes, "p50 ms", "p95 ms", "max ms")
     for kind, tally in traffic.tallies.items():

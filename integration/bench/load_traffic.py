@@ -1,6 +1,6 @@
-"""What the clients of the load test do, one request after another, and how every answer is judged.
+"""The clients of the load test: each sends one request after another, and judges every answer.
 
-Knows HTTP, the reference and what may go wrong while a server is down; nothing of how it is started or measured.
+Depends on HTTP, the reference and the effects of an outage; independent of how the server is started or measured.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ SHARES = {
     **{"beam": 30, "exact": 8, "filtered": 15, "batch": 8, "cancelled": 15, "chat": 5},
     **{"malformed": 4, "wrong types": 6, "megabyte": 1, "unknown index": 4, "unknown route": 4},
 }
-"""Kinds of requests, and how often each is drawn."""
+"""Kinds of requests, and the weight with which each is drawn."""
 
 MOST_IN_A_BATCH = 8
 LONGEST_STAY_S = 0.05
-"""A client that leaves does so within this time."""
+"""Seconds within which a disconnecting client disconnects."""
 
 PAUSE_S = 0.5
-"""Of a client that finds the server down."""
+"""Seconds that a client waits when the server is down."""
 
 MALFORMED = (
     b"",
@@ -52,7 +52,7 @@ ROUTES = ("/v1/recal", "/v1/recall/index", "/v2/recall", "/recall")
 
 
 class TurnedAway(Exception):
-    """The server says that it cannot answer a recall now."""
+    """Return True if the server says that it cannot answer a recall now."""
 
     def __init__(self, answer: httpx.Response) -> None:
         super().__init__(f"status {answer.status_code}: {answer.text[:300]}")
@@ -62,7 +62,7 @@ class TurnedAway(Exception):
 
 @dataclass
 class Tally:
-    """What became of the requests of one kind. Each is counted under one outcome."""
+    """The outcomes of the requests of one kind. Each request is counted under one outcome."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     latencies_s: list[float] = field(default_factory=list)
@@ -70,9 +70,9 @@ class Tally:
 
 @dataclass
 class Traffic:
-    """All that the clients have seen so far.
+    """The results of all clients so far.
 
-    excuses: whether there was an outage between two times. is_limited: the server takes fewer recalls than are sent.
+    excuses: returns True if there was an outage between two times. is_limited: the server accepts fewer recalls than it gets.
     """
 
     name: str
@@ -88,11 +88,11 @@ class Traffic:
 
     @property
     def answered_recalls(self) -> int:
-        """Recalls that were answered."""
+        """Return the number of recalls that were answered."""
         return sum(self.tallies[kind].outcomes["answered"] for kind in (*QUESTIONS, "batch", "cancelled"))
 
     async def client(self, http: httpx.AsyncClient, seed: int, end: float) -> None:
-        """One client: the next request as soon as the last has an answer."""
+        """Run one client, which sends the next request as soon as the last has an answer."""
         draw = random.Random(seed)
         while time.monotonic() < end:
             (kind,) = draw.choices(list(SHARES), list(SHARES.values()))
@@ -112,7 +112,7 @@ class Traffic:
             await asyncio.sleep(PAUSE_S if outcome == "unanswered" else pause_s)
 
     def _note(self, kind: str, start: float, outcome: str, problem: str) -> None:
-        """Count a request. In an outage it may be turned away, or be without an answer, but not be answered wrongly."""
+        """Count a request. In an outage it may be refused or unanswered, but not answered wrongly."""
         tally = self.tallies[kind]
         failed = outcome in ("unanswered", "turned away") or (kind == "chat" and "status 5" in problem)
         if problem and failed and self.excuses(start, time.monotonic()):
@@ -125,7 +125,7 @@ class Traffic:
             tally.latencies_s.append(time.monotonic() - start)
 
     async def faulty(self, target: Target, seed: int, end: float) -> None:
-        """One client that misuses its connections."""
+        """Run one client that misuses its connections."""
         draw = random.Random(seed)
         while time.monotonic() < end:
             kind = draw.choice(list(FAULTS))
@@ -139,7 +139,7 @@ class Traffic:
             await asyncio.sleep(PAUSE_S)
 
     async def _request(self, http: httpx.AsyncClient, kind: str, draw: random.Random) -> tuple[str, str]:
-        """(outcome, what is wrong with it)."""
+        """Send a request. Returns (outcome, problem)."""
         if kind in QUESTIONS:
             return await self.recall(http, [draw.choice(self.texts)], draw.choice(QUESTIONS[kind]))
         if kind == "batch":
@@ -160,7 +160,7 @@ class Traffic:
     async def recall(
         self, http: httpx.AsyncClient, texts: Sequence[str], question: Question, *, batch: bool = False
     ) -> tuple[str, str]:
-        """Ask, and judge the answer: ("answered", what is wrong with it)."""
+        """Send a recall and judge the answer. Returns ("answered", problem)."""
         oldest, queries = self.index.oldest_allowed(), {"queries": list(texts)} if batch else {"query": texts[0]}
         sent = time.monotonic()
         answer = await http.post("/v1/recall", json={**queries, **question.body(), "index": self.name})
@@ -191,7 +191,7 @@ class Traffic:
 
 
 def _wrong_request(kind: str, name: str, draw: random.Random) -> tuple[str, bytes, int]:
-    """(route, body, status that must come)."""
+    """Draw (route, body, expected status)."""
     if kind == "malformed":
         return "/v1/recall", draw.choice(MALFORMED), 400
     if kind == "wrong types":

@@ -1,6 +1,6 @@
-"""What a server holds over time: resident memory and open files of all its processes, and whether they grow.
+"""The resources of a server over time: resident memory and open files of all its processes, and their growth.
 
-Knows processes and numbers.
+Depends on processes and numbers only.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ import psutil
 SAMPLE_EVERY_S = 1.0
 WARM_UP, WARM_UP_S = 1 / 3, 120.0
 ALLOWED_GROWTH, ALLOWED_FILES = 0.02, 16
-"""From the first quarter to the last: of memory, as a share; of open files, in number."""
+"""Allowed growth from the first quarter to the last: of memory as a share, of open files in number."""
 
 FEWEST_SAMPLES = 40
-"""After the warm-up: with fewer nothing is judged."""
+"""Samples after the warm-up below which nothing is judged."""
 
 BLOCK = 30
-"""Samples whose median is one point of the line: neighbouring samples are not independent."""
+"""Samples whose median is one point of the line, since neighbouring samples are not independent."""
 
 
 @dataclass
 class Watch:
-    """Of a process and its children, a sample a second."""
+    """Samples of a process and its children, one a second."""
 
     pid: int
     mib: list[float] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
 
     def sample(self) -> None:
-        """Measure once. A process that has just ended counts nothing."""
+        """Take one sample. A process that has just ended counts as nothing."""
         memory, files = 0, 0
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
@@ -48,19 +48,19 @@ class Watch:
 
     @property
     def growth(self) -> float:
-        """Of memory, from the first quarter's median to the last's, as a share of the first's. NaN: not judged."""
+        """Return the growth of memory, from the first quarter's median to the last's, as a share. NaN: not judged."""
         first, last = _quarters(self.mib)
         return last / first - 1
 
     @property
     def more_files(self) -> float:
-        """The same of open files, in number."""
+        """Return the same growth of open files, in number."""
         first, last = _quarters(self.files)
         return last - first
 
     @property
     def slope(self) -> tuple[float, float]:
-        """Of memory, in MiB a minute, with what is to be added for a bound of 95 %. NaN: not judged."""
+        """Return the slope of memory in MiB a minute, and the half-width of its 95 % bound. NaN: not judged."""
         samples = judged(self.mib)
         points = [statistics.median(samples[at : at + BLOCK]) for at in range(0, len(samples) - BLOCK + 1, BLOCK)]
         if len(points) < 5:
@@ -70,7 +70,7 @@ class Watch:
         return float(line[0]), 2 * float(np.sqrt(covariance[0, 0]))
 
     def problems(self) -> list[str]:
-        """What grew by more than is allowed."""
+        """List the resources that grew by more than is allowed."""
         found = []
         if self.growth > ALLOWED_GROWTH:
             found.append(f"memory grew by {self.growth:.1%}; {ALLOWED_GROWTH:.0%} are allowed")
@@ -80,13 +80,13 @@ class Watch:
 
 
 def judged(samples: Sequence[float]) -> Sequence[float]:
-    """The samples after the warm-up; none where they are too few."""
+    """Return the samples after the warm-up, or none if they are too few."""
     samples = samples[int(max(len(samples) * WARM_UP, WARM_UP_S / SAMPLE_EVERY_S)) :]
     return samples if len(samples) >= FEWEST_SAMPLES else []
 
 
 def _quarters(samples: Sequence[float]) -> tuple[float, float]:
-    """The medians of the first and the last quarter of what is judged."""
+    """Return the medians of the first and the last quarter of the judged samples."""
     quarter = len(judged(samples)) // 4
     if not quarter:
         return math.nan, math.nan

@@ -1,4 +1,4 @@
-"""What an index costs before the first question: bytes per identifier, building, opening from disk."""
+"""The cost of an index before the first query: bytes per identifier, building, opening from disk."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 
 def measure(report: Report, corpus: Corpus, folder: Path, rounds: int) -> None:
-    """One size: build in turns, then sizes, then opening in turns."""
+    """Measure one size: build in turns, then sizes, then opening in turns."""
     n = len(corpus)
     corpus.token_ids  # noqa: B018  (made before the clock starts)
     build_times(report, corpus, rounds)
@@ -68,7 +68,7 @@ def measure(report: Report, corpus: Corpus, folder: Path, rounds: int) -> None:
 
 
 def build_times(report: Report, corpus: Corpus, rounds: int) -> None:
-    """From sorted token ids in an array, which each may turn into what it wants."""
+    """Time building from sorted token ids in an array. Each candidate may first convert it."""
     builders = {"ours": lambda: ours.build(corpus), "marisa-trie": lambda: MarisaTrie().build(corpus)}
     if len(corpus) <= MOST_IN_DICTS:
         builders["dict trie (GENRE)"] = lambda: DictTrie().build(corpus)
@@ -81,7 +81,7 @@ def build_times(report: Report, corpus: Corpus, rounds: int) -> None:
 
 
 def assert_opens_equal(trie: Trie, path: Path, corpus: Corpus) -> None:
-    """The opened file answers as the trie that was saved, and both as the identifiers."""
+    """Check that the opened file answers as the saved trie does, and both as the identifiers do."""
     opened = open_trie(path)
     for depth in range(corpus.codes.shape[1]):
         leaves = corpus.leaves(50, depth)
@@ -91,7 +91,7 @@ def assert_opens_equal(trie: Trie, path: Path, corpus: Corpus) -> None:
 
 
 def dict_bytes(root: dict[int, Any]) -> int:
-    """Of all nested dicts, without the integers in them: those may be shared."""
+    """Return the bytes of all nested dicts, without the integers in them, which may be shared."""
     total, waiting = 0, [root]
     while waiting:
         inside = waiting.pop()

@@ -1,8 +1,8 @@
-"""What others offer for "which tokens may follow these prefixes?": one class each, with three methods.
+"""The alternatives for "which tokens may follow these prefixes?": one class each, with three methods.
 
-`build(corpus)` makes the structure; `stand(prefixes)` puts a matcher on every prefix where a peer needs one (not timed,
-although beam search pays a fork and an accept for every beam); `allowed(place)` gives each row's token ids, in any
-order. The timed step is `gather`: the logits of those tokens.
+`build(corpus)` makes the structure. `stand(prefixes)` puts a matcher on every prefix if a peer needs one. This is not
+timed, although beam search pays a fork and an accept for every beam. `allowed(place)` returns each row's token ids, in
+any order. The timed step is `gather`: the logits of those tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Peer(Protocol):
 
 
 def gather(peer: Peer, place: Any, logits: Float32) -> list[Float32]:
-    """The logits of every row's allowed tokens."""
+    """Return the logits of every row's allowed tokens."""
     return [row[token_ids] for row, token_ids in zip(logits, peer.allowed(place), strict=True)]
 
 
@@ -51,7 +51,7 @@ class DictTrie:
                 inside = inside[token_id]
 
     def get(self, prefix: Sequence[int]) -> list[int]:
-        """The tokens that may follow."""
+        """Return the tokens that may follow."""
         inside = self.root
         for token_id in prefix:
             inside = inside.get(token_id, {})
@@ -65,9 +65,9 @@ class DictTrie:
 
 
 class MarisaTrie:
-    """A succinct trie without a question for children: the subtree is enumerated, as GENRE does.
+    """A succinct trie that has no query for children: it enumerates the subtree, as GENRE does.
 
-    As there, the answers for the root are remembered. A symbol is one byte, its densest form.
+    GENRE caches the answers for the root, and so does this class. A symbol is one byte, its densest form.
     """
 
     name, most_identifiers = "marisa-trie", 1_000_000
@@ -82,7 +82,7 @@ class MarisaTrie:
         return prefixes
 
     def get(self, prefix: Sequence[int]) -> list[int]:
-        """The tokens that may follow."""
+        """Return the tokens that may follow."""
         depth = len(prefix)
         if depth == 0:
             return self.first
@@ -95,7 +95,7 @@ class MarisaTrie:
 
 
 def _rules(corpus: Corpus, token: Callable[[int], str]) -> dict[str, list[str]]:
-    """The identifiers as grammar rules, factored as a trie: rule name -> alternatives."""
+    """Return the identifiers as grammar rules, factored as a trie: rule name -> alternatives."""
     rules: dict[str, list[str]] = {}
     for identifier in corpus.token_ids.tolist():
         rule = "start"
@@ -111,7 +111,7 @@ def _rules(corpus: Corpus, token: Callable[[int], str]) -> dict[str, list[str]]:
 
 
 class _Bitmask(ABC):
-    """Grammar engines answer with a bit per token; only the identifiers' 1,024 bits are unpacked."""
+    """A grammar engine, which answers with a bit per token. Only the identifiers' 1,024 bits are unpacked."""
 
     name: str
 

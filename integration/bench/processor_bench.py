@@ -1,7 +1,7 @@
 """A dense step: `TrieLogitsProcessor` against Hugging Face's own constraint over a trie of nested dicts.
 
-A round is the steps of one generation: at step t every row has t tokens of a random identifier. One thread. The two
-matrices are equal before anything is timed.
+A round is the steps of one generation: at step t every row has t tokens of a random identifier. It uses one thread.
+The two matrices are compared before anything is timed.
 """
 
 from __future__ import annotations

@@ -32,14 +32,14 @@ Constraint = Callable[[int, torch.Tensor], list[int]]
 
 
 def model_with_symbols(seed: int) -> Mllm:
-    """The base model, its vocabulary widened by the level symbols; they are the last rows."""
+    """The base model with its vocabulary extended by the level symbols, which are the last rows."""
     recipe = Recipe()
     make_base_model(recipe, default_folder(recipe))
     return with_symbols(load_mllm(str(default_folder(recipe)), device="cpu"), seed)
 
 
 def with_symbols(mllm: Mllm, seed: int) -> Mllm:
-    """The model itself, widened in place."""
+    """Extend the model in place, and return it."""
     symbols = [f"<g{level}_{code}>" for level in range(LEVELS) for code in range(SYMBOLS)]
     mllm.processor.tokenizer.add_tokens(symbols)
     torch.manual_seed(seed)
@@ -49,18 +49,18 @@ def with_symbols(mllm: Mllm, seed: int) -> Mllm:
 
 @dataclass(frozen=True)
 class Peer:
-    """`generate` over prompts, padded on the left."""
+    """Run `generate` over prompts that are padded on the left."""
 
     mllm: Mllm
     prompts: Sequence[Prompt]
 
     @property
     def length(self) -> int:
-        """Columns of the padded prompts."""
+        """Return the number of columns of the padded prompts."""
         return max(len(prompt.token_ids) for prompt in self.prompts)
 
     def generate(self, **chosen: Any) -> Any:
-        """LEVELS new tokens, neither more nor fewer."""
+        """Generate exactly LEVELS new tokens."""
         padding = [self.length - len(prompt.token_ids) for prompt in self.prompts]
         rows = [[0] * n + list(prompt.token_ids) for n, prompt in zip(padding, self.prompts, strict=True)]
         mask = [[0] * n + [1] * (self.length - n) for n in padding]
@@ -76,16 +76,19 @@ class Peer:
         )
 
     def greedy(self) -> Any:
-        """Any tokens: what an answer of this length costs at least."""
+        """Generate any tokens: the least cost of an answer of this length."""
         return self.generate(min_new_tokens=LEVELS)
 
     def beams(self, **chosen: Any) -> Any:
-        """As many identifiers as recall gives, by beams of the same width. With `output_scores`, their scores too."""
+        """Generate as many identifiers as recall returns, by beams of the same width.
+
+        With `output_scores`, also their scores.
+        """
         return self.generate(num_beams=WIDTH, num_return_sequences=WIDTH, length_penalty=0.0, **chosen)
 
 
 def assert_same(hits: tuple[Hit, ...], output: Any, prompt: Prompt) -> float:
-    """The same identifiers in the same order. Returns the largest difference of two log-probabilities."""
+    """Check that the identifiers and their order are equal. Returns the largest difference of two log-probabilities."""
     found = [tuple(sequence[len(prompt.token_ids) :].tolist()) for sequence in output.sequences]
     assert [hit.token_ids for hit in hits] == found, "other identifiers"
     difference = float(np.abs(np.array([hit.log_prob for hit in hits]) - output.sequences_scores.numpy()).max())
@@ -94,9 +97,9 @@ def assert_same(hits: tuple[Hit, ...], output: Any, prompt: Prompt) -> float:
 
 
 def dict_trie_constraint(corpus: Corpus, first_token: int, start: int) -> Constraint:
-    """GRACE's `prefix_allowed_tokens_fn`: nested dicts, walked from the root for every beam.
+    """Return GRACE's `prefix_allowed_tokens_fn`: nested dicts, walked from the root for every beam.
 
-    first_token: where this vocabulary has the level symbols that the corpus has at FIRST_TOKEN; start: of the answers.
+    first_token: the id in this vocabulary of the symbol that the corpus has at FIRST_TOKEN. start: of the answers.
     """
     shift, nested = first_token - FIRST_TOKEN, DictTrie()
     nested.build(corpus)
@@ -104,7 +107,7 @@ def dict_trie_constraint(corpus: Corpus, first_token: int, start: int) -> Constr
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
-    """Check that all find the same, then time them."""
+    """Check that all candidates find the same, then time them."""
     args = options(__doc__ or "", sizes=(100_000,), argv=argv)
     torch.set_num_threads(THREADS)
     report, mllm = Report("recall_bench", args.seed), model_with_symbols(args.seed)
@@ -120,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 
 def measure(report: Report, mllm: Mllm, prompt: Prompt, corpus: Corpus, first_token: int, rounds: int) -> None:
-    """One size. first_token: see `dict_trie_constraint`."""
+    """Measure one size. first_token: see `dict_trie_constraint`."""
     trie, _ = build_trie(corpus.token_ids + first_token - FIRST_TOKEN)
     scorer, peer, start = TransformersScorer(mllm), Peer(mllm, [prompt]), len(prompt.token_ids)
     children = dict_trie_constraint(corpus, first_token, start)

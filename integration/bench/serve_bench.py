@@ -1,9 +1,9 @@
-"""One query after another through a real vLLM server on the CPU: the recall endpoint against what vLLM has itself.
+"""One query after another through a real vLLM server on the CPU: the recall endpoint against vLLM's own methods.
 
-The model is that of `recall_bench`, 4 symbols, width 10; the identifiers are synthetic. Tries of two shapes: in a
-balanced one every level branches alike, so that a search takes 4 steps at any size; a random one, in which a search
-skips the steps that leave no choice. The endpoint and the stock protocol are held to the ranking of the model in this
-process before the clock starts. Cold: every query is new to the server. Warm: always the same.
+The model is that of `recall_bench`, with 4 symbols and width 10. The identifiers are synthetic. Tries have two shapes.
+In a balanced one every level branches, so that a search takes 4 steps at any size. In a random one a search skips the
+steps that leave no choice. Before the clock starts, the rankings of the endpoint and of the stock protocol are compared
+with that of the model in this process. Cold: every query is new to the server. Warm: always the same.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _client(server: ServedModel) -> httpx.Client:
 
 
 def check(site: Site, server: ServedModel, client: httpx.Client, seed: int) -> None:
-    """Raise AssertionError unless all recall the same from every index."""
+    """Raise AssertionError unless all candidates recall the same from every index."""
     stock = VllmScorer(server.api_base)
     for name in site.indexes:
         for text in [QUERY, *islice(queries(seed), CHECKED - 1)]:
@@ -64,7 +64,7 @@ def check(site: Site, server: ServedModel, client: httpx.Client, seed: int) -> N
 
 
 def compare(report: Report, site: Site, server: ServedModel, client: httpx.Client, name: str, args: Any) -> None:
-    """The endpoint beside the stock protocol and vLLM's own beam search and greedy decoding, cold and warm."""
+    """Time the endpoint beside the stock protocol and vLLM's own beam search and greedy decoding, cold and warm."""
     stock = VllmScorer(server.api_base)
 
     def candidates(texts: Iterator[str]) -> dict[str, Callable[[], object]]:
@@ -90,7 +90,7 @@ def compare(report: Report, site: Site, server: ServedModel, client: httpx.Clien
 def grow(
     report: Report, shape: str, client: httpx.Client, names: Sequence[str], texts: Iterator[str], rounds: int
 ) -> None:
-    """The endpoint at every size, cold: the sizes take turns."""
+    """Time the endpoint at every size, cold. The sizes take turns."""
     times = interleaved_wall({name: _endpoint(client, name, texts) for name in names}, rounds=rounds)
     report.times(f"sizes, {shape}", times, ours=names[0])
     medians = [time.median for time in times.values()]

@@ -48,12 +48,12 @@ Metadata = Callable[[int], Mapping[str, Scalar]]
 
 
 def index_name(shape: str, n: int) -> str:
-    """How the server calls the index of n identifiers."""
+    """Return the server's name for the index of n identifiers."""
     return f"{shape}-{n}"
 
 
 def queries(seed: int) -> Iterator[str]:
-    """Random words, without end. No two of 60 ** 6 texts are likely to be the same."""
+    """Yield random words, without end. No two of 60 ** 6 texts are likely to be the same."""
     draw = random.Random(seed)
     while True:
         yield " ".join(draw.choices(WORDS, k=WORDS_OF_A_QUERY))
@@ -61,7 +61,7 @@ def queries(seed: int) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Site:
-    """The model as it is served, and its indexes, by name."""
+    """The served checkpoint, and its indexes by name."""
 
     mllm: Mllm
     scorer: Scorer
@@ -73,7 +73,7 @@ class Site:
     def prepare(
         cls, mllm: Mllm, corpora: Mapping[str, Corpus], folder: Path, metadata: Metadata = lambda row: {}
     ) -> Site:
-        """Write the checkpoint and the indexes. `mllm` has the level symbols; metadata: of the image in each row."""
+        """Write the checkpoint and the indexes. `mllm` has the level symbols. metadata: of the image in each row."""
         checkpoint = folder / "checkpoint"
         mllm.model.save_pretrained(checkpoint)
         mllm.processor.save_pretrained(checkpoint)
@@ -84,7 +84,7 @@ class Site:
     def serving(
         self, *, port: int | None = None, environment: Mapping[str, str] | None = None
     ) -> Iterator[ServedModel]:
-        """A vLLM server with the recall endpoint. Its output goes into a file beside the checkpoint."""
+        """Run a vLLM server with the recall endpoint. Its output goes into a file beside the checkpoint."""
         port = port or free_port()
         command = [
             *(*vllm_serve_command(), str(self.checkpoint)),
@@ -92,7 +92,7 @@ class Site:
             *("--middleware", MIDDLEWARE, *CPU_FLAGS),
         ]
         served = serve_environment([*self.indexes.values()], os.environ)
-        # vLLM would leave a core to the API server; the peers in this process compute on all that it may use.
+        # vLLM would leave a core to the API server, while the peers in this process use every core that it may use.
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         environment = {**served, "VLLM_CPU_OMP_THREADS_BIND": cores, **(environment or {})}
         log = self.checkpoint.with_name("vllm.log")
@@ -102,27 +102,27 @@ class Site:
             yield server
 
     def prompt(self, text: str) -> Prompt:
-        """The prompt of a query; all indexes have the same."""
+        """Return the prompt of a query, which is the same for all indexes."""
         index = next(iter(self.indexes.values()))
         return index.prompts.for_query(index.tokenizer, text)
 
     def recall_by(self, scorer: Scorer, name: str, text: str, normalise: Normalise = Normalise.CHILDREN) -> list[Hit]:
-        """The best WIDTH of one index, by a search in this process."""
+        """Return the best WIDTH hits of one index, by a search in this process."""
         prompts, trie = [self.prompt(text)], self.indexes[name].trie
         return list(recall(scorer, trie, prompts, SearchOptions(k=WIDTH, width=WIDTH, normalise=normalise))[0].hits)
 
     def assert_same(self, found: list[Ranked], name: str, text: str, who: str) -> None:
-        """Raise AssertionError unless `found` is what the model in this process finds."""
+        """Raise AssertionError unless `found` equals the ranking of the model in this process."""
         expected = self.ranked(name, self.recall_by(self.scorer, name, text))
         assert_same_ranking(found, expected, f"{who}, {name}, {text!r}")
 
     def ranked(self, name: str, hits: list[Hit]) -> list[Ranked]:
-        """Names and log-probabilities."""
+        """Return image ids and log-probabilities."""
         return [(self.indexes[name].record_of(hit).image_id, hit.log_prob) for hit in hits]
 
 
 def synthetic_index(folder: Path, mllm: Mllm, corpus: Corpus, metadata: Metadata) -> Index:
-    """An index whose images nobody has: only their names matter here."""
+    """An index without image files: the benchmarks use only their ids."""
     names = [f"image-{row}" for row in range(len(corpus))]
     identifiers = [tuple(f"<g{level}_{code}>" for level, code in enumerate(row)) for row in corpus.codes.tolist()]
     return create_index(
@@ -130,7 +130,9 @@ def synthetic_index(folder: Path, mllm: Mllm, corpus: Corpus, metadata: Metadata
         images=folder,
         records=[Record(name, folder / name, name, "0" * 64, (), metadata(row)) for row, name in enumerate(names)],
         identifiers=identifiers,
-        scheme=get_scheme("numeric"),  # would name further images: there are no features to fit codebooks to
+        scheme=get_scheme(
+            "numeric"
+        ),  # would assign identifiers to further images: there are no features to fit codebooks to
         tokenizer=mllm.tokenizer,
         model=mllm.entry(),
         prompts=render_prompts(mllm),
@@ -138,11 +140,11 @@ def synthetic_index(folder: Path, mllm: Mllm, corpus: Corpus, metadata: Metadata
 
 
 def body(name: str, text: str) -> dict[str, Any]:
-    """What is asked of `POST /v1/recall` in every benchmark."""
+    """Return the body of `POST /v1/recall` in every benchmark."""
     return {"index": name, "query": text, "k": WIDTH, "beam_width": WIDTH}
 
 
 def ranked(answer: httpx.Response) -> list[Ranked]:
-    """Names and log-probabilities of an answer to one query."""
+    """Return image ids and log-probabilities of an answer to one query."""
     (result,) = answer.raise_for_status().json()["results"]
     return [(hit["image_id"], hit["log_prob"]) for hit in result["hits"]]

@@ -30,21 +30,21 @@ Found = list[dict[tuple[int, ...], float]]
 
 @dataclass(frozen=True)
 class Model:
-    """Logits that depend on the query and the node alone: rows out of a pool."""
+    """A scorer whose logits depend on the query and the node alone: rows out of a pool."""
 
     pool: Float32
 
     @classmethod
     def random(cls, seed: int) -> Model:
-        """37 rows of random logits."""
+        """Draw 37 rows of random logits."""
         return cls(np.random.default_rng(seed).standard_normal((37, VOCAB), np.float32) * 3)
 
     def logits(self, query: Int64, node: Int64) -> Float32:
-        """(n, VOCAB), a copy."""
+        """Return the (n, VOCAB) logits, a copy."""
         return self.pool[self._rows(query, node)]
 
     def block(self, query: Int64, node: Int64, alphabet: Int64) -> Float32:
-        """(n, alphabet) of them."""
+        """Return the (n, alphabet) logits."""
         return self.pool[:, alphabet][self._rows(query, node)]
 
     def _rows(self, query: Int64, node: Int64) -> Int64:
@@ -52,13 +52,13 @@ class Model:
 
 
 def over_the_vocabulary(search: ours.Search, logits: Float32) -> None:
-    """The measured step from the whole matrix."""
+    """Perform the measured step from the whole matrix."""
     log_sum = torch.logsumexp(torch.from_numpy(logits), -1).numpy()
     search.step(logits.take(search.alphabet, axis=1), log_sum)
 
 
 def search_ours(trie: Trie, model: Model, n_queries: int, *, over_children: bool) -> tuple[list[float], Found]:
-    """Our search: seconds of every step, and each query's images with their log-probabilities."""
+    """Run our search. Returns the seconds of every step, and each query's images with their log-probabilities."""
     search = ours.Search(trie, n_queries, BEAMS, over_children=over_children)
     seconds = []
     while search.hits is None:
@@ -73,7 +73,10 @@ def search_ours(trie: Trie, model: Model, n_queries: int, *, over_children: bool
 def their_step(
     logits: torch.Tensor, scores: torch.Tensor, processed: Callable[[torch.Tensor], torch.Tensor] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The measured step: scores and flat positions of each query's best, twice the beams as some might have ended."""
+    """Perform the measured step.
+
+    Returns scores and flat positions of each query's best, twice the beams as some may end.
+    """
     log_probs = torch.log_softmax(logits, -1)
     if processed is not None:
         log_probs = processed(log_probs)
@@ -84,10 +87,10 @@ def their_step(
 def search_theirs(
     trie: Trie, nested: DictTrie, model: Model, n_queries: int, *, constrained: bool = True
 ) -> tuple[list[float], Found]:
-    """The steps of Hugging Face's beam search; without the constraint only for its time."""
+    """Run the steps of Hugging Face's beam search. Without the constraint only the time is used."""
     tokens = torch.tensor([PROMPT] * (n_queries * BEAMS))
     scores = torch.full((n_queries, BEAMS), -1e9)
-    scores[:, 0] = 0  # the beams of a query begin equal: only one may grow
+    scores[:, 0] = 0  # the beams of a query start equal, so only one may grow
     processor = PrefixConstrainedLogitsProcessor(lambda _, row: nested.get(row[len(PROMPT) :].tolist()), BEAMS)
     query = np.arange(n_queries).repeat(BEAMS)
     node = np.zeros(len(query), np.int64)
@@ -112,7 +115,7 @@ def search_theirs(
 
 
 def assert_same_images(mine: Found, theirs: Found) -> None:
-    """The same images for each query; where float32 cannot tell two apart, either may be the last."""
+    """Compare the images of each query. Where float32 cannot separate two, either may be the last."""
     for query, (a, b) in enumerate(zip(mine, theirs, strict=True)):
         assert len(a) == len(b) == BEAMS
         assert np.allclose(sorted(a.values()), sorted(b.values()), atol=1e-3), query

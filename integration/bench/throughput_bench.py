@@ -39,10 +39,10 @@ from llama_index_genret.search import Normalise
 
 CLIENTS = (1, 8, 32, 128)
 BATCH = 32
-"""Queries that GRACE decodes in one `generate`, and the number of clients that it is compared with."""
+"""Queries that GRACE decodes in one `generate`, and the number of clients in the comparison."""
 
 FEWEST = 16
-"""Answers that a round counts at least."""
+"""Minimum number of answers that a round counts."""
 
 BATCHED, ALONE = "GRACE, a batch of queries at once", "GRACE, one query after another"
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 @dataclass(frozen=True)
 class Grace:
-    """GRACE's decoding of some queries."""
+    """GRACE's decoding of a list of queries."""
 
     site: Site
     name: str
@@ -77,7 +77,7 @@ class Grace:
     texts: Sequence[str]
 
     def decode(self, *, output_scores: bool = False) -> list[list[Ranked]]:
-        """The identifiers of each query, best first; log-probabilities only where they are asked for."""
+        """Return the identifiers of each query, best first. Log-probabilities are computed on demand only."""
         peer = Peer(self.site.mllm, [self.site.prompt(text) for text in self.texts])
         output = peer.beams(
             prefix_allowed_tokens_fn=lambda batch, row: self.constraint(batch, row[peer.length :]),
@@ -89,14 +89,14 @@ class Grace:
         return [pairs[start : start + WIDTH] for start in range(0, len(pairs), WIDTH)]
 
     def check(self) -> None:
-        """Raise AssertionError unless it finds what the search in this process finds."""
+        """Raise AssertionError unless it finds the results of the search in this process."""
         for text, found in zip(self.texts, self.decode(output_scores=True), strict=True):
             hits = self.site.recall_by(self.site.scorer, self.name, text, Normalise.VOCABULARY)
             assert_same_ranking(found, [(str(list(h.token_ids)), h.log_prob) for h in hits], f"GRACE, {text!r}")
 
 
 def grace(report: Report, site: Site, name: str, rounds: int, seed: int) -> dict[str, Time]:
-    """Seconds a query of GRACE's decoding: alone and batched."""
+    """Return the seconds a query of GRACE's decoding, alone and batched."""
     first_token = site.mllm.model.get_input_embeddings().weight.shape[0] - LEVELS * SYMBOLS
     constraint, texts = dict_trie_constraint(site.corpora[name], first_token, 0), queries(seed)
 
@@ -115,7 +115,7 @@ def grace(report: Report, site: Site, name: str, rounds: int, seed: int) -> dict
 
 @dataclass
 class Load:
-    """Clients that ask one index, and what they saw. `seconds` and `latencies` are those of the counted answers."""
+    """Clients of one index, and their measurements. `seconds` and `latencies` are those of the counted answers."""
 
     name: str
     clients: int
@@ -124,7 +124,7 @@ class Load:
     latencies: list[float] = field(default_factory=list)
 
     async def run(self, api_base: str, texts: Iterator[str]) -> None:
-        """Count answers while all clients are busy: after each has had its first, until `counted` more are there."""
+        """Count answers while all clients are busy: after each has its first, until `counted` more have arrived."""
         answers, start, finished = 0, 0.0, asyncio.Event()
 
         async def client(opened: httpx.AsyncClient) -> None:
@@ -147,7 +147,10 @@ class Load:
 
 
 def serve(report: Report, site: Site, api_base: str, name: str, peers: dict[str, Time], rounds: int, seed: int) -> None:
-    """Queries a second and latencies for each number of clients, cold; at BATCH clients also warm, and beside GRACE."""
+    """Measure queries a second and latencies for each number of clients, cold.
+
+    At BATCH clients also warm, and beside GRACE.
+    """
     with httpx.Client(base_url=api_base, timeout=600) as client:
         for text in [QUERY, *islice(queries(seed), 2)]:
             site.assert_same(ranked(client.post("/recall", json=body(name, text))), name, text, "endpoint")

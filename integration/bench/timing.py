@@ -1,7 +1,7 @@
-"""How a benchmark times, prints and records. Knows nothing of tries.
+"""The timing, printing and recording of a benchmark. Independent of tries.
 
 Every figure is CPU time of this thread, or wall-clock time where it says so. The candidates of one comparison take
-turns in one process, so that their ratios do not depend on what else the machine does.
+turns in one process, so that their ratios do not depend on the other load of the machine.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Time:
 
     @classmethod
     def of(cls, rounds: Sequence[float]) -> Time:
-        """Of the times of several rounds."""
+        """Return the median and extremes of several rounds."""
         return cls(statistics.median(rounds), min(rounds), max(rounds))
 
     def divided(self, calls: int) -> Time:
-        """Of one call, where a round was `calls` of them."""
+        """Return the time of one call, where a round was `calls` of them."""
         return Time(self.median / calls, self.fastest / calls, self.slowest / calls)
 
     def __str__(self) -> str:
         return f"{_seconds(self.median)} ({_seconds(self.fastest)} .. {_seconds(self.slowest)})"
 
     def record(self) -> dict[str, float]:
-        """As JSON, in seconds."""
+        """Return the seconds as JSON."""
         return {"median_s": self.median, "fastest_s": self.fastest, "slowest_s": self.slowest}
 
 
@@ -56,14 +56,14 @@ def _seconds(seconds: float) -> str:
 
 
 def measured(call: Callable[[], Result]) -> tuple[float, Result]:
-    """CPU seconds that this thread spends in one call, and what it returned."""
+    """Return the CPU seconds that this thread spends in one call, and the result of the call."""
     start = time.thread_time()
     result = call()
     return time.thread_time() - start, result
 
 
 def stopwatch(call: Callable[[], object]) -> float:
-    """The seconds alone."""
+    """Return the seconds only."""
     return measured(call)[0]
 
 
@@ -72,7 +72,7 @@ def interleaved(
 ) -> dict[str, Time]:
     """Time `candidate(batch)` of each, in turns: mean over the batches, then median over the rounds.
 
-    A round of one candidate repeats until it lasts `at_least_s`; the repetitions come from one untimed warm-up.
+    A round of one candidate repeats until it lasts `at_least_s`. One untimed warm-up decides the number of repetitions.
     """
 
     def cycle(candidate: Callable[[int], object], times: int) -> None:
@@ -93,9 +93,9 @@ def interleaved(
 
 
 def interleaved_wall(candidates: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, Time]:
-    """Wall-clock time, for what runs on several threads. Every round runs all, after one that warms up.
+    """Measure wall-clock time of work on several threads. Every round runs all, after one warm-up.
 
-    The last answer of each is held until its next one is there, as a caller does.
+    The last answer of each is kept until its next one exists, as a caller does.
     """
     rows: dict[str, list[float]] = {name: [] for name in candidates}
     held: dict[str, object] = {}
@@ -109,7 +109,7 @@ def interleaved_wall(candidates: Mapping[str, Callable[[], object]], *, rounds: 
 
 
 def mean_time(times: Sequence[Time]) -> Time:
-    """The mean of several medians, with the means of their extremes."""
+    """Return the mean of several medians, with the means of their extremes."""
     return Time(
         *(statistics.fmean(values) for values in zip(*((t.median, t.fastest, t.slowest) for t in times), strict=True))
     )
@@ -117,7 +117,7 @@ def mean_time(times: Sequence[Time]) -> Time:
 
 @dataclass
 class Report:
-    """What a benchmark found: printed as it comes, kept for the JSON file."""
+    """The results of a benchmark: printed at once, and kept for the JSON file."""
 
     name: str
     seed: int
@@ -128,7 +128,7 @@ class Report:
         print(f"{self.name}: seed {self.seed}; {self.machine}", flush=True)
 
     def section(self, title: str) -> None:
-        """Begin a part of the output."""
+        """Begin a section of the output."""
         print(f"\n{title}", flush=True)
 
     def times(self, key: str, times: Mapping[str, Time], *, ours: str = "ours") -> dict[str, float]:
@@ -147,7 +147,7 @@ class Report:
         self.results[key] = value
 
     def goal(self, key: str, value: float, *, at_most: float = math.inf, at_least: float = -math.inf) -> None:
-        """Print and record one figure beside what it should be; nothing stops where it is not."""
+        """Print and record one figure beside its goal. A missed goal stops nothing."""
         met, wanted = at_least <= value <= at_most, f"<= {at_most:g}" if at_most < math.inf else f">= {at_least:g}"
         print(f"  {key:69} {value:.3g} ({wanted}: {'met' if met else 'MISSED'})", flush=True)
         self.results[key] = {"value": value, "goal": wanted, "met": met}
@@ -162,7 +162,7 @@ class Report:
 
 
 def machine() -> dict[str, str]:
-    """Processor and versions, as text."""
+    """Return processor and versions, as text."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -177,7 +177,7 @@ def machine() -> dict[str, str]:
 
 
 def options(description: str, *, sizes: Sequence[int], argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line that all benchmarks share."""
+    """Parse the command line that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--sizes", type=lambda text: [int(float(n)) for n in text.split(",")], default=list(sizes))
     parser.add_argument("--full", action="store_true", help="also ten million identifiers: minutes, and 10 GB")

@@ -1,8 +1,9 @@
-"""A step of training, forward and backward: loss at the targets only, against the loss over every position.
+"""A training step, forward and backward: loss at the targets only, against the loss over every position.
 
-The model is the demo's, the images are those of the package, identifiers structured; a batch has 20 examples, mixed as
-`genret train` mixes them. The peer is the loss that a Hugging Face model computes from labels, over the same batches,
-with the same LoRA; `no cache` runs the frozen vision tower anew. Losses are held equal before the clock starts.
+The model is the demo's, the images are those of the package, the identifiers structured. A batch has 20 examples, mixed
+as `genret train` mixes them. The peer is the loss that a Hugging Face model computes from labels, over the same
+batches, with the same LoRA. `no cache` runs the frozen vision tower every time. Losses are compared before the clock
+starts.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ OURS, FULL, NO_CACHE = "targets only", "every position", "every position, no cac
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
-    """Time the three over the same batches."""
+    """Time the three candidates over the same batches."""
     args = options(__doc__ or "", sizes=(100,), argv=argv)
     report, base = Report("train_bench", args.seed), default_folder(Recipe())
     make_base_model(Recipe(), base)
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 
 def _everywhere(model: Any, part: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The summed loss as a Hugging Face model takes it that is given labels: from the logits of all positions."""
+    """Return the summed loss that a Hugging Face model computes from labels: from the logits of all positions."""
     labels = part.pop("labels")
     logits = model(**part, use_cache=False).logits.float()
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")

@@ -1,6 +1,7 @@
-"""The gather step: which tokens may follow, and what are their logits? Ours against tries and grammar engines.
+"""The gather step: which tokens may follow, with their logits. Ours against tries and grammar engines.
 
-For 10 rows (one query) and 640 rows (64 queries of 10 beams); the mean over the four steps of an identifier.
+It has 10 rows (one query) and 640 rows (64 queries of 10 beams). Figures are means over the four steps of an
+identifier.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 
 def measure(report: Report, corpus: Corpus, peers: Sequence[Peer], rows: int, rounds: int) -> None:
-    """One size and one number of rows: check all, then time all in turns, level by level."""
+    """Measure one size and one number of rows: check all, then time all in turns, level by level."""
     trie, logits = ours.build(corpus), logits_matrix(rows, corpus.seed)
     batches = 2
     by_level: list[dict[str, Time]] = []
@@ -71,7 +72,7 @@ def measure(report: Report, corpus: Corpus, peers: Sequence[Peer], rows: int, ro
 
 
 def growth(report: Report, sizes: Sequence[int], rounds: int, seed: int) -> None:
-    """Our step of the smallest and of the largest size, in turns."""
+    """Time our step of the smallest and of the largest size, in turns."""
     small, large = (Corpus.sample(max(n, 10_000), seed) for n in (min(sizes), max(sizes)))
     if len(small) == len(large):
         return
@@ -92,7 +93,7 @@ def growth(report: Report, sizes: Sequence[int], rounds: int, seed: int) -> None
 
 
 def assert_same(expected: Sequence[Any], found: Sequence[Any], name: str) -> None:
-    """Every row's tokens are the brute force's."""
+    """Check that every row's tokens equal those of brute force."""
     for row, (want, got) in enumerate(zip(expected, found, strict=True)):
         assert np.array_equal(want, np.sort(np.asarray(got))), f"{name}, row {row}: {got}, not {want}"
 

@@ -1,7 +1,7 @@
 """Kill, fill the disk and cut the power at every point where a command changes files.
 
 python -m integration.faults                          all commands, all points; minutes
-python -m integration.faults --command add --few      one, and of calls that repeat only the first and the last
+python -m integration.faults --command add --few      one command; of repeated calls only the first and the last
 """
 
 from __future__ import annotations

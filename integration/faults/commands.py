@@ -1,6 +1,6 @@
-"""The commands that change an index, on a tiny random model, and what a folder holds before and after them.
+"""The commands that change an index, on a tiny random model, and the content of a folder before and after them.
 
-Each runs in a forked process: models are loaded once, and nothing is left in memory of what was killed.
+Each command runs in a forked process: models are loaded once, and a killed process leaves nothing in memory.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ LOADING = (mllm, model_loading)
 
 @dataclass(frozen=True)
 class Command:
-    """before: name of the folder that it starts from, None of none. run: takes the folder that holds `index`, `out`.
+    """A command under test.
 
-    anew: it makes the index from its pictures, whatever others did to the old one until then.
+    before: name of the folder that it starts from, or None. run: takes the folder that holds `index` and `out`.
+    anew: True if it rebuilds the index from its images, whatever others did to the old one until then.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Command:
 
 
 class Workshop:
-    """A model, pictures, the folders that commands start from, and the folder that they work in."""
+    """A model, images, the folders that commands start from, and the folder that they work in."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.place = root, root / "place"
@@ -75,7 +76,7 @@ class Workshop:
 
     @cached_property
     def commands(self) -> dict[str, Command]:
-        """All of them, by name."""
+        """Return all commands by name."""
         new = ("index", str(self.pictures), "--model", str(self.model), "--device", "cpu", "--out")
         found = [
             Command("index", None, lambda at: genret(*new, at / "index")),
@@ -93,7 +94,7 @@ class Workshop:
         return {command.name: command for command in found}
 
     def lay(self, command: Command) -> None:
-        """Put what a command starts from in its place."""
+        """Copy the folder that a command starts from to its place."""
         shutil.rmtree(self.place, ignore_errors=True)
         shutil.copytree(self._base(command.before), self.place)
 
@@ -120,13 +121,13 @@ class Workshop:
 
 
 def genret(*arguments: object) -> None:
-    """The command line; leaves the process."""
+    """Run the command line, which exits the process."""
     sys.argv = ["genret", *map(str, arguments)]
     cli.main()
 
 
 def _or_exit(work: Callable[[], Any]) -> None:
-    """As `cli.main` tells an error."""
+    """Run the work, and exit with an error as `cli.main` does."""
     try:
         work()
     except GenretError as error:
@@ -140,7 +141,7 @@ def _train(at: Path, *, update: bool = False) -> None:
 
 
 class Writer:
-    """Says of every picture what its seed tells."""
+    """A writer whose text depends on the seed alone."""
 
     model, fingerprint = "says what its seed tells", None
 
@@ -163,7 +164,7 @@ def _answered(at: Path, queries: Path) -> None:
 
 
 def state_of(place: Path) -> State:
-    """What lies there, all of it read and held against its checksums; raises where it is not whole."""
+    """Read the folder's content, verify its checksums, and return its state. Raises if the content is not whole."""
     state: State = {"out": _contents(place / "out"), "hits": _contents(place / "hits.jsonl")}
     if not (place / "index" / MANIFEST).exists():
         return state
@@ -193,7 +194,7 @@ def _contents(path: Path) -> dict[str, str]:
 
 
 def fingerprint(place: Path) -> str:
-    """Sha256 of all names and contents there, but for what each run draws anew, which stands in the manifest too."""
+    """Return a sha256 of all file names and contents, without the random parts, which the manifest also contains."""
     digest = hashlib.sha256()
     for path in sorted(place.rglob("*"), key=lambda path: _undrawn(path.relative_to(place))):
         content = path.read_bytes() if path.is_file() else b"a folder"
@@ -208,5 +209,5 @@ def _undrawn(path: Path) -> str:
 
 
 def names_in(place: Path) -> list[str]:
-    """What lies there, by name; what is drawn of a name is not looked at."""
+    """Return the file names, with their random parts masked."""
     return sorted(_undrawn(path.relative_to(place)) for path in place.rglob("*"))

@@ -1,8 +1,8 @@
-"""Flip bits and cut files of an index, at random places of all of them: found and named, or without any effect.
+"""Flip bits and cut files of an index, at random places of all files. Each is found and named, or has no effect.
 
     python -m integration.faults.flips --trials 2000
 
-Each trial reads all that any command reads, and asks; in a child, which must not crash.
+Each trial reads all that any command reads, and searches, in a child process that must not crash.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ A_CHILD = 100
 
 
 def full_index(workshop: Workshop) -> Path:
-    """An index with every file that one can have: `atomic`, to which an image with a row of its own came."""
+    """Make an index with every optional file: `atomic`, with an added image that has a row of its own."""
     folder = workshop.place / "index"
-    shutil.rmtree(workshop.place, ignore_errors=True)  # what other trials have left there
+    shutil.rmtree(workshop.place, ignore_errors=True)  # left by other trials
     workshop.place.mkdir()
     model = ("--model", workshop.model, "--device", "cpu")
 
@@ -59,13 +59,13 @@ def full_index(workshop: Workshop) -> Path:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The manifest, and all that it names."""
+    """Return the manifest, and all files that it lists."""
     named = [folder / entry.path for entry in load_index(folder).manifest.files.values()]
     return [folder / "manifest.json", *sorted(named)]
 
 
 def damaged(content: bytes, kind: str, place: int, draw: np.random.Generator) -> bytes:
-    """The content with one thing wrong in it, at a place or from there on."""
+    """Return the content with one fault in it, at a place or from there on."""
     changed = bytearray(content)
     if kind == "bit":
         changed[place] ^= 1 << int(draw.integers(8))
@@ -79,7 +79,7 @@ def damaged(content: bytes, kind: str, place: int, draw: np.random.Generator) ->
 
 
 def trial(folder: Path, files: list[Path], number: int, seed: int, sound: object) -> str:
-    """What came of one: a sentence, or the kind of damage and whether it was found."""
+    """Run one trial. Returns a failure as a sentence, or "found" or "without effect"."""
     draw = np.random.default_rng((seed, number))
     path = files[int(draw.integers(len(files)))]
     content, kind = path.read_bytes(), KINDS[int(draw.integers(len(KINDS)))]
@@ -98,7 +98,7 @@ def trial(folder: Path, files: list[Path], number: int, seed: int, sound: object
 
 
 def flips(folder: Path, *, trials: int, seed: int = 0) -> tuple[Counter[str], list[str]]:
-    """How often which, and a sentence for each failure."""
+    """Run all trials. Returns the count of each result, and a sentence for each failure."""
     files, sound, said = files_of(folder), state_of(folder.parent), folder.parent / "said"
     counts: Counter[str] = Counter()
     failures = []

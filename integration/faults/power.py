@@ -1,9 +1,9 @@
-"""What a power cut may leave: of what was done, all that no `fsync` has brought to the disk may be lost.
+"""The states that a power cut may leave: everything that no `fsync` has brought to the disk may be lost.
 
-A write lasts once its file is synced, a name in a folder once the folder is. A file system may keep more, in any
-order; so each of what may be lost is taken away alone, and all of it together.
+A write lasts once its file is synced, a name in a folder once the folder is. A file system may keep more, in any order.
+Each part that may be lost is therefore removed alone, and then all of them together.
 
-Knows calls and files; nothing of indexes.
+Depends on calls and files; independent of indexes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WRITES = {"write", "pwrite", "writev", "pwritev", "pwritev2", "ftruncate", "fal
 
 @dataclass(frozen=True)
 class Name:
-    """A name that no sync of its folder has made last. was: where the file lay before a rename; old: what was lost."""
+    """A name not yet made durable by a sync of its folder. was: the path before a rename. old: the file that it replaced."""
 
     path: Path
     was: Path | None = None
@@ -29,14 +29,17 @@ class Name:
 
 
 class Disk:
-    """Follows the calls of a process. `see` each before it is made; `cuts` makes what a cut would leave then."""
+    """Follows the calls of a process.
+
+    `see` takes each before it is made. `cuts` makes the states that a cut would leave.
+    """
 
     def __init__(self) -> None:
         self._unwritten: set[int] = set()
         self._names: list[Name] = []
 
     def see(self, event: Event) -> None:
-        """Take note of a call that will be made."""
+        """Record a call that will be made."""
         path, to = event.path, event.to
         if event.call in _WRITES:
             self._unwritten.add(path.stat().st_ino)
@@ -54,7 +57,7 @@ class Disk:
             self._names.append(Name(path))
 
     def cuts(self, under: Path, into: Path) -> Iterator[str]:
-        """Make one state after another in `into`, a copy of `under`, and say what was lost in it."""
+        """Make one state after another in `into`, a copy of `under`, and yield a description of the loss."""
         if self._unwritten:
             for kept in (0, 0.5):
                 self._copy(under, into)

@@ -1,9 +1,9 @@
-"""Stops a process before each system call that changes files, to look, to kill it there, or to let the call fail.
+"""Stop a process before each system call that changes files, to inspect it, kill it, or let the call fail.
 
 A seccomp filter hands the calls to this supervisor (`SECCOMP_RET_USER_NOTIF`), below Python and every library: torch,
-safetensors, numpy's C code. Needs Linux 5.5 on x86-64, no rights of root.
+safetensors, numpy's C code. Needs Linux 5.5 on x86-64, but not root.
 
-Knows processes and paths; nothing of indexes. See seccomp(2), seccomp_unotify(2).
+Depends on processes and paths; independent of indexes. See seccomp(2), seccomp_unotify(2).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _SECCOMP = 317
 
 @dataclass(frozen=True)
 class Event:
-    """A call that is about to be made. path: what it changes; to: of a rename; size: bytes of a write, 0 of others."""
+    """A call before it is made. path: the file that it changes. to: target of a rename. size: bytes of a write, else 0."""
 
     number: int
     call: str
@@ -68,14 +68,14 @@ class Event:
 
 
 KILL, KILL_HALF, GO = "kill", "kill half", None
-"""What `decide` may answer, beside an errno: a half is written of the write before the process is killed."""
+"""Results of `decide`, beside an errno. KILL_HALF writes half of the data before the process is killed."""
 
 Decide = Callable[[Event], "str | int | None"]
 
 
 @dataclass
 class Outcome:
-    """status: as of `os.waitstatus_to_exitcode`; -9 where it was killed. said: what it wrote to stderr."""
+    """status: as of `os.waitstatus_to_exitcode`, -9 if the process was killed. said: its output on stderr."""
 
     events: list[Event] = field(default_factory=list)
     status: int = 0
@@ -83,7 +83,7 @@ class Outcome:
 
 
 def supported() -> bool:
-    """Whether this machine lets a process supervise another's calls."""
+    """Return True if this machine lets a process supervise another's calls."""
     if platform.machine() != "x86_64" or sys.platform != "linux":
         return False
     try:
@@ -93,7 +93,7 @@ def supported() -> bool:
 
 
 def supervised(work: Callable[[], None], under: Path, decide: Decide = lambda event: GO) -> Outcome:
-    """Fork, do `work`, and ask `decide` before each call that changes what lies under a folder."""
+    """Fork, do `work`, and call `decide` before each call that changes a file below a folder."""
     ours, theirs = socket.socketpair()
     said = os.memfd_create("stderr")
     pid = os.fork()
@@ -119,13 +119,13 @@ def supervised(work: Callable[[], None], under: Path, decide: Decide = lambda ev
 
 def _child(work: Callable[[], None], said: int, theirs: socket.socket | None = None) -> NoReturn:
     """Do the work of a forked process, and end it."""
-    torch.set_num_threads(1)  # the threads of a forked process are gone, and would be waited for
-    gc.freeze()  # a collection would write to, and so copy, every page that is shared with the parent: a second each
+    torch.set_num_threads(1)  # the threads of a forked process are gone, and the exit would wait for them
+    gc.freeze()  # a collection would write to, and so copy, every page that is shared with the parent: a second each time
     status = 1
     try:
         os.dup2(said, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.stderr = os.fdopen(2, "w", closefd=False)  # pytest has put a file of its own there
+        sys.stderr = os.fdopen(2, "w", closefd=False)  # pytest replaced it with a file of its own
         if theirs:
             listener = _install()
             socket.send_fds(theirs, [b"x"], [listener])
@@ -143,7 +143,7 @@ def _child(work: Callable[[], None], said: int, theirs: socket.socket | None = N
 
 
 def _install() -> int:
-    """Put the filter on this thread and those it will start; returns the listener."""
+    """Install the filter on this thread and those that it will start. Returns the listener."""
     opens = [(nr, _argument(1 if nr == 2 else 2)) for nr in (2, OPENAT)]
     program = [(_LOAD, 0, 0, 0)]
     for nr, flags in opens:
@@ -206,7 +206,7 @@ def _supervise(listener: int, child: int, under: Path, decide: Decide, outcome: 
 
 
 def _event(number: int, call: str, pid: int, arguments: list[int], under: Path) -> Event | None:
-    """The event, None of what lies elsewhere."""
+    """Return the event, or None if its path is elsewhere."""
     to, size, fd, address = None, 0, -1, 0
     if call in _BY_FD or call in ("sendfile", "copy_file_range"):
         fd = arguments[2] if call == "copy_file_range" else arguments[0]
@@ -251,7 +251,7 @@ def _real(path: Path) -> Path:
 
 
 def _write_half(event: Event | None) -> None:
-    """Write the first half of what the stopped write holds, where it would have gone."""
+    """Write the first half of the data of the stopped write, at its place."""
     assert event is not None
     with Path(f"/proc/{event.pid}/mem").open("rb", 0) as memory:
         memory.seek(event.address)
@@ -263,7 +263,7 @@ def _write_half(event: Event | None) -> None:
 
 
 def wait_for_child(work: Callable[[], None], *, timeout_s: float = 120.0) -> tuple[int, str]:
-    """Do `work` in a forked process; its exit status, and what it wrote to stderr."""
+    """Do `work` in a forked process. Returns its exit status, and its output on stderr."""
     said = os.memfd_create("stderr")
     pid = os.fork()
     if not pid:

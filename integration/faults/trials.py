@@ -1,12 +1,12 @@
-"""One command, stopped at each of its points in one of five ways, and what must hold then.
+"""Stop one command at each of its points in one of five ways, and check the result.
 
-kill    killed there, or in the midst of the write: what was there before lies there whole, or what the command makes;
-        and the same command goes through then: once from each of the states that are left, "known" counts the others.
-power   the same after a power cut there, of all that no fsync has brought to the disk.
-full    from there on nothing can be written: an error that names the folder, nothing is left, the old version whole.
+kill    killed there, or during the write: the old content is whole, or the new one. The same command then succeeds. It
+        is tried once from each of the states that are left; "known" counts the others.
+power   the same after a power cut there, which loses everything that no fsync has brought to the disk.
+full    from there on nothing can be written: an error that names the folder, nothing is left, the old version is whole.
 read    a reader loads the index there: it gets the old version or the new one.
-race    another process removes an image there: it is told that it cannot, or the first is; none is lost of what either
-        was told that it did.
+race    another process removes an image there: it is refused, or the first command is. No change is lost of a command
+        that reported success.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from integration.faults.syscalls import GO, GROWS, KILL, KILL_HALF, Event, Outco
 from llama_index_genret.store import manifest
 
 UNFINISHED = ("index/training", "index/pseudo_queries.jsonl.part", "hits.jsonl.part")
-"""What a run that is to go on may leave."""
+"""Files of a run that can be resumed."""
 
 LOCKS = ("index/write.lock", "index/training.lock")
-"""Empty files of killed processes, free to be taken."""
+"""Empty files of killed processes, which are free to be locked."""
 
 IS_DONE = ("holds an index already", "no update to drop", "exists and is not empty", "unknown).", "hits.jsonl exists")
-"""What the same command may say after it was killed at its end: what it does is done."""
+"""Errors of the same command after it was killed at its end, when its work is already done."""
 
 
 @dataclass
 class Found:
-    """figures: how many points, and what was seen there. failures: a sentence each."""
+    """figures: count of points, and of each outcome. failures: a sentence each."""
 
     figures: dict[str, int] = field(default_factory=lambda: {"points": 0})
     failures: list[str] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Found:
 
 
 class Trials:
-    """A command, what it starts from and what it makes, and the points at which it changes files."""
+    """A command, its folder before and after, and the points at which it changes files."""
 
     def __init__(self, workshop: Workshop, command: Command, *, few: bool = False) -> None:
         self.workshop, self.command, self.place = workshop, command, workshop.place
@@ -65,7 +65,7 @@ class Trials:
         return wait_for_child(lambda: self.command.run(self.place))
 
     def _is_known(self, found: Found, tried: set[str]) -> bool:
-        """Whether what lies there lay there after an earlier point: from it the same command does the same."""
+        """Return True if this content also followed an earlier point, from where the same command does the same."""
         state = fingerprint(self.place)
         if state in tried:
             found.count("known")
@@ -74,7 +74,7 @@ class Trials:
         return False
 
     def _version(self, found: Found, where: str, place: Any = None) -> str:
-        """Which of the two lies there."""
+        """Return "old" or "new", the version in the folder."""
         try:
             state = state_of(place or self.place)
         except Exception as error:
@@ -122,7 +122,7 @@ class Trials:
 
         self.workshop.lay(self.command)
         self._run(decide)
-        for lost in disk.cuts(self.place, copy):  # the command has said that it is done
+        for lost in disk.cuts(self.place, copy):  # the command has reported success
             found.count("points")
             where = f"{self.command.name}, power cut after it, lost {lost}"
             if self._version(found, where, copy) != "new":
@@ -202,7 +202,7 @@ class Trials:
                 removed = REMOVED not in state["ids"]
                 done = {key for key in self.new if self.new[key] != self.old.get(key) and key != "ids"}
                 kept = first.status != 0 or self._same_change(state, done)
-                # Where both won and the other's removal is not there, it was done before the index was made anew.
+                # If both succeeded and the other's removal is missing, it came before the index was rebuilt.
                 undone = self.command.anew and status == first.status == 0 and state == self.new
                 if (status == 0) != (removed or undone) or not kept:
                     told = f"first {first.status}, other {status}"
@@ -212,7 +212,7 @@ class Trials:
         return found
 
     def _same_change(self, state: State, keys: set[str]) -> bool:
-        """Whether what the first command did is there, as far as the other does not change it too."""
+        """Return True if the change of the first command is there, except where the other changes it too."""
         of_edits = {"identifiers", "trained", "queries"}
         if "ids" in self.new and set(self.new["ids"]) - {REMOVED} != set(state["ids"]) - {REMOVED}:
             return False
@@ -243,12 +243,12 @@ def _state(found: Found, where: str, trials: Trials) -> State | None:
 
 
 def _joined(said: str) -> str:
-    """Without the spaces and breaks that a terminal's width puts into a line."""
+    """Remove the spaces and line breaks that depend on a terminal's width."""
     return "".join(said.split())
 
 
 def _some(events: list[Event]) -> Iterator[Event]:
-    """Of calls of one kind to files of one name, the first and the last."""
+    """Yield the first and the last of the calls of one kind to files of one name."""
     kinds: dict[tuple[str, str], list[Event]] = {}
     for event in events:
         kinds.setdefault((event.call, re.sub(r"[0-9a-f]{8,}|\d+", "*", event.path.name)), []).append(event)

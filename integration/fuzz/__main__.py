@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing with atheris (libFuzzer) of one target, for a bounded time.
 
-DIR keeps what reaches new code, and `crash-*` what fails: minimise it, mend the code, then move it to
-`tests/guarantees/fuzz_findings/TARGET/`. Exits with a non-zero status where something failed, or took longer than
+DIR keeps the inputs that reach new code, and a `crash-*` file for each failure. Minimise it, fix the code, then move it
+to `tests/guarantees/fuzz_findings/TARGET/`. The exit status is not zero if an input failed, or took longer than
 TIMEOUT_S.
 """
 
@@ -55,7 +55,7 @@ def _mutated(data: bytes, max_size: int, seed: int) -> bytes:
 
 
 def _escaped(word: bytes) -> bytes:
-    """As libFuzzer's dictionaries want it."""
+    """Return a word in the syntax of libFuzzer's dictionaries."""
     return b"".join(bytes([byte]) if 32 <= byte < 127 and byte not in b'"\\' else b"\\x%02x" % byte for byte in word)
 
 

@@ -1,7 +1,8 @@
-"""The files of a stored index: the first byte chooses one, the others are its content.
+"""The files of a stored index: the first byte selects a file, the others are its content.
 
-Of the files that the manifest names, the second byte says whether it has the checksum of the new content. Where it has
-not, only the content that was written may load. Where it has, what loads must fit together: every image is found.
+For the files that the manifest lists, the second byte decides whether it has the checksum of the new content. Without
+that checksum only the content that was written may load. With it, a loaded index must be consistent: every image is
+found.
 """
 
 import hashlib
@@ -24,8 +25,10 @@ AS_WRITTEN, WITH_CHECKSUM = b"w", b"c"
 
 @cache
 def _edited() -> Index:
-    """With a removed image, so that there are edits, too, and with the manifest of a release that gave it no checksum:
-    else nothing that is changed in it would be looked at."""
+    """The index has a removed image, so that there are edits too. Its manifest is of a release without a checksum of itself.
+
+    Otherwise a changed manifest would be refused before it is parsed.
+    """
     folder = scratch() / "edited"
     shutil.copytree(small_index().folder, folder)
     index = remove_images(load_index(folder), [small_corpus().records[3].image_id])

@@ -1,6 +1,6 @@
-"""The metadata of an image folder: the first byte chooses metadata.jsonl or metadata.csv, the others are the file.
+"""The metadata of an image folder: the first byte selects metadata.jsonl or metadata.csv, the others are the file.
 
-What is read must be read again from the records written as JSON, and nothing may lie outside the folder.
+Records that are read, written as JSON and read again must be equal. No path may be outside the folder.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Mutations that keep JSON whole: bytes changed at random seldom pass a parser, and then nothing behind it is tried."""
+"""Mutations that keep JSON valid. Bytes changed at random seldom pass a parser, so the code behind it would not run."""
 
 import json
 import random
@@ -13,7 +13,7 @@ ODD: tuple[Any, ...] = (
 
 
 def mutated(data: bytes, seed: int, max_size: int) -> bytes | None:
-    """The data with one value in one of its JSON lines replaced, removed or copied; None where it has no such line."""
+    """Replace, remove or copy one value in one of the JSON lines. Returns None if there is no such line."""
     rng = random.Random(seed)
     lines = data.split(b"\n")
     at = rng.randrange(len(lines))
@@ -37,7 +37,7 @@ def mutated(data: bytes, seed: int, max_size: int) -> bytes | None:
         parent[key] = value
     try:
         text = json.dumps(whole[0], ensure_ascii=rng.random() < 0.5)
-    except (ValueError, RecursionError):  # a value that now holds itself
+    except (ValueError, RecursionError):  # a value that would contain itself
         return None
     lines[at] = lines[at][: max(begin, 0)] + text.encode("utf-8", "backslashreplace")
     changed = b"\n".join(lines)
@@ -45,7 +45,7 @@ def mutated(data: bytes, seed: int, max_size: int) -> bytes | None:
 
 
 def _places(node: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container below a node, with each of its keys."""
+    """Yield every container below a node, with each of its keys."""
     for key in list(node) if isinstance(node, dict) else range(len(node)):
         yield node, key
         if isinstance(node[key], (dict, list)):

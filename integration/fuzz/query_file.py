@@ -1,6 +1,6 @@
 """Files of queries, as `genret eval`, `genret batch` and `genret index --pseudo-queries` read them.
 
-What is read must be read again from the queries written as JSON.
+Queries that are read, written as JSON and read again must be equal.
 """
 
 import json

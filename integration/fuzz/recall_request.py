@@ -1,6 +1,6 @@
-"""The body of `POST /v1/recall`, up to what a scorer would be asked.
+"""The body of `POST /v1/recall`, up to the requests to a scorer.
 
-A request must mean the same after it went over the wire again, and the two parsers of pydantic must agree.
+A request must mean the same after it is serialised and read again, and the two parsers of pydantic must agree.
 """
 
 import json
@@ -38,7 +38,7 @@ def one(data: bytes) -> None:
     index = small_index()
     try:
         body = json.loads(data)
-    except (ValueError, RecursionError):  # which FastAPI answers by itself
+    except (ValueError, RecursionError):  # FastAPI answers these by itself
         return
     try:
         request = RecallRequest.model_validate(body)

@@ -1,6 +1,6 @@
-"""What a server answers to the clients of this package: the first byte chooses the question, the others are the answer.
+"""The answers of a server to the clients of this package: the first byte selects the request, the others are the answer.
 
-Whatever it says: an error of ours, or results that could be true.
+For any answer the client raises an error of this package, or returns results that could be true.
 """
 
 import json
@@ -73,7 +73,7 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Played(Server):
-    """Answers every request with `content`, but what the models are, which it knows."""
+    """A server that answers every request with `content`, except the list of models, which is fixed."""
 
     content: bytes = b""
     asked: bytes = field(default=MODELS)
@@ -98,7 +98,7 @@ def one(data: bytes) -> None:
         (_recall if kind == RECALL else _score)(server)
     except ServerError:
         return
-    except QueryError:  # the server says that it reads less
+    except QueryError:  # the server reports a shorter maximum length
         assert kind == MODELS
 
 

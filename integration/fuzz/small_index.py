@@ -1,4 +1,4 @@
-"""An index over a handful of pictures, made without a model, in well under a second; and its images in memory."""
+"""An index over a handful of images, made without a model in well under a second, with its images in memory."""
 
 import atexit
 import json
@@ -29,7 +29,7 @@ COLORS = ("red", "green", "blue", "white")
 
 @cache
 def scratch() -> Path:
-    """A folder that is gone when the process ends; in memory where there is such a place."""
+    """Return a folder that is deleted when the process ends, in memory if the system has such a place."""
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="genret-fuzz-", dir=memory if memory.is_dir() else None))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -37,7 +37,7 @@ def scratch() -> Path:
 
 
 def draw(folder: Path) -> Path:
-    """The pictures of ROWS, without metadata."""
+    """Return the images of ROWS, without metadata."""
     for row, color in zip(ROWS, COLORS, strict=True):
         path = folder / str(row["file_name"])
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def draw(folder: Path) -> Path:
 
 @cache
 def small_corpus() -> Corpus:
-    """The four pictures with their metadata."""
+    """Return the four images with their metadata."""
     folder = draw(scratch() / "images")
     (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
     return read_corpus(folder)
@@ -55,7 +55,7 @@ def small_corpus() -> Corpus:
 
 @cache
 def small_index() -> Index:
-    """An index of `small_corpus`, named by numbers."""
+    """Return an index of `small_corpus` with the scheme `numeric`."""
     corpus, scheme = small_corpus(), get_scheme("numeric", digits=2)
     tokenizer = IndexTokenizer(_bytes_tokenizer())
     return create_index(

@@ -1,1 +1,1 @@
-"""Real pictures with words that other people gave them, and the table of how well trained indexes recall them."""
+"""Real images with words that other people gave them, and the recall table of trained indexes."""

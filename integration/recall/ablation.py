@@ -1,4 +1,4 @@
-"""What each part of the recipe gives: the emoji, the same steps, one part changed at a time; validation queries only.
+"""The gain of each part of the recipe: the emoji, the same steps, one part changed at a time, validation queries only.
 
 python -m integration.recall.ablation [--steps 60] [--only NAME ...] [--json FILE]
 """
@@ -25,7 +25,7 @@ FEW_LAYERS = 12
 
 @dataclass(frozen=True)
 class Variant:
-    """A recipe, the layers of its language model, and the query sets that it is asked."""
+    """A recipe, the layers of its language model, and the query sets that measure it."""
 
     options: TrainOptions
     layers: int = FEW_LAYERS
@@ -33,7 +33,7 @@ class Variant:
 
 
 def variants(steps: int) -> Mapping[str, Variant]:
-    """By name: those of text queries, then those of queries that are pictures."""
+    """Return the variants by name: first those for text queries, then those for image queries."""
     base = recipe(steps, layers=None)
     pictures = replace(base, teacher=None, mix={"retrieve": 4, "memorise": 36})
     return {

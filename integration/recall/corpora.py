@@ -71,13 +71,13 @@ def _write(folder: Path, name: str, items: Iterable[Item], query: Callable[[Item
 
 
 def digest() -> str:
-    """Changes with the text of the modules that decide what is written."""
+    """Return a key that changes with the text of the modules that decide the content."""
     modules = ("corpora.py", "emoji.py", "openclipart.py", "pixels.py", "split.py")
     return hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in modules)).hexdigest()[:16]
 
 
 def default_folder() -> Path:
-    """Where the corpora are kept between runs."""
+    """Return the folder where the corpora are cached."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return cache / "llama-index-genret" / f"recall-corpora-{digest()}"
 
@@ -110,7 +110,7 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where to (default: the user's cache)")
     print(make_corpora(parser.parse_args().out or default_folder()).resolve())

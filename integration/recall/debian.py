@@ -9,7 +9,7 @@ from llama_index_genret.errors import CorpusError
 
 
 def unpacked(packages: Mapping[str, str], version: str, downloads: Path) -> Path:
-    """The folder `downloads`, with the files of all packages in it.
+    """Download and unpack the packages into the folder `downloads`, and return it.
 
     Args:
         packages: their names, each with the sha256 of its file.

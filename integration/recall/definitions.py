@@ -1,6 +1,6 @@
-"""What words mean, as sentences that nobody wrote for a picture: queries on which a teacher is imitated.
+"""Definitions of words, as queries that nobody wrote for an image. The model imitates a teacher on them.
 
-Knows the layout of one Debian package, WordNet 3.0 (its own free licence); nothing of models.
+Depends on the layout of one Debian package, WordNet 3.0 (its own free licence); independent of models.
 """
 
 import re
@@ -14,11 +14,11 @@ from integration.recall.debian import unpacked
 VERSION = "1:3.0-37"
 SHA256 = "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752"
 THINGS = ("05", "06", "08", "13", "15", "17", "18", "19", "20")
-"""Its files of nouns to draw: animals, artefacts, the body, food, places, objects, people, phenomena, plants."""
+"""Files of nouns that can be drawn: animals, artefacts, the body, food, places, objects, people, phenomena, plants."""
 
 
 def definitions(n: int, *, seed: int = 0) -> tuple[str, ...]:
-    """`n` definitions of things, drawn by lot, without their examples.
+    """Sample `n` definitions of things, without their examples.
 
     Raises:
         CorpusError, subprocess.CalledProcessError: see `debian.unpacked`.

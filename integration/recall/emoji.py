@@ -1,7 +1,7 @@
 """The emoji of one artist with the words of three communities.
 
-Knows the layouts of the npm packages; nothing of models. The pictures are Fluent emoji (MIT); label and tags are
-emojibase's (MIT); keywords emojilib's (MIT); the same emoji by other artists, with other tags, OpenMoji's
+Depends on the layouts of the npm packages; independent of models. The images are Fluent emoji (MIT). Labels and tags
+are emojibase's (MIT), keywords are emojilib's (MIT). The same emoji by other artists, with other tags, are OpenMoji's
 (CC BY-SA 4.0).
 """
 
@@ -25,7 +25,7 @@ FEWEST_WORDS = 2
 
 @dataclass(frozen=True)
 class Emoji:
-    """One emoji: its picture, and every word that the packages have for it."""
+    """One emoji: its image, and every word that the packages have for it."""
 
     hexcode: str
     label: str
@@ -35,40 +35,40 @@ class Emoji:
     openmoji_tags: tuple[str, ...]
     picture: bytes
     openmoji_picture: bytes
-    """SVG."""
+    """Return the image as SVG."""
 
     @property
     def image_id(self) -> str:
         return self.hexcode.lower()
 
     def keyword_query(self) -> str | None:
-        """emojilib's keywords that are neither label nor tag, where they are two or more."""
+        """Return emojilib's keywords that are neither label nor tag, if there are two or more."""
         known = {spaced(word) for word in (self.label, *self.tags)}
         return joined(word for word in dict.fromkeys(map(spaced, self.keywords)) if word not in known)
 
     def tag_query(self) -> str | None:
-        """The tags that are no word of the label, where they are two or more."""
+        """Return the tags that are no word of the label, if there are two or more."""
         known = spaced(self.label).split()
         return joined(tag for tag in map(spaced, self.tags) if tag not in known)
 
     def openmoji_query(self) -> str | None:
-        """The tags of OpenMoji; not of flags, whose tags are the name of the country."""
+        """Return the tags of OpenMoji. Flags have none, since their tags are the name of the country."""
         return ", ".join(self.openmoji_tags) or None if self.group != FLAGS else None
 
 
 def spaced(word: str) -> str:
-    """In lower case, with spaces for underscores."""
+    """Return the words in lower case, with spaces for underscores."""
     return re.sub(r"[_\s]+", " ", word).strip().lower()
 
 
 def joined(words: Iterable[str]) -> str | None:
-    """As one query, unless they are too few to tell one picture from another."""
+    """Join words into one query, or return an empty text if they are too few to identify one image."""
     found = list(words)
     return ", ".join(found) if len(found) >= FEWEST_WORDS else None
 
 
 def read_emoji(downloads: Path) -> list[Emoji]:
-    """Every emoji without a skin tone that Fluent has drawn and emojibase has described."""
+    """Return every emoji without a skin tone that Fluent has drawn and emojibase has described."""
     with (
         download(ART, downloads) as art,
         download(LABELS_AND_TAGS, downloads) as emojibase,
@@ -103,14 +103,14 @@ def read_emoji(downloads: Path) -> list[Emoji]:
 
 
 def write_pictures(emoji: Iterable[Emoji], fluent: Path, openmoji: Path) -> None:
-    """Both pictures of each emoji as PNG on white, ID.png in either folder."""
+    """Write both images of each emoji as PNG on white, ID.png in either folder."""
     for one in emoji:
         on_white(Image.open(BytesIO(one.picture))).save(fluent / f"{one.image_id}.png")
         rendered(one.openmoji_picture).save(openmoji / f"{one.image_id}.png")
 
 
 def metadata(emoji: Iterable[Emoji], *, tags: bool) -> Iterator[dict[str, Any]]:
-    """The rows of metadata.jsonl: the label as caption, and then each tag if `tags`."""
+    """Return the rows of metadata.jsonl: the label as caption, then each tag if `tags`."""
     for one in emoji:
         text = [one.label, *one.tags] if tags else [one.label]
         yield {"file_name": f"{one.image_id}.png", "text": text, "group": one.group, "hexcode": one.hexcode}

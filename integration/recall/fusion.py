@@ -1,6 +1,6 @@
-"""The hybrid: one ranking out of generative recall and of a dense index over the captions.
+"""The hybrid: one ranking from generative recall and a dense index over the captions.
 
-Knows ranked ids and scores; nothing of models.
+Depends on ranked ids and scores; independent of models.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ TEMPERATURES = (0.02, 0.05, 0.1)
 
 @dataclass(frozen=True)
 class Fusion:
-    """How two rankings become one.
+    """A way to combine two rankings.
 
-    weight: of the generative one; None: only ranks count. temperature: of the dense one's softmax.
+    weight: of the generative ranking, or None to combine ranks only. temperature: of the dense ranking's softmax.
     """
 
     weight: float | None = None
@@ -34,10 +34,10 @@ class Fusion:
         return "RRF" if self.weight is None else f"{self.weight:g} generative, T={self.temperature:g}"
 
     def scores(self, generative: Scores, dense: Scores) -> Scores:
-        """(queries, images) out of two such arrays.
+        """Combine two (queries, images) arrays into one.
 
         By ranks: reciprocal rank fusion (Cormack, Clarke and Büttcher 2009). By scores: the weighted sum of two
-        log-probabilities, the dense one a softmax over all images of the cosine / temperature.
+        log-probabilities, where the dense one is a softmax over all images of the cosine / temperature.
 
         Args:
             generative: log-probabilities, -inf where an image was not recalled.
@@ -47,7 +47,7 @@ class Fusion:
             return _reciprocal(generative) + _reciprocal(dense)
         if self.weight == 0:
             return dense
-        # An image that was not recalled is less probable than every one that was.
+        # An image that was not recalled is less probable than every recalled one.
         recalled = np.isfinite(generative)
         least = np.where(recalled, generative, np.inf).min(axis=1, keepdims=True, initial=0.0)
         logits = dense / self.temperature
@@ -57,7 +57,7 @@ class Fusion:
 
 
 def _reciprocal(scores: Scores) -> Scores:
-    """1 / (60 + rank), the rank counted from 1; images of equal score share the last of their ranks. 0 where -inf."""
+    """Return 1 / (60 + rank), with ranks from 1. Images of equal score share the last of their ranks. 0 where -inf."""
     ordered = np.sort(scores, axis=1)
     ranks = np.stack(
         [len(row) - np.searchsorted(line, row, side="left") for line, row in zip(ordered, scores, strict=True)]
@@ -68,9 +68,9 @@ def _reciprocal(scores: Scores) -> Scores:
 def choose_fusion(
     generative: Scores, dense: Scores, records: Sequence[Record], queries: Sequence[EvaluationQuery]
 ) -> tuple[Fusion, Evaluation]:
-    """The fusion with the highest mean of recall@1/5/10 on these queries, and what it reaches.
+    """Return the fusion with the highest mean of recall@1/5/10 on these queries, and that mean.
 
-    Of equals the first: by ranks, then small weights. Give validation queries, never those of the table.
+    Of equal fusions the first wins: by ranks, then small weights. Give validation queries, never those of the table.
     """
     candidates = [Fusion(), *(Fusion(weight, heat) for heat in TEMPERATURES for weight in WEIGHTS)]
     evaluated = [evaluation_by_score(fusion.scores(generative, dense), records, queries) for fusion in candidates]

@@ -1,6 +1,6 @@
-"""Recall of many queries by a trained index: hits, scores of all images, and how far the right prefix survives.
+"""Recall of many queries by a trained index: hits, scores of all images, and prefix survival.
 
-Knows scorers and tries; nothing of peers.
+Depends on scorers and tries; independent of peers.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,18 +24,18 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 @dataclass(frozen=True)
 class Recalled:
-    """What a search found for queries. hits: of each, none where the query was refused."""
+    """The results of a search. hits: for each query, empty if the query was refused."""
 
     index: Index
     queries: tuple[EvaluationQuery, ...]
     hits: tuple[tuple[Hit, ...], ...]
 
     def evaluation(self) -> Evaluation:
-        """Its first ten hits."""
+        """Return the first ten hits of each query."""
         return evaluation_of(self.index, self.queries, [found[:10] for found in self.hits])
 
     def log_probs(self) -> NDArray[np.float64]:
-        """(queries, images), in the order of the index's records; -inf where an image was not found."""
+        """Return (queries, images) scores, in the order of the index's records, -inf where an image was not found."""
         scores = np.full((len(self.queries), len(self.index.records)), -np.inf)
         for row, found in enumerate(self.hits):
             scores[row, [hit.key for hit in found]] = [hit.log_prob for hit in found]
@@ -52,7 +52,7 @@ def recall_queries(
     batch: int = 32,
     progress: Progress = iter,
 ) -> Recalled:
-    """The best `k` of every query, by a beam as wide, or exactly."""
+    """Return the best `k` of every query, by a beam of width `k`, or exactly."""
     prompts: list[Prompt | None] = []
     for query in queries:
         try:
@@ -68,7 +68,7 @@ def recall_queries(
 def prefix_survival(
     index: Index, scorer: Scorer, queries: Sequence[EvaluationQuery], *, batch: int = 32, progress: Progress = iter
 ) -> list[float]:
-    """See `Evaluation.prefix_survival`: of a beam of ten. A refused query keeps nothing."""
+    """Return `Evaluation.prefix_survival` for a beam of ten. A refused query keeps nothing."""
     watching, kept_levels = RecordingScorer(scorer), []
     for start in progress(range(0, len(queries), batch)):
         recalled = recall_queries(index, watching, queries[start : start + batch], batch=batch)

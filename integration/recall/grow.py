@@ -1,13 +1,13 @@
-"""What it gives to add images to a trained index and to update it, and what the old images lose.
+"""The effect of adding images to a trained index and of updating it, on the added and on the old images.
 
     python -m integration.recall.grow --out WORK [--steps 700] [--part validation]
 
-Images drawn by a seed are held out. An index of the others is trained, gets the held-out ones added, and learns them in
-an update. Queries for the new images and for the old ones are measured apart at each stage, beside nearest neighbours
-over the same images: MiniLM of the captions, for pictures the vision tower. Old images lose a little as soon as there
-are more images at all: what a neighbour loses shows how much.
+A seed decides which images are held out. An index of the others is trained. The held-out images are added, and an
+update trains on them. Queries for the new and for the old images are measured separately at each stage. The peers are
+nearest neighbours over the same images: MiniLM of the captions, or the vision tower for image queries. Old images lose
+a little as soon as there are more images at all. The loss of a neighbour shows how much.
 
-WORK keeps an index of each stage: killed, the same command goes on.
+WORK keeps an index of each stage. After a kill the same command resumes.
 """
 
 import argparse
@@ -44,18 +44,18 @@ from llama_index_genret.training.recipe import train
 from llama_index_genret.training.schedule import update_options
 
 MOST_LOST = 0.01
-"""Goal: recall@5 that old images may lose by the update, from `trained` to `updated`."""
+"""Goal: the recall@5 that old images may lose by the update, from `trained` to `updated`."""
 
 
 @dataclass(frozen=True)
 class Stages:
-    """The index after each step, in a folder of its own below `work`; what is there already is taken as it is."""
+    """The index after each step, in a folder of its own below `work`. An existing index is reused."""
 
     work: Path
     mllm: Mllm
 
     def trained(self, corpus: Corpus, scheme: str, options: TrainOptions) -> Index:
-        """Of the images that are not held out."""
+        """Return the index of the images that are not held out."""
         folder = self.work / "trained"
         if not (folder / "manifest.json").is_file():
             build_index(corpus, folder, self.mllm, scheme=scheme)
@@ -63,13 +63,13 @@ class Stages:
         return index if index.is_trained else train(index, options, device="cpu")
 
     def added(self, trained: Index, records: Sequence[Record]) -> Index:
-        """With the new images, before they are learned."""
+        """Return the index with the new images, before the update."""
         index = self._copied(trained, "added")
         missing = [record for record in records if record.image_id not in index.rows_by_id]
         return add_to_index(index, missing, self.mllm) if missing else index
 
     def updated(self, added: Index, options: TrainOptions) -> Index:
-        """With the new images learned."""
+        """Return the index with the new images, after the update."""
         index = self._copied(added, "updated")
         return index if has_update(index) else train(index, options, update=True, device="cpu")
 
@@ -83,7 +83,7 @@ class Stages:
 
 
 def parted(corpus: Corpus, *, hold_out: int, limit: int | None, seed: int) -> tuple[Corpus, list[Record]]:
-    """The images to train on, and those to add; `limit`: of both together."""
+    """Return the images to train on, and those to add. `limit`: the number of both together."""
     order = np.random.default_rng(seed).permutation(len(corpus.records))[:limit]
     old, new = ([corpus.records[row] for row in sorted(rows)] for rows in (order[hold_out:], order[:hold_out]))
     return dataclasses.replace(corpus, records=old), new
@@ -91,7 +91,7 @@ def parted(corpus: Corpus, *, hold_out: int, limit: int | None, seed: int) -> tu
 
 @dataclass
 class Neighbours:
-    """What an index of vectors finds among the same images."""
+    """The results of vector indexes over the same images."""
 
     mllm: Mllm
     minilm: MiniLm
@@ -99,7 +99,7 @@ class Neighbours:
     def evaluate(
         self, asked: QuerySet, records: Sequence[Record], queries: Sequence[EvaluationQuery]
     ) -> dict[str, Evaluation]:
-        """By the name of the peer that can answer such queries."""
+        """Evaluate the peers that support these queries, by name."""
         if asked.shows_images:
             scores = neighbour_scores(lambda paths: vision_features(self.mllm, paths), records, queries)
             return {"vision neighbour": evaluation_by_score(scores, records, queries)}
@@ -109,7 +109,7 @@ class Neighbours:
 def measure(
     asked: QuerySet, queries: Sequence[EvaluationQuery], stages: Mapping[str, Index], peers: Neighbours
 ) -> dict[str, dict[str, Any]]:
-    """Figures by stage, age of the images, and who recalls; and what the old images lose. Printed as they come."""
+    """Print figures by stage, age of the images and system, and the loss of the old images."""
     old_ids = stages["trained"].rows_by_id.keys()
     results: dict[str, dict[str, Any]] = {}
     for age in ("new", "old"):
@@ -133,7 +133,7 @@ def measure(
 
 
 def update_recipe(added: Index, steps: int | None, rate: float) -> TrainOptions:
-    """What an update takes by itself, with `rate` times its learning rates; steps: another number of them."""
+    """Return the default options of an update with `rate` times its learning rates. steps: replaces their number."""
     options = update_options(added)
     return dataclasses.replace(
         options,
@@ -144,7 +144,7 @@ def update_recipe(added: Index, steps: int | None, rate: float) -> TrainOptions:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="WORK")
     parser.add_argument("--corpora", type=Path, help="of integration.recall.corpora (default: made if needed)")

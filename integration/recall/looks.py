@@ -1,9 +1,9 @@
-"""What redrawn pictures teach a vision tower: image queries, by its features, and by those of `VisionTeacher`.
+"""Image queries by the features of a vision tower, and by `VisionTeacher`, which is fitted to redrawn images.
 
     python -m integration.recall.looks [--part validation] [--redrawn 4] [--limit N]
 
-No language model is asked: this is what `genret train --redrawn` imitates. The query shows the same emoji by another
-artist, whose pictures neither has seen.
+No language model takes part: this is the target that `genret train --redrawn` imitates. The query shows the same emoji
+by another artist, whose images neither has seen.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from llama_index_genret.training.vision_teacher import VisionTeacher
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="validation", choices=("validation", "test"), help="of the queries")
     parser.add_argument("--redrawn", type=int, default=4, help="versions of each picture beside itself")

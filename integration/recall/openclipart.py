@@ -1,6 +1,6 @@
-"""Pictures of many hands with a title, keywords and sometimes a description, all in the public domain.
+"""Drawings by many authors with a title, keywords and sometimes a description, all in the public domain.
 
-Knows the layout of two Debian packages and the RDF in their drawings; nothing of models.
+Depends on the layout of two Debian packages and the RDF in their drawings; independent of models.
 """
 
 import re
@@ -21,7 +21,7 @@ PACKAGES = {
     "openclipart-svg": "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
     "openclipart-png": "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
 }
-"""Each with the sha256 of its file."""
+"""Packages, each with the sha256 of its file."""
 LARGEST_PNG_BYTES = 1_000_000  # a few have hundreds of megapixels
 FEWEST_KEYWORDS, FEWEST_DESCRIBING_WORDS = 3, 4
 _DC, _RDF = "{http://purl.org/dc/elements/1.1/}", "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
@@ -29,7 +29,7 @@ _DC, _RDF = "{http://purl.org/dc/elements/1.1/}", "{http://www.w3.org/1999/02/22
 
 @dataclass(frozen=True)
 class Clipart:
-    """One drawing and what its author wrote in it; text is "" where there is none."""
+    """One drawing and its author's words. A missing text is ""."""
 
     image_id: str
     title: str
@@ -37,19 +37,19 @@ class Clipart:
     keywords: tuple[str, ...]
     svg: Path
     png: Path
-    """The package's own rendering."""
+    """Return the package's own rendering."""
 
     @property
     def is_flag(self) -> bool:
         return "flags/" in self.image_id or "flag" in self.keywords
 
     def keyword_query(self) -> str | None:
-        """The keywords that are not the title, where they are three or more."""
+        """Return the keywords that are not the title, if there are three or more."""
         words = [word.replace("_", " ") for word in dict.fromkeys(self.keywords) if plain(word) != plain(self.title)]
         return ", ".join(words) if len(words) >= FEWEST_KEYWORDS else None
 
     def description_query(self) -> str | None:
-        """The description, where it is a phrase that does more than repeat the title; no addresses."""
+        """Return the description if it adds words to the title and has no address in it, else None."""
         words = plain(self.description).split()
         says_more = set(words) - set(plain(self.title).split())
         told = len(words) >= FEWEST_DESCRIBING_WORDS and says_more and not re.search(r"@|://", self.description)
@@ -57,12 +57,12 @@ class Clipart:
 
 
 def plain(text: str) -> str:
-    """Letters and digits only, in lower case: what makes two titles the same."""
+    """Reduce a title to letters and digits in lower case. Titles with equal results are the same."""
     return " ".join(re.findall(r"[^\W_]+", text.lower()))
 
 
 def download(downloads: Path) -> Path:
-    """The folder that holds `svg` and `png`.
+    """Return the folder that holds `svg` and `png`.
 
     Raises:
         CorpusError, subprocess.CalledProcessError: see `debian.unpacked`.
@@ -71,7 +71,7 @@ def download(downloads: Path) -> Path:
 
 
 def read_clipart(folder: Path) -> list[Clipart]:
-    """Every drawing but flags whose title no other drawing has, in the order of their paths."""
+    """Return every drawing with a title of its own, in the order of their paths, without flags."""
     drawings = [path for path in sorted((folder / "svg").rglob("*.svg")) if not path.is_symlink()]
     found = [clipart for path in drawings if (clipart := _read(path, folder)).title and clipart.png.exists()]
     titles = Counter(plain(clipart.title) for clipart in found)
@@ -104,7 +104,7 @@ def _without_author(title: str) -> str:
 
 
 def write_pictures(clipart: Iterable[Clipart], folder: Path) -> None:
-    """Each as PNG on white."""
+    """Write each drawing as PNG on white."""
     for one in clipart:
         path = folder / f"{one.image_id}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +113,6 @@ def write_pictures(clipart: Iterable[Clipart], folder: Path) -> None:
 
 
 def metadata(clipart: Sequence[Clipart]) -> Iterator[dict[str, Any]]:
-    """The rows of metadata.jsonl: the title as caption."""
+    """Return the rows of metadata.jsonl: the title as caption."""
     for one in clipart:
         yield {"file_name": f"{one.image_id}.png", "text": [one.title], "group": one.image_id.split("/")[0]}

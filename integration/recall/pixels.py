@@ -1,4 +1,4 @@
-"""Pictures as the models read them: square, on white."""
+"""Images in the form that the models read: square, on white."""
 
 from io import BytesIO
 
@@ -8,7 +8,7 @@ SIDE = 224
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    """RGB, SIDE x SIDE, the whole picture centred on white."""
+    """Return an RGB image of SIDE x SIDE, with the whole image centred on white."""
     rgba = picture.convert("RGBA")
     scale = SIDE / max(rgba.size)
     width, height = (max(1, round(length * scale)) for length in rgba.size)
@@ -19,8 +19,8 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 
 def rendered(svg: bytes) -> Image.Image:
-    """An SVG drawn as `on_white`."""
-    import cairosvg  # only who makes the corpora needs it
+    """Render an SVG, and return it like `on_white`."""
+    import cairosvg  # only needed to make the corpora
 
     png = cairosvg.svg2png(bytestring=svg, output_width=2 * SIDE, output_height=2 * SIDE)
     return on_white(Image.open(BytesIO(png)))

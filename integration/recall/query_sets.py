@@ -1,6 +1,6 @@
-"""Which queries ask which corpus, and what a trained index should reach on them.
+"""The query sets of each corpus, and the goals of a trained index on them.
 
-Knows file names and numbers; nothing of models.
+Depends on file names and numbers; independent of models.
 """
 
 import json
@@ -19,7 +19,7 @@ RECALLS = ("recall@1", "recall@5", "recall@10")
 class QuerySet:
     """`queries/NAME.jsonl` and its parts.
 
-    goal: recall@1/5/10 of an index that was trained on the corpus; None: what the best peer reaches.
+    goal: recall@1/5/10 of an index that was trained on the corpus. None: the figures of the best peer.
     """
 
     name: str
@@ -40,7 +40,7 @@ CORPORA = tuple(dict.fromkeys(asked.corpus for asked in QUERY_SETS))
 
 
 def bare_records(corpora: Path, name: str) -> list[Record]:
-    """The records of a corpus from its metadata alone: no picture is opened, no checksum taken."""
+    """Return the records of a corpus from its metadata alone. It opens no image and computes no checksum."""
     folder = corpora / name
     rows = map(json.loads, (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
     return [
@@ -52,10 +52,10 @@ def bare_records(corpora: Path, name: str) -> list[Record]:
 
 
 def corpus_of(index: Index, corpora: Path) -> str:
-    """The corpus that an index was made of, by its image ids and captions.
+    """Return the corpus from which an index was made, by its image ids and captions.
 
     Raises:
-        CorpusError: it was made of none of them, or only of a part.
+        CorpusError: the index was made of none of them, or only of a part.
     """
     held = _captions(index.records)
     for name in CORPORA:

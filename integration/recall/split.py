@@ -1,6 +1,6 @@
-"""Which queries choices may look at, and which they may not.
+"""The split of queries into validation, on which choices are made, and test.
 
-Knows image ids and JSON lines; nothing of pictures or retrievers.
+Depends on image ids and JSON lines; independent of images and retrievers.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ SEED, VALIDATION_OF = 0, 8
 
 
 def is_validation(image_id: str, *, seed: int = SEED) -> bool:
-    """True for about an eighth of all image ids, the same in every query set: a function of the id alone."""
+    """Return True for about an eighth of all image ids, the same in every query set: a function of the id alone."""
     digest = hashlib.sha256(f"{seed}:{image_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % VALIDATION_OF == 0
 
@@ -28,6 +28,6 @@ def write_queries(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) ->
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON object a line."""
+    """Write one JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -1,11 +1,11 @@
-"""The recall table: trained indexes beside the peers, on queries that no choice has looked at.
+"""The recall table: trained indexes beside the peers, on queries that no choice was made on.
 
     python -m integration.recall.table --index NAME=FOLDER ... [--json FILE] [--picture FILE.png]
 
-Every index was made of one whole corpus of `integration.recall.corpora` and trained; the table finds out which, and
-asks by text or by pictures as it was trained. Each of its test queries counts, one that is refused as a miss; ties
-count against a peer. A row has recall@1/5/10 and MRR with 95 % bootstrap intervals over the images asked for, and what
-the index is ahead of each peer, query by query. What the hybrid mixes how is chosen on the validation queries.
+Every index was made of one whole corpus of `integration.recall.corpora` and trained. The table detects which, and uses
+text or image queries as in its training. Each of its test queries counts, and a refused one is a miss. Ties count
+against a peer. A row has recall@1/5/10 and MRR with 95 % bootstrap intervals over the images of the queries. It also has
+the lead of the index over each peer, query by query. The validation queries choose the mixture of the hybrid.
 """
 
 import argparse
@@ -37,7 +37,7 @@ BEAM, EXACT, HYBRID = "beam 10", "exact", "hybrid"
 COLUMNS = (*RECALLS, "mrr")
 FUSED_HITS = 50
 HYBRID_AHEAD = 1.1
-"""Times the better of its two parts."""
+"""Ratio of our figure to that of the better of the hybrid's two parts."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Section:
         return {name: row for name, row in self.rows.items() if name not in (BEAM, EXACT, HYBRID)}
 
     def goals(self) -> dict[str, tuple[float, float]]:
-        """What is reached and what should be, of each figure that has a goal."""
+        """Return the value and the goal of each figure that has a goal."""
         figures = {name: row.figures() for name, row in self.rows.items()}
         best = {column: max(figures[name][column] for name in self.peers) for column in RECALLS}
         wanted = dict(zip(RECALLS, self.asked.goal, strict=True)) if self.asked.goal else best
@@ -71,7 +71,7 @@ class Section:
         return goals
 
     def ahead(self, ours: str, peer: str) -> dict[str, Interval]:
-        """95 % intervals of our figures less a peer's, by the paired bootstrap."""
+        """Return 95 % intervals of our figures minus a peer's, by the paired bootstrap."""
         left, right = self.rows[ours].of_each_query(), self.rows[peer].of_each_query()
         asked = [query.image_ids for query in self.rows[ours].queries]
         return {
@@ -83,14 +83,14 @@ class Section:
 def measure(
     name: str, index: Index, scorer: Scorer, peers: Peers, asked: QuerySet, queries: Path, *, hybrid: bool = True
 ) -> Section:
-    """Every row of one index on one query set; without the hybrid, where it is not asked for."""
+    """Measure every row of one index on one query set, without the hybrid unless requested."""
 
     def bar(batches: Any) -> Any:
         return tqdm(batches, desc=f"{name}: {asked.name}", file=sys.stderr)
 
     test = read_queries(queries / f"{asked.name}-test.jsonl", index.records)
     beam = recall_queries(index, scorer, test, progress=bar)
-    # Identifiers of one symbol are all scored in the one step that there is.
+    # Identifiers of one symbol are all scored in the only step.
     exact = recall_queries(index, scorer, test, mode="exact", progress=bar) if _is_tree(index) else beam
     rows = {BEAM: beam.evaluation(), EXACT: exact.evaluation()}
     note = ""
@@ -109,7 +109,7 @@ def measure(
 
 
 def _was_taught(index: Index, asked: QuerySet) -> bool:
-    """Whether the training had examples of what the queries ask with: pictures, or text beyond the captions."""
+    """Return True if the training had examples of these queries: images, or text beyond the captions."""
     mix = (index.manifest.training or {}).get("mix", {})
     return bool(mix.get("memorise" if asked.shows_images else "imitate"))
 
@@ -151,7 +151,7 @@ def record(report: Report, section: Section) -> None:
 
 
 def draw(sections: Sequence[Section], path: Path) -> None:
-    """Horizontal bars of recall@1 and @10 with their intervals, one panel a section."""
+    """Draw horizontal bars of recall@1 and @10 with their intervals, one panel a section."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -179,7 +179,7 @@ def draw(sections: Sequence[Section], path: Path) -> None:
 
 
 def named_folder(text: str) -> tuple[str, Path]:
-    """`NAME=FOLDER`."""
+    """Parse `NAME=FOLDER`."""
     name, equals, folder = text.partition("=")
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} must read NAME=FOLDER")
@@ -187,7 +187,7 @@ def named_folder(text: str) -> tuple[str, Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", type=named_folder, action="append", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--corpora", type=Path, help="of integration.recall.corpora (default: made if needed)")

@@ -1,8 +1,8 @@
-"""An index of one of the corpora, trained for the recall table.
+"""Train an index of one of the corpora for the recall table.
 
     python -m integration.recall.train --corpus emoji --scheme atomic --steps 700 --out FOLDER
 
-Killed, the same command goes on. What the recipe is was chosen on the validation queries: see `ablation`.
+After a kill the same command resumes. The recipe was chosen on the validation queries: see `ablation`.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from llama_index_genret.store.build import build_index
 from llama_index_genret.training.recipe import TrainOptions, train
 
 LAYERS = 30
-"""Of the language model: all. What it knows of words lies in its depth; see `ablation`."""
+"""Layers of the language model: all. Its knowledge of words depends on its depth, see `ablation`."""
 
 TRAINED_LAYERS = 8
 
 
 def recipe(steps: int, *, seed: int = 0, layers: int | None = TRAINED_LAYERS) -> TrainOptions:
-    """For text queries: a tenth are the captions, the rest any words, for which MiniLM is imitated."""
+    """Mix for text queries: a tenth are captions, the rest any words, for which the model imitates MiniLM."""
     return TrainOptions(
         max_steps=steps,
         batch_size=40,
@@ -43,7 +43,7 @@ def recipe(steps: int, *, seed: int = 0, layers: int | None = TRAINED_LAYERS) ->
 def trained_index(
     corpus: str, scheme: str, options: TrainOptions, out: Path, *, layers: int = LAYERS, by_captions: bool = False
 ) -> Index:
-    """The trained index in `out`; it is made where it is not there, and left alone where it is trained."""
+    """Return the trained index in `out`. It is made if it is missing, and reused if it is trained."""
     if not (out / "manifest.json").is_file():
         base = default_model_folder(Recipe(layers=layers))
         make_base_model(Recipe(layers=layers), base)
@@ -55,7 +55,7 @@ def trained_index(
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", default="emoji", help="emoji, emoji-labels or openclipart")
     parser.add_argument("--scheme", default="atomic")

@@ -1,15 +1,15 @@
-"""What verification does to recall, and whether a query about nothing in the index is told from one about an image.
+"""The effect of verification on recall, and its detection of queries about no image of the index.
 
     python -m integration.recall.verify INDEX [--queries FILE] [--foreign FILE ...] [--by image] [--json FILE]
 
-Known queries are about images of the index. For the abstention half of the images are left out: a filter hides them,
-so that the queries about them are about nothing ("removed"; the model has seen those images, and would like to name
-them). "foreign" are queries about another corpus. Either kind has queries that fit an image that is there.
+Known queries are about images of the index. For abstention half of the images are left out: a filter hides them. The
+queries about them are then about nothing ("removed"). The model was trained on those images, and prefers them.
+"foreign" are queries about another corpus. Either kind has queries that fit an image that is there.
 
-What is chosen for one half of the queries - the weight of the evidence, the weights of the signals, the threshold
-below which at most 5 % of the known queries fall - is chosen on the other half, parted by the images that are asked
-for; every figure is of all queries. Without --queries the index is of a corpus of `integration.recall.corpora`: its
-validation queries, and as foreign ones those of another corpus.
+The weight of the evidence, the weights of the signals and the threshold are chosen on one half of the queries for the
+other half. Below the threshold are at most 5 % of the known queries. The images of the queries decide the halves. Every
+figure is of all queries. Without --queries the index is of a corpus of `integration.recall.corpora`. Its validation
+queries are used then, with those of another corpus as foreign ones.
 """
 
 import argparse
@@ -58,7 +58,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Verified:
-    """A query, what was recalled for it, and the evidence for each hit."""
+    """A query, its hits, and the evidence for each hit."""
 
     query: EvaluationQuery
     hits: tuple[Hit, ...]
@@ -71,11 +71,11 @@ class Verified:
 
     @property
     def half(self) -> int:
-        """The same for all queries about the same images."""
+        """Return the half of a query, the same for all queries about the same images."""
         return _bit("half", *sorted(self.query.image_ids)) if self.query.image_ids else _bit("half", self.query.text)
 
     def ranked(self, weight: float) -> tuple[Hit, ...]:
-        """The hits as a verifier of that weight ranks them."""
+        """Return the hits as a verifier of that weight ranks them."""
         scores = np.array([log_odds(hit.score) for hit in self.hits]) + weight * self.evidence.information
         return tuple(self.hits[place] for place in np.argsort(-scores, kind="stable"))
 
@@ -93,7 +93,7 @@ def verified(
     references: int,
     kept: NDArray[np.bool_],
 ) -> list[Verified]:
-    """Recall the queries among the records that are kept, and ask for the evidence.
+    """Recall the queries among the records that are kept, and compute the evidence.
 
     Args:
         kept: (records,)
@@ -118,7 +118,7 @@ def verified(
 
 
 def ranking_figures(report: Report, index: Index, found: Sequence[Verified]) -> None:
-    """recall@1/5 and MRR with and without verification, the weight chosen on the other half."""
+    """Print recall@1/5 and MRR with and without verification, the weight chosen on the other half."""
     weights = [_best_weight(index, [one for one in found if one.half != half]) for half in (0, 1)]
     report.section(f"Verification, {len(found)} queries; weights of the two halves {weights}")
     asked = [one.query for one in found]
@@ -138,7 +138,7 @@ def ranking_figures(report: Report, index: Index, found: Sequence[Verified]) -> 
 
 
 def _best_weight(index: Index, found: Sequence[Verified]) -> float:
-    """With the highest MRR; of equals the least."""
+    """Return the weight with the highest MRR, the least of equal ones."""
 
     def quality(weight: float) -> float:
         ranked = [one.ranked(weight) for one in found]
@@ -148,7 +148,7 @@ def _best_weight(index: Index, found: Sequence[Verified]) -> float:
 
 
 def abstention_figures(report: Report, known: Sequence[Verified], unknown: Mapping[str, Sequence[Verified]]) -> None:
-    """AUROC of each signal and of fitted ones; and who is wrongly given nothing, or something, at their thresholds."""
+    """Print AUROC of each signal and of fitted ones, and the wrong abstentions and wrong answers at their thresholds."""
     kinds = {"known": known, **unknown}
     report.section("Abstention: " + ", ".join(f"{len(found)} {kind}" for kind, found in kinds.items()))
     for name, signals in CHOICES.items():
@@ -173,7 +173,7 @@ def abstention_figures(report: Report, known: Sequence[Verified], unknown: Mappi
 def _fitted(
     known: Sequence[Verified], unknown: Mapping[str, Sequence[Verified]], half: int, signals: Sequence[str]
 ) -> Abstention:
-    """On the queries of the other half."""
+    """Fit on the queries of the other half."""
     others = [one.signals for found in unknown.values() for one in found if one.half != half]
     return fit_abstention([one.signals for one in known if one.half != half], others, lost=LOST, signals=signals)
 
@@ -183,7 +183,7 @@ def _confidences(found: Sequence[Verified], half: int, fitted: Sequence[Abstenti
 
 
 def _show(report: Report, key: str, values: Sequence[float], groups: Sequence[Hashable]) -> None:
-    """The mean and its 95 % bootstrap interval."""
+    """Return the mean and its 95 % bootstrap interval."""
     low, high = bootstrap_interval(values, groups)
     mean = float(np.mean(values)) if len(values) else float("nan")
     print(f"  {key:69} {mean:.3f} [{low:.3f}, {high:.3f}]", flush=True)
@@ -191,7 +191,7 @@ def _show(report: Report, key: str, values: Sequence[float], groups: Sequence[Ha
 
 
 def _foreign(corpora: Path, corpus: str) -> list[EvaluationQuery]:
-    """Validation queries of the other corpora, emoji and clip art."""
+    """Return validation queries of the other corpora, emoji and clip art."""
     family = corpus.partition("-")[0]
     found = []
     for asked in QUERY_SETS:
@@ -202,7 +202,7 @@ def _foreign(corpora: Path, corpus: str) -> list[EvaluationQuery]:
 
 
 def _query_files(index: Index, options: argparse.Namespace) -> tuple[list[EvaluationQuery], list[EvaluationQuery]]:
-    """Known and foreign queries."""
+    """Return known and foreign queries."""
     if options.queries:
         known = [query for path in options.queries for query in read_queries(path, index.records)]
         lines = [line for path in options.foreign or () for line in path.read_text(encoding="utf-8").splitlines()]
@@ -217,13 +217,13 @@ def _query_files(index: Index, options: argparse.Namespace) -> tuple[list[Evalua
 
 
 def _some(queries: list[EvaluationQuery], limit: int | None) -> list[EvaluationQuery]:
-    """A sample that is the same in every run."""
+    """Sample queries, the same in every run."""
     order = np.random.default_rng(0).permutation(len(queries))[:limit]
     return [queries[row] for row in sorted(order.tolist())]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path)
     parser.add_argument("--queries", type=Path, nargs="+", help="held-out queries of this index")
