@@ -35,7 +35,7 @@ def frozen_layers(model: Any, options: TrainOptions) -> int:
     """Return the number of frozen layers at the bottom of the language model.
 
     Raises:
-        TrainingError: `options.layers` is not between 1 and the number of layers.
+        TrainingError: `layers` is not between 1 and the number of layers.
     """
     n_layers = len(model.get_decoder().layers)
     if options.layers is not None and not 1 <= options.layers <= n_layers:
