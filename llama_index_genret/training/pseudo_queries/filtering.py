@@ -1,6 +1,6 @@
-"""From what a model says to queries: cleaned, of each image none twice, and none that too many images share.
+"""Extract queries from a model's replies: clean them, and drop duplicates and queries that too many images share.
 
-Pure functions of texts; knows nothing of models or files.
+Depends on texts, as pure functions; independent of models and files.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ from llama_index_genret.store import PseudoQuery, text_key
 from llama_index_genret.training.pseudo_queries.writer import MAX_CHARACTERS, WriterReply
 
 MAX_IMAGES = 3
-"""Images that may share a query. Of a query of s images the best possible recall@1 is 1/s, and what fits hundreds
-("a picture") teaches nothing but how often it was said; but pictures of one thing rightly share a few words."""
+"""Maximum number of images that may share a query.
+
+The best possible recall@1 of a query for s images is 1/s, and a query that fits hundreds ("a picture") carries no
+information. Images of the same object may share a few words.
+"""
 
 NEARLY = 0.85
-"""Share of matching characters from which two queries of one image are the same: "a red bus on the street" and "red bus
-on a street". "A dog left of a cat" and "a cat left of a dog" lie below it, and stay."""
+"""Ratio of matching characters from which two queries of one image are duplicates.
+
+"a red bus on the street" and "red bus on a street" are above it, "a dog left of a cat" and "a cat left of a dog" below.
+"""
 
 _QUOTES = "\"'`*_“”„‘’«»「」 \t"
 _MARKER = re.compile(r"(?:[-•–—>#*]+|\(?\d{1,3}[.):])\s+")
@@ -43,14 +48,14 @@ _UNPRINTABLE = frozenset({"Cc", "Cs", "Co", "Cn"})
 
 @dataclass(frozen=True)
 class Candidates:
-    """Queries that one image could have, and how many answers were refused, by reason."""
+    """The possible queries of one image, and the number of refused replies by reason."""
 
     queries: tuple[PseudoQuery, ...]
     refused: Mapping[str, int]
 
 
 def clean(line: str) -> str:
-    """The query in a line: without list marks, quotes, labels, "The image shows", and the stops around it."""
+    """Strip list markers, quotes, labels, "The image shows" and surrounding punctuation from a line."""
     before, text = None, " ".join(line.split())
     while text != before:
         before = text
@@ -60,13 +65,13 @@ def clean(line: str) -> str:
     return text
 
 
-def query_in(answer: WriterReply) -> tuple[str, str]:
-    """The query that an answer begins with and "", or "" and why there is none.
+def query_in(reply: WriterReply) -> tuple[str, str]:
+    """Return the first query of a reply and "", or "" and the reason why there is none.
 
-    Of an answer that did not end, only whole lines and sentences count: nothing is cut within one.
+    A reply that did not end counts up to its last complete line or sentence, so that no query is cut.
     """
-    text = answer.text.strip()
-    if not answer.ended:
+    text = reply.text.strip()
+    if not reply.ended:
         whole = _WHOLE.match(text)
         if text and not whole:
             return "", "unfinished"
@@ -83,26 +88,26 @@ def query_in(answer: WriterReply) -> tuple[str, str]:
 
 
 def candidates_of(
-    answers: Mapping[str, Sequence[WriterReply]],
+    replies: Mapping[str, Sequence[WriterReply]],
     *,
     captions: Collection[str] = (),
     samples: Collection[str] = (),
     is_plain: Callable[[str], bool] = lambda text: True,
 ) -> Candidates:
-    """The different queries in a model's answers of one image, the kinds by turns.
+    """Return the distinct queries in a model's replies for one image, alternating between kinds.
 
     Args:
-        answers: by kind.
-        captions: of the image; a query like one of them is refused.
-        samples: keys (`text_key`) of queries that the model was shown; one of them is a copy, and says nothing.
-        is_plain: whether a text is free of the model's markup.
+        replies: replies by kind.
+        captions: captions of the image. A query similar to one of them is refused.
+        samples: keys (`text_key`) of the sample queries in the prompt. A copy of one of them is refused.
+        is_plain: returns True for a text without the model's markup.
     """
     queries: list[PseudoQuery] = []
     known = [text_key(caption) for caption in captions]
     refused: Counter[str] = Counter()
-    by_turns = chain.from_iterable(zip_longest(*([(kind, a) for a in given] for kind, given in answers.items())))
-    for kind, answer in filter(None, by_turns):
-        text, reason = query_in(answer)
+    alternating = chain.from_iterable(zip_longest(*([(kind, r) for r in texts] for kind, texts in replies.items())))
+    for kind, reply in filter(None, alternating):
+        text, reason = query_in(reply)
         key = text_key(text)
         if not reason and not is_plain(text):
             reason = "markup"
@@ -119,22 +124,22 @@ def candidates_of(
 
 
 def nearly_the_same(key: str, other: str) -> bool:
-    """Whether two texts, given by their keys, differ in so little that one of them is enough."""
+    """Return whether two texts, given by their keys, are duplicates up to a few characters."""
     if key == other:
         return True
-    first, second = sorted((key, other))  # the ratio depends on their order
+    first, second = sorted((key, other))  # the ratio depends on the order
     matcher = SequenceMatcher(None, first, second, autojunk=False)
     bounds = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)
     return all(bound() >= NEARLY for bound in bounds)
 
 
 def choose(queries: Sequence[PseudoQuery], wanted: int, n_images: Mapping[str, int]) -> tuple[PseudoQuery, ...]:
-    """At most `wanted` of an image's queries, of each kind in turn, without those that too many images have.
+    """Return at most `wanted` queries of an image, alternating between kinds, without those of too many images.
 
     Args:
-        n_images: by key, how many images have a text.
+        n_images: number of images that have a text, by its key.
     """
     own = [query for query in queries if n_images.get(text_key(query.text), 0) <= MAX_IMAGES]
     kinds = dict.fromkeys(query.kind for query in own)
-    by_turns = zip_longest(*([query for query in own if query.kind == kind] for kind in kinds))
-    return tuple(filter(None, chain.from_iterable(by_turns)))[:wanted]
+    alternating = zip_longest(*([query for query in own if query.kind == kind] for kind in kinds))
+    return tuple(filter(None, chain.from_iterable(alternating)))[:wanted]

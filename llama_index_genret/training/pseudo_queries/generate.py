@@ -1,6 +1,6 @@
-"""A run that lets a model write queries of an index's images, and stores them; killed, the same run goes on.
+"""A resumable run in which a model writes queries for an index's images.
 
-Knows the index and what a writer promises; nothing of torch, HTTP or vLLM.
+Depends on the index and the protocol of a writer; independent of torch, HTTP and vLLM.
 """
 
 from __future__ import annotations
@@ -46,15 +46,19 @@ from llama_index_genret.training.pseudo_queries.writer import (
 )
 
 REPLIES_PER_QUERY = 1.5
-"""Replies that a model gives for each query that is wanted: some are empty, cut off or repeated."""
+"""Replies requested per query, because some are empty, cut off or duplicates."""
 
 
 @dataclass(frozen=True)
 class WriteSummary:
-    """What a run did.
+    """The counts of a run.
 
-    images: that it wrote for. kept: of them, by a run before it was killed. queries: stored for them. short: images
-    that got fewer than wanted. none: that got none. refused: answers of the model, by reason.
+    images: images for which the run wrote queries.
+    kept: images among them that an earlier, killed run had processed.
+    queries: stored queries of these images.
+    short: images with fewer queries than requested.
+    none: images without any query.
+    refused: refused replies by reason.
     """
 
     images: int
@@ -67,9 +71,9 @@ class WriteSummary:
 
 @dataclass(frozen=True)
 class WriteRun:
-    """A run that may begin: made by `open_writing`, which has checked all that can be checked without a model.
+    """A run that is ready to start. `open_writing` creates it after all checks that need no model.
 
-    records: of the images that are to get queries.
+    records: records of the images that need queries.
     """
 
     index: Index
@@ -81,19 +85,19 @@ class WriteRun:
     def finish(
         self, load: Callable[[], Writer], *, progress: Callable[[int], None] = lambda done: None
     ) -> WriteSummary:
-        """Write for all images that have none of this run yet, and store the queries of all.
+        """Write queries for the images that the run has not processed yet, and store the queries of all images.
 
-        A run goes on at the beginning of a batch, so that a model sees what it would have seen together without the
-        interruption; the model of a server samples anew all the same. The index is read again before it is written:
-        what was added meanwhile stays.
+        A resumed run starts at a batch boundary, so that the model gets the same batches as without the interruption. A
+        server samples with its own seed, so that its replies differ. The index is loaded again before it is written,
+        which keeps concurrent edits.
 
         Args:
-            load: gives the writer; called where something is left to write.
-            progress: called with the number of images that are done: at once, and after each batch.
+            load: returns the writer; called only if images are left.
+            progress: called with the number of processed images, at the start and after each batch.
         """
         batches = read_batches(self.part)
-        written = {_picture(image) for batch in batches for image in batch.images}
-        todo = [record for record in self.records if _picture(record) not in written]
+        processed = {_content_key(image) for batch in batches for image in batch.images}
+        todo = [record for record in self.records if _content_key(record) not in processed]
         kept = len(self.records) - len(todo)
         progress(kept)
         if todo:
@@ -112,7 +116,7 @@ class WriteRun:
             yield batch
 
     def _batch(self, writer: Writer, records: Sequence[Record]) -> Batch:
-        """Let the model write queries of every kind for some images, all at once."""
+        """Let the model write queries of every kind for some images, in one batch of requests."""
         tokenizer, header = self.index.tokenizer, self.header
         requests = []
         for record in records:
@@ -120,30 +124,30 @@ class WriteRun:
                 seed = seed_of(header.seed, record.sha256, kind)
                 requests.append(WriterRequest(record.path, instruction(kind, self.samples, seed), seed))
         n = math.ceil(header.per_image * REPLIES_PER_QUERY / len(KINDS))
-        answers = writer.write(requests, Sampling(n=n, temperature=header.temperature))
+        replies = writer.write(requests, Sampling(n=n, temperature=header.temperature))
         copies = frozenset(map(text_key, self.samples))
         images = []
         for place, record in enumerate(records):
-            of_image = answers[place * len(KINDS) : (place + 1) * len(KINDS)]
-            found = candidates_of(
-                dict(zip(KINDS, of_image, strict=True)),
+            image_replies = replies[place * len(KINDS) : (place + 1) * len(KINDS)]
+            candidates = candidates_of(
+                dict(zip(KINDS, image_replies, strict=True)),
                 captions=record.captions,
                 samples=copies,
                 is_plain=lambda text: _is_plain(tokenizer, text),
             )
-            names = {"image_id": record.image_id, "sha256": record.sha256}
-            images.append(ImageCandidates(**names, queries=found.queries, refused=dict(found.refused)))
+            key = {"image_id": record.image_id, "sha256": record.sha256}
+            images.append(ImageCandidates(**key, queries=candidates.queries, refused=dict(candidates.refused)))
         return Batch(model=writer.model, fingerprint=writer.fingerprint, images=images)
 
     def _store(self, batches: Sequence[Batch], kept: int) -> WriteSummary:
-        """Choose among what was written, now that all of it is there, and store it with what was stored of others."""
+        """Choose the queries of all images, and store them together with the stored queries of other images."""
         index = load_index(self.index.folder)
-        wanted = {_picture(record): _wanted(record, self.header) for record in self.records}
-        here = {_picture(record) for record in index.records} & wanted.keys()
-        pairs = [(batch, image) for batch in batches for image in batch.images if _picture(image) in here]
+        wanted = {_content_key(record): _n_wanted(record, self.header) for record in self.records}
+        present = {_content_key(record) for record in index.records} & wanted.keys()
+        pairs = [(batch, image) for batch in batches for image in batch.images if _content_key(image) in present]
         new = {image.image_id for _, image in pairs}
         others = [line for line in index.pseudo_queries.values() if line.image_id not in new]
-        n_images = _images_of_texts(index.records, others, [image for _, image in pairs])
+        n_images = _count_images(index.records, others, [image for _, image in pairs])
         refused: Counter[str] = Counter()
         lines = []
         for batch, image in pairs:
@@ -153,8 +157,8 @@ class WriteRun:
             line = ImagePseudoQueries(
                 image_id=image.image_id,
                 sha256=image.sha256,
-                wanted=wanted[_picture(image)],
-                queries=unshared[: wanted[_picture(image)]],
+                wanted=wanted[_content_key(image)],
+                queries=unshared[: wanted[_content_key(image)]],
                 provenance=self._provenance(batch),
             )
             lines.append(line)
@@ -189,13 +193,14 @@ def open_writing(
     samples: Sequence[str] = (),
     written_by: str = "transformers",
 ) -> Iterator[WriteRun]:
-    """Say which images need queries, before a model is loaded, and keep other runs from writing the same.
+    """Find the images that need queries, before a model is loaded, and lock the run's file against other runs.
 
     Args:
-        samples: queries of users, as examples of style. Those with the model's markup in them are not shown.
-        written_by: the kind of writer, for a later run that goes on.
+        options: options of the run. Default: WriteOptions().
+        samples: queries of users, as examples of style. Samples with the model's markup are left out of the prompt.
+        written_by: the kind of writer, which a resumed run must match.
     Raises:
-        BatchError: an unfinished run asks something else, or is still running.
+        BatchError: an unfinished run has other options, or another run is active.
     """
     options = options or WriteOptions()
     style = hashlib.sha256("\n".join(samples).encode()).hexdigest() if samples else None
@@ -206,7 +211,7 @@ def open_writing(
         earlier = read_header(part)
         if earlier != header:
             if read_batches(part) and not options.overwrite:
-                way_out = "remove the file, or pass --overwrite to write for all images anew."
+                way_out = "remove the file, or pass --overwrite to write the queries of all images again."
                 raise BatchError(difference(path, earlier, header, way_out=way_out))
             part.truncate(0)
         shown = tuple(sample for sample in samples if _is_plain(index.tokenizer, sample))
@@ -218,33 +223,35 @@ def open_writing(
 
 
 def _lacking(index: Index, header: WriteHeader) -> Iterator[Record]:
-    """The records that need queries, and have not been written for; or all that need some, to write anew."""
+    """Yield the records that need queries and have none stored, or with `overwrite` all that need queries."""
     for record in index.records:
         line = index.pseudo_queries.get(record.image_id)
-        wanted = _wanted(record, header)
+        wanted = _n_wanted(record, header)
         if wanted > 0 and (header.overwrite or line is None or line.wanted < wanted):
             yield record
 
 
-def _wanted(record: Record, header: WriteHeader) -> int:
+def _n_wanted(record: Record, header: WriteHeader) -> int:
     return header.per_image - len(record.captions)
 
 
-def _picture(of: Record | ImageCandidates) -> tuple[str, str]:
-    return of.image_id, of.sha256
+def _content_key(image: Record | ImageCandidates) -> tuple[str, str]:
+    return image.image_id, image.sha256
 
 
-def _images_of_texts(
+def _count_images(
     records: Sequence[Record], others: Sequence[ImagePseudoQueries], images: Sequence[ImageCandidates]
 ) -> Counter[str]:
-    """Of every text, by its key, how many images have it: as a caption, as a stored query, or as a new one."""
+    """Count the images of each text, by its key, over captions, stored queries and new queries."""
     texts = {record.image_id: set(map(text_key, record.captions)) for record in records}
-    written = [(line.image_id, line.queries) for line in others] + [(image.image_id, image.queries) for image in images]
-    for image_id, queries in written:
+    queries_by_image = [(line.image_id, line.queries) for line in others] + [
+        (image.image_id, image.queries) for image in images
+    ]
+    for image_id, queries in queries_by_image:
         texts[image_id].update(text_key(query.text) for query in queries)
     return Counter(key for keys in texts.values() for key in keys)
 
 
 def _is_plain(tokenizer: IndexTokenizer, text: str) -> bool:
-    """Whether no special token and no symbol of an identifier is spelled in the text."""
+    """Return whether a text contains neither special tokens nor symbols of identifiers."""
     return tokenizer.encode_text(text) == tokenizer.encode_markup(text)

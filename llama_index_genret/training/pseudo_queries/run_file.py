@@ -1,8 +1,8 @@
-"""What lies in the file of an unfinished run: what it asks, then one batch of images a line.
+"""The file of an unfinished run: a header line with its options, then one line per batch of images.
 
-    INDEX/pseudo_queries.jsonl.part     gone when all is stored
+    INDEX/pseudo_queries.jsonl.part     removed when all queries are stored
 
-Knows the format; nothing of how texts are made or chosen.
+Depends on the format only; independent of how texts are generated and chosen.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ PART = f"{PSEUDO_QUERIES}.part"
 
 
 class WriteOptions(BaseModel):
-    """What can be chosen of a run.
+    """The options of a run.
 
-    per_image: queries that an image should have; its captions count among them, so that a well captioned one gets none.
-    batch_size: images that a model looks at together.
+    per_image: number of queries per image, including its captions. An image with enough captions gets none.
+    temperature: sampling temperature.
+    seed: seed of the sampling and the choice of samples.
+    batch_size: number of images per batch.
+    overwrite: also write queries for images that have some, and discard an unfinished run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,9 +35,11 @@ class WriteOptions(BaseModel):
 
 
 class WriteHeader(WriteOptions):
-    """What decides the texts of a run: one that asks something else does not go on with them.
+    """The inputs that determine the texts of a run. A run with another header does not resume it.
 
-    style: sha256. model: fingerprint of the index's.
+    model: fingerprint of the index's model.
+    style: sha256 of the sample queries, None without any.
+    written_by: the kind of writer.
     """
 
     model: str
@@ -43,7 +48,7 @@ class WriteHeader(WriteOptions):
 
 
 class ImageCandidates(BaseModel):
-    """What a model wrote of one image, before queries of different images are compared."""
+    """The queries that a model wrote for one image, before queries of different images are compared."""
 
     image_id: str
     sha256: str
@@ -52,7 +57,7 @@ class ImageCandidates(BaseModel):
 
 
 class Batch(BaseModel):
-    """Images that a model looked at together."""
+    """The images of one batch, with the model that wrote their queries."""
 
     model: str
     fingerprint: str | None
@@ -60,13 +65,13 @@ class Batch(BaseModel):
 
 
 def write_line(part: BinaryIO, line: WriteHeader | Batch) -> None:
-    """Add a line at the end, so that it outlives the process."""
+    """Append a line and flush it, so that it survives a killed process."""
     part.write(f"{line.model_dump_json()}\n".encode())
     part.flush()
 
 
 def read_header(part: BinaryIO) -> WriteHeader | None:
-    """What the run asks; None where the file does not say."""
+    """Return the header of the run, None for a file without a valid one."""
     part.seek(0)
     try:
         return WriteHeader.model_validate_json(part.readline())
@@ -75,7 +80,7 @@ def read_header(part: BinaryIO) -> WriteHeader | None:
 
 
 def read_batches(part: BinaryIO) -> list[Batch]:
-    """The whole batches of an earlier run; from a line that was written half or is broken, all is cut off."""
+    """Return the complete batches of an earlier run, and truncate the file before the first invalid line."""
     part.seek(0)
     batches = []
     end = len(part.readline())

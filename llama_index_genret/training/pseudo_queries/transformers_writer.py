@@ -1,4 +1,7 @@
-"""The index's base model in this process as a writer. Needs torch and transformers; loads on first use."""
+"""A writer with the index's base model in this process.
+
+Depends on torch and transformers, and loads on first use; independent of servers and vLLM.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from llama_index_genret.training.pseudo_queries.writer import Sampling, WriterRe
 
 
 class InProcessWriter:
-    """Writes with `generate` of Hugging Face: all requests, and all answers of each, as the rows of one batch.
+    """A writer that calls Hugging Face's `generate`. All replies to all requests are the rows of one batch.
 
     Args:
-        mllm: of `modeling.load_base`, which has checked that it is the index's own.
+        mllm: the result of `model_loading.load_base`, which checks that it is the index's model.
     """
 
     def __init__(self, index: Index, mllm: Mllm) -> None:
@@ -31,9 +34,8 @@ class InProcessWriter:
 
     @torch.inference_mode()
     def write(self, requests: Sequence[WriterRequest], sampling: Sampling) -> list[list[WriterReply]]:
-        """See `Writer.write`. Sampled with one seed of all requests: the answers are those of the batch."""
-        pictures = {request.image: None for request in requests}
-        images = {path: load_image(path) for path in pictures}
+        """Implement `Writer.write`. One seed of all requests is used, so that replies depend on the batch."""
+        images = {path: load_image(path) for path in dict.fromkeys(request.image for request in requests)}
         prompts = [self._index.prompts.about_image(self._index.tokenizer, r.image, r.text) for r in requests]
         inputs = self._mllm.process(
             [prompt.text for prompt in prompts],
@@ -43,14 +45,14 @@ class InProcessWriter:
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(*(request.seed for request in requests)))
             output = self._mllm.model.generate(**inputs, **self._generation(sampling))
-        said = output[:, inputs["input_ids"].shape[1] :]
-        texts = self._mllm.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
-        ended = torch.isin(said, torch.tensor(self._ends, device=said.device)).any(1).tolist()
-        answers = [WriterReply(text, end) for text, end in zip(texts, ended, strict=True)]
-        return [answers[start : start + sampling.n] for start in range(0, len(answers), sampling.n)]
+        generated = output[:, inputs["input_ids"].shape[1] :]
+        texts = self._mllm.processor.tokenizer.batch_decode(generated, skip_special_tokens=True)
+        ended = torch.isin(generated, torch.tensor(self._ends, device=generated.device)).any(1).tolist()
+        replies = [WriterReply(text, end) for text, end in zip(texts, ended, strict=True)]
+        return [replies[start : start + sampling.n] for start in range(0, len(replies), sampling.n)]
 
     def _generation(self, sampling: Sampling) -> dict[str, Any]:
-        """The index's symbols have rows in the model that nobody has trained yet: it may not say them."""
+        """Return the arguments of `generate`. They suppress the index's symbols, whose rows are untrained."""
         tokenizer = self._mllm.processor.tokenizer
         pad = tokenizer.pad_token_id
         return {

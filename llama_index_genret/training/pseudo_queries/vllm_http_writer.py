@@ -1,4 +1,7 @@
-"""A running vLLM server as a writer, through `/v1/chat/completions`. Needs httpx only."""
+"""A writer with a running vLLM server, through `/v1/chat/completions`.
+
+Depends on httpx; independent of torch and of the index.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,25 @@ from llama_index_genret.scorers.vllm_http import VllmScorer
 from llama_index_genret.training.pseudo_queries.writer import Sampling, WriterReply, WriterRequest
 
 CONCURRENT = 32
-"""Requests that a server has at once; it batches their tokens."""
+"""Maximum number of concurrent requests, which the server batches."""
 
 TIMEOUT_S = 600.0
-"""Of one request: it waits for others of its batch, and a server on a CPU is slow."""
+"""Timeout of one request, which waits for its batch. A server on a CPU is slow."""
 
 
 class ServerWriter:
-    """Writes with the model that a vLLM server serves, which should be the index's base model: that is not checked.
+    """A writer that uses the model of a vLLM server. It does not check that this is the index's base model.
 
-    It samples by the server's seed, so that the same requests get other answers. A request with a seed of its own kills
-    vLLM's engine on a CPU, when the prompt is read in parts ("CPU Generator does not use offset", vLLM 0.32).
+    The server samples with its own seed, so that equal requests get different replies. On a CPU, a seed per request
+    kills vLLM's engine during chunked prefill ("CPU Generator does not use offset", vLLM 0.32).
 
     Args:
         api_base: address up to `/v1`.
-        model: the served name; the server's only model if not given.
+        model: the served model name. Default: the server's only model.
+        api_key: key of the server.
     Raises:
-        ServerUnreachable, ServerError: nothing answers, or the model is not served.
+        ServerUnreachable: no server answers.
+        ServerError: the model is not served.
     """
 
     fingerprint = None
@@ -40,16 +45,16 @@ class ServerWriter:
         self.model = VllmScorer(api_base, model=model, api_key=api_key).served_model()
 
     def write(self, requests: Sequence[WriterRequest], sampling: Sampling) -> list[list[WriterReply]]:
-        """See `Writer.write`."""
+        """Implement `Writer.write`."""
         with self._server.connection() as connection, ThreadPoolExecutor(CONCURRENT) as pool:
             try:
-                return list(pool.map(partial(self._ask, connection, sampling), requests))
+                return list(pool.map(partial(self._complete, connection, sampling), requests))
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # after an error the others are not wanted any more
+                pool.shutdown(wait=False, cancel_futures=True)  # after an error, do not wait for the others
 
-    def _ask(self, connection: Connection, sampling: Sampling, request: WriterRequest) -> list[WriterReply]:
-        picture = {"type": "image_url", "image_url": {"url": to_data_url(request.image)}}
-        message = {"role": "user", "content": [picture, {"type": "text", "text": request.text}]}
+    def _complete(self, connection: Connection, sampling: Sampling, request: WriterRequest) -> list[WriterReply]:
+        image = {"type": "image_url", "image_url": {"url": to_data_url(request.image)}}
+        message = {"role": "user", "content": [image, {"type": "text", "text": request.text}]}
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [message],
@@ -58,9 +63,11 @@ class ServerWriter:
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
         }
-        answer = connection.request("POST", "/chat/completions", body)
+        response = connection.request("POST", "/chat/completions", body)
         try:
-            choices = json_object(answer)["choices"]
+            choices = json_object(response)["choices"]
             return [WriterReply(c["message"]["content"] or "", c["finish_reason"] == "stop") for c in choices]
         except (KeyError, TypeError) as error:
-            raise ServerError(f"{answer.url} answered no chat completion ({error!r}). Is it a vLLM server?") from error
+            raise ServerError(
+                f"{response.url} returned no chat completion ({error!r}). Is it a vLLM server?"
+            ) from error

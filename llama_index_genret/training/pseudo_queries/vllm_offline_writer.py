@@ -1,4 +1,7 @@
-"""`vllm.LLM` in this process as a writer. Needs vllm; loads on first use."""
+"""A writer with `vllm.LLM` in this process.
+
+Depends on vllm, and loads on first use; independent of servers and torch models.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ except ImportError as error:
 
 
 class OfflineWriter:
-    """Writes with a `vllm.LLM` of the index's base model; `load` starts one."""
+    """A writer that uses a `vllm.LLM` of the index's base model. `load` starts one."""
 
     fingerprint = None
 
@@ -34,22 +37,24 @@ class OfflineWriter:
 
     @classmethod
     def load(cls, index: Index, *, base: str | None = None, **options: Any) -> OfflineWriter:
-        """Start vLLM on the base model; see `VllmOfflineScorer.load`.
+        """Start vLLM with the base model; see `VllmOfflineScorer.load`.
 
         Args:
-            base: another place of the same base model, if it has moved.
+            base: the new location of the base model, if it has moved.
+            options: further arguments of `vllm.LLM`.
         Raises:
-            ModelMismatch: its tokenizer is another. ModelError: vLLM does not start.
+            ModelMismatch: the model has another tokenizer.
+            ModelError: vLLM does not start.
         """
         model = base or index.manifest.model.name_or_path
         if (Path(model) / "tokenizer.json").is_file():
             check_tokenizer(index, IndexTokenizer.from_file(Path(model) / "tokenizer.json"), model)
-        # After a part of a prompt vLLM rewinds the generator of a request with a seed, which torch cannot on a CPU.
-        whole = {"enable_chunked_prefill": False} if current_platform.is_cpu() else {}
-        return cls(index, start_vllm(model, **{**whole, **options}), model)
+        # Chunked prefill rewinds the generator of a request with a seed, which torch does not support on a CPU.
+        defaults = {"enable_chunked_prefill": False} if current_platform.is_cpu() else {}
+        return cls(index, start_vllm(model, **{**defaults, **options}), model)
 
     def write(self, requests: Sequence[WriterRequest], sampling: Sampling) -> list[list[WriterReply]]:
-        """See `Writer.write`."""
+        """Implement `Writer.write`."""
         images = {path: load_image(path) for path in {request.image for request in requests}}
         prompts = [
             {
@@ -71,8 +76,10 @@ class OfflineWriter:
         try:
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         except ValueError as error:
-            raise ModelError(f"vLLM refuses a prompt: {error} Raise max_model_len with --vllm-option.") from error
-        return [[WriterReply(said.text, said.finish_reason == "stop") for said in output.outputs] for output in outputs]
+            raise ModelError(f"vLLM refused a prompt: {error} Raise max_model_len with --vllm-option.") from error
+        return [
+            [WriterReply(reply.text, reply.finish_reason == "stop") for reply in output.outputs] for output in outputs
+        ]
 
     def _prompt(self, request: WriterRequest) -> tuple[int, ...]:
         return self._index.prompts.about_image(self._index.tokenizer, request.image, request.text).token_ids

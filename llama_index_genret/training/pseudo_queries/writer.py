@@ -1,6 +1,6 @@
-"""What a model is asked to write of a picture, and what whoever asks it promises.
+"""The instructions for writing queries of an image, and the protocol of a writer.
 
-Knows texts; nothing of models, servers or the index.
+Depends on texts; independent of models, servers and the index.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from llama_index_genret.corpus.jsonl import parse_object, read_lines
 from llama_index_genret.errors import CorpusError
 
 MAX_CHARACTERS = 160
-"""A longer text is no query: a written one is refused, a sample is not shown."""
+"""Maximum length of a query. Longer replies are refused, and longer samples are ignored."""
 
 SAMPLES_PER_PROMPT = 5
-"""Sample queries in one prompt; others in the next, so that all of a file have their part."""
+"""Number of sample queries in a prompt. Each prompt shows other samples."""
 
 KINDS = {
     "scene": "Say what the whole picture shows.",
     "object": "Name one thing in the picture, and say what it looks like.",
     "relation": "Say how two things in the picture go together: where one is, or what it does with the other.",
 }
-"""Of what a query tells, and how the model is asked for it."""
+"""The kinds of queries, and the instruction for each."""
 
 ORDER = "Write one short search query for which this picture is the right result. {task} Write the query only."
 STYLE = "\nIn the style of these queries, which are of other pictures:\n{samples}"
@@ -34,7 +34,12 @@ STYLE = "\nIn the style of these queries, which are of other pictures:\n{samples
 
 @dataclass(frozen=True)
 class WriterRequest:
-    """What is asked of one picture. seed: below 2**31, of the sampling."""
+    """A request for queries of one image.
+
+    image: path of the image.
+    text: the instruction.
+    seed: seed of the sampling, below 2**31.
+    """
 
     image: Path
     text: str
@@ -43,7 +48,7 @@ class WriterRequest:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a model is asked: `n` answers to each request, of at most `max_tokens` tokens."""
+    """Sampling parameters: `n` replies to each request, with at most `max_tokens` tokens each."""
 
     n: int
     temperature: float
@@ -53,24 +58,27 @@ class Sampling:
 
 @dataclass(frozen=True)
 class WriterReply:
-    """What a model said. ended: by itself, not because it had no tokens left."""
+    """A reply of a model.
+
+    ended: the model ended the reply itself, before `max_tokens`.
+    """
 
     text: str
     ended: bool
 
 
 class Writer(Protocol):
-    """Lets a model look at pictures and speak. model, fingerprint: see `store.Provenance`."""
+    """A model that writes texts about images. See `store.Provenance` for `model` and `fingerprint`."""
 
     model: str
     fingerprint: str | None
 
     def write(self, requests: Sequence[WriterRequest], sampling: Sampling) -> list[list[WriterReply]]:
-        """Of each request `sampling.n` answers; the same ones for the same requests, but for those of a server."""
+        """Return `sampling.n` replies per request. Equal requests give equal replies, except from a server."""
 
 
 def instruction(kind: str, samples: Sequence[str], seed: int) -> str:
-    """What is asked for a query of a kind, with some of the sample queries, by the seed, if there are any."""
+    """Return the instruction for a kind of query, with sample queries chosen by the seed if there are any."""
     order = ORDER.format(task=KINDS[kind])
     if not samples:
         return order
@@ -79,15 +87,15 @@ def instruction(kind: str, samples: Sequence[str], seed: int) -> str:
 
 
 def seed_of(*parts: object) -> int:
-    """A seed that depends on all the parts and on nothing else."""
+    """Return a seed below 2**31 that depends on the parts only."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
 def read_samples(path: Path) -> tuple[str, ...]:
-    """Sample queries: one a line, or `{"query": "..."}` a line in a `.jsonl`; repeated ones once.
+    """Read distinct sample queries, one per line, or `{"query": "..."}` per line of a `.jsonl`.
 
     Raises:
-        CorpusError: the file cannot be read, a line is broken, or none has at most MAX_CHARACTERS.
+        CorpusError: the file cannot be read, a line is invalid, or no query has at most MAX_CHARACTERS.
     """
     texts = []
     for number, line in enumerate(read_lines(path), start=1):
@@ -95,12 +103,12 @@ def read_samples(path: Path) -> tuple[str, ...]:
         texts.append(" ".join(text.split()))
     samples = tuple(dict.fromkeys(text for text in texts if 0 < len(text) <= MAX_CHARACTERS))
     if not samples:
-        raise CorpusError(f"{path} has no query of at most {MAX_CHARACTERS} characters: give some, one a line.")
+        raise CorpusError(f"{path} has no query of at most {MAX_CHARACTERS} characters: add queries, one per line.")
     return samples
 
 
 def _query_in(line: str, where: str) -> str:
     query = parse_object(line, where, example='{"query": "..."}').get("query")
     if not isinstance(query, str):
-        raise CorpusError(f'{where}want {{"query": "..."}}, with text, found {line[:80]!r}.')
+        raise CorpusError(f'{where}expected {{"query": "..."}} with a text, got {line[:80]!r}.')
     return query

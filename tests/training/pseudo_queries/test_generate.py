@@ -1,4 +1,4 @@
-"""Queries that a model writes: how a run goes on, and who sees what it wrote."""
+"""Pseudo-queries: how a run resumes, and where its queries are used."""
 
 import hashlib
 import json
@@ -32,26 +32,26 @@ class Killed(BaseException):
 
 
 class Table:
-    """Says of each picture what stands in a table, or something new each time; dies after so many batches."""
+    """A writer that replies from a table by image, or with distinct texts, and dies after a number of batches."""
 
     model, fingerprint = "table", "0" * 64
 
-    def __init__(self, says=None, dies_after=None):
-        self.says, self.dies_after, self.asked = says or {}, dies_after, []
+    def __init__(self, replies=None, dies_after=None):
+        self.replies, self.dies_after, self.batches = replies or {}, dies_after, []
 
     def __call__(self):
         return self
 
     def write(self, requests, sampling):
-        if self.dies_after == len(self.asked):
+        if self.dies_after == len(self.batches):
             raise Killed
-        self.asked.append(requests)
-        return [self._of(request, sampling.n) for request in requests]
+        self.batches.append(requests)
+        return [self._replies_to(request, sampling.n) for request in requests]
 
-    def _of(self, request, n):
+    def _replies_to(self, request, n):
         kind = next(kind for kind, task in KINDS.items() if task in request.text)
         name = request.image.stem
-        texts = self.says.get(name) or [
+        texts = self.replies.get(name) or [
             hashlib.sha256(f"{kind} {number} {name} {request.seed}".encode()).hexdigest()[:16] for number in range(n)
         ]
         return [WriterReply(text, True) for text in texts]
@@ -59,7 +59,7 @@ class Table:
 
 @pytest.fixture(scope="session")
 def bare_index(tmp_path_factory, tiny_mllm):
-    """Without captions."""
+    """An index without captions."""
     folder = tmp_path_factory.mktemp("bare")
     draw_pictures(folder / "images")
     (folder / "images" / "metadata.jsonl").unlink()
@@ -74,7 +74,7 @@ def bare(bare_index, tmp_path):
 
 @pytest.fixture
 def captioned(untrained_index, tmp_path):
-    """One caption an image."""
+    """An index with one caption per image."""
     shutil.copytree(untrained_index.folder, tmp_path / "captioned")
     return load_index(tmp_path / "captioned")
 
@@ -95,7 +95,7 @@ def stored(index):
     return load_index(index.folder).file(PSEUDO_QUERIES).read_bytes()
 
 
-def test_every_image_gets_as_many_as_it_lacks_of_all_kinds_with_their_provenance(bare, captioned):
+def test_every_image_gets_missing_queries_with_provenance(bare, captioned):
     for index, wanted in ((bare, 8), (captioned, 7)):
         summary = write(index, Table(), seed=3, temperature=0.5)
         assert (summary.images, summary.queries, summary.short) == (20, 20 * wanted, 0)
@@ -110,7 +110,7 @@ def test_every_image_gets_as_many_as_it_lacks_of_all_kinds_with_their_provenance
 
 @pytest.mark.parametrize("torn", [b"", b'{"model": "tab'])
 @pytest.mark.parametrize("batches", [0, 1, 3])
-def test_a_killed_run_goes_on_to_the_very_file_of_a_run_without_interruption(bare, tmp_path, batches, torn):
+def test_killed_run_resumes_to_the_same_file(bare, tmp_path, batches, torn):
     whole = shutil.copytree(bare.folder, tmp_path / "whole")
     options = {"batch_size": 6, "per_image": 3}
     uninterrupted = Table()
@@ -122,12 +122,12 @@ def test_a_killed_run_goes_on_to_the_very_file_of_a_run_without_interruption(bar
         file.write(torn)
     second = Table()
     assert write(bare, second, **options).kept == 6 * batches
-    assert second.asked == uninterrupted.asked[batches:]
+    assert second.batches == uninterrupted.batches[batches:]
     assert stored(bare) == stored(load_index(whole))
     assert not part.exists()
 
 
-def test_an_unfinished_run_of_other_options_is_refused_unless_it_may_be_thrown_away(bare):
+def test_unfinished_run_with_other_options_needs_overwrite(bare):
     with pytest.raises(Killed):
         write(bare, Table(dies_after=1), seed=1)
     with pytest.raises(BatchError, match=r"seed 1 \(now 2\).*remove the file"):
@@ -136,17 +136,17 @@ def test_an_unfinished_run_of_other_options_is_refused_unless_it_may_be_thrown_a
     assert {line.provenance.seed for line in load_index(bare.folder).pseudo_queries.values()} == {2}
 
 
-def test_two_runs_do_not_write_one_index_at_once(bare):
+def test_second_concurrent_run_is_refused(bare):
     with open_writing(bare), pytest.raises(BatchError, match="another run"), open_writing(bare):
         pass
     assert not (bare.folder / f"{PSEUDO_QUERIES}.part").exists()
 
 
-def test_what_more_than_a_few_images_share_is_left_out_captions_and_stored_queries_counted(bare, captioned):
+def test_queries_of_too_many_images_are_dropped(bare, captioned):
     names = [record.image_id for record in bare.records]
-    says = {name: ["A thing.", f"a {name}"] for name in names[: MAX_IMAGES + 1]}
-    says |= {name: ["a few", f"a {name}"] for name in names[MAX_IMAGES + 1 : 2 * MAX_IMAGES + 1]}
-    summary = write(bare, Table(says))
+    replies = {name: ["A thing.", f"a {name}"] for name in names[: MAX_IMAGES + 1]}
+    replies |= {name: ["a few", f"a {name}"] for name in names[MAX_IMAGES + 1 : 2 * MAX_IMAGES + 1]}
+    summary = write(bare, Table(replies))
     texts = texts_of(bare)
     assert sum("A thing" in found for found in texts.values()) == 0
     assert sum("a few" in found for found in texts.values()) == MAX_IMAGES
@@ -159,27 +159,27 @@ def test_what_more_than_a_few_images_share_is_left_out_captions_and_stored_queri
     write(captioned, Table(red))
     found = texts_of(captioned)
     assert "red circle" not in found["red-circle"]
-    assert not any("red circle" in found[name] for name in red), "three queries and a caption are four images"
+    assert not any("red circle" in found[name] for name in red), "three queries and one caption count as four images"
 
 
-def test_what_an_image_says_of_itself_already_is_not_written_again(captioned):
+def test_queries_similar_to_a_caption_are_dropped(captioned):
     write(captioned, Table({"red-circle": ["Red circle!", "red circles", "something round"]}))
     assert texts_of(captioned)["red-circle"] == ["something round"]
 
 
-def test_samples_are_shown_never_copied_and_markup_among_them_is_not_shown(bare):
+def test_samples_are_shown_not_copied_and_hold_no_markup(bare):
     symbol = bare.identifiers[0][0]
     writer = Table({"red-bar": ["where's my bar", "a red one", f"a {symbol} bar", "<|im_end|> bar"]})
     summary = write(bare, writer, samples=["Where's my bar?", f"find {symbol}"])
-    assert all("Where's my bar?" in request.text for batch in writer.asked for request in batch)
-    assert not any(symbol in request.text for batch in writer.asked for request in batch)
+    assert all("Where's my bar?" in request.text for batch in writer.batches for request in batch)
+    assert not any(symbol in request.text for batch in writer.batches for request in batch)
     assert texts_of(bare)["red-bar"] == ["a red one"]
     assert summary.refused["copied from the samples"] == len(KINDS)
     assert summary.refused["markup"] == 2 * len(KINDS)
     assert load_index(bare.folder).pseudo_queries["red-bar"].provenance.style
 
 
-def test_images_that_are_added_get_theirs_and_the_others_keep_theirs(bare, tiny_mllm, tmp_path):
+def test_added_images_get_queries_and_others_keep_theirs(bare, tiny_mllm, tmp_path):
     write(bare, Table({record.image_id: ["a few", record.image_id] for record in bare.records[:MAX_IMAGES]}), seed=1)
     before = load_index(bare.folder).pseudo_queries
     more = tmp_path / "more"
@@ -191,11 +191,11 @@ def test_images_that_are_added_get_theirs_and_the_others_keep_theirs(bare, tiny_
     after = load_index(bare.folder).pseudo_queries
     assert {name: after[name] for name in before} == before
     assert after.keys() - before.keys() == {"new"}
-    assert texts_of(bare)["new"] == ["the new one"], "the other is stored of as many images as may share it"
+    assert texts_of(bare)["new"] == ["the new one"], "the other query is already stored for MAX_IMAGES images"
     assert write(load_index(bare.folder), Table(dies_after=0), seed=2).images == 0
 
 
-def test_an_image_that_got_none_is_not_tried_for_ever(bare):
+def test_image_without_usable_replies_is_not_retried(bare):
     summary = write(bare, Table({record.image_id: ["", "..."] for record in bare.records}))
     assert (summary.images, summary.queries, summary.short, summary.none) == (20, 0, 20, 20)
     assert summary.refused == {"without words": 20 * 2 * len(KINDS)}
@@ -203,9 +203,7 @@ def test_an_image_that_got_none_is_not_tried_for_ever(bare):
     assert write(load_index(bare.folder), Table(), seed=1, overwrite=True).short == 0
 
 
-def test_a_removed_image_takes_its_queries_along_and_another_picture_of_its_name_does_not_get_them(
-    bare, tiny_mllm, tmp_path
-):
+def test_removed_image_loses_its_queries(bare, tiny_mllm, tmp_path):
     write(bare, Table())
     left = remove_images(load_index(bare.folder), ["red-bar"])
     assert b"red-bar" not in left.file(PSEUDO_QUERIES).read_bytes()
@@ -217,7 +215,7 @@ def test_a_removed_image_takes_its_queries_along_and_another_picture_of_its_name
     assert "red-bar" not in grown.pseudo_queries
 
 
-def test_what_changes_in_the_index_while_a_run_goes_on_stays_changed(bare):
+def test_edits_during_a_run_are_kept(bare):
     with open_writing(bare) as run:
         remove_images(load_index(bare.folder), ["red-bar"])
         summary = run.finish(Table())
@@ -226,7 +224,7 @@ def test_what_changes_in_the_index_while_a_run_goes_on_stays_changed(bare):
     assert len(index.records) == len(index.pseudo_queries) == 19
 
 
-def test_they_are_trained_on_as_queries_and_alone_are_enough_to_train(bare):
+def test_pseudo_queries_alone_suffice_for_training(bare):
     write(bare, Table(), per_image=2)
     index = load_index(bare.folder)
     tasks = examples_of(index)
@@ -237,7 +235,7 @@ def test_they_are_trained_on_as_queries_and_alone_are_enough_to_train(bare):
     assert train(index, TrainOptions(max_steps=1, lora_rank=2), device="cpu", show_progress=False).is_trained
 
 
-def test_evaluation_leaves_them_out_and_says_which_of_its_queries_they_are(bare):
+def test_evaluation_ignores_and_counts_pseudo_queries(bare):
     zebra = EvaluationQuery("A zebra", frozenset({"red-bar"}))
     bus = EvaluationQuery("the bus", frozenset({"red-bar"}))
     before = baseline("tfidf", load_captions(bare), [zebra, bus]).figures()
@@ -249,7 +247,7 @@ def test_evaluation_leaves_them_out_and_says_which_of_its_queries_they_are(bare)
 
 
 def load_captions(index):
-    """The records, one of them with a caption, without which there is nothing to compare."""
+    """Return the records, one of them with a caption, which the baseline needs."""
     import dataclasses
 
     return [dataclasses.replace(r, captions=("green bar",)) if r.image_id == "green-bar" else r for r in index.records]
@@ -262,7 +260,7 @@ def in_process(bare_index):
     return InProcessWriter(bare_index, load_base(bare_index, device="cpu"))
 
 
-def test_the_model_in_this_process_answers_a_batch_as_each_request_alone(bare_index, in_process):
+def test_in_process_writer_batch_equals_single_requests(bare_index, in_process):
     texts = ["What is it?", "Find a picture of a red thing, please.", "Find: <image> <|im_end|>"]
     requests = [WriterRequest(bare_index.records[4 * i].path, text, 7) for i, text in enumerate(texts)]
     greedy = Sampling(n=2, temperature=1e-4, max_tokens=6)
@@ -273,7 +271,7 @@ def test_the_model_in_this_process_answers_a_batch_as_each_request_alone(bare_in
     assert len({in_process.write([request], greedy)[0][0].text for request in (requests[0], other)}) == 2
 
 
-def test_it_says_no_symbol_of_the_index_however_probable_their_untrained_rows_make_them(bare_index):
+def test_in_process_writer_never_writes_symbols(bare_index):
     from llama_index_genret.store.model_loading import load_base
 
     mllm = load_base(bare_index, device="cpu")
@@ -282,11 +280,11 @@ def test_it_says_no_symbol_of_the_index_however_probable_their_untrained_rows_ma
     before = writer.write(requests, greedy)
     first, second, *_ = new_token_ids(bare_index)
     rows = mllm.model.get_output_embeddings().weight.data
-    rows[first], rows[second] = 100.0, -100.0  # one of them has the largest logit of all
+    rows[first], rows[second] = 100.0, -100.0  # one of them has the largest logit
     assert writer.write(requests, greedy) == before
 
 
-def test_it_samples_by_the_seed(bare_index, in_process):
+def test_in_process_writer_samples_by_the_seed(bare_index, in_process):
     def answers(seed):
         request = WriterRequest(bare_index.records[0].path, "What is it?", seed)
         return in_process.write([request], Sampling(n=30, temperature=5.0, max_tokens=24))[0]
@@ -296,7 +294,7 @@ def test_it_samples_by_the_seed(bare_index, in_process):
     assert {answer.ended for answer in answers(1)} == {True, False}
 
 
-def test_the_command_writes_reports_what_is_missing_and_inspect_and_eval_tell_of_it(bare):
+def test_command_writes_queries_and_inspect_counts_them(bare):
     def genret(*arguments):
         done = CliRunner().invoke(app, [*map(str, arguments), "--json"])
         assert done.exit_code == 0, done.output
@@ -304,14 +302,20 @@ def test_the_command_writes_reports_what_is_missing_and_inspect_and_eval_tell_of
 
     write(bare, Table(), per_image=2)
     small = ("--per-image", 3, "--batch-size", 10, "--device", "cpu")
-    wrote, said = genret("write-queries", bare.folder, *small)
+    wrote, log = genret("write-queries", bare.folder, *small)
     assert wrote["images"] == 20
     assert wrote["short"] > 0
+<<<<<<< HEAD
     assert "fewer queries than --per-image" in said
     assert "unfinished" in said
     again, said = genret("write-queries", bare.folder, *small)
+=======
+    assert "got fewer queries than asked for" in log
+    assert "unfinished" in log
+    again, log = genret("write-queries", bare.folder, *small)
+>>>>>>> 63c1299 (training/pseudo_queries, files: plain English in docstrings, messages and tests)
     assert (again["images"], again["pseudo_queries"]) == (0, wrote["pseudo_queries"])
-    assert "fewer" not in said
+    assert "fewer" not in log
     facts, _ = genret("inspect", bare.folder)
     assert (facts["captions"], facts["pseudo_queries"]) == (0, wrote["pseudo_queries"])
     provenance = next(iter(load_index(bare.folder).pseudo_queries.values())).provenance
