@@ -135,7 +135,7 @@ def test_the_client_recalls_and_answers(report, untrained_index):
 
 
 def test_answers_of_the_client_come_from_the_images(report, server):
-    (shown,) = server.pictures()
+    (shown,) = server.images()
     assert len(shown) == 3
 
 

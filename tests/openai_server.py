@@ -1,7 +1,7 @@
-"""A server that speaks vLLM's protocol over a table, and records what reaches it.
+"""A server with vLLM's protocol that answers from a table and records its requests.
 
-`/v1/models`; `/v1/completions` with the log-probabilities of named tokens, as recall asks for them; and
-`/v1/chat/completions`, whole or as a stream, with the answers of a script.
+It serves `/v1/models`, `/v1/completions` with the log-probabilities of requested tokens, and `/v1/chat/completions`,
+whole or as a stream, with scripted replies.
 """
 
 import base64
@@ -22,12 +22,14 @@ ANSWER = "It is a red circle."
 
 
 class OpenAIServer(ThreadingHTTPServer):
-    """`requests` records completions, `chats` what is asked of the chat model; `spoil` changes an answer.
+    """A server that records its requests in `requests` (completions) and `chats`.
 
-    table: answers for the prompts named in `prompts`, and after their first token for all others.
-    script: the answer to a chat whose text or tool names hold the key, the first that does; else `ANSWER`. A text, or
-        `{"tool": name, "arguments": {...}}`, which is given until the tool has answered.
-    cut: an answer breaks off after so many bytes. delay_s: a chat waits so long.
+    table: logits after each of `prompts`, and after the first token of any other prompt.
+    script: replies by key. The first key that occurs in a chat's text or tool names selects the reply, else it is
+        `ANSWER`. A reply is a text, or a call `{"tool": name, "arguments": {...}}` until the tool has answered.
+    spoil: a function that changes a response body.
+    cut: number of bytes after which a response breaks off, None for whole responses.
+    delay_s: seconds before a chat is answered.
     """
 
     daemon_threads = True
@@ -44,18 +46,18 @@ class OpenAIServer(ThreadingHTTPServer):
     def api_base(self):
         return f"http://127.0.0.1:{self.server_port}/v1"
 
-    def pictures(self):
-        """Of each chat the pictures in its user messages, in their order, as bytes of their pixels."""
+    def images(self):
+        """Return size and pixels of the images in the messages of each chat, in order."""
         return [[pixels(from_url(url)) for url in image_urls(chat)] for chat in self.chats]
 
-    def asked(self):
-        """Of each chat all its text."""
+    def texts(self):
+        """Return the whole text of each chat."""
         return [text_of(chat) for chat in self.chats]
 
 
 @contextlib.contextmanager
 def running(server):
-    """Serves in a thread as long as the context lasts."""
+    """Serve in a thread, within the context."""
     Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
         yield server
@@ -80,18 +82,18 @@ def text_of(chat):
 
 def from_url(url):
     head, _, body = url.partition(",")
-    assert head.startswith("data:image/"), f"not a picture: {url[:60]}"
+    assert head.startswith("data:image/"), f"not an image: {url[:60]}"
     return BytesIO(base64.b64decode(body, validate=True))
 
 
 def pixels(file):
-    """What a model would see of a picture, whatever the file's format."""
+    """Return size and RGB pixels of an image file of any format."""
     with Image.open(file) as image:
         return image.size, image.convert("RGB").tobytes()
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # connections stay open, as a real server's do
+    protocol_version = "HTTP/1.1"  # keeps connections open, as a real server does
 
     def log_message(self, *_):
         pass
@@ -102,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(content)))
         self.close_connection = self.server.cut is not None
-        with contextlib.suppress(OSError):  # the client may leave first
+        with contextlib.suppress(OSError):  # the client may disconnect
             self.end_headers()
             self.wfile.write(content[: self.server.cut])
 
@@ -124,25 +126,27 @@ class Handler(BaseHTTPRequestHandler):
     def complete(self, request):
         self.server.requests.append(request)
         if "prompt_logprobs" in request:
-            choices = [{"index": i, "prompt_logprobs": self.of_prompt(ids)} for i, ids in enumerate(request["prompt"])]
+            choices = [
+                {"index": i, "prompt_logprobs": self.prompt_logprobs(ids)} for i, ids in enumerate(request["prompt"])
+            ]
         else:
             choices = [self.choice(i, ids, request["logprob_token_ids"]) for i, ids in enumerate(request["prompt"])]
         self.answer(self.server.status, self.server.spoil({"choices": choices[::-1]}))
 
-    def of_prompt(self, ids):
-        """Of every token but the first its log-probability after those before it."""
+    def prompt_logprobs(self, ids):
+        """Return the log-probability of each token given the previous ones, None for the first."""
         first, *rest = ids
         logits = [self.server.table.logits(Prompt((first,)), tuple(rest[:place])) for place in range(len(rest))]
         values = [float(row[token] - np.logaddexp.reduce(row)) for row, token in zip(logits, rest, strict=True)]
         return [None, *({str(token): {"logprob": value}} for token, value in zip(rest, values, strict=True))]
 
-    def choice(self, i, ids, asked):
-        """The table's log-probabilities after the longest known prompt, whole vocabulary."""
+    def choice(self, i, ids, token_ids):
+        """Return the table's log-probabilities after the first matching prompt, over the whole vocabulary."""
         known = (p for p in self.server.prompts if tuple(ids[: len(p.token_ids)]) == p.token_ids)
         prompt = next(known, Prompt(tuple(ids[:1])))
         logits = self.server.table.logits(prompt, tuple(ids[len(prompt.token_ids) :]))
         log_probs = logits - np.logaddexp.reduce(logits)
-        return {"index": i, "logprobs": {"top_logprobs": [{f"token_id:{t}": float(log_probs[t]) for t in asked}]}}
+        return {"index": i, "logprobs": {"top_logprobs": [{f"token_id:{t}": float(log_probs[t]) for t in token_ids}]}}
 
     def chat(self, request):
         self.server.chats.append(request)
@@ -150,28 +154,28 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.status != 200:
             self.answer(self.server.status, {"error": {"message": "refused", "code": self.server.status}})
             return
-        said = self.said(request)
+        reply = self.scripted_reply(request)
         whole = {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"]}
-        finish = "tool_calls" if said.get("tool_calls") else "stop"
+        finish = "tool_calls" if reply.get("tool_calls") else "stop"
         if not request.get("stream"):
-            choice = {"index": 0, "message": {"role": "assistant", **said}, "finish_reason": finish}
+            choice = {"index": 0, "message": {"role": "assistant", **reply}, "finish_reason": finish}
             self.answer(200, self.server.spoil({**whole, "choices": [choice]}))
             return
-        pieces = [{"content": word} for word in (said.get("content") or "").split(" ")]
+        pieces = [{"content": word} for word in (reply.get("content") or "").split(" ")]
         pieces = [{"content": piece["content"] + " "} for piece in pieces[:-1]] + pieces[-1:]
-        deltas = [{"role": "assistant", "tool_calls": said["tool_calls"]}] if finish == "tool_calls" else pieces
+        deltas = [{"role": "assistant", "tool_calls": reply["tool_calls"]}] if finish == "tool_calls" else pieces
         chunks = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
         chunks.append({"index": 0, "delta": {}, "finish_reason": finish})
         lines = [json.dumps({**whole, "object": "chat.completion.chunk", "choices": [chunk]}) for chunk in chunks]
         self.answer(200, "".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"]).encode(), "text/event-stream")
 
-    def said(self, request):
-        """The message that the script has for a request."""
+    def scripted_reply(self, request):
+        """Return the message of the script for a request."""
         names = [tool["function"]["name"] for tool in request.get("tools", [])]
-        asked = "\n".join([text_of(request), *names, json.dumps(request.get("response_format", ""))])
+        text = "\n".join([text_of(request), *names, json.dumps(request.get("response_format", ""))])
         answered = any(message["role"] == "tool" for message in request["messages"])
         for key, reply in self.server.script.items():
-            if key in asked and not (isinstance(reply, dict) and answered):
+            if key in text and not (isinstance(reply, dict) and answered):
                 return {"content": reply} if isinstance(reply, str) else call(**reply)
         return {"content": ANSWER}
 

@@ -1,4 +1,4 @@
-"""A server over a plain socket that misbehaves by a script: what no HTTP library would send."""
+"""A server over a plain socket with scripted faults that no HTTP library would send."""
 
 import contextlib
 import re
@@ -11,22 +11,23 @@ GOOD = b'{"data": 1}'
 
 
 def response(status=200, body=GOOD, length=None, headers=()):
-    """Bytes that end with the connection: a client that kept it would lose a try on it."""
+    """Return a response that closes the connection: a client that kept it would lose a retry on it."""
     length = len(body) if length is None else length
     lines = [f"HTTP/1.1 {status} X", f"Content-Length: {length}", "Connection: close", *headers]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 def drip(content, pause_s=0.05):
-    """Steps that send byte by byte."""
+    """Return steps that send single bytes with pauses."""
     return [step for byte in content for step in (bytes([byte]), pause_s)]
 
 
 class ScriptedServer:
-    """Plays one act a connection, the last one for ever.
+    """A server that plays one act per connection, and repeats the last one.
 
-    An act is a list of steps: bytes to send, seconds (float) to wait, "reset", to end by a reset, or a function.
-    seen: requests. at: when each came.
+    An act is a list of steps: bytes to send, seconds (float) to wait, "reset" to end with a reset, or a function.
+    seen: number of requests.
+    at: time of each request.
     """
 
     def __init__(self, acts):
@@ -39,7 +40,7 @@ class ScriptedServer:
         return f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
 
     def has_seen(self, requests):
-        """Wait for so many requests: a client may give up before its connection is accepted."""
+        """Wait for a number of requests: a client may give up before its connection is accepted."""
         while self.seen < requests:
             time.sleep(0.01)
         return self.seen == requests
@@ -56,7 +57,7 @@ class ScriptedServer:
         act = self.acts[min(self.seen, len(self.acts) - 1)]
         self.seen += 1
         self.at.append(time.monotonic())
-        with connection, contextlib.suppress(OSError):  # the client may leave first
+        with connection, contextlib.suppress(OSError):  # the client may disconnect
             _read_request(connection)
             for step in act:
                 if step == "reset":
@@ -64,7 +65,7 @@ class ScriptedServer:
                 elif callable(step):
                     step()
                 elif isinstance(step, float):
-                    if _has_left(connection, step):
+                    if _has_disconnected(connection, step):
                         return
                 else:
                     connection.sendall(step)
@@ -84,8 +85,8 @@ def _read_request(connection):
             end = len(request) - len(rest) + int(length[1] if length else 0)
 
 
-def _has_left(connection, within_s):
-    """Whether the client closes the connection in so many seconds."""
+def _has_disconnected(connection, within_s):
+    """Return whether the client closes the connection within some seconds."""
     end = time.monotonic() + within_s
     while select.select([connection], [], [], max(0.0, end - time.monotonic()))[0]:
         if not connection.recv(65536):

@@ -1,8 +1,8 @@
-"""What a user sees when the server that answers fails, or a picture does, in the middle of a query engine.
+"""Errors of the answering server and of image files, as a user of a query engine sees them.
 
-Faults of recall itself: `tests/scorers/test_http_client.py`, `tests/scorers/test_vllm_http.py`. Of image files:
-`tests/corpus/test_images.py`, `tests/llamaindex/test_nodes.py`. Answers come from LlamaIndex's `OpenAILike`, so
-its errors are those of `openai`.
+Faults of recall: `tests/scorers/test_http_client.py`, `tests/scorers/test_vllm_http.py`. Faults of image files:
+`tests/corpus/test_images.py`, `tests/llamaindex/test_nodes.py`. LlamaIndex's `OpenAILike` sends the
+requests, so that errors are those of `openai`.
 """
 
 import asyncio
@@ -65,35 +65,35 @@ def ask(retriever, api_base, how, question=QUESTION, **options):
         (503, openai.InternalServerError),
     ],
 )
-def test_a_refusal_is_the_error_of_its_status(retriever, server, status, error, how):
+def test_status_raises_its_openai_error(retriever, server, status, error, how):
     server.status = status
     with pytest.raises(error, match="refused"):
         ask(retriever, server.api_base, how)
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_server_that_is_down_is_a_connection_error(retriever, how):
+def test_unreachable_server_raises_a_connection_error(retriever, how):
     with pytest.raises(openai.APIConnectionError):
         ask(retriever, f"http://127.0.0.1:{free_port()}/v1", how)
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_server_that_hangs_is_a_time_out(retriever, server, how):
+def test_hanging_server_raises_a_timeout(retriever, server, how):
     server.delay_s = 60.0
     with pytest.raises(openai.APITimeoutError):
         ask(retriever, server.api_base, how, timeout=0.1)
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_an_answer_that_breaks_off_is_an_error_and_no_half_answer(retriever, server, how):
-    """Of a stream it is that of httpx, which openai lets through."""
+def test_truncated_answer_raises(retriever, server, how):
+    """A stream raises the error of httpx, which openai does not wrap."""
     server.cut = 100
     with pytest.raises(httpx.RemoteProtocolError if how == "stream" else openai.APIConnectionError):
         ask(retriever, server.api_base, how)
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_an_empty_question_is_refused_before_anything_is_asked(retriever, server, how):
+def test_empty_question_is_refused_before_any_request(retriever, server, how):
     with pytest.raises(QueryError, match="empty"):
         ask(retriever, server.api_base, how, " ")
     assert server.chats == []
@@ -103,25 +103,25 @@ def gradient(size=(64, 48), mode="RGB"):
     return Image.linear_gradient("L").resize(size).convert(mode)
 
 
-def turned():
+def rotated():
     exif = Image.Exif()
     exif[0x0112] = 6
     return {"format": "JPEG", "exif": exif}
 
 
 def large(path):
-    """Black, 100 megapixels, 100 kB; Pillow itself refuses to open a picture of twice its limit."""
+    """Write a black image of 100 megapixels and 100 kB. Pillow refuses images of twice its limit."""
     Image.new("L", (10_000, 10_000)).save(path, "PNG")
 
 
-PICTURES = {
-    "as it should be": (lambda path: gradient().save(path, "PNG"), (64, 48)),
-    "without a suffix": (lambda path: gradient().save(path.with_name("picture"), "JPEG"), (64, 48)),
+IMAGES = {
+    "valid": (lambda path: gradient().save(path, "PNG"), (64, 48)),
+    "without a suffix": (lambda path: gradient().save(path.with_name("image"), "JPEG"), (64, 48)),
     "CMYK": (lambda path: gradient(mode="CMYK").save(path, "JPEG"), (64, 48)),
-    "turned by EXIF": (lambda path: gradient().save(path, **turned()), (48, 64)),
-    "gone": (lambda path: None, None),
+    "rotated by EXIF": (lambda path: gradient().save(path, **rotated()), (48, 64)),
+    "missing": (lambda path: None, None),
     "100 megapixels": (large, None),
-    "no picture": (lambda path: path.write_text("<html>404 Not Found</html>"), None),
+    "no image": (lambda path: path.write_text("<html>404 Not Found</html>"), None),
 }
 
 
@@ -141,11 +141,11 @@ ENGINES = {
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", PICTURES)
-def test_a_difficult_picture_is_shown_upright_or_said_to_be_missing(untrained_index, server, tmp_path, name, engine):
-    """Beside another one, which is shown in any case."""
-    write, size = PICTURES[name]
-    path = tmp_path / ("picture" if name == "without a suffix" else "picture.png")
+@pytest.mark.parametrize("name", IMAGES)
+def test_image_is_shown_upright_or_reported_missing(untrained_index, server, tmp_path, name, engine):
+    """A second image is shown in any case."""
+    write, size = IMAGES[name]
+    path = tmp_path / ("image" if name == "without a suffix" else "image.png")
     write(path)
     found = GenerativeImageRetriever(untrained_index, scorer_of(untrained_index)).retrieve(QUESTION)
     difficult = found[0].node.node_id
@@ -153,6 +153,6 @@ def test_a_difficult_picture_is_shown_upright_or_said_to_be_missing(untrained_in
     index = replace(untrained_index, records=tuple(records))
     retriever = GenerativeImageRetriever(index, scorer_of(index))
     assert str(ENGINES[engine](retriever, genret_llm(server.api_base))(QUESTION)) == ANSWER
-    (shown,) = server.pictures()
-    assert [picture[0] for picture in shown] == ([size] if size else []) + [(64, 64)]
-    assert (f"The picture {difficult} cannot be shown" in server.asked()[0]) == (size is None)
+    (shown,) = server.images()
+    assert [image[0] for image in shown] == ([size] if size else []) + [(64, 64)]
+    assert (f"The picture {difficult} cannot be shown" in server.texts()[0]) == (size is None)

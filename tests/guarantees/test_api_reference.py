@@ -1,4 +1,4 @@
-"""The check of the API reference: names in the backticks of a docstring that lead nowhere."""
+"""The check of the API reference for names in backticks that do not exist."""
 
 import pytest
 
@@ -11,7 +11,7 @@ MODULES = {module.__name__: module for module in (errors, protocol, soft_targets
 
 
 def broken(monkeypatch, docstring):
-    """What is broken of a docstring; others name modules that are not among these few."""
+    """Return the broken references of a docstring. Other docstrings refer to modules outside `MODULES`."""
     monkeypatch.setattr(errors, "__doc__", docstring)
     return [line for line in broken_references(MODULES) if line.startswith(f"{errors.__name__}: ")]
 
@@ -20,12 +20,12 @@ def broken(monkeypatch, docstring):
     "name",
     ["GenretError", "errors.DeadEnd", "Hit.score", "protocol.Hit.score", "Row.query", "Paths.token_ids", "Hit.leaf"],
 )
-def test_what_is_there_is_not_broken(monkeypatch, name):
+def test_existing_reference_is_accepted(monkeypatch, name):
     assert broken(monkeypatch, f"See `{name}`.") == []
 
 
 @pytest.mark.parametrize("name", ["GenretErro", "errors.NoSuchError", "Hit.scores", "Row.nothing", "protocol.Hit.no"])
-def test_what_is_not_there_is_broken(monkeypatch, name):
+def test_missing_reference_is_reported(monkeypatch, name):
     assert broken(monkeypatch, f"See `{name}()`, and `Hit`.") == [f"llama_index_genret.errors: `{name}`"]
 
 

@@ -1,4 +1,4 @@
-"""The environment is read at the edge of a process only; everything else gets values as arguments."""
+"""Only the edges of a process read the environment. Everything else gets values as arguments."""
 
 import ast
 
@@ -9,15 +9,15 @@ EDGES = {
     "cli/models.py",
     "cli/serve.py",
     "cli/train.py",
-    "serving/endpoint/app.py",  # vLLM makes the middleware, and passes it no arguments
-    "serving/endpoint/exit_with_parent.py",  # vLLM calls the plugin in each of its processes, likewise
+    "serving/endpoint/app.py",  # vLLM creates the middleware without arguments
+    "serving/endpoint/exit_with_parent.py",  # vLLM calls the plugin in each of its processes, without arguments
 }
 
 READS = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 
 
 def reads_environment(tree: ast.Module) -> bool:
-    """Whether it names what `os` has of the environment, as an attribute or an import."""
+    """Return whether a module uses the environment functions of `os`, as an attribute or an import."""
     return any(
         (isinstance(node, ast.Attribute) and node.attr in READS)
         or (isinstance(node, ast.ImportFrom) and node.module == "os" and READS & {alias.name for alias in node.names})

@@ -1,8 +1,8 @@
-"""What a client does when a server or the network fails: one table, sync and async.
+"""A table of server and network faults with the client's reaction, sync and async.
 
-Each row: what the server does, one act a connection, the last for ever; what the client raises, and with which words;
-how often it asks; and whether the deadline ends it. Only a deadline passes in real time, and the servers outlast it: an
-error of another kind would come of one that is not kept.
+Each row has the server's acts, one per connection, the last one repeated; the client's error with some words; the
+number of requests; and whether the deadline ends the request. Only deadlines pass in real time. The servers outlast
+them, so that a missed deadline shows as another error.
 Faults in `tests/scorers/test_http_client.py` are not repeated here.
 """
 
@@ -40,7 +40,7 @@ ACTS = {
     "slow body": [response(length=1500)[:-5], *drip(b" " * 1200)],
     "hang before an answer": [LONG_S],
     "hang after the headers": [response(body=b"", length=9), LONG_S],
-    "429, in no time": [response(429, headers=["Retry-After: 0"])],
+    "429, retry at once": [response(429, headers=["Retry-After: 0"])],
     "429, in a while": [response(429, headers=["Retry-After: 1"])],
     "429, in an hour": [response(429, headers=["Retry-After: 3600"])],
     "503, at a date": [response(503, headers=["Retry-After: Wed, 21 Oct 2015 07:28:00 GMT"])],
@@ -86,14 +86,14 @@ def ask(client, how):
 
 U, E = ServerUnreachable, ServerError
 TABLE = [
-    # what the server does            error  words                     asked  by the deadline
+    # acts of the server              error  words                  requests  by the deadline
     (["reset in the body"],              U, "failed",                  TRIES, False),
     (["reset in the body", "fine"],   None, "",                            2, False),
     (["slow headers"],                   U, "in time",                     1, True),
     (["slow body"],                      U, "in time",                     1, True),
     (["hang before an answer"],          U, "in time",                     1, True),
     (["hang after the headers"],         U, "in time",                     1, True),
-    (["429, in no time", "fine"],     None, "",                            2, False),
+    (["429, retry at once", "fine"],  None, "",                            2, False),
     (["429, in an hour", "fine"],        E, "429.*overloaded",             1, False),
     (["503, at a date", "fine"],      None, "",                            2, False),
     (["404"],                            E, "answered 404",                1, False),
@@ -112,8 +112,8 @@ TABLE = [
 
 
 @pytest.mark.parametrize("how", ["sync", "async"])
-@pytest.mark.parametrize(("script", "error", "words", "asked", "by_deadline"), TABLE, ids=lambda v: str(v))
-def test_each_fault_has_its_error_its_tries_and_its_time(acting, how, script, error, words, asked, by_deadline):
+@pytest.mark.parametrize(("script", "error", "words", "requests", "by_deadline"), TABLE, ids=lambda v: str(v))
+def test_fault_has_its_error_retries_and_deadline(acting, how, script, error, words, requests, by_deadline):
     server, start, clock = acting(*script), time.monotonic(), SimulatedClock()
     client = Server(server.api_base, "sk-secret-key", DEADLINE_S if by_deadline else LONG_S, clock=clock)
     if error is None:
@@ -124,19 +124,19 @@ def test_each_fault_has_its_error_its_tries_and_its_time(acting, how, script, er
         assert type(raised.value) is error
         assert str(server.socket.getsockname()[1]) in str(raised.value)
     assert not by_deadline or time.monotonic() - start >= DEADLINE_S
-    assert server.has_seen(asked)
-    assert len(clock.pauses) == asked - 1
+    assert server.has_seen(requests)
+    assert len(clock.pauses) == requests - 1
 
 
 @pytest.mark.parametrize("how", ["sync", "async"])
-def test_a_server_that_asks_to_wait_is_left_alone_so_long(acting, how):
+def test_retry_after_is_respected(acting, how):
     server = acting("429, in a while", "fine")
     assert ask(Server(server.api_base, timeout_s=LONG_S), how) == {"data": 1}
     assert server.at[1] - server.at[0] >= 1.0
 
 
 @pytest.mark.parametrize("how", ["sync", "async"])
-def test_a_connection_that_is_refused_opens_the_circuit_and_a_server_that_comes_back_closes_it(how):
+def test_circuit_opens_on_refusal_and_closes_on_recovery(how):
     port = free_port()
     clock = SimulatedClock()
     circuit = Circuit(open_s=1000.0, clock=clock.now)
@@ -164,18 +164,18 @@ def test_a_connection_that_is_refused_opens_the_circuit_and_a_server_that_comes_
         assert ask(client, how) == {"data": 1}
 
 
-def test_answers_of_503_open_the_circuit_and_a_busy_server_does_not(acting):
-    gone, busy = acting("503, at a date"), acting("429, in an hour")
-    for server in (gone, busy):
+def test_503_opens_the_circuit_and_429_does_not(acting):
+    failing, busy = acting("503, at a date"), acting("429, in an hour")
+    for server in (failing, busy):
         client = Server(server.api_base, timeout_s=LONG_S, clock=SimulatedClock())
         for _ in range(FAILED_REQUESTS + 1):
             with pytest.raises(ServerError) as raised:
                 ask(client, "sync")
     assert "answered 429" in str(raised.value)
-    assert (gone.seen, busy.seen) == (FAILED_REQUESTS * TRIES, FAILED_REQUESTS + 1)
+    assert (failing.seen, busy.seen) == (FAILED_REQUESTS * TRIES, FAILED_REQUESTS + 1)
 
 
-def test_the_retriever_and_its_endpoint_share_a_circuit(untrained_index):
+def test_retriever_and_endpoint_share_a_circuit(untrained_index):
     retriever = GenerativeImageRetriever.from_server(untrained_index.folder, f"http://127.0.0.1:{free_port()}/v1")
     assert retriever._source.endpoint._server.circuit is retriever._scorer.server.circuit
     for words in [*["no server answers"] * FAILED_REQUESTS, "no request was sent"]:
@@ -186,7 +186,7 @@ def test_the_retriever_and_its_endpoint_share_a_circuit(untrained_index):
 HIT = {"image_id": "red-bar", "file_name": "red-bar.png", "caption": "", "identifier": "", "metadata": {}}
 
 
-def recalled(hits, **more):
+def recall_response(hits, **more):
     scored = [{**HIT, "score": 0.5, "log_prob": -0.7, **hit} for hit in hits]
     result = {"query": "x", "hits": scored, "exact": True, "nodes_expanded": 1}
     scoring = {"eta": 0.0, "rerank": 0, "rerank_weight": 1.0, "rerank_by": "identifier"}
@@ -194,18 +194,21 @@ def recalled(hits, **more):
 
 
 SPOILT_RECALLS = {
-    "no such image": (recalled([{"image_id": "mauve-bar"}]), "does not have"),
-    "an image twice": (recalled([{}, {}]), "twice"),
-    "more than asked": (recalled([{}, {"image_id": "red-frame"}, {"image_id": "red-circle"}]), "other images"),
-    "no result": (recalled([], results=[]), "other images"),
-    "two results": (recalled([], results=recalled([])["results"] * 2), "other images"),
-    "a text for a number": (recalled([{"log_prob": "very likely"}]), "something else than a recall"),
+    "no such image": (recall_response([{"image_id": "mauve-bar"}]), "does not have"),
+    "an image twice": (recall_response([{}, {}]), "twice"),
+    "more than requested": (
+        recall_response([{}, {"image_id": "red-frame"}, {"image_id": "red-circle"}]),
+        "other images",
+    ),
+    "no result": (recall_response([], results=[]), "other images"),
+    "two results": (recall_response([], results=recall_response([])["results"] * 2), "other images"),
+    "a text for a number": (recall_response([{"log_prob": "very likely"}]), "something else than a recall"),
     "another schema": ({"hits": []}, "something else than a recall"),
 }
 
 
 @pytest.mark.parametrize("name", SPOILT_RECALLS)
-def test_a_recall_that_cannot_be_is_a_server_error(untrained_index, acting, name, monkeypatch):
+def test_invalid_recall_response_raises(untrained_index, acting, name, monkeypatch):
     body, words = SPOILT_RECALLS[name]
     monkeypatch.setitem(ACTS, "recall", [response(body=json.dumps(body).encode())])
     server = Server(acting("recall").api_base, timeout_s=LONG_S)
@@ -216,7 +219,7 @@ def test_a_recall_that_cannot_be_is_a_server_error(untrained_index, acting, name
         retriever.retrieve("x")
 
 
-def test_what_the_endpoint_does_not_take_is_asked_step_by_step_or_refused(untrained_index, tmp_path):
+def test_unsupported_queries_fall_back_or_are_refused(untrained_index, tmp_path):
     endpoint = RecallClient(untrained_index, Server(f"http://127.0.0.1:{free_port()}/v1"))
     scorer = FakeScorer(untrained_index.tokenizer.vocab_size)
     many = GenerativeImageRetriever(untrained_index, scorer, endpoint=endpoint, similarity_top_k=5000)
@@ -232,7 +235,7 @@ SPOILT_LISTS = [None, 5, "data", [None], [[]], {"a": 1}]
 
 
 @pytest.mark.parametrize("spoilt", SPOILT_LISTS, ids=str)
-def test_a_list_that_is_none_is_a_server_error(spoilt):
+def test_invalid_list_raises(spoilt):
     with running(OpenAIServer(vocabulary=400)) as server:
         models = server.models
         server.models = spoilt

@@ -1,6 +1,6 @@
-"""The files of an index: one writer at a time, full and read-only disks, folders that change under a reader, no pickle.
+"""The files of an index: concurrent writers and readers, full and read-only disks, and no pickle.
 
-Kills and power cuts at every point: `integration/faults`.
+`integration/faults` tests kills and power cuts at every point.
 """
 
 import ast
@@ -49,7 +49,7 @@ def adapter(tmp_path):
     return tmp_path / "adapter"
 
 
-def found(index):
+def recalled_ids(index):
     scorer = FakeScorer(index.tokenizer.vocab_size)
     return sorted(
         index.record_of(h).image_id for h in recall(scorer, index.trie, [Prompt((1, 2))], SearchOptions(k=30))[0].hits
@@ -66,7 +66,7 @@ def prior_of(index):
 
 @contextmanager
 def files_of_at_most(n_bytes):
-    """Writing more is an error, as on a full disk."""
+    """Limit the size of written files, to simulate a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
     try:
@@ -75,7 +75,7 @@ def files_of_at_most(n_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_of_two_writers_one_wins_and_the_other_is_told(folder):
+def test_second_of_two_writers_is_refused(folder):
     first, second = load_index(folder), load_index(folder)
     remove_images(first, ["red-circle"])
     for write in (
@@ -86,33 +86,33 @@ def test_of_two_writers_one_wins_and_the_other_is_told(folder):
     ):
         with pytest.raises(IndexChanged, match=f"{folder} was changed"):
             write()
-    assert found(load_index(folder)) == sorted(set(second.rows_by_id) - {"red-circle"})
+    assert recalled_ids(load_index(folder)) == sorted(set(second.rows_by_id) - {"red-circle"})
     remove_images(load_index(folder), ["blue-bar"])
-    assert found(load_index(folder)) == sorted(set(second.rows_by_id) - {"red-circle", "blue-bar"})
+    assert recalled_ids(load_index(folder)) == sorted(set(second.rows_by_id) - {"red-circle", "blue-bar"})
 
 
-def test_what_joined_while_a_training_ran_stays_when_it_is_stored(folder, adapter):
+def test_edits_during_training_are_kept(folder, adapter):
     trained = load_index(folder)
     remove_images(load_index(folder), ["red-circle"])
     stored = store.store_adapter(trained, adapter, {})
     assert stored.is_trained
-    assert found(stored) == sorted(set(trained.rows_by_id) - {"red-circle"})
+    assert recalled_ids(stored) == sorted(set(trained.rows_by_id) - {"red-circle"})
 
 
-def test_while_one_writes_another_waits_and_then_is_told(folder, monkeypatch):
+def test_concurrent_writer_waits_and_is_then_refused(folder, monkeypatch):
     monkeypatch.setattr(store.manifest, "LOCK_WAIT_S", 0.1)
     with (
         only_writer(folder / store.manifest.LOCK, busy=""),
         pytest.raises(IndexBusy, match=f"another process is writing {folder}"),
     ):
         remove_images(load_index(folder), ["red-circle"])
-    left = remove_images(load_index(folder), ["red-circle"])  # a lock that is gone, or of a killed process, is free
+    left = remove_images(load_index(folder), ["red-circle"])  # a removed lock, or that of a killed process, is free
     (folder / store.manifest.LOCK).touch()
     remove_images(left, ["blue-bar"])
     assert "write.lock" not in names(folder)
 
 
-def test_a_killed_first_write_leaves_the_folder_free_and_what_is_not_ours_does_not(folder, tmp_path):
+def test_folder_is_free_after_a_killed_first_write(folder, tmp_path):
     left = tmp_path / "left"
     shutil.copytree(folder, left)
     (left / "manifest.json").rename(left / "manifest.json.0123456789ab")
@@ -124,7 +124,7 @@ def test_a_killed_first_write_leaves_the_folder_free_and_what_is_not_ours_does_n
 
 
 @pytest.mark.parametrize("field", ["prompts", "folders", "scheme_options", "model", "checksum"])
-def test_a_manifest_that_still_parses_is_held_against_its_checksum(folder, field):
+def test_changed_manifest_fails_its_checksum(folder, field):
     manifest = json.loads((folder / "manifest.json").read_text())
     text = json.dumps(manifest[field])
     letter = next(letter for letter in reversed(text) if letter.isalnum())
@@ -135,12 +135,12 @@ def test_a_manifest_that_still_parses_is_held_against_its_checksum(folder, field
         load_index(folder)
 
 
-def test_version_3_without_a_checksum_is_read_and_written_as_the_newest(folder):
+def test_version_3_without_a_checksum_is_read_and_upgraded(folder):
     index = load_index(folder)
     raw = json.loads(manifest_text(index.manifest.model_copy(update={"format_version": 3})))
     del raw["checksum"]
     (folder / "manifest.json").write_text(json.dumps(raw))
-    assert found(load_index(folder)) == found(index)
+    assert recalled_ids(load_index(folder)) == recalled_ids(index)
     remove_images(load_index(folder), ["red-circle"])
     assert json.loads((folder / "manifest.json").read_text())["format_version"] == FORMAT_VERSION == 4
     (folder / "manifest.json").write_text(json.dumps({**raw, "format_version": FORMAT_VERSION}))
@@ -149,7 +149,7 @@ def test_version_3_without_a_checksum_is_read_and_written_as_the_newest(folder):
 
 
 @pytest.mark.parametrize("n_bytes", [0, 100, 1000, 3000])
-def test_on_a_full_disk_the_index_is_as_it_was_and_nothing_is_left(folder, adapter, n_bytes):
+def test_full_disk_leaves_the_index_unchanged(folder, adapter, n_bytes):
     index, before = load_index(folder), names(folder)
     for write in (
         lambda: remove_images(index, ["red-circle"]),
@@ -162,27 +162,27 @@ def test_on_a_full_disk_the_index_is_as_it_was_and_nothing_is_left(folder, adapt
         ):
             write()
         assert names(folder) == before
-        assert found(load_index(folder)) == found(index)
+        assert recalled_ids(load_index(folder)) == recalled_ids(index)
     remove_images(index, ["red-circle"])
 
 
-def test_a_new_index_on_a_full_disk_leaves_no_folder(untrained_index, tmp_path):
+def test_new_index_on_a_full_disk_leaves_no_folder(untrained_index, tmp_path):
     index, new = untrained_index, tmp_path / "above" / "new"
-    made_of = {"images": tmp_path, "records": index.records, "identifiers": index.identifiers, "scheme": index.scheme()}
-    made_of |= {"tokenizer": index.tokenizer, "model": index.manifest.model, "prompts": index.prompts}
+    parts = {"images": tmp_path, "records": index.records, "identifiers": index.identifiers, "scheme": index.scheme()}
+    parts |= {"tokenizer": index.tokenizer, "model": index.manifest.model, "prompts": index.prompts}
     with files_of_at_most(500), pytest.raises(NotWritten, match=str(new)):
-        store.create_index(new, **made_of)
+        store.create_index(new, **parts)
     assert not new.exists()
-    assert found(store.create_index(new, **made_of)) == found(index)
+    assert recalled_ids(store.create_index(new, **parts)) == recalled_ids(index)
 
 
-def test_an_export_on_a_full_disk_leaves_nothing(untrained_index, tiny_mllm, tmp_path):
+def test_export_on_a_full_disk_leaves_nothing(untrained_index, tiny_mllm, tmp_path):
     with files_of_at_most(10_000), pytest.raises(NotWritten, match="Free space"):
         export_checkpoint(untrained_index, tmp_path / "out", mllm=tiny_mllm)
     assert names(tmp_path) == []
 
 
-def test_a_full_disk_that_tokenizers_found_is_told_as_any_other_and_nothing_else_is(untrained_index, tmp_path):
+def test_full_disk_error_of_tokenizers_is_converted(untrained_index, tmp_path):
     tokenizer = Tokenizer.from_str(untrained_index.tokenizer.to_json())
     with pytest.raises(NotWritten, match=f"{tmp_path} could not be written: No space left"), writing(tmp_path):
         tokenizer.save("/dev/full")
@@ -191,7 +191,7 @@ def test_a_full_disk_that_tokenizers_found_is_told_as_any_other_and_nothing_else
     assert not isinstance(raised.value, NotWritten)
 
 
-def test_a_batch_that_found_the_disk_full_goes_on(untrained_index, tmp_path):
+def test_batch_resumes_after_a_full_disk(untrained_index, tmp_path):
     queries, out = tmp_path / "queries.jsonl", tmp_path / "hits.jsonl"
     queries.write_text("".join(json.dumps({"query": f"picture {number}"}) + "\n" for number in range(12)))
     scorer = FakeScorer(untrained_index.tokenizer.vocab_size)
@@ -207,9 +207,9 @@ def test_a_batch_that_found_the_disk_full_goes_on(untrained_index, tmp_path):
     assert len(out.read_text().splitlines()) == 12
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="it forks, and the child becomes another user")
-def test_a_read_only_index_is_read_and_not_written(untrained_index):
-    """By a user who may only read it; root may do anything."""
+@pytest.mark.skipif(sys.platform != "linux", reason="forks a child that becomes another user")
+def test_read_only_index_is_read_and_not_written(untrained_index):
+    """The child has no write permission. Root would have it."""
     from integration.faults.syscalls import wait_for_child
 
     with tempfile.TemporaryDirectory() as root:
@@ -222,32 +222,32 @@ def test_a_read_only_index_is_read_and_not_written(untrained_index):
             if os.getuid() == 0:
                 os.setuid(65534)
             index = load_index(folder)
-            assert len(found(index)) == 20
+            assert len(recalled_ids(index)) == 20
             with pytest.raises(NotWritten, match=f"{folder} could not be written.*make it writable"):
                 remove_images(index, ["red-circle"])
 
-        status, said = wait_for_child(work)
+        status, output = wait_for_child(work)
         folder.chmod(0o755)
-        assert status == 0, said
+        assert status == 0, output
 
 
-def test_a_reader_goes_on_with_what_it_has_and_is_told_what_is_gone(folder, tmp_path, adapter):
+def test_reader_keeps_its_version_and_reports_missing_files(folder, tmp_path, adapter):
     store.store_adapter(load_index(folder), adapter, {})
     reader = load_index(folder)
-    before = found(reader)
+    before = recalled_ids(reader)
     store.store_adapter(load_index(folder), adapter, {"again": 1})
     with pytest.raises(IndexChanged, match=r"'adapter/.*' of that version is gone: load it again"):
         adapter_folder(reader)
     remove_images(load_index(folder), ["red-circle", "red-bar", "red-frame"])  # writes another trie
     shutil.move(folder, tmp_path / "elsewhere")
-    assert found(reader) == before
+    assert recalled_ids(reader) == before
     (tmp_path / "elsewhere" / load_index(tmp_path / "elsewhere").manifest.files["trie.bin"].path).unlink()
     with pytest.raises(IndexDamaged, match=r"trie\.bin is missing"):
         load_index(tmp_path / "elsewhere")
 
 
-def test_a_version_that_is_written_while_another_is_loaded_is_loaded(folder, monkeypatch):
-    """The files of the version that the reader began with are removed under its hands."""
+def test_load_during_a_write_returns_the_new_version(folder, monkeypatch):
+    """The writer removes the files of the version that the reader started with."""
     writer, verify, seen = remove_images(load_index(folder), ["blue-bar"]), store.open.verify, []
 
     def verify_after_a_write(path, entry):
@@ -257,18 +257,18 @@ def test_a_version_that_is_written_while_another_is_loaded_is_loaded(folder, mon
         verify(path, entry)
 
     monkeypatch.setattr(store.open, "verify", verify_after_a_write)
-    assert len(found(load_index(folder))) == 18
+    assert len(recalled_ids(load_index(folder))) == 18
     assert not seen[0].exists()
 
 
-def test_a_linked_folder_is_edited_where_it_lies(folder, tmp_path):
+def test_edit_through_a_link_keeps_the_link(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     remove_images(load_index(tmp_path / "link"), ["red-circle"])
     assert (tmp_path / "link").is_symlink()
-    assert len(found(load_index(folder))) == 19
+    assert len(recalled_ids(load_index(folder))) == 19
 
 
-def test_an_export_goes_to_another_file_system_and_through_a_link(untrained_index, tiny_mllm, tmp_path):
+def test_export_through_a_link_to_another_file_system(untrained_index, tiny_mllm, tmp_path):
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as there:
         (Path(there) / "real").mkdir()
         (tmp_path / "out").symlink_to(Path(there) / "real")
@@ -278,7 +278,7 @@ def test_an_export_goes_to_another_file_system_and_through_a_link(untrained_inde
         assert [path.name for path in Path(there).iterdir()] == ["real"]
 
 
-def test_what_a_killed_export_left_is_removed_by_the_next_and_what_is_being_written_is_not(tmp_path):
+def test_leftovers_of_killed_exports_are_removed(tmp_path):
     (tmp_path / ".out.0123456789ab.part").mkdir()
     with new_folder(tmp_path / "out") as first:
         assert names(tmp_path) == [first.name]
@@ -296,7 +296,7 @@ def sources():
     return {path: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
 
 
-def imported(tree):
+def imported_modules(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -309,28 +309,28 @@ RISKS = {"trust_remote_code", "allow_pickle"}
 
 
 def executable_loads(tree):
-    """Calls that may run what a file says, and what they are called with."""
+    """Yield calls that may execute the content of a file, with their arguments."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if name not in ("load", "eval", "exec", "memmap") and not RISKS & {word.arg for word in node.keywords}:
             continue
-        called, keywords = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
-        if called in ("torch.load", "eval", "exec", "np.memmap", "numpy.load"):
-            yield called
-        if called == "np.load" and keywords.get("allow_pickle") != "False":
-            yield called
+        function, keywords = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+        if function in ("torch.load", "eval", "exec", "np.memmap", "numpy.load"):
+            yield function
+        if function == "np.load" and keywords.get("allow_pickle") != "False":
+            yield function
         if RISKS & keywords.keys() and "False" not in keywords.values():
-            yield f"{called} {keywords}"
+            yield f"{function} {keywords}"
 
 
-def test_nothing_in_the_package_reads_a_pickle_or_runs_the_code_of_a_checkpoint():
+def test_package_loads_no_pickle_and_no_remote_code():
     trees = sources()
     assert len(trees) > 80
     forbidden = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "marshal", "shelve", "torch.load"}
     for path, tree in trees.items():
-        assert not forbidden & set(imported(tree)), path
+        assert not forbidden & set(imported_modules(tree)), path
         assert list(executable_loads(tree)) == [], path
 
 
@@ -338,5 +338,5 @@ def test_nothing_in_the_package_reads_a_pickle_or_runs_the_code_of_a_checkpoint(
     "code",
     ["torch.load(p)", "np.load(p)", "np.load(p, allow_pickle=True)", "f(m, trust_remote_code=True)", "eval(text)"],
 )
-def test_the_search_for_such_calls_sees_them(code):
+def test_executable_loads_finds_unsafe_calls(code):
     assert list(executable_loads(ast.parse(code)))

@@ -1,4 +1,4 @@
-"""What fuzzing has found, and its seeds: read again, each in milliseconds. `integration.fuzz` finds more."""
+"""The seeds and findings of fuzzing as regression tests. `integration.fuzz` searches for more."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ FINDINGS = Path(__file__).parent / "fuzz_findings"
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_what_is_read_from_outside_gives_a_result_or_an_error_of_ours(name):
-    tested = target(name)
-    for seed in tested.SEEDS:
-        tested.one(seed)
+def test_fuzz_findings_give_a_result_or_a_genret_error(name):
+    fuzzer = target(name)
+    for seed in fuzzer.SEEDS:
+        fuzzer.one(seed)
     for path in sorted((FINDINGS / name).glob("*")):
-        tested.one(path.read_bytes())
+        fuzzer.one(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Files as nobody should write them: each is read right, or is an error that names the file, line and way out."""
+"""Malformed files: each is read correctly, or raises an error with the file, the line and the fix."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from llama_index_genret.store.manifest import FileEntry, manifest_text, read_man
 from llama_index_genret.training.pseudo_queries import read_samples
 
 SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven"
-"""What `str.splitlines` takes for the end of a line, and JSON does not."""
+"""Line separators of `str.splitlines` that JSON allows in a text."""
 
 
 @pytest.fixture
@@ -41,16 +41,16 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_query_may_hold_what_else_ends_a_line_of_text(tmp_path, reader):
+def test_query_may_hold_unusual_line_separators(tmp_path, reader):
     row = {"query": SEPARATORS, "file_name": "a.png"}
     (tmp_path / "q.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
-    (found,) = READERS[reader](tmp_path / "q.jsonl")
-    whole = {"eval": (SEPARATORS, frozenset("a")), "batch": SEPARATORS, "samples": " ".join(SEPARATORS.split())}
-    assert found == whole[reader]
+    (query,) = READERS[reader](tmp_path / "q.jsonl")
+    expected = {"eval": (SEPARATORS, frozenset("a")), "batch": SEPARATORS, "samples": " ".join(SEPARATORS.split())}
+    assert query == expected[reader]
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_byte_order_mark_before_the_queries_does_not_matter(tmp_path, reader):
+def test_byte_order_mark_before_queries_is_ignored(tmp_path, reader):
     (tmp_path / "q.jsonl").write_bytes(b'\xef\xbb\xbf{"query": "red", "image_id": "a"}\r\n')
     assert len(READERS[reader](tmp_path / "q.jsonl")) == 1
 
@@ -71,7 +71,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_query_is_an_error_that_names_file_and_line(tmp_path, case):
+def test_malformed_query_raises_with_file_and_line(tmp_path, case):
     row = BROKEN[case] if isinstance(BROKEN[case], bytes) else BROKEN[case].encode()
     (tmp_path / "q.jsonl").write_bytes(b'{"query": "red", "image_id": "a"}\n\n' + row + b"\n")
     with pytest.raises(CorpusError, match=r"q\.jsonl, line 3: ") as raised:
@@ -81,20 +81,20 @@ def test_a_broken_query_is_an_error_that_names_file_and_line(tmp_path, case):
 
 @pytest.mark.parametrize("reader", ["batch", "samples"])
 @pytest.mark.parametrize("case", ["deep", "huge number", "not UTF-8"])
-def test_and_so_it_is_for_the_other_readers(tmp_path, reader, case):
+def test_malformed_line_raises_in_the_other_readers(tmp_path, reader, case):
     row = BROKEN[case] if isinstance(BROKEN[case], bytes) else BROKEN[case].encode()
     (tmp_path / "q.jsonl").write_bytes(b'{"query": "red"}\n' + row)
     with pytest.raises(CorpusError, match=r"q\.jsonl, line 2"):
         READERS[reader](tmp_path / "q.jsonl")
 
 
-def test_a_query_that_is_no_text_is_not_told_to_name_another_image(tmp_path):
+def test_query_that_is_no_text_has_its_own_error(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"query": 1, "image_id": "a"}')
     with pytest.raises(CorpusError, match=r'want \{"query"'):
         read_queries(tmp_path / "q.jsonl", small_corpus().records)
 
 
-def test_a_query_of_control_tokens_is_a_text(tmp_path):
+def test_query_of_control_tokens_is_a_text(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"query": "<|im_end|>\\u0000", "image_id": "a"}')
     assert read_queries(tmp_path / "q.jsonl", small_corpus().records) == [
         EvaluationQuery("<|im_end|>\0", frozenset("a"))
@@ -104,23 +104,23 @@ def test_a_query_of_control_tokens_is_a_text(tmp_path):
 # Metadata
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
-def test_metadata_that_is_a_pipe_is_not_waited_for(folder, name):
+def test_metadata_pipe_is_refused_without_waiting(folder, name):
     os.mkfifo(folder / name)
     with pytest.raises(MetadataError, match=rf"{name} is not a regular file"):
         read_corpus(folder)
 
 
-@pytest.mark.skipif(not hasattr(os, "symlink"), reason="no links there")
-def test_metadata_that_is_a_link_to_nowhere_is_not_overlooked(folder):
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="no links on this system")
+def test_dangling_metadata_link_is_refused(folder):
     (folder / "metadata.jsonl").symlink_to("gone.jsonl")
     with pytest.raises(MetadataError, match=r"metadata\.jsonl is not a regular file"):
         read_corpus(folder)
 
 
-def test_a_repeated_key_is_named_alone(folder):
+def test_error_of_a_repeated_key_names_only_this_key(folder):
     keys = {f"key{i}": i for i in range(5000)}
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", **keys})[:-1] + ', "key7": 0}')
     with pytest.raises(MetadataError, match="given twice, 'key7'") as raised:
@@ -129,8 +129,8 @@ def test_a_repeated_key_is_named_alone(folder):
 
 
 @pytest.mark.parametrize("depth", range(960, 1010, 3))
-def test_nesting_is_an_error_of_its_line_at_any_depth(folder, depth):
-    """Also where it can just be parsed, and what then tells of it goes deeper."""
+def test_nesting_raises_with_its_line_at_any_depth(folder, depth):
+    """Some depths can be parsed, but not be printed in the error message."""
     nested = "[" * depth + "]" * depth
     for key in ("file_name", "text", "questions", "other"):
         (folder / "metadata.jsonl").write_text(f'{{"file_name": "a.png"}}\n{{"image_id": "x", "{key}": {nested}}}')
@@ -143,7 +143,7 @@ def test_nesting_is_an_error_of_its_line_at_any_depth(folder, depth):
 
 
 def stored(tmp_path, captions=(), metadata=None):
-    """An index of one picture."""
+    """Return an index of one image."""
     like = small_index()
     record = replace(like.records[0], captions=captions, metadata=metadata or {})
     scheme = get_scheme("numeric", digits=2)
@@ -159,21 +159,21 @@ def stored(tmp_path, captions=(), metadata=None):
     )
 
 
-def test_an_index_of_captions_with_any_line_separator_loads_again(tmp_path):
+def test_captions_with_line_separators_load_unchanged(tmp_path):
     index = stored(tmp_path, captions=(SEPARATORS, "a\nb\rc\0"), metadata={"note": SEPARATORS, "n": 10**400})
     assert load_index(index.folder).records == index.records
     assert index.records[0].captions == (SEPARATORS, "a\nb\rc\0")
     assert index.records[0].metadata == {"note": SEPARATORS, "n": 10**400}
 
 
-def test_a_caption_with_a_line_separator_stays_one_caption_as_a_document(folder):
+def test_document_caption_with_separators_stays_whole(folder):
     node = ImageNode(image_path=str(folder / "a.png"), text=SEPARATORS, id_="a")
     node = sealed_node(node, folder / "pictures")
     assert [record.captions for record in records_of([node], [folder])] == [(SEPARATORS,)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800"])
-def test_a_document_whose_metadata_cannot_be_written_as_json_is_refused_at_once(folder, value):
+def test_document_metadata_must_be_json(folder, value):
     node = ImageNode(image_path=str(folder / "a.png"), text="red", id_="a", metadata={"year": value})
     with pytest.raises(MetadataError, match="'a' cannot be stored"):
         sealed_node(node, folder / "pictures")
@@ -186,7 +186,7 @@ def copied(tmp_path):
 
 
 def put(folder, name, content):
-    """Other content of a stored file, with its checksum: damage that only reading finds."""
+    """Replace a stored file and its checksum, so that only parsing finds the damage."""
     manifest = read_manifest(folder)
     entry = FileEntry(path=manifest.files[name].path, size=len(content), sha256=hashlib.sha256(content).hexdigest())
     (folder / entry.path).write_bytes(content)
@@ -218,7 +218,7 @@ def record_lines(**change):
         b"7\n",
     ],
 )
-def test_records_that_are_none_are_an_error_that_names_file_and_line(copied, content):
+def test_invalid_records_raise_with_file_and_line(copied, content):
     put(copied, "records.jsonl", content)
     with pytest.raises(IndexDamaged, match=r"records\.jsonl, line \d: no record"):
         load_index(copied)
@@ -243,8 +243,8 @@ def npy(array):
         npy(np.arange(4)).replace(b"(4,), ", b"(4**9,)"),
     ],
 )
-def test_leaves_that_stand_for_no_image_are_an_error(copied, content):
-    """Else a search would fail, or name a wrong picture, for some queries and much later."""
+def test_invalid_leaves_are_refused(copied, content):
+    """Otherwise some searches would fail later, or return a wrong image."""
     put(copied, "leaf_to_record.npy", content)
     with pytest.raises(IndexDamaged, match="Restore"):
         load_index(copied)
@@ -253,7 +253,7 @@ def test_leaves_that_stand_for_no_image_are_an_error(copied, content):
 @pytest.mark.parametrize(
     "path", ["../elsewhere", "/etc/passwd", "data-0123456789ab/../../x", "", "manifest.json", "data-0123456789ab/a\0"]
 )
-def test_a_manifest_names_no_file_outside_of_the_index(copied, path):
+def test_manifest_paths_outside_the_index_are_refused(copied, path):
     manifest = json.loads((copied / "manifest.json").read_text())
     manifest["files"]["extra"] = {"path": path, "size": 0, "sha256": ""}
     del manifest["checksum"]
@@ -263,13 +263,13 @@ def test_a_manifest_names_no_file_outside_of_the_index(copied, path):
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"format_version": 1' + "0" * 5000 + "}"])
-def test_a_manifest_that_cannot_be_parsed_is_an_error_that_names_it(copied, content):
+def test_unparsable_manifest_raises_with_its_path(copied, content):
     (copied / "manifest.json").write_text(content)
     with pytest.raises(IndexDamaged, match=r"manifest\.json"):
         load_index(copied)
 
 
-def test_a_manifest_that_is_a_folder_is_an_error_that_names_it(copied):
+def test_manifest_folder_raises_with_its_path(copied):
     (copied / "manifest.json").unlink()
     (copied / "manifest.json").mkdir()
     with pytest.raises(IndexDamaged, match=r"manifest\.json"):

@@ -1,4 +1,4 @@
-"""Pictures and names that people really have: the right pixels, or an error that names the file and the way out."""
+"""Unusual images and file names: they give the right pixels, or an error with the file and the fix."""
 
 import io
 import struct
@@ -43,12 +43,12 @@ def png(width, height, depth, color_type, rows, *chunks):
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore::UserWarning:PIL")
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("case", BROKEN_EXIF)
-def test_a_picture_whose_exif_is_broken_is_read_as_it_is_stored(format, case):
+def test_image_with_broken_exif_is_read_as_stored(format, case):
     content = encoded(format, exif=BROKEN_EXIF[case])
     assert np.abs(np.subtract(load_image(content).getpixel((4, 4)), RED)).max() < 4
 
 
-def test_sixteen_bits_a_channel_keep_their_colour():
+def test_16_bit_channels_keep_their_colour():
     assert load_image(png(1, 1, 16, 2, b"\0" + struct.pack(">HHH", 65535, 128 * 257, 0))).getpixel((0, 0)) == (
         255,
         128,
@@ -57,13 +57,13 @@ def test_sixteen_bits_a_channel_keep_their_colour():
     assert load_image(png(1, 1, 16, 6, b"\0" + struct.pack(">HHHH", 65535, 0, 0, 0))).getpixel((0, 0)) == (255,) * 3
 
 
-def test_a_sixteen_bit_grey_declared_transparent_becomes_white():
+def test_transparent_16_bit_grey_becomes_white():
     rows = b"\0" + struct.pack(">HHH", 7, 0, 65535)
     image = load_image(png(3, 1, 16, 0, rows, (b"tRNS", struct.pack(">H", 7))))
     assert np.asarray(image)[0, :, 0].tolist() == [255, 0, 255]
 
 
-def test_a_palette_with_a_transparency_for_each_colour_is_mixed_with_white():
+def test_transparent_palette_is_blended_with_white():
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 255, 0])
     image.putpixel((1, 0), 1)
@@ -86,13 +86,13 @@ def test_a_palette_with_a_transparency_for_each_colour_is_mixed_with_white():
         ),
     ],
 )
-def test_what_is_no_whole_picture_is_an_error(tmp_path, content, words, read):
+def test_incomplete_image_is_refused(tmp_path, content, words, read):
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(ImageError, match=words):
         load_image(content) if read == "bytes" else read_corpus(tmp_path)
 
 
-def test_a_text_that_unpacks_to_a_thousand_times_its_size_is_not_unpacked():
+def test_huge_compressed_png_text_is_refused():
     info = PngImagePlugin.PngInfo()
     info.add_text("k", "x" * 20_000_000, zip=True)
     content = encoded("PNG", pnginfo=info)
@@ -102,8 +102,8 @@ def test_a_text_that_unpacks_to_a_thousand_times_its_size_is_not_unpacked():
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore:Image was not the expected size")
-def test_an_icon_that_hides_a_bomb_is_refused(monkeypatch):
-    """Its own header says 16 x 16."""
+def test_icon_with_a_decompression_bomb_is_refused(monkeypatch):
+    """The header of the icon declares 16 x 16."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     large = png(130, 130, 8, 0, (b"\0" + bytes(130)) * 130)
     icon = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(large), 22) + large
@@ -125,14 +125,14 @@ NAMES = [
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse some of the names")
-def test_names_of_any_characters_are_read_as_they_are(tmp_path):
+def test_names_with_any_characters_are_read_unchanged(tmp_path):
     for name in NAMES:
         (tmp_path / name).write_bytes(encoded("PNG"))
     assert [record.file_name for record in read_corpus(tmp_path)] == sorted(NAMES)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems hold them for one file")
-def test_names_that_differ_in_case_are_two_pictures_unless_they_share_an_id(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems treat them as one file")
+def test_names_that_differ_in_case_are_two_images(tmp_path):
     for name in ("A.png", "a.png"):
         (tmp_path / name).write_bytes(encoded("PNG"))
     assert [record.image_id for record in read_corpus(tmp_path)] == ["A", "a"]
@@ -141,14 +141,14 @@ def test_names_that_differ_in_case_are_two_pictures_unless_they_share_an_id(tmp_
         read_corpus(tmp_path)
 
 
-def test_a_folder_with_the_name_of_a_picture_is_a_folder(tmp_path):
+def test_folder_with_the_suffix_of_an_image_is_a_folder(tmp_path):
     (tmp_path / "x.png").mkdir()
     (tmp_path / "x.png" / "y.png").write_bytes(encoded("PNG"))
     assert [record.file_name for record in read_corpus(tmp_path)] == ["x.png/y.png"]
 
 
-@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no devices there")
-def test_a_link_to_a_device_is_refused_unread(tmp_path):
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no devices on this system")
+def test_link_to_a_device_is_refused_unread(tmp_path):
     (tmp_path / "endless.png").symlink_to("/dev/zero")
     with pytest.raises(UnsafePath, match="link out of the folder"):
         read_corpus(tmp_path)

@@ -1,4 +1,4 @@
-"""The package is light to import, and its parts load on first use."""
+"""The package is light to import, and heavy modules load on first use."""
 
 import subprocess
 import sys
@@ -25,17 +25,17 @@ CLIENT = (
 
 
 def loaded_by(code):
-    """Names of the heavy packages that a fresh interpreter has after running `code`."""
+    """Return the heavy packages that a fresh interpreter has imported after running `code`."""
     report = f"{code}\nimport sys; print(*[name for name in {HEAVY!r} if name in sys.modules])"
     return subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True).stdout.split()
 
 
 @pytest.mark.parametrize("module", CLIENT)
-def test_a_module_of_the_client_loads_no_heavy_package(module):
+def test_client_module_loads_no_heavy_package(module):
     assert loaded_by(f"import {module}") == []
 
 
-def test_retriever_index_and_query_engine_load_no_heavy_package():
+def test_public_names_load_no_heavy_package():
     names = (
         "GenerativeImageRetriever, GenerativeImageIndex, GenretImageNode, genret_llm, image_query_engine, load_images"
     )
@@ -43,7 +43,7 @@ def test_retriever_index_and_query_engine_load_no_heavy_package():
 
 
 @pytest.mark.torch
-def test_the_probe_itself_sees_a_heavy_package():
+def test_probe_detects_a_heavy_package():
     assert loaded_by("import sklearn") == ["sklearn"]
 
 
@@ -52,7 +52,7 @@ BEHIND_ANOTHER = (
     *("serving.endpoint.", "training.checkpoints", "training.feature_cache"),
     *("training.lora", "training.trainer"),
 )
-"""Modules that load inside a vLLM server, or after `training.recipe`, which names the extra."""
+"""Modules that load inside a vLLM server, or after `training.recipe`, whose error names the extra."""
 
 WITHOUT_EXTRAS = f"""
 import importlib, pkgutil, sys
@@ -87,14 +87,14 @@ def test_every_public_name_exists():
         assert getattr(llama_index_genret, name) is not None
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_unknown_name_raises_an_attribute_error():
     import llama_index_genret
 
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = llama_index_genret.no_such_name
 
 
-def test_what_llamahub_lists_are_public_classes():
+def test_classes_listed_for_llamahub_are_public():
     import llama_index_genret
 
     hub = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["tool"]["llamahub"]

@@ -1,9 +1,9 @@
-"""What stands in captions, metadata and questions reaches models as text: it gives no orders to the prompt's frame.
+"""Captions, metadata and questions reach models as text only, and cannot change the structure of a prompt.
 
-Where this package makes token ids, no text becomes a token of the frame. To a server go messages of the chat protocol:
-promised is that a text stays in the one text part of the user's message. What the server's template and tokenizer
-make of `<|im_end|>` in it is the server's: vLLM reads it as the token. Nothing here makes a model deaf to "ignore
-previous instructions", which are words; the answer is only as good as the model, and it names its pictures.
+In token ids made by this package, no text becomes a control token. In messages of the chat protocol, a text stays in
+the text parts of the user's message. The server's template and tokenizer decide about `<|im_end|>` in it: vLLM
+parses it as the token. Nothing here keeps a model from following "ignore previous instructions", which are words. An
+answer is only as reliable as the model, and lists its images.
 """
 
 import json
@@ -32,7 +32,7 @@ ORDERS = [
 
 @pytest.fixture(scope="module")
 def hostile(untrained_index):
-    """Every caption and every value of the metadata gives orders."""
+    """An index in which every caption and metadata value is an injection."""
     records = [
         replace(record, captions=(ORDERS[row % len(ORDERS)],), metadata={"note": ORDERS[(row + 1) % len(ORDERS)]})
         for row, record in enumerate(untrained_index.records)
@@ -52,7 +52,7 @@ def chat(retriever, llm):
 
 
 ENGINES = {
-    "pictures only": lambda r, llm: image_query_engine(r, llm, show_text=False).query,
+    "images only": lambda r, llm: image_query_engine(r, llm, show_text=False).query,
     "with captions": lambda r, llm: image_query_engine(r, llm, show_text=True).query,
     "stock, multimodal": lambda r, llm: RetrieverQueryEngine.from_args(r, llm=llm, multimodal=True).query,
     "citations": lambda r, llm: CitationQueryEngine.from_args(None, retriever=r, llm=llm, multimodal=True).query,
@@ -62,14 +62,14 @@ ENGINES = {
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: order[:12])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_orders_stay_text_of_the_users_message_and_add_no_picture(retriever, engine, order):
+def test_injections_stay_text_of_the_user_message(retriever, engine, order):
     with running(OpenAIServer()) as server:
         ENGINES[engine](retriever, genret_llm(server.api_base))(order)
-        asked = server.chats
-    for request in asked:
-        said = [message for message in request["messages"] if message["content"]]
-        assert {message["role"] for message in said} <= {"user", "system"}
-        users = [message for message in said if message["role"] == "user"]
+        requests = server.chats
+    for request in requests:
+        messages = [message for message in request["messages"] if message["content"]]
+        assert {message["role"] for message in messages} <= {"user", "system"}
+        users = [message for message in messages if message["role"] == "user"]
         assert len(users) == 1
         parts = users[0]["content"]
         assert {part["type"] for part in parts} <= {"text", "image_url"}
@@ -77,38 +77,38 @@ def test_orders_stay_text_of_the_users_message_and_add_no_picture(retriever, eng
         assert len(urls) == 7
         assert all(url.startswith("data:image/") for url in urls)
         assert order in "\n".join(part["text"] for part in parts if part["type"] == "text")
-        told = json.dumps([message for message in said if message["role"] == "system"])
-        assert not [one for one in ORDERS if json.dumps(one)[1:-1] in told]
+        system = json.dumps([message for message in messages if message["role"] == "system"])
+        assert not [one for one in ORDERS if json.dumps(one)[1:-1] in system]
 
 
-def specials(tokenizer):
+def special_token_ids(tokenizer):
     serialized = json.loads(tokenizer.to_json())
     return {token["id"] for token in serialized["added_tokens"]}
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: order[:12])
-def test_no_text_becomes_a_token_of_the_frame_in_the_prompts_of_this_package(hostile, order):
-    """Each prompt has the special tokens of the same prompt around a harmless text, in the same order."""
-    index, tokenizer, prompts, name = hostile, hostile.tokenizer, hostile.prompts, hostile.token_ids(0)
-    frame, image = specials(tokenizer), index.records[0].path
-    asked = {
+def test_no_text_becomes_a_control_token_in_our_prompts(hostile, order):
+    """A prompt has the same special tokens as with a harmless text, in the same order."""
+    index, tokenizer, prompts, identifier = hostile, hostile.tokenizer, hostile.prompts, hostile.token_ids(0)
+    special, image = special_token_ids(tokenizer), index.records[0].path
+    makers = {
         "query": lambda text: prompts.for_query(tokenizer, text),
         "image and text": lambda text: prompts.for_image(tokenizer, image, text),
         "about an image": lambda text: prompts.about_image(tokenizer, image, text),
-        "about an identifier": lambda text: prompts.about_identifier(tokenizer, name, text),
+        "about an identifier": lambda text: prompts.about_identifier(tokenizer, identifier, text),
     }
-    for make in asked.values():
+    for make in makers.values():
         given, plain = make(order), make("a red dog")
         for part in ("token_ids", "rest"):
-            kept = [[token for token in getattr(one, part) if token in frame] for one in (given, plain)]
+            kept = [[token for token in getattr(one, part) if token in special] for one in (given, plain)]
             assert kept[0] == kept[1]
         assert (given.text, given.image) == (plain.text, plain.image)
-        assert not set(given.words) & frame
-    assert specials(tokenizer) & set(tokenizer.encode_markup(ORDERS[1] + ORDERS[2]))  # else this would show nothing
+        assert not set(given.words) & special
+    assert special & set(tokenizer.encode_markup(ORDERS[1] + ORDERS[2]))  # else the test would be vacuous
 
 
-def test_a_description_is_asked_of_the_identifier_and_not_of_the_caption(hostile, untrained_index):
-    """What ranks hits anew is told no caption: hostile ones change no score."""
+def test_rerank_prompts_hold_no_caption(hostile, untrained_index):
+    """Hostile captions therefore change no score."""
     for by in ("identifier", "image"):
         for row in range(3):
             prompt = describing_prompt(hostile, row, by)

@@ -1,7 +1,7 @@
-"""Filters as access control: by no route does an image come back that the filters hide.
+"""Filters as access control: no route returns an image that the filters exclude.
 
-The index is of twenty pictures in two tenants, the scorers are tables, so that nothing but the routes is tried. The
-endpoint is in `integration/test_endpoint_in_process.py`.
+The index has twenty images of two tenants. The scorers are tables, so that only the routes are tested.
+`integration/test_endpoint_in_process.py` tests the endpoint.
 """
 
 import asyncio
@@ -40,9 +40,9 @@ LEVELS = [0, 1, 2.5, None]
 
 
 def metadata_of(row):
-    """Unicode, numbers, and keys that some images lack."""
-    found = {"tenant": TENANTS[row % 2], "level": LEVELS[row % 4], "name": f"picture {row}"}
-    return {key: value for key, value in found.items() if value is not None}
+    """Return metadata with Unicode, numbers, and keys that some images lack."""
+    metadata = {"tenant": TENANTS[row % 2], "level": LEVELS[row % 4], "name": f"picture {row}"}
+    return {key: value for key, value in metadata.items() if value is not None}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ TREES = st.recursive(
 
 
 def allowed_by(filters, index):
-    """By LlamaIndex's own evaluator, image by image."""
+    """Return the ids of the images that pass LlamaIndex's own evaluator."""
     passing = evaluate_with_llama_index(filters, [dict(record.metadata) for record in index.records])
     return {record.image_id for record, passes in zip(index.records, passing, strict=True) if passes}
 
@@ -140,7 +140,7 @@ ROUTES = {
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(TREES, st.integers(1, 25), st.data())
-def test_no_image_outside_the_filters_comes_back_by_any_route(index, scorer, filters, k, data):
+def test_no_route_returns_an_image_outside_the_filters(index, scorer, filters, k, data):
     allowed = allowed_by(filters, index)
     for name in data.draw(st.permutations(list(ROUTES)))[:4]:
         found = ids(ROUTES[name](index, scorer, filters, k))
@@ -151,8 +151,8 @@ def test_no_image_outside_the_filters_comes_back_by_any_route(index, scorer, fil
 
 
 @pytest.mark.parametrize("name", ROUTES)
-def test_each_route_keeps_to_one_tenant_and_finds_all_of_it(index, scorer, name):
-    """Those above draw four routes at a time; this one takes none by chance."""
+def test_each_route_returns_one_tenant_completely(index, scorer, name):
+    """The test above samples four routes at a time, this one runs all of them."""
     mine = MetadataFilters(filters=[leaf("tenant", "==", TENANTS[1])])
     searched = index.records[:9] if name == "some images" else index.records
     assert set(ids(ROUTES[name](index, scorer, mine, 20))) == {
@@ -161,7 +161,7 @@ def test_each_route_keeps_to_one_tenant_and_finds_all_of_it(index, scorer, name)
 
 
 def test_edits_and_a_reload_keep_the_filters(untrained_index, scorer, tmp_path):
-    """One retriever through versions of the index: the images that go, and those that come back."""
+    """One retriever uses several versions of the index, with removed and restored images."""
     shutil.copytree(untrained_index.folder, tmp_path / "index")
     index = load_index(tmp_path / "index")
     red = MetadataFilters(filters=[leaf("color", "==", "red")])
@@ -171,8 +171,8 @@ def test_edits_and_a_reload_keep_the_filters(untrained_index, scorer, tmp_path):
     index = remove_images(index, ["red-bar", "blue-bar"])
     retriever.use(index, scorer)
     assert set(ids(retriever.retrieve("x"))) == {"red-circle", "red-frame", "red-square"}
-    again = [by_id["red-bar"], by_id["blue-bar"]]
-    store.add_images(index, again, [kept["red-bar"], kept["blue-bar"]], index.scheme())
+    restored = [by_id["red-bar"], by_id["blue-bar"]]
+    store.add_images(index, restored, [kept["red-bar"], kept["blue-bar"]], index.scheme())
     retriever.use(load_index(tmp_path / "index"), scorer)
     assert set(ids(retriever.retrieve("x"))) == {"red-bar", "red-circle", "red-frame", "red-square"}
     retriever.use(remove_images(load_index(tmp_path / "index"), [i for i in by_id if i.startswith("red")]), scorer)
@@ -198,8 +198,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_an_invalid_filter_is_an_error_and_is_never_ignored(index, scorer, name):
-    """Each of these LlamaIndex reads as "everything" (or of `in`, as a part of a word); so did we."""
+def test_invalid_filter_is_refused_never_ignored(index, scorer, name):
+    """LlamaIndex reads each of these as "everything", or `in` as a substring. So did this package once."""
     filters = MetadataFilters.model_validate({"filters": [WRONG[name]]})
     with pytest.raises(FilterError):
         GenerativeImageRetriever(index, scorer, filters=filters)
@@ -210,12 +210,12 @@ def test_an_invalid_filter_is_an_error_and_is_never_ignored(index, scorer, name)
 
 
 @pytest.mark.parametrize("filters", [{"tenant": "acme"}, [leaf("tenant", "==", "acme")], "acme"])
-def test_what_is_no_filter_of_llama_index_is_refused(index, scorer, filters):
+def test_filters_must_be_those_of_llama_index(index, scorer, filters):
     with pytest.raises(FilterError):
         GenerativeImageRetriever(index, scorer, filters=filters)
 
 
-def test_filters_that_are_set_later_hold_and_those_given_are_a_copy(index, scorer):
+def test_filters_are_copied_and_can_be_replaced(index, scorer):
     given = MetadataFilters(filters=[leaf("tenant", "==", "acme")])
     retriever = GenerativeImageRetriever(index, scorer, filters=given, similarity_top_k=20)
     mine = {record.image_id for record in index.records if record.metadata["tenant"] == "acme"}
@@ -227,14 +227,14 @@ def test_filters_that_are_set_later_hold_and_those_given_are_a_copy(index, score
     assert not set(ids(asyncio.run(retriever.aretrieve("x")))) & mine
 
 
-def test_a_stored_node_that_moved_to_another_tenant_is_not_shown_to_the_old_one(index, scorer, caplog):
-    """The index was not told: what the node says of itself counts."""
+def test_docstore_metadata_overrides_the_index(index, scorer, caplog):
+    """A node that moved to another tenant in the docstore is not returned to the old one."""
     docstore = SimpleDocumentStore()
     docstore.add_documents([node_of(record) for record in index.records])
     mine = [record.image_id for record in index.records if record.metadata["tenant"] == "acme"]
     moved, odd, silent = mine[:3]
-    for image_id, told in ((moved, {"tenant": TENANTS[1]}), (odd, {"tenant": ["acme"]}), (silent, {})):
-        docstore.add_documents([ImageNode(id_=image_id, image_path="x.png", metadata=told)], allow_update=True)
+    for image_id, metadata in ((moved, {"tenant": TENANTS[1]}), (odd, {"tenant": ["acme"]}), (silent, {})):
+        docstore.add_documents([ImageNode(id_=image_id, image_path="x.png", metadata=metadata)], allow_update=True)
     filters = MetadataFilters(filters=[leaf("tenant", "==", "acme")])
     found = retrieved(index, scorer, filters, 20, docstore=docstore)
     assert set(ids(found)) == set(mine) - {moved, odd}
@@ -242,8 +242,8 @@ def test_a_stored_node_that_moved_to_another_tenant_is_not_shown_to_the_old_one(
     assert moved in caplog.text
 
 
-def test_two_tenants_at_once_never_see_each_others_images(index, scorer):
-    """Two filters on one index and scorer, in threads and in one event loop."""
+def test_concurrent_tenants_see_only_their_images(index, scorer):
+    """Two filters share one index and scorer, in threads and in one event loop."""
     retrievers = [
         GenerativeImageRetriever(
             index, scorer, similarity_top_k=20, filters=MetadataFilters(filters=[leaf("tenant", "==", tenant)])
@@ -251,19 +251,19 @@ def test_two_tenants_at_once_never_see_each_others_images(index, scorer):
         for tenant in TENANTS
     ]
     mine = [{r.image_id for r in index.records if r.metadata["tenant"] == tenant} for tenant in TENANTS]
-    asked = [number % 2 for number in range(24)]
+    tenants = [number % 2 for number in range(24)]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda who: ids(retrievers[who].retrieve("red circle")), asked))
-    assert [set(one) for one in found] == [mine[who] for who in asked]
+        found = list(pool.map(lambda who: ids(retrievers[who].retrieve("red circle")), tenants))
+    assert [set(one) for one in found] == [mine[who] for who in tenants]
 
     async def both():
-        return await asyncio.gather(*(retrievers[who].aretrieve("red circle") for who in asked))
+        return await asyncio.gather(*(retrievers[who].aretrieve("red circle") for who in tenants))
 
-    assert [set(ids(one)) for one in asyncio.run(both())] == [mine[who] for who in asked]
+    assert [set(ids(one)) for one in asyncio.run(both())] == [mine[who] for who in tenants]
 
 
-def test_filters_changed_by_one_thread_while_another_edits_are_not_lost(index, scorer):
-    """`use` and `filters` each replace a part of the same whole."""
+def test_concurrent_filter_changes_and_edits_are_kept(index, scorer):
+    """`use` and `filters` each replace a part of the same state."""
     retriever = GenerativeImageRetriever(index, scorer, similarity_top_k=20)
     stop = False
 
@@ -282,8 +282,8 @@ def test_filters_changed_by_one_thread_while_another_edits_are_not_lost(index, s
         editing.join()
 
 
-def test_the_stock_protocol_keeps_the_filters(index):
-    """A server that scores tokens knows nothing of them: the client's search does."""
+def test_stock_protocol_keeps_the_filters(index):
+    """The server only scores tokens. The client's search applies the filters."""
     filters = MetadataFilters(filters=[leaf("tenant", "==", "acme")])
     mine = {record.image_id for record in index.records if record.metadata["tenant"] == "acme"}
     with running(OpenAIServer(vocabulary=index.tokenizer.vocab_size)) as server:
@@ -295,8 +295,8 @@ def test_the_stock_protocol_keeps_the_filters(index):
 
 
 @pytest.fixture
-def forgetful(index):
-    """A server whose endpoint takes no notice of the filters that it is sent."""
+def ignoring_server(index):
+    """A server whose endpoint ignores the filters of a request."""
     server = Recalling(index, has_endpoint=True)
     Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
@@ -304,9 +304,9 @@ def forgetful(index):
     server.server_close()
 
 
-def test_the_filters_go_to_the_endpoint_and_its_answer_is_held_to_them(index, scorer, forgetful):
+def test_endpoint_gets_the_filters_and_is_checked(index, scorer, ignoring_server):
     filters = MetadataFilters(filters=[leaf("tenant", "==", "acme")])
-    remote = VllmScorer(forgetful.api_base)
+    remote = VllmScorer(ignoring_server.api_base)
     endpoint = RecallClient(index, remote.server)
     for retrieve in (
         lambda r: r.retrieve("red circle"),
@@ -315,23 +315,23 @@ def test_the_filters_go_to_the_endpoint_and_its_answer_is_held_to_them(index, sc
         retriever = GenerativeImageRetriever(index, remote, filters=filters, similarity_top_k=20, endpoint=endpoint)
         with pytest.raises(ServerError, match="does not pass the filters"):
             retrieve(retriever)
-    (_, _, body), *_ = forgetful.requests
+    (_, _, body), *_ = ignoring_server.requests
     assert body["filters"]["filters"][0] == {"key": "tenant", "value": "acme", "operator": "=="}
     everything = GenerativeImageRetriever(index, remote, similarity_top_k=20, endpoint=endpoint)
     assert len(everything.retrieve("red circle")) == 20
 
 
-async def test_the_page_of_browse_keeps_the_filters_that_are_chosen(index, scorer, pictures):
-    """Also in the examples that it shows below a child; `/api/image` shows any picture: the page is its owner's."""
+async def test_browse_page_keeps_the_filters(index, scorer, pictures):
+    """So do the examples below a child. `/api/image` serves any image, because the page belongs to its owner."""
     mine = {record.image_id for record in index.records if record.metadata["tenant"] == TENANTS[1]}
     app = make_app(Recaller(index, scorer, MockLLM()))
     transport = httpx.ASGITransport(app)
-    asked = {"text": "red circle", "k": 20, "filters": {"tenant": [TENANTS[1]]}}
+    body = {"text": "red circle", "k": 20, "filters": {"tenant": [TENANTS[1]]}}
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-        hits = (await client.post("/api/recall", json=asked)).json()["hits"]
+        hits = (await client.post("/api/recall", json=body)).json()["hits"]
         choices = [choice for hit in hits for level in hit["levels"] for choice in level["choices"]]
-        nothing = (await client.post("/api/recall", json={**asked, "filters": {"tenant": []}})).json()["hits"]
-        wrong = await client.post("/api/recall", json={**asked, "filters": {"level": ["1"]}})
+        nothing = (await client.post("/api/recall", json={**body, "filters": {"tenant": []}})).json()["hits"]
+        wrong = await client.post("/api/recall", json={**body, "filters": {"level": ["1"]}})
         misspelt = await client.post("/api/recall", json={"text": "x", "filter": {"tenant": ["acme"]}})
     assert {hit["image_id"] for hit in hits} == mine
     assert {example for choice in choices for example in choice["examples"]} == mine
@@ -339,35 +339,35 @@ async def test_the_page_of_browse_keeps_the_filters_that_are_chosen(index, score
     assert (wrong.status_code, misspelt.status_code) == (400, 400)
 
 
-def test_the_answer_of_browse_looks_at_no_other_image(index, scorer):
+def test_browse_answer_uses_only_allowed_images(index, scorer):
     with running(OpenAIServer()) as server:
         recaller = Recaller(index, scorer, genret_llm(server.api_base))
         answered = recaller.answer("red circle", k=20, filters={"tenant": ["acme"]})
-        assert len(server.pictures()[0]) == 10
+        assert len(server.images()[0]) == 10
     assert {source.image_id for source in answered.sources} == {
         record.image_id for record in index.records if record.metadata["tenant"] == "acme"
     }
 
 
 class Listening:
-    """A speaker that notes what it is asked."""
+    """A speaker that records its prompts."""
 
     def __init__(self):
-        self.asked: list[QuestionPrompts] = []
+        self.prompts: list[QuestionPrompts] = []
 
-    def say(self, asked, max_tokens):
-        self.asked.append(asked)
+    def say(self, prompts, max_tokens):
+        self.prompts.append(prompts)
         return "by heart", None
 
 
-def test_memory_tells_of_the_named_image_alone_and_of_no_removed_one(untrained_index, tmp_path):
-    """It takes no filter: whoever may name an image may ask about it."""
+def test_memory_answers_only_for_the_given_image(untrained_index, tmp_path):
+    """It takes no filter. A removed image is refused."""
     shutil.copytree(untrained_index.folder, tmp_path / "index")
     index = remove_images(load_index(tmp_path / "index"), ["blue-bar"])
     memory = ImageMemory(index, speaker := Listening())
     memory.answer_from_memory("red-bar", "What is it?")
     symbols = {symbol for row in range(len(index.records)) for symbol in index.token_ids(row)}
-    named = [token for token in speaker.asked[0].from_memory.token_ids if token in symbols]
-    assert tuple(named) == index.token_ids(index.rows_by_id["red-bar"])
+    symbols_in_prompt = [token for token in speaker.prompts[0].from_memory.token_ids if token in symbols]
+    assert tuple(symbols_in_prompt) == index.token_ids(index.rows_by_id["red-bar"])
     with pytest.raises(UnknownImage):
         memory.answer_from_memory("blue-bar")

@@ -1,4 +1,4 @@
-"""One class name has one meaning across the package, and none of LlamaIndex's."""
+"""A class name has one meaning across the package, and does not shadow one of LlamaIndex."""
 
 import ast
 from collections import defaultdict
@@ -9,13 +9,13 @@ from tests.guarantees.package_source import modules
 
 
 def test_class_names_are_unique_across_the_package():
-    """A leading underscore does not make another name of it: `_Row` beside `Row` reads as the same thing."""
+    """A leading underscore does not count: `_Row` and `Row` would be confused."""
     places = defaultdict(list)
     for name, tree in modules():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 places[node.name.lstrip("_")].append(f"{name}:{node.lineno}")
-    assert len(places) > 200  # else the walk finds nothing
+    assert len(places) > 200  # else the walk found nothing
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 

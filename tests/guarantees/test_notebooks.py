@@ -1,4 +1,4 @@
-"""What a reader of the notebooks is promised, as they are committed; `integration/test_notebooks.py` executes them."""
+"""The committed notebooks: length, outputs and titles. `integration/test_notebooks.py` executes them."""
 
 import ast
 import hashlib
@@ -29,13 +29,13 @@ def code(cells):
 
 
 def data(cells):
-    """Mime type and content of everything shown."""
+    """Yield mime type and content of every output."""
     for cell in cells:
         for output in cell["outputs"]:
             yield from output.get("data", {"text/plain": output.get("text", "")}).items()
 
 
-def test_all_six_are_there():
+def test_all_six_notebooks_exist():
     assert [path.stem for path in NOTEBOOKS] == [
         "01_quickstart",
         "02_identifiers",
@@ -53,35 +53,35 @@ def test_cells_are_short_and_parse(code):
         ast.parse(source.replace("await ", ""))
 
 
-def test_it_was_executed_once_from_top_to_bottom_without_an_error(code):
+def test_cells_were_executed_in_order_without_errors(code):
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     kinds = [(output["output_type"], output.get("name", "")) for cell in code for output in cell["outputs"]]
     assert not [kind for kind in kinds if kind[0] == "error" or kind[1] == "stderr"]
 
 
-def test_the_outputs_are_of_this_code(path, code):
+def test_outputs_belong_to_the_committed_code(path, code):
     executed = json.loads(path.read_text(encoding="utf-8"))["metadata"]["executed"]
     sources = "\n\n".join("".join(cell["source"]) for cell in code)
     assert executed == hashlib.sha256(sources.encode()).hexdigest(), "run `make notebooks`"
 
 
-def test_it_has_pictures_that_say_what_they_show(code):
-    shown = [
+def test_notebook_has_images_with_alternative_texts(code):
+    images = [
         output
         for cell in code
         for output in cell["outputs"]
         if {"image/jpeg", "image/png"} & set(output.get("data", ()))
     ]
-    assert len(shown) >= 2
-    assert all(next(iter(output["metadata"].values()))["alt"] for output in shown)
+    assert len(images) >= 2
+    assert all(next(iter(output["metadata"].values()))["alt"] for output in images)
 
 
-def test_it_is_small_and_names_no_path_of_the_machine_it_ran_on(path, code):
+def test_notebook_is_small_and_has_no_local_paths(path, code):
     assert path.stat().st_size < MOST_BYTES
     texts = ["".join(content) for mime, content in data(code) if not mime.startswith("image/")]
     assert not [text for text in texts if LOCAL.search(text)]
 
 
-def test_each_begins_with_a_title_and_says_what_follows(cells):
+def test_notebook_begins_with_a_title(cells):
     assert cells[0]["cell_type"] == "markdown"
     assert "".join(cells[0]["source"]).startswith("# ")

@@ -1,8 +1,8 @@
-"""The Python of README and of the pages that it links to, run against a server that answers from a table.
+"""The Python blocks of README and of the pages that it links to, run against a server with a table of answers.
 
 The blocks of "LlamaIndex" and those of `04_rag_pipelines` run in this order, in one namespace. The working folder has a
-folder `photos`; the base model is a tiny one, trained for a moment. The first block of README follows, then the block
-for `generate`, on the index that the others have left. `test_readme_commands.py` has all other blocks.
+folder `photos`. The base model is a tiny one with a short training. The first block of README and the block for
+`generate` then use the resulting index. `test_readme_commands.py` tests all other blocks.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ BLOCKS = [*LLAMAINDEX, *PIPELINES.of_language("python")]
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory, tiny_model_dir):
-    """The namespace after the blocks, and the server."""
+    """Run the blocks, and yield their namespace and the server."""
     folder = tmp_path_factory.mktemp("readme")
     rows = [json.loads(line) for line in (draw_pictures(folder / "photos") / "metadata.jsonl").read_text().splitlines()]
     lines = [json.dumps({**row, "album": str(2023 + number % 2)}) for number, row in enumerate(rows)]
@@ -47,7 +47,7 @@ def page(tmp_path_factory, tiny_model_dir):
             exec(compile(code.replace("index.train()", "index.train(_options)"), "README.md", "exec"), names)
             weights = load_index(folder / "photos-index").weights_id
             server.models = [{"id": "genret", "max_model_len": 2048}, {"id": f"genret-{weights}"}]
-        names["said"] = asyncio.run(names["ask"]("Who plays with a ball?"))
+        names["answer"] = asyncio.run(names["ask"]("Who plays with a ball?"))
         yield names, server
 
 
@@ -57,29 +57,29 @@ def test_every_python_block_of_the_pages_is_run():
     assert sum(len(page.of_language("python")) for page in PAGES) == len([FIRST, *BLOCKS, GENERATE])
 
 
-def test_every_block_runs_and_does_what_is_said_of_it(page, capsys):
+def test_blocks_have_the_documented_results(page, capsys):
     names, server = page
     assert len(names["retriever"].retrieve("the dog at the sea")) == 3
     filtered = names["index"].as_retriever(similarity_top_k=3, filters=names["this_year"])
     assert [hit.metadata["album"] for hit in filtered.retrieve("the dog at the sea")] == ["2024"] * 3
     assert names["hit"].metadata["album"] == "2024"
-    assert names["said"] == ANSWER
+    assert names["answer"] == ANSWER
     assert len(names["sources"]) == 2
     assert set(names["sources"]) <= names["index"].stored.rows_by_id.keys()
-    # two queries, two turns of the chat with the condensed question between them, citation, agent: choose, look, say
-    assert [len(pictures) for pictures in server.pictures()] == [3, 3, 1, 0, 1, 2, 0, 3, 0]
+    # two queries, two chat turns with the condensed question between them, citation, agent: choose, look, answer
+    assert [len(images) for images in server.images()] == [3, 3, 1, 0, 1, 2, 0, 3, 0]
 
 
-def test_the_first_block_prints_an_answer_and_the_file_that_it_is_of(page, capsys):
+def test_first_block_prints_an_answer_and_its_source(page, capsys):
     names, server = page
     exec(compile(FIRST.replace("http://127.0.0.1:8000/v1", server.api_base), "README.md", "exec"), {})
-    said, path = capsys.readouterr().out.strip().rsplit(" ", 1)
-    assert said == ANSWER
+    answer, path = capsys.readouterr().out.strip().rsplit(" ", 1)
+    assert answer == ANSWER
     assert Path(path).name in {record.file_name for record in names["index"].stored.records}
-    assert len(server.pictures()[-1]) == 1
+    assert len(server.images()[-1]) == 1
 
 
-def test_the_logits_processor_of_its_block_allows_only_identifiers(page):
+def test_logits_processor_block_allows_only_identifiers(page):
     index = load_index(Path("photos-index"))
     model = load_trained(index, device="cpu").model
     prompt = torch.tensor([index.prompts.for_query(index.tokenizer, "the dog at the sea").token_ids])
@@ -90,7 +90,7 @@ def test_the_logits_processor_of_its_block_allows_only_identifiers(page):
     assert tuple(generated) in {index.token_ids(row) for row in range(len(index.records))}
 
 
-def test_every_engine_in_the_table_of_engines_exists():
+def test_every_engine_in_the_table_exists():
     import llama_index.core.chat_engine as chat_engine
     import llama_index.core.query_engine as query_engine
     from llama_index.core.chat_engine import multi_modal_condense_plus_context, multi_modal_context

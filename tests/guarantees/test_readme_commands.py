@@ -1,7 +1,7 @@
-"""The commands, links and pictures of README and of the pages that it links to, and README's line of `metadata.jsonl`.
+"""The commands, links and images of README and of the pages that it links to, and README's line of `metadata.jsonl`.
 
-The real parser reads every `genret` line of a block. All but those of `genret browse` and `genret serve` run on a tiny
-model, in order; `integration/` starts these two. The modules that take hours have their flags checked.
+The real parser reads every `genret` line of a block. All commands run in order on a tiny model, except `genret browse`
+and `genret serve`, which `integration/` starts. For modules that take hours, only the flags are checked.
 """
 
 import asyncio
@@ -39,29 +39,30 @@ INSTEAD = {
     "8": "2",
     "--offline": None,
 }
-"""The model has 67,000 weights in two layers; without vLLM the batch is recalled in this process."""
+"""Replacements of words: the model has 67,000 weights in two layers, and the batch runs without vLLM."""
 
 SHORTER = {
     "train": ["--max-steps", "2", "--lora-rank", "2"],
     "write-queries": ["--per-image", "3"],
 }
-"""Further options, of commands that would take a while."""
+"""Additional options that shorten slow commands."""
 
 
-def of(program):
+def commands_of(program):
+    """Return the arguments of each command of a program in the shell blocks."""
     return [words[1:] for words in SHELL if words[0] == program]
 
 
 @dataclass
 class Session:
-    """What the commands of the block said, by their words."""
+    """The JSON output of each command, by its words."""
 
-    said: dict[str, dict] = field(default_factory=dict)
+    outputs: dict[str, dict] = field(default_factory=dict)
     folder: Path = Path()
 
 
 def make_photos(folder, *, album):
-    """The README's picture and twenty drawn ones."""
+    """Write the README's image and twenty drawn ones."""
     drawn = [json.loads(line) for line in (draw_pictures(folder) / "metadata.jsonl").read_text().splitlines()]
     (row,) = map(json.loads, README.of_language("json"))
     Image.new("RGB", (64, 48), "sandybrown").save(folder / row["file_name"])
@@ -71,7 +72,7 @@ def make_photos(folder, *, album):
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory, tiny_model_dir, encoder):
-    """A user's: in a folder with photos and files of queries."""
+    """Run the commands in a folder with photos and files of queries."""
     session = Session(folder=tmp_path_factory.mktemp("readme"))
     folder = session.folder
     (folder / "tiny-model").symlink_to(tiny_model_dir)
@@ -88,45 +89,45 @@ def session(tmp_path_factory, tiny_model_dir, encoder):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         asyncio.set_event_loop(None)
-        for words in of("genret"):
+        for words in commands_of("genret"):
             name, *given = words
             options = given[: given.index("--")] if "--" in given else given
             COMMANDS[name].make_context(name, list(given))
             if name in NOT_RUN:
                 continue
-            changed = [INSTEAD.get(word, word) for word in options]
-            if "--epochs" in changed:
-                changed = changed[: changed.index("--epochs")]
-            arguments = [name, *filter(None, changed), *SHORTER.get(name, []), "--json"]
+            replaced = [INSTEAD.get(word, word) for word in options]
+            if "--epochs" in replaced:
+                replaced = replaced[: replaced.index("--epochs")]
+            arguments = [name, *filter(None, replaced), *SHORTER.get(name, []), "--json"]
             done = CliRunner().invoke(app, arguments)
             assert done.exit_code == 0, (arguments, done.output, done.exception)
-            session.said[shlex.join(words)] = json.loads(done.stdout)
+            session.outputs[shlex.join(words)] = json.loads(done.stdout)
         yield session
 
 
-def test_every_block_is_of_a_kind_that_is_tested():
-    """Python: `test_readme.py`. The tree of packages: `test_readme_map.py`. The rest: here, by the program."""
+def test_every_block_has_a_tested_language():
+    """`test_readme.py` tests Python, `test_readme_map.py` the tree of packages, and this file the rest by program."""
     assert {language for page in PAGES for language, _ in page.blocks} == {"python", "json", "sh", "text"}
     assert [language for page in PAGES for language, _ in page.blocks].count("text") == 1
     programs = {next(word for word in words if "=" not in word) for words in SHELL}
     assert programs == {"make", "pip", "genret", "accelerate", "curl", "python", "jupyter"}
 
 
-def test_the_commands_of_a_user_run_in_their_order(session):
-    said = session.said
-    assert len(said) == len([words for words in of("genret") if words[0] not in NOT_RUN]) == 13
-    found = next(value for words, value in said.items() if words.startswith("query") and "album=2024" in words)
-    assert [hit["file_name"] for hit in found["hits"]] == ["beach.jpg"]
-    pictured = next(value for words, value in said.items() if "--image" in words)
-    assert len(pictured["hits"]) == 5
-    asked = next(value for words, value in said.items() if words.startswith("ask"))
-    assert len(asked["sources"]) == 1
-    measured = next(value for words, value in said.items() if words.startswith("eval"))
-    assert measured["n"] == 2
-    assert set(measured["baselines"]) == {"tfidf", "bm25"}
+def test_commands_run_in_order(session):
+    outputs = session.outputs
+    assert len(outputs) == len([words for words in commands_of("genret") if words[0] not in NOT_RUN]) == 13
+    filtered = next(value for words, value in outputs.items() if words.startswith("query") and "album=2024" in words)
+    assert [hit["file_name"] for hit in filtered["hits"]] == ["beach.jpg"]
+    by_image = next(value for words, value in outputs.items() if "--image" in words)
+    assert len(by_image["hits"]) == 5
+    answered = next(value for words, value in outputs.items() if words.startswith("ask"))
+    assert len(answered["sources"]) == 1
+    evaluated = next(value for words, value in outputs.items() if words.startswith("eval"))
+    assert evaluated["n"] == 2
+    assert set(evaluated["baselines"]) == {"tfidf", "bm25"}
 
 
-def test_the_commands_leave_what_they_promise(session):
+def test_commands_leave_the_documented_files(session):
     names = {record.file_name for record in load_index(session.folder / "photos-index").records}
     assert "purple.png" in names
     assert "beach.jpg" not in names
@@ -134,69 +135,69 @@ def test_the_commands_leave_what_they_promise(session):
     assert len((session.folder / "hits.jsonl").read_text().splitlines()) == 2
 
 
-def test_what_accelerate_starts_is_read_by_both_parsers(session):
+def test_accelerate_command_is_read_by_both_parsers(session):
     launch = pytest.importorskip("accelerate.commands.launch")
-    (words,) = of("accelerate")
+    (words,) = commands_of("accelerate")
     assert words[0] == "launch"
-    read = launch.launch_command_parser().parse_args(words[1:])
-    assert read.module
-    assert find_spec(read.training_script)
-    name, *given = read.training_script_args
+    parsed = launch.launch_command_parser().parse_args(words[1:])
+    assert parsed.module
+    assert find_spec(parsed.training_script)
+    name, *given = parsed.training_script_args
     assert COMMANDS[name].make_context(name, given).params["batch_size"] == 80
 
 
-def test_each_request_is_one_that_the_endpoint_takes():
-    assert len(of("curl")) == 2
-    for words in of("curl"):
+def test_each_curl_request_is_valid():
+    assert len(commands_of("curl")) == 2
+    for words in commands_of("curl"):
         assert words[0].endswith("/v1/recall")
         request = RecallRequest.model_validate_json(words[words.index("-d") + 1])
         assert request.query
         assert request.mode == "exact"
 
 
-def test_what_pip_installs_has_the_extras_that_are_named():
+def test_extras_in_the_pages_exist():
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
-    (words,) = of("pip")
+    (words,) = commands_of("pip")
     assert Requirement(words[1]).extras <= extras
     assert set(re.findall(r"(?:`|add )\[([a-z-]+)\]", README.content + PROSE)) <= extras
 
 
-def made():
-    """Every `make` with its words, in blocks and in the text."""
-    return [*of("make"), *(shlex.split(code)[1:] for code in INLINE if code.startswith("make "))]
+def make_commands():
+    """Return the arguments of every `make` command in blocks and in the text."""
+    return [*commands_of("make"), *(shlex.split(code)[1:] for code in INLINE if code.startswith("make "))]
 
 
-def test_every_target_of_make_is_there():
-    assert len(made()) > 8
-    for words in {tuple(words) for words in made()}:
+def test_every_make_target_exists():
+    assert len(make_commands()) > 8
+    for words in {tuple(words) for words in make_commands()}:
         done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 
-def test_every_command_in_the_text_takes_its_options():
-    """Words after `--` are vLLM's, which `integration/test_deploy.py` asks."""
-    named = [code.partition(" -- ")[0].split() for code in INLINE if code.startswith("genret ")]
-    assert len(named) > 15
-    for _, name, *words in named:
+def test_options_of_commands_in_the_text_exist():
+    """Words after `--` are options of vLLM, which `integration/test_deploy.py` checks."""
+    commands = [code.partition(" -- ")[0].split() for code in INLINE if code.startswith("genret ")]
+    assert len(commands) > 15
+    for _, name, *words in commands:
         known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
         assert {word for word in words if word.startswith("--") and word != "--"} <= known, (name, words)
 
 
-def test_every_module_that_is_to_be_run_is_there_and_knows_its_flags():
-    named = [code.split() for code in INLINE if code.startswith("python -m ")]
-    named += [["python", *words] for words in of("python")]
-    assert len(named) > 15
-    for _, _, module, *words in named:
+def test_every_run_module_exists_and_has_its_flags():
+    commands = [code.split() for code in INLINE if code.startswith("python -m ")]
+    commands += [["python", *words] for words in commands_of("python")]
+    assert len(commands) > 15
+    for _, _, module, *words in commands:
         spec = find_spec(module)
         assert spec, module
         source = Path(spec.origin).read_text()
         assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == [], module
 
 
-def test_every_picture_says_what_it_shows_and_is_made_by_a_command_that_is_named():
-    pictures = [(page, *found) for page in PAGES for found in re.findall(r"!\[(.*?)\]\((.*?)\)", page.prose)]
-    assert len(pictures) == 4
-    for page, alternative, address in pictures:
+def test_every_image_has_a_text_and_a_command():
+    images = [(page, *match) for page in PAGES for match in re.findall(r"!\[(.*?)\]\((.*?)\)", page.prose)]
+    assert len(images) == 4
+    for page, alternative, address in images:
         path = page.target(address)
         assert len(alternative) > 20
         assert (ROOT / path).is_file()
@@ -205,7 +206,7 @@ def test_every_picture_says_what_it_shows_and_is_made_by_a_command_that_is_named
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.path))
-def test_every_link_leads_somewhere(page):
+def test_every_link_has_a_target(page):
     for address in re.findall(r"\]\((?!https?:)(.*?)\)", page.prose):
         file, _, anchor = address.partition("#")
         target = page.target(file) if file else page.path

@@ -1,8 +1,8 @@
-"""The same numbers whatever the process, the batch, the search, and the precision of the weights.
+"""Scores do not depend on the process, the batch, the search, or the precision of the weights.
 
-Tolerances, in log p: SAME_MODEL between batches of one model, which sum in another order; HALF of weights
-in half precision. Two images whose log p differ by less than twice a tolerance may change places, and no others. Ties
-come in the order of the identifiers' token ids.
+Tolerances in log p: SAME_MODEL between batches of one model, which sum in another order; HALF for weights in half
+precision. Only images whose log p differ by less than twice a tolerance may change places. Ties are ordered by the
+identifiers' token ids.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ def scorer(tiny_mllm):
 
 @pytest.fixture(scope="module")
 def numbered(pictures, tiny_mllm, tmp_path_factory):
-    """An index whose symbols the untrained model has: digits."""
+    """An index with digits as symbols, which the untrained model knows."""
     return build_index(
         read_corpus(pictures), tmp_path_factory.mktemp("numbered") / "index", tiny_mllm, scheme="numeric"
     )
@@ -59,7 +59,7 @@ def prompts_of(index, queries=QUERIES):
 
 
 def ranked(index, scorer, *, batch=8, k=20, **options):
-    """Of each query (image, log p), best first."""
+    """Return (image, log p) of the hits of each query, best first."""
     prompts = prompts_of(index)
     parts = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
     search = SearchOptions(k=k, **options)
@@ -68,7 +68,7 @@ def ranked(index, scorer, *, batch=8, k=20, **options):
 
 
 def assert_same_within(found, expected, tolerance):
-    """Every log p is; and the order, but for what lies within twice the tolerance."""
+    """Compare every log p, and the order of hits that differ by more than twice the tolerance."""
     for one, other in zip(found, expected, strict=True):
         known = dict(other)
         assert dict(one).keys() == known.keys()
@@ -78,11 +78,11 @@ def assert_same_within(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 32])
-def test_the_size_of_a_batch_changes_nothing(numbered, scorer, batch):
+def test_batch_size_does_not_change_scores(numbered, scorer, batch):
     assert_same_within(ranked(numbered, scorer, batch=batch), ranked(numbered, scorer), SAME_MODEL)
 
 
-def test_a_beam_that_is_certain_finds_what_exact_search_finds(numbered, scorer):
+def test_provably_exact_beam_equals_exact_search(numbered, scorer):
     prompts = prompts_of(numbered)
     beams = recall(scorer, numbered.trie, prompts, SearchOptions(k=3))
     exact = recall(scorer, numbered.trie, prompts, SearchOptions(k=3, mode="exact"))
@@ -95,7 +95,7 @@ def test_a_beam_that_is_certain_finds_what_exact_search_finds(numbered, scorer):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_half_precision_moves_no_image_further_than_the_tolerance(numbered, scorer, tiny_model_dir, dtype):
+def test_half_precision_scores_are_within_tolerance(numbered, scorer, tiny_model_dir, dtype):
     half = TransformersScorer(load_mllm(str(tiny_model_dir), device="cpu", dtype=dtype))
     found, expected = ranked(numbered, half), ranked(numbered, scorer)
     assert_same_within(found, expected, HALF[dtype])
@@ -117,17 +117,17 @@ print(json.dumps({"identifiers": codes.identifiers, "ranked": ranked(numbered, T
 """
 
 
-def test_another_process_names_and_ranks_alike(pictures, tiny_model_dir, untrained_index, numbered, scorer, tmp_path):
-    """Bit for bit, with other hashes of strings: this process has random ones."""
+def test_other_process_gives_identical_results(pictures, tiny_model_dir, untrained_index, numbered, scorer, tmp_path):
+    """Results are equal bit for bit, although string hashes differ between the processes."""
     environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     arguments = [sys.executable, "-c", CHILD, str(pictures), str(tiny_model_dir), str(tmp_path)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["identifiers"] == [list(identifier) for identifier in untrained_index.identifiers]
-    assert told["ranked"] == json.loads(json.dumps(ranked(numbered, scorer)))
+    output = json.loads(done.stdout.splitlines()[-1])
+    assert output["identifiers"] == [list(identifier) for identifier in untrained_index.identifiers]
+    assert output["ranked"] == json.loads(json.dumps(ranked(numbered, scorer)))
 
 
-def test_ties_come_in_the_order_of_the_token_ids_by_every_route(untrained_index):
+def test_ties_are_ordered_by_token_ids_in_every_route(untrained_index):
     flat = FakeScorer(untrained_index.tokenizer.vocab_size, spread=0.0)
     index = untrained_index
     for options in ({}, {"mode": "exact"}, {"scoring": ScoringChoice(rerank=20)}, {"normalise": "vocabulary"}):
@@ -140,7 +140,7 @@ def test_ties_come_in_the_order_of_the_token_ids_by_every_route(untrained_index)
 
 @dataclass(frozen=True)
 class Broken:
-    """A scorer whose answers hold one number that is none: among the scores, or among the log-likelihoods."""
+    """A scorer with one replaced value among its scores or its log-likelihoods."""
 
     scorer: FakeScorer
     value: float
@@ -192,7 +192,7 @@ class _AsyncBrokenSession(_BrokenSession):
         ("likelihoods", {"scoring": ScoringChoice(rerank=3)}),
     ],
 )
-def test_what_is_no_number_is_an_error_of_the_model_in_search_and_reranking(untrained_index, value, where, options):
+def test_nan_raises_in_search_and_reranking(untrained_index, value, where, options):
     broken = Broken(FakeScorer(untrained_index.tokenizer.vocab_size), value, where)
     retriever = GenerativeImageRetriever(untrained_index, broken, **options)
     with pytest.raises(NotANumber, match="NaN or"):
@@ -202,7 +202,7 @@ def test_what_is_no_number_is_an_error_of_the_model_in_search_and_reranking(untr
 
 
 @pytest.mark.parametrize("where", ["scores", "likelihoods"])
-def test_what_is_no_number_is_an_error_in_verification_and_calibration(untrained_index, where):
+def test_nan_raises_in_verification_and_calibration(untrained_index, where):
     table = FakeScorer(untrained_index.tokenizer.vocab_size)
     found = GenerativeImageRetriever(untrained_index, table).retrieve("red circle")
     verifier = RecallVerifier(GenerativeImageRetriever(untrained_index, Broken(table, np.nan, where)))
@@ -214,13 +214,13 @@ def test_what_is_no_number_is_an_error_in_verification_and_calibration(untrained
         verifier.calibrated(["red circle"])
 
 
-def test_what_is_no_number_is_an_error_in_the_prior(untrained_index):
+def test_nan_raises_in_the_prior(untrained_index):
     with pytest.raises(NotANumber):
         image_prior(untrained_index, Broken(FakeScorer(untrained_index.tokenizer.vocab_size), np.nan, "scores"))
 
 
-def test_an_image_that_is_impossible_is_ranked_last_and_no_error(untrained_index):
-    """A probability of zero is a number, also where its weight is zero."""
+def test_image_with_probability_zero_is_no_error(untrained_index):
+    """Log p = -inf is valid, also with a weight of zero."""
     table = FakeScorer(untrained_index.tokenizer.vocab_size)
     for scoring in (ScoringChoice(rerank=20), ScoringChoice(rerank=20, rerank_weight=0.0)):
         broken = Broken(table, -np.inf, "likelihoods")
@@ -231,14 +231,14 @@ def test_an_image_that_is_impossible_is_ranked_last_and_no_error(untrained_index
 
 @pytest.mark.parametrize("answer", ["NaN", "Infinity", "1e999", '"nan"'])
 @pytest.mark.parametrize("options", [{}, {"scoring": ScoringChoice(rerank=3)}], ids=["scores", "likelihoods"])
-def test_what_is_no_number_in_a_servers_answer_is_an_error(untrained_index, answer, options):
+def test_nan_in_a_server_response_raises(untrained_index, answer, options):
     with running(OpenAIServer(vocabulary=untrained_index.tokenizer.vocab_size)) as server:
         server.models = [{"id": "only", "max_model_len": 2000}]
-        wanted = "prompt_logprobs" if options else "top_logprobs"
+        field = "prompt_logprobs" if options else "top_logprobs"
 
         def spoil(body):
             text = json.dumps(body)
-            return _last_number(text, answer).encode() if wanted in text else body
+            return _last_number(text, answer).encode() if field in text else body
 
         server.spoil = spoil
         retriever = GenerativeImageRetriever(untrained_index, VllmScorer(server.api_base), **options)
@@ -252,7 +252,7 @@ def _last_number(text, answer):
     return text[:place] + answer + text[end:]
 
 
-async def test_damaged_weights_are_an_error_in_process(numbered, tiny_model_dir):
+async def test_nan_in_weights_raises_in_process(numbered, tiny_model_dir):
     mllm = load_mllm(str(tiny_model_dir), device="cpu")
     with torch.no_grad():
         next(mllm.model.get_decoder().layers[0].parameters()).fill_(torch.nan)

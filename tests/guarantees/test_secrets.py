@@ -1,4 +1,4 @@
-"""Keys and pictures are in no message, log, trace or dump; the answering model's own log is its library's."""
+"""No message, log, trace or dump contains keys or images. The logs of other libraries are not covered."""
 
 import asyncio
 import base64
@@ -36,8 +36,8 @@ def server_at(port, **options):
     return Server(f"http://user:{PASSWORD}@127.0.0.1:{port}/v1", KEY, headers=HEADERS, **options)
 
 
-def whole(error):
-    """What a log shows of an exception: its chain, with the values of `repr`."""
+def full_report(error):
+    """Return the traceback of an exception and its chain, with the values of `repr`."""
     shown, one = "".join(traceback.format_exception(error)), error
     while one is not None:
         shown += repr(one) + repr(one.args)
@@ -48,27 +48,27 @@ def whole(error):
 ECHO = f"you sent the key {KEY} and {HEADER}".encode()
 FAULTS = {
     "refused": None,
-    "not answered": [60.0],
-    "cut": [response(length=100)],
-    "told again": [response(401, body=ECHO)],
-    "told again by a proxy": [response(503, body=ECHO)],
-    "told again as no JSON": [response(200, body=ECHO)],
-    "gone elsewhere": [response(302, headers=[f"Location: http://127.0.0.1:1/?key={KEY}"])],
+    "no response": [60.0],
+    "truncated": [response(length=100)],
+    "echoed": [response(401, body=ECHO)],
+    "echoed by a proxy": [response(503, body=ECHO)],
+    "echoed as no JSON": [response(200, body=ECHO)],
+    "redirected": [response(302, headers=[f"Location: http://127.0.0.1:1/?key={KEY}"])],
     "no HTTP": [b"what?\r\n\r\n"],
 }
 
 
 @pytest.mark.parametrize("how", ["sync", "async"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_no_error_of_a_client_holds_key_header_or_password(fault, how, caplog):
-    caplog.set_level(logging.INFO)  # where httpx logs addresses; at DEBUG httpcore logs what servers send
+def test_client_errors_contain_no_secrets(fault, how, caplog):
+    caplog.set_level(logging.INFO)  # httpx logs addresses at INFO; httpcore logs responses at DEBUG
     caplog.set_level(logging.DEBUG, logger="llama_index_genret")
     acts = FAULTS[fault]
     acting = ScriptedServer([acts or []])
     port = acting.socket.getsockname()[1]
     if acts is None:
         acting.socket.close()
-    server = server_at(port, timeout_s=0.3 if fault == "not answered" else 60.0, clock=SimulatedClock())
+    server = server_at(port, timeout_s=0.3 if fault == "no response" else 60.0, clock=SimulatedClock())
 
     async def asynchronous():
         async with server.async_connection() as connection:
@@ -81,41 +81,41 @@ def test_no_error_of_a_client_holds_key_header_or_password(fault, how, caplog):
     with pytest.raises(GenretError) as raised:
         sync() if how == "sync" else asyncio.run(asynchronous())
     acting.socket.close()
-    for text in (whole(raised.value), caplog.text):
+    for text in (full_report(raised.value), caplog.text):
         assert not [secret for secret in SECRETS if secret in text], text
     assert f"127.0.0.1:{port}" in str(raised.value)
 
 
-def test_an_address_that_cannot_be_read_is_not_repeated():
+def test_error_does_not_repeat_an_invalid_address():
     server = Server(f"http://user:{PASSWORD}@[::1/v1", KEY)
     with pytest.raises(GenretError) as raised, server.connection() as connection:
         connection.request("GET", "/models")
     assert PASSWORD not in str(raised.value)
 
 
-def test_objects_that_hold_keys_do_not_show_them(untrained_index):
+def test_repr_and_dumps_of_key_holders_hide_keys(untrained_index):
     llm = genret_llm(f"http://user:{PASSWORD}@127.0.0.1:1/v1", api_key=KEY, default_headers=HEADERS)
     retriever = GenerativeImageRetriever.from_llm(llm, untrained_index.folder)
     engine = image_query_engine(retriever, llm)
     holders = [llm, retriever, engine, retriever._scorer, retriever._scorer.server, retriever._source]
-    shown = [text for held in holders for text in (repr(held), str(held))]
-    shown += [str(llm.to_dict()), llm.to_json(), str(llm.model_dump()), llm.model_dump_json(), str(llm.to_payload())]
-    assert not [(secret, text) for secret in SECRETS for text in shown if secret in text]
+    dumps = [text for holder in holders for text in (repr(holder), str(holder))]
+    dumps += [str(llm.to_dict()), llm.to_json(), str(llm.model_dump()), llm.model_dump_json(), str(llm.to_payload())]
+    assert not [(secret, text) for secret in SECRETS for text in dumps if secret in text]
     assert (llm.api_key, llm.default_headers) == (KEY, HEADERS)
     assert retriever._scorer.server.secrets == (f"user:{PASSWORD}", PASSWORD, KEY, HEADER)
 
 
-def test_what_holds_a_key_is_not_pickled_and_copies_share_it():
+def test_key_holders_refuse_pickle_and_copies_share_keys():
     llm, server = genret_llm("http://127.0.0.1:1/v1", api_key=KEY), server_at(1)
-    for held in (llm, server, VllmScorer("http://127.0.0.1:1/v1", api_key=KEY)):
+    for holder in (llm, server, VllmScorer("http://127.0.0.1:1/v1", api_key=KEY)):
         with pytest.raises(TypeError, match="is not pickled"):
-            pickle.dumps(held)
+            pickle.dumps(holder)
     assert copy.deepcopy(server) is server
     assert pickle.loads(pickle.dumps(genret_llm("http://127.0.0.1:1/v1"))).model == "genret"
     assert copy.deepcopy(llm).api_key == KEY
 
 
-class Noted(BaseEventHandler):
+class EventRecorder(BaseEventHandler):
     seen: list = Field(default_factory=list)
 
     def handle(self, event, **kwargs):
@@ -124,47 +124,47 @@ class Noted(BaseEventHandler):
 
 @pytest.fixture
 def traced():
-    """Everything that LlamaIndex tells of a query: callbacks, events and spans."""
-    root, noted, spans = get_dispatcher("root"), Noted(), SimpleSpanHandler()
-    root.add_event_handler(noted)
+    """Record the callbacks, events and spans of LlamaIndex."""
+    root, recorder, spans = get_dispatcher("root"), EventRecorder(), SimpleSpanHandler()
+    root.add_event_handler(recorder)
     root.add_span_handler(spans)
     debug = LlamaDebugHandler(print_trace_on_end=False)
 
-    def told():
-        texts = [repr(event) + event.model_dump_json(fallback=repr) for event in noted.seen]
+    def report():
+        texts = [repr(event) + event.model_dump_json(fallback=repr) for event in recorder.seen]
         texts += [repr(span) + repr(span.tags) for span in spans.completed_spans]
         pairs = debug.get_event_pairs()
         assert texts
         assert pairs
         return "\n".join([*texts, *(repr(event.payload) for pair in pairs for event in pair)])
 
-    yield debug, told
-    root.event_handlers.remove(noted)
+    yield debug, report
+    root.event_handlers.remove(recorder)
     root.span_handlers.remove(spans)
 
 
 @pytest.mark.parametrize("how", ["sync", "async"])
-def test_no_event_span_or_log_of_a_query_holds_a_key_or_a_picture(untrained_index, traced, caplog, how):
-    """Of this package's loggers at DEBUG; those of `openai` and `httpcore` are their own."""
+def test_events_spans_and_logs_contain_no_secrets(untrained_index, traced, caplog, how):
+    """Only this package's loggers are checked, at DEBUG, not those of `openai` and `httpcore`."""
     caplog.set_level(logging.DEBUG, logger="llama_index_genret")
-    debug, told = traced
+    debug, report = traced
     content = (untrained_index.records[0].path).read_bytes()
     inline = base64.b64encode(content).decode()
     nodes = [ImageNode(id_=record.image_id, image=inline) for record in untrained_index.records]
     manager = CallbackManager([debug])
     with running(OpenAIServer()) as server:
         llm = genret_llm(server.api_base, api_key=KEY, default_headers=HEADERS, callback_manager=manager)
-        retriever = of_nodes(nodes, untrained_index, manager)
+        retriever = retriever_of_nodes(nodes, untrained_index, manager)
         engine = image_query_engine(retriever, llm)
         asyncio.run(engine.aquery("Which color?")) if how == "async" else engine.query("Which color?")
-        shown = [url for chat in server.pictures() for url in chat]
-    assert len(shown) == 2
-    text = told() + "\n".join(record.getMessage() for record in caplog.records if "genret" in record.name)
+        images = [image for chat in server.images() for image in chat]
+    assert len(images) == 2
+    text = report() + "\n".join(record.getMessage() for record in caplog.records if "genret" in record.name)
     assert not [secret for secret in (*SECRETS, inline[:60], inline[100:160]) if secret in text]
     assert "data:image" not in text
 
 
-def of_nodes(nodes, index, manager):
+def retriever_of_nodes(nodes, index, manager):
     from llama_index.core.storage.docstore import SimpleDocumentStore
 
     docstore = SimpleDocumentStore()
@@ -173,36 +173,36 @@ def of_nodes(nodes, index, manager):
     return GenerativeImageRetriever(index, scorer, docstore=docstore, callback_manager=manager, similarity_top_k=2)
 
 
-def test_no_error_holds_a_picture(untrained_index):
-    """Wherever a picture's content or address is given in the wrong place, or is broken."""
+def test_errors_contain_no_image(untrained_index):
+    """An image's content or address is passed in the wrong place, or is broken."""
     url = to_data_url(untrained_index.records[0].path)
     body = url.partition(",")[2]
     signed = f"https://pictures.example/x.png?signature={KEY}"
     scorer = FakeScorer(untrained_index.tokenizer.vocab_size)
     retriever = GenerativeImageRetriever(untrained_index, scorer)
     remote = GenerativeImageRetriever.from_server(untrained_index.folder, "http://127.0.0.1:1/v1")
-    tries = [
+    attempts = [
         lambda: from_data_url(body),
         lambda: from_data_url(signed),
         lambda: from_data_url(url + "§"),
         lambda: load_image(base64.b64decode(body)[:200]),
         lambda: load_image(url),
         lambda: load_image(signed),
-        lambda: to_data_url(b"no picture, but the key " + KEY.encode()),
+        lambda: to_data_url(b"no image, but the key " + KEY.encode()),
         lambda: remote.retrieve(QueryBundle("", image_path=url)),
         lambda: remote.retrieve(QueryBundle("", image_path=signed)),
         lambda: RecallRequest(query="x", queries=["y"], image=url),
         lambda: RecallRequest(image=url * 2**18),
     ]
     assert retriever.retrieve("x")
-    for attempt in tries:
+    for attempt in attempts:
         with pytest.raises((ImageError, ValueError)) as raised:
             attempt()
-        shown = whole(raised.value)
-        assert not [part for part in (body[:24], body[50:80], KEY) if part in shown], shown[:300]
+        report = full_report(raised.value)
+        assert not [part for part in (body[:24], body[50:80], KEY) if part in report], report[:300]
 
 
-def test_a_logged_command_holds_no_key():
+def test_logged_command_contains_no_key():
     command = ["vllm", "serve", "m", "--api-key", KEY, HEADER, "--port", "1", f"--hf-token={PASSWORD}"]
     assert printable_command(command) == [
         "vllm",
@@ -217,8 +217,8 @@ def test_a_logged_command_holds_no_key():
     ]
 
 
-def test_a_key_reaches_the_server_and_no_other():
-    """A redirection is an answer: it is not followed, with the key or without."""
+def test_redirects_are_not_followed_with_a_key():
+    """A redirect counts as a response. It is not followed, with or without a key."""
     with running(OpenAIServer()) as server:
         assert VllmScorer(server.api_base, api_key=KEY).served_model() == "only"
     assert httpx.Client().follow_redirects is False

@@ -285,7 +285,7 @@ def test_recalled_images_reach_the_model(server, retriever, llm, name, how):
     assert retriever.recalled
     assert all(len(paths) == 3 for paths in retriever.recalled)
     expected = row.shown(retriever.recalled)
-    found = server.pictures()
+    found = server.images()
     assert [len(pictures) for pictures in found if pictures or expected] == [len(paths) for paths in expected]
     arranged = list if row.in_order else sorted
     assert arranged(filter(None, found)) == arranged(of_pixels(filter(None, expected)))
@@ -313,7 +313,7 @@ def test_text_only_engine_sends_no_image_and_warns(server, retriever, llm, name,
         put(row, row.make(retriever, llm), server, how)
     assert retriever.recalled
     assert server.chats
-    assert not any(server.pictures())
+    assert not any(server.images())
 
 
 TWICE = """
@@ -347,7 +347,7 @@ async def test_concurrent_questions_get_their_own_images(server, retriever, llm)
     engine = image_query_engine(retriever, llm)
     questions = [f"{QUESTION} {number}" for number in range(50)]
     responses = await asyncio.gather(*map(engine.aquery, questions))
-    shown = dict(zip(server.asked(), server.pictures(), strict=True))
+    shown = dict(zip(server.texts(), server.images(), strict=True))
     for question, response in zip(questions, responses, strict=True):
         (text,) = (text for text in shown if text.splitlines()[-1] == question)
         assert shown[text] == [pixels(node.node.image_path) for node in response.source_nodes]
@@ -365,8 +365,8 @@ def test_citation_refers_to_its_image(server, retriever, llm):
     assert [node.metadata["file_path"] for node in response.source_nodes] == retriever.recalled[0]
     cited = [node.metadata["image_id"] for node in response.source_nodes]
     assert cited == [node.node_id for node in retriever.retrieve(QUESTION)]
-    assert "Source 3:" in server.asked()[0]
-    assert "Source 4:" not in server.asked()[0]
+    assert "Source 3:" in server.texts()[0]
+    assert "Source 4:" not in server.texts()[0]
 
 
 @pytest.mark.parametrize("how", ["sync", "async"])
@@ -393,5 +393,5 @@ def test_each_chat_turn_sends_the_images_of_its_question(server, retriever, llm,
     for question in (QUESTION, "And that one?"):
         assert str(engine.chat(question)) == ANSWER
     assert len(retriever.recalled) == 2
-    assert [shown for shown in server.pictures() if shown] == of_pixels(retriever.recalled)
+    assert [shown for shown in server.images() if shown] == of_pixels(retriever.recalled)
     assert retriever.queries[1] == ("And that one?" if name == "MultiModalContextChatEngine" else "And the square?")

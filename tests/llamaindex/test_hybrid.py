@@ -116,5 +116,5 @@ def test_images_of_a_fusion_reach_the_model(generative, bm25, dense, how):
         engine = image_query_engine(fused, genret_llm(server.api_base))
         response = engine.query(QUERY) if how == "sync" else asyncio.run(engine.aquery(QUERY))
         assert str(response) == ANSWER
-        assert server.pictures() == [[pixels(node.node.image_path) for node in response.source_nodes]]
+        assert server.images() == [[pixels(node.node.image_path) for node in response.source_nodes]]
     assert len(response.source_nodes) == 3
