@@ -1,6 +1,6 @@
-"""What recalls, answers and names images for a `GenerativeImageIndex`: a server, or models loaded when first needed.
+"""The models of a `GenerativeImageIndex`, on a server or in this process, loaded on first use.
 
-Knows scorers and LLMs; nothing of documents or edits.
+Depends on scorers and LLMs; independent of documents and edits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llama_index_genret.store import Index
 
 
 class IndexModels:
-    """Models of one index folder. Arguments as of `GenerativeImageIndex`."""
+    """The models of one index folder. The arguments are those of `GenerativeImageIndex`."""
 
     def __init__(
         self, *, model: Any, api_base: str | None, api_key: str, llm: LLM | None, scorer: Scorer | None, device: str
@@ -35,19 +35,19 @@ class IndexModels:
         self._trained: tuple[str | None, Any] | None = None
 
     def base_for_new_index(self) -> Any:
-        """The base model that names the images of a new index: an `Mllm`.
+        """Return the base model, an `Mllm`, for the identifiers of a new index.
 
         Raises:
-            CorpusError: none was named.
+            CorpusError: no base model is given.
         """
         from llama_index_genret.models.mllm import load_mllm
 
         if self._model is None:
-            raise CorpusError("images are named by a base model: name its folder or hub id as model.")
+            raise CorpusError("a new index needs a base model. Pass its folder or hub id as model.")
         return load_mllm(self._model, device=self.device) if isinstance(self._model, str) else self._model
 
     def base_of(self, index: Index) -> Any:
-        """The base model of an index, with room for its symbols; kept until it gets more of them."""
+        """Return the base model of an index, with rows for its symbols. It is cached until symbols are added."""
         from llama_index_genret.store.model_loading import load_base
 
         with self._loading:
@@ -56,7 +56,7 @@ class IndexModels:
             return self._base[1]
 
     def recall_backend(self, index: Index) -> tuple[Scorer, RecallClient | None]:
-        """What a retriever of the index recalls with.
+        """Return the scorer and the endpoint for a retriever of the index.
 
         Raises:
             NotTrained: the index has no trained weights yet.
@@ -65,8 +65,8 @@ class IndexModels:
             return self._scorer, None
         if not index.is_trained:
             raise NotTrained(
-                f"{index.folder} names {len(index.records)} images that no model has learnt yet (untrained_ids): call "
-                f"train(), or run `genret train {index.folder}`, on a GPU where there are many."
+                f"no model is trained on the {len(index.records)} images of {index.folder} yet. Call train(), or run "
+                f"`genret train {index.folder}`, on a GPU if there are many images."
             )
         if self._is_served and isinstance(self._llm, OpenAILike):
             served = scorer_of_llm(self._llm, index)
@@ -74,10 +74,10 @@ class IndexModels:
         return self._in_process(index), None
 
     def answer_llm(self, index: Index) -> LLM:
-        """The LLM that answers: the one that was given, else the model that recalls.
+        """Return the given LLM, else an LLM over the model that recalls.
 
         Raises:
-            NotTrained: as of `recall_backend`.
+            NotTrained: see `recall_backend`.
         """
         if self._llm is not None:
             return self._llm
@@ -85,7 +85,7 @@ class IndexModels:
         return InProcessLLM(getattr(scorer, "mllm", None) or self._in_process(index).mllm)
 
     def refresh(self, retriever: GenerativeImageRetriever, index: Index) -> None:
-        """Let a retriever search another version of the index."""
+        """Make a retriever search another version of the index."""
         scorer, endpoint = self.recall_backend(index)
         retriever.use(index, scorer, endpoint=endpoint)
 

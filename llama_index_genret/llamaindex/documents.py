@@ -1,10 +1,10 @@
-"""Between LlamaIndex's documents and nodes and the records of an index.
+"""Convert between LlamaIndex's documents and nodes and the records of an index.
 
-A document with an image becomes one node, whose id is the id of the image: what stands in its metadata as `image_id`,
-else the document's own. Its text is its captions, one a line. The metadata are flat. What an image looks like is part
-of a document's hash (`content_sha256`), so that a file that was replaced is refreshed.
+A document with an image becomes one node. The id of the node is the image id: `image_id` in the metadata, else the id
+of the document. Its text is its captions, one per line. The metadata are flat. The hash of a document includes the
+content of its image (`content_sha256`), so that `refresh_ref_docs` detects a replaced file.
 
-Knows LlamaIndex's documents, files and records; nothing of indexes or models.
+Depends on LlamaIndex's documents, files and records; independent of indexes and models.
 """
 
 from __future__ import annotations
@@ -36,14 +36,18 @@ from llama_index_genret.files import make_folder, write_file, writing
 from llama_index_genret.llamaindex.nodes import OWN_KEYS, OWN_PREFIX
 
 QUESTIONS = f"{OWN_PREFIX}questions"
-"""Metadata key of the questions of an image, as JSON: they teach to answer, and no model is shown them."""
+"""Metadata key of the questions of an image, as JSON. They are training data and hidden from models at query time."""
 
 
 def load_images(folder: Path | str, *, skip_broken: bool = False) -> list[ImageDocument]:
-    """The images of a folder, as `read_corpus` reads it, as documents with stable ids.
+    """Return the images of a folder as documents with stable ids.
+
+    Args:
+        folder: a folder that `read_corpus` reads.
+        skip_broken: skip broken images, default False.
 
     Raises:
-        CorpusError: as of `read_corpus`.
+        CorpusError: see `read_corpus`.
     """
     return [_document(record) for record in read_corpus(folder, skip_broken=skip_broken)]
 
@@ -57,14 +61,18 @@ def _document(record: Record) -> ImageDocument:
 
 
 def sealed_document(document: BaseNode, pictures: Path) -> Document:
-    """A copy that names its image file and what is in it; an image in memory is written to the folder `pictures`.
+    """Return a copy with the path and the sha256 of its image file.
+
+    An image in memory is written to the folder `pictures`.
 
     Raises:
-        ImageError: it has no image, only an address of one, or one that cannot be read.
-        MetadataError: its metadata are not flat.
+        ImageError: the document has no image, only the URL of one, or an unreadable one.
+        MetadataError: the metadata are not flat.
     """
     if not isinstance(document, Document):
-        raise ImageError(f"{document.node_id!r} is a {type(document).__name__}, no document: use insert_nodes.")
+        raise ImageError(
+            f"{document.node_id!r} is a {type(document).__name__}, no document. Pass nodes to insert_nodes."
+        )
     resource = document.image_resource
     path = _file(document.id_, resource.path if resource else None, resource, pictures)
     copy = document.model_copy(deep=True)
@@ -73,15 +81,15 @@ def sealed_document(document: BaseNode, pictures: Path) -> Document:
 
 
 def sealed_node(node: BaseNode, pictures: Path) -> ImageNode:
-    """The same for a node, whose id is the id of its image.
+    """Return a copy of a node, as `sealed_document` does. The id of the node is its image id.
 
     Raises:
-        ImageError, MetadataError: as of `sealed_document`.
+        ImageError, MetadataError: see `sealed_document`.
     """
     if not isinstance(node, ImageNode):
         raise ImageError(
-            f"{node.node_id!r} is a {type(node).__name__}, no ImageNode. Documents go into from_documents or insert, "
-            "and need an image: load_images(folder) makes such. A text belongs into an index of texts."
+            f"{node.node_id!r} is a {type(node).__name__}, no ImageNode. Pass documents to from_documents or insert. "
+            "They need an image, for example from load_images(folder). Put texts into a text index."
         )
     content = MediaResource(data=node.image.encode()) if node.image else None
     address = MediaResource(url=AnyUrl(node.image_url)) if node.image_url else None
@@ -94,14 +102,14 @@ def sealed_node(node: BaseNode, pictures: Path) -> ImageNode:
 
 
 class ImageDocumentParser(TransformComponent):
-    """One `ImageNode` for each document with an image; nodes pass. A document without an image is an error.
+    """A transformation that makes one `ImageNode` per document with an image. Nodes pass unchanged.
 
-    In an `IngestionPipeline` of your own, set `disable_cache=True`: its cache takes all images without text for one.
+    Set `disable_cache=True` in an `IngestionPipeline`: its cache treats all images without text as equal.
     """
 
     @classmethod
     def class_name(cls) -> str:
-        """Name in LlamaIndex's pipelines."""
+        """Return the name for LlamaIndex's pipelines."""
         return "GenretImageDocumentParser"
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
@@ -114,23 +122,25 @@ class ImageDocumentParser(TransformComponent):
 
 
 def records_of(nodes: Iterable[ImageNode], folders: Iterable[Path] = ()) -> list[Record]:
-    """The records of sealed nodes.
+    """Return the records of sealed nodes.
 
     Args:
-        folders: of which one is an image's, where the image lies in it; else it is the folder that the file is in.
+        nodes: sealed nodes.
+        folders: base folders for `file_name`. An image outside all of them uses the folder of its file.
+
     Raises:
-        DuplicateImage: two nodes have one id.
+        DuplicateImage: two nodes have the same id.
     """
     records: dict[str, Record] = {}
     for node in nodes:
         if node.node_id in records:
-            raise DuplicateImage(f"two nodes have the id {node.node_id!r}: give each image its own.")
+            raise DuplicateImage(f"two nodes have the id {node.node_id!r}. Give each image a unique id.")
         records[node.node_id] = _record(node, list(folders))
     return list(records.values())
 
 
 def common_folder(nodes: Iterable[ImageNode]) -> Path:
-    """The innermost folder in which the images of sealed nodes lie."""
+    """Return the innermost folder that contains the images of all sealed nodes."""
     return Path(os.path.commonpath([str(Path(str(node.image_path)).parent) for node in nodes]))
 
 
@@ -176,21 +186,21 @@ def _node(document: Document) -> ImageNode:
 
 
 def _file(name: str, path: Path | str | None, resource: MediaResource | None, pictures: Path) -> Path:
-    """The file of an image, written where it is not one yet."""
+    """Return the file of an image. An image in memory is written to `pictures`."""
     if path is not None:
         return Path(path).resolve()
     if resource is not None and resource.data:
         return _write_image(base64.b64decode(resource.data), pictures)
     if resource is not None and resource.url:
         raise ImageError(
-            f"the image of {name!r} is an address, {resource.url}: nothing is fetched, because what lies there may be "
-            "another picture tomorrow. Download it, and give the file (image_path) or its content (image)."
+            f"the image of {name!r} is a URL, {resource.url}. URLs are not fetched, because their content may change. "
+            "Download it, and pass the file (image_path) or its content (image)."
         )
     raise ImageError(_no_image(name))
 
 
 def _write_image(content: bytes, pictures: Path) -> Path:
-    """An image file of this content, named by it."""
+    """Write an image file. Its name is the sha256 of the content."""
     load_image(content)
     suffix = sniff_mime(content).rpartition("/")[2].removeprefix("x-")
     path = pictures / f"{hashlib.sha256(content).hexdigest()}.{suffix}"
@@ -201,18 +211,18 @@ def _write_image(content: bytes, pictures: Path) -> Path:
 
 
 def _check_image(node: BaseNode, path: Path) -> str:
-    """The sha256 of an image that decodes; one that was read before is not decoded again."""
+    """Check metadata and image, and return the sha256 of the image. An image that was checked before is not decoded."""
     for key, value in node.metadata.items():
         if not isinstance(value, Scalar):
             raise MetadataError(
-                f"the metadata {key!r} of {node.node_id!r} is a {type(value).__name__}, but must be text, a number, "
+                f"the metadata {key!r} of {node.node_id!r} is a {type(value).__name__}, expected text, a number, "
                 "true, false or null. Flatten it into several keys."
             )
     try:
         json.dumps([node.node_id, node.get_content(), node.metadata], ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:
         raise MetadataError(
-            f"the text or the metadata of {node.node_id!r} cannot be stored: {error}. Leave out NaN, infinite numbers "
+            f"the text or the metadata of {node.node_id!r} cannot be stored: {error}. Remove NaN, infinite numbers "
             "and halves of surrogate pairs."
         ) from error
     where = f"the image of {node.node_id!r}: "
@@ -227,7 +237,7 @@ def _seal(document: Document, image_id: str, path: Path, sha256: str) -> None:
 
 
 def _set_file_metadata(node: BaseNode, image_id: str, path: Path, sha256: str) -> None:
-    """Write what is known of the file into the metadata, and hide it from models. In place."""
+    """Add image id, path and sha256 to the metadata, and hide our keys from models. Modifies the node in place."""
     own = {"image_id": image_id, "file_path": str(path), "content_sha256": sha256}
     node.metadata = {**node.metadata, **own}
     hidden = [key for key in node.metadata if _is_own(key)]
@@ -237,6 +247,6 @@ def _set_file_metadata(node: BaseNode, image_id: str, path: Path, sha256: str) -
 
 def _no_image(name: str) -> str:
     return (
-        f"{name!r} has no image: its file was read as text, or it is one. load_images(folder) reads pictures; "
-        "SimpleDirectoryReader does only with llama-index-readers-file."
+        f"{name!r} has no image: it is a text, or its file was read as text. Read images with load_images(folder). "
+        "SimpleDirectoryReader reads images only with llama-index-readers-file."
     )

@@ -1,13 +1,14 @@
-"""`GenerativeImageIndex`: an index of LlamaIndex whose nodes are in any docstore, and whose memory is an index folder.
+"""`GenerativeImageIndex`: a LlamaIndex index with nodes in any docstore and a generative model in an index folder.
 
-    storage context   the nodes, the hashes of documents, and where the folder is
-    index folder      identifiers, trie and trained weights: what `genret train`, `genret serve` and `genret query` take
+    storage context   the nodes, the hashes of documents, and the path of the folder
+    index folder      identifiers, trie and trained weights, for `genret train`, `genret serve` and `genret query`
 
-To make an index names the images; the model recalls them when it was trained: `train`, or `genret train` on the folder.
-What is inserted later has its name at once; text hardly leads to it before it was learnt: `untrained_ids` lists it.
-What is deleted is found no more, at once; retrievers and engines made before see both.
+Creating the index assigns identifiers. The model recalls the images after training: `train`, or `genret train` on the
+folder. An inserted image gets its identifier at once, but text queries rarely find it before the next training:
+`untrained_ids` lists such images. A deleted image is not found any more. Existing retrievers and engines see both.
 
-Knows LlamaIndex and the folder; nothing of searches. torch is needed to name images and without a server only.
+Depends on LlamaIndex and the folder; independent of searches. Needs torch only to assign identifiers, or without a
+server.
 """
 
 from __future__ import annotations
@@ -80,38 +81,39 @@ _CHATS: dict[ChatMode, tuple[Any, str]] = {
     ChatMode.CONDENSE_PLUS_CONTEXT: (MultiModalCondensePlusContextChatEngine, "context_prompt"),
     ChatMode.BEST: (MultiModalCondensePlusContextChatEngine, "context_prompt"),
 }
-"""The engines that pass images on, and what they call the prompt around the question."""
+"""The multimodal chat engines, with the name of their argument for the prompt around the question."""
 
 
 @dataclass
 class GenretIndexStruct(IndexStruct):
-    """What the storage context keeps of an index: where its folder is."""
+    """The entry of an index in the storage context. folder: absolute path of the index folder."""
 
     folder: str = ""
 
     @classmethod
     def get_type(cls) -> Any:
-        """Name of the struct in LlamaIndex's registries, whose enumeration is closed."""
+        """Return the name of the struct in LlamaIndex's registries. Their enumeration cannot be extended."""
         return STRUCT_TYPE
 
 
 class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
-    """Images that a model recalls by generating their identifiers.
+    """An index of images that a model recalls by generating their identifiers.
 
     Args:
-        nodes: `ImageNode`s; their ids are image ids. Documents go into `from_documents`. An image in memory is
-            written into the folder, one that is only an address is refused.
-        index_dir: the folder, which must be free; of an index that is loaded, where it has moved to.
-        model: the base model that is to be trained, a folder or hub id, or a loaded `Mllm`.
-        scheme, scheme_options, alphabet, overwrite: how images are named, see `store.build.build_index`.
-        api_base, api_key: of a server that `genret serve` started on the folder, which recalls and answers then. None
-            for a model in this process.
-        llm: what answers; an `OpenAILike` also names the server that recalls.
-        scorer: recalls in place of both.
-        device: of models in this process.
-        kwargs: of `BaseIndex`.
+        nodes: `ImageNode`s. Their ids are image ids. Pass documents to `from_documents`. An image in memory is written
+            into the folder. An image that is only a URL is refused.
+        index_dir: index folder, which must be free. For an index that is loaded: its new place, if it has moved.
+        model: base model to train, a folder, a hub id or a loaded `Mllm`.
+        scheme, scheme_options, alphabet, overwrite: how to assign identifiers, see `store.build.build_index`.
+        api_base, api_key: URL and key of a server that `genret serve` started on the folder. The server then recalls
+            and answers. Default None: a model in this process.
+        llm: LLM that answers. An `OpenAILike` also gives the server that recalls. Default: the model that recalls.
+        scorer: scorer that recalls, in place of the server and the model. Default None.
+        device: torch device of models in this process, default "auto".
+        kwargs: further arguments of `BaseIndex`.
+
     Raises:
-        IndexExists: the folder is not free. CorpusError: there are no images, or one cannot be used.
+        IndexExists: the folder is not free. CorpusError: there are no images, or an image is invalid.
     """
 
     index_struct_cls = GenretIndexStruct
@@ -136,10 +138,15 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
         **kwargs: Any,
     ) -> None:
         if index_dir is None and index_struct is None:
-            raise CorpusError("an index of images needs a folder of its own: name a free one as index_dir.")
+            raise CorpusError("an index of images needs a folder. Pass a free one as index_dir.")
         self._folder = Path(index_dir or index_struct.folder).absolute()  # type: ignore[union-attr]
-        naming = {"scheme": scheme, "scheme_options": scheme_options, "alphabet": alphabet, "overwrite": overwrite}
-        self._naming, self._edits = naming, RLock()
+        self._build_options: dict[str, Any] = {
+            "scheme": scheme,
+            "scheme_options": scheme_options,
+            "alphabet": alphabet,
+            "overwrite": overwrite,
+        }
+        self._edits = RLock()
         self._retrievers: WeakSet[GenerativeImageRetriever] = WeakSet()
         self._show_progress = kwargs.get("show_progress", False)
         self._models = IndexModels(
@@ -154,50 +161,51 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
         super().__init__(nodes=nodes, index_struct=index_struct, transformations=transformations, **kwargs)
 
     @classmethod
-    def from_documents(  # type: ignore[override]  # the folder must be named
+    def from_documents(  # type: ignore[override]  # the folder is required
         cls, documents: Sequence[Document], *args: Any, index_dir: str | Path, **kwargs: Any
     ) -> GenerativeImageIndex:
-        """Name the images of documents, and store their nodes.
+        """Assign identifiers to the images of documents, and store their nodes.
 
         Raises:
-            IndexExists, CorpusError: as of the class; ImageError names the document that has no image.
+            IndexExists, CorpusError: see the class. ImageError: a document has no image.
         """
         pictures = Path(index_dir).absolute() / PICTURES
         sealed = [sealed_document(document, pictures) for document in documents]
         kwargs["transformations"] = kwargs.get("transformations") or [ImageDocumentParser()]
         index = super().from_documents(sealed, *args, index_dir=index_dir, **kwargs)
-        index._remember(sealed)
+        index._store_hashes(sealed)
         return index
 
     @property
     def folder(self) -> Path:
-        """The index folder, which the command line and servers take."""
+        """The index folder, for the command line and servers."""
         return self._folder
 
     @property
     def stored(self) -> store.Index:
-        """The folder's index as it is now: training or edits by other processes are seen."""
+        """The current version of the index in the folder, including training and edits by other processes."""
         with self._edits:
             if store.read_manifest(self._folder) != self._index.manifest:
                 self._use(load_index(self._folder))
             return self._index
 
     def untrained_ids(self) -> list[str]:
-        """Images that the model has not seen under their identifiers: all before the first training.
+        """Return the ids of images whose identifiers the model was not trained on. Before the first training: all.
 
-        They are found by their identifiers alone, and well only where these tell of the picture (`structured`,
-        `semantic`) or where their rows were guessed from it (`atomic`).
+        Recall of these images depends on their identifiers. It works well only if the identifier describes the image
+        (`structured`, `semantic`), or if its symbol row was initialised from the image (`atomic`).
         """
         index = self.stored
         rows = unseen_rows(index) if index.is_trained else range(len(index.records))
         return [index.records[row].image_id for row in rows or []]
 
     def train(self, options: Any = None, *, update: bool = False, show_progress: bool = True) -> None:
-        """Teach the model its images, by `training.recipe.train`: hours on a GPU for a large corpus.
+        """Train the model on its images with `training.recipe.train`. A large corpus takes hours on a GPU.
 
         Args:
-            options: `TrainOptions`.
-            update: learn what was inserted since the last training in an adapter on top of it.
+            options: `TrainOptions`, default those of `training.recipe.train`.
+            update: train only an adapter on top, for images inserted since the last training. Default False.
+            show_progress: draw a progress bar, default True.
         """
         from llama_index_genret.training.recipe import train
 
@@ -206,17 +214,18 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
             self._use(trained)
 
     def as_retriever(self, **kwargs: Any) -> GenerativeImageRetriever:
-        """A retriever of the nodes in the docstore, which sees every later edit and training of this index.
+        """Return a retriever of the nodes in the docstore. It sees every later edit and training of this index.
 
         Args:
-            kwargs: of `GenerativeImageRetriever`; those of engines are left alone.
+            kwargs: options of `GenerativeImageRetriever`. Options of engines are ignored.
+
         Raises:
-            NotTrained: no model has learnt the images yet.
-            TypeError: there is no such option: `doc_ids` or a misspelt `filters`, left alone, would hide nothing.
+            NotTrained: the model has not been trained on the images yet.
+            TypeError: an option is unknown. Ignoring `doc_ids` or a misspelt `filters` would return hidden images.
         """
         if unknown := kwargs.keys() - _RETRIEVER_OPTIONS - _ENGINE_OPTIONS:
             raise TypeError(
-                f"neither retrievers nor engines of an image index take {sorted(unknown)}. Retrievers take "
+                f"unknown options {sorted(unknown)} of a retriever or engine of an image index. Options of retrievers: "
                 f"{sorted(_RETRIEVER_OPTIONS - {'self', 'index', 'scorer'})}."
             )
         index = self.stored
@@ -229,16 +238,23 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
         return retriever
 
     def as_query_engine(self, llm: Any = None, **kwargs: Any) -> RetrieverQueryEngine:
-        """`image_query_engine`: the pictures reach the model. kwargs: of the retriever and of the engine."""
+        """Return an `image_query_engine`, whose model receives the images.
+
+        Args:
+            llm: LLM that answers, default the one of the index.
+            kwargs: options of the retriever and of the engine.
+        """
         options = {name: value for name, value in kwargs.items() if name not in _RETRIEVER_OPTIONS}
         return image_query_engine(self.as_retriever(**kwargs), self._llm(llm), **options)
 
     def as_chat_engine(self, chat_mode: ChatMode = ChatMode.BEST, llm: Any = None, **kwargs: Any) -> BaseChatEngine:
-        """A chat whose model sees the pictures, by LlamaIndex's multimodal chat engines.
+        """Return a multimodal chat engine of LlamaIndex, whose model receives the images.
 
         Args:
-            chat_mode: CONDENSE_PLUS_CONTEXT (also BEST) and CONTEXT are these engines, to which a caption is not
-                told; CONDENSE_QUESTION asks `as_query_engine`; SIMPLE recalls nothing.
+            chat_mode: CONDENSE_PLUS_CONTEXT (also BEST, the default) and CONTEXT are multimodal engines, whose model
+                receives no captions. CONDENSE_QUESTION uses `as_query_engine`. SIMPLE recalls nothing.
+            llm: LLM that answers, default the one of the index.
+            kwargs: options of the retriever and of the engine.
         """
         model = self._llm(llm)
         if chat_mode not in _CHATS:
@@ -262,13 +278,13 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
 
     @property
     def ref_doc_info(self) -> dict[str, RefDocInfo]:
-        """The documents whose images are in the index."""
+        """The documents whose images are in the index, keyed by document id."""
         rows = self.stored.rows_by_id
         infos = self.docstore.get_all_ref_doc_info() or {}
         return {name: info for name, info in infos.items() if any(node_id in rows for node_id in info.node_ids)}
 
     def build_index_from_nodes(self, nodes: Sequence[BaseNode], **build_kwargs: Any) -> GenretIndexStruct:
-        """See `BaseIndex`; what cannot be named is not stored."""
+        """Build the index as in `BaseIndex`. If assigning identifiers fails, no node is stored."""
         struct = self._build_index_from_nodes(nodes, **build_kwargs)
         self._docstore.add_documents(nodes, allow_update=True)
         return struct
@@ -278,18 +294,18 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
 
         images = [node for node in nodes if isinstance(node, ImageNode)]
         if not images:
-            raise CorpusError("there are no images: give documents or nodes, for example load_images(folder).")
+            raise CorpusError("there are no images. Pass documents or nodes, for example load_images(folder).")
         folder = common_folder(images)
         corpus = Corpus(folder, tuple(records_of(images, [folder])))
-        named = {"progress": self._bar("Encoding"), **self._naming}
-        self._index = build_index(corpus, self._folder, self._models.base_for_new_index(), **named)
+        options = {"progress": self._bar("Encoding"), **self._build_options}
+        self._index = build_index(corpus, self._folder, self._models.base_for_new_index(), **options)
         return GenretIndexStruct(folder=str(self._folder))
 
     def insert_nodes(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
-        """Insert nodes; what cannot be named is not stored.
+        """Insert nodes. If assigning identifiers fails, no node is stored.
 
         Raises:
-            DuplicateImage: an image of its id is there already; `update_ref_doc` replaces it.
+            DuplicateImage: the index already has an image with this id. `update_ref_doc` replaces it.
         """
         sealed = [sealed_node(node, self._folder / PICTURES) for node in nodes]
         with self._callback_manager.as_trace("insert_nodes"), self._edits:
@@ -298,7 +314,7 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
             self._storage_context.index_store.add_index_struct(self._index_struct)
 
     def insert(self, document: Document, **insert_kwargs: Any) -> None:
-        """Insert a document: see `insert_nodes`."""
+        """Insert a document, as `insert_nodes` does."""
         super().insert(sealed_document(document, self._folder / PICTURES), **insert_kwargs)
 
     def _insert(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
@@ -310,13 +326,13 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
                 self._use(add_to_index(index, records, self._base_model(), progress=self._bar("Encoding")))
 
     def _base_model(self) -> Any:
-        """The base model where images that join are named by their looks; None where not."""
+        """Return the base model if identifiers of new images depend on image features, else None."""
         from llama_index_genret.store.build import needs_features
 
         return self._models.base_of(self._index) if needs_features(self._index) else None
 
     def delete_nodes(self, node_ids: list[str], delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
-        """Delete nodes: no search finds them any more. The files of their images stay; ids not in the index too."""
+        """Delete nodes, so that no search finds them. Image files are kept. Ids that the index lacks are ignored."""
         with self._edits:
             index = self.stored
             known = [node_id for node_id in node_ids if node_id in index.rows_by_id]
@@ -331,47 +347,49 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
         self.delete_nodes([node_id])
 
     def update_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
-        """Replace a document, or insert it. An image whose picture is the same keeps its identifier, and with it what
-        the model has learnt of it."""
+        """Replace a document, or insert it.
+
+        An image with unchanged content keeps its identifier, so the model still recalls it.
+        """
         with self._callback_manager.as_trace("update_ref_doc"):
-            self._put([sealed_document(document, self._folder / PICTURES)])
+            self._replace([sealed_document(document, self._folder / PICTURES)])
 
     def refresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
-        """Insert new documents and replace changed ones, in one write; also those whose file was replaced.
+        """Insert new documents and replace changed ones, in one write. A document with a replaced file is changed.
 
         Returns:
-            For each whether it was inserted or replaced.
+            Whether each document was inserted or replaced.
         """
         with self._callback_manager.as_trace("refresh_ref_docs"), self._edits:
             sealed = [sealed_document(document, self._folder / PICTURES) for document in documents]
             changed = [self.docstore.get_document_hash(document.id_) != document.hash for document in sealed]
-            self._put([document for document, is_changed in zip(sealed, changed, strict=True) if is_changed])
+            self._replace([document for document, is_changed in zip(sealed, changed, strict=True) if is_changed])
             return changed
 
     async def ainsert_nodes(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
-        """As `insert_nodes`, in a thread, as all that edits: the files and the model are not asynchronous."""
+        """Run `insert_nodes` in a thread, like every edit, because files and the model have no async interface."""
         await asyncio.to_thread(self.insert_nodes, nodes, **insert_kwargs)
 
     async def ainsert(self, document: Document, **insert_kwargs: Any) -> None:
-        """As `insert`, in a thread."""
+        """Run `insert` in a thread."""
         await asyncio.to_thread(self.insert, document, **insert_kwargs)
 
     async def adelete_nodes(
         self, node_ids: list[str], delete_from_docstore: bool = False, **delete_kwargs: Any
     ) -> None:
-        """As `delete_nodes`, in a thread."""
+        """Run `delete_nodes` in a thread."""
         await asyncio.to_thread(self.delete_nodes, node_ids, delete_from_docstore, **delete_kwargs)
 
     async def aupdate_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
-        """As `update_ref_doc`, in a thread."""
+        """Run `update_ref_doc` in a thread."""
         await asyncio.to_thread(self.update_ref_doc, document, **update_kwargs)
 
     async def arefresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
-        """As `refresh_ref_docs`, in a thread."""
+        """Run `refresh_ref_docs` in a thread."""
         return await asyncio.to_thread(self.refresh_ref_docs, documents, **update_kwargs)
 
-    def _put(self, documents: Sequence[Document]) -> None:
-        """Replace and insert sealed documents."""
+    def _replace(self, documents: Sequence[Document]) -> None:
+        """Replace or insert sealed documents."""
         with self._edits:
             index = self.stored
             made = run_transformations(documents, self._transformations, show_progress=self._show_progress)
@@ -381,16 +399,16 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
             others = [node for node in nodes if node.node_id not in same]
             if others:
                 self._base_model()  # fails before anything is deleted
-            self.delete_nodes(self._nodes_of(documents, nodes), delete_from_docstore=True)
+            self.delete_nodes(self._node_ids(documents, nodes), delete_from_docstore=True)
             self._insert(others)
             if same:
                 index = self._index
                 self._use(add_images(index, self._records(list(same.values())), identifiers, index.scheme()))
             self.docstore.add_documents(nodes, allow_update=True)
-            self._remember(documents)
+            self._store_hashes(documents)
 
-    def _nodes_of(self, documents: Sequence[Document], nodes: Sequence[BaseNode]) -> list[str]:
-        """Ids of the nodes that documents had, and of those that they have now."""
+    def _node_ids(self, documents: Sequence[Document], nodes: Sequence[BaseNode]) -> list[str]:
+        """Return the ids of the earlier nodes of documents, and of their new nodes."""
         infos = [self.docstore.get_ref_doc_info(document.id_) for document in documents]
         earlier = {node_id for info in infos if info for node_id in info.node_ids}
         return sorted(earlier | {node.node_id for node in nodes})
@@ -403,19 +421,19 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
         folders = [Path(folder) for folder in self._index.manifest.folders]
         return records_of([node for node in nodes if isinstance(node, ImageNode)], folders)
 
-    def _remember(self, documents: Sequence[Document]) -> None:
-        """Store the hashes of documents; storing a node of the same id has replaced them."""
+    def _store_hashes(self, documents: Sequence[Document]) -> None:
+        """Store the hashes of documents again, because storing a node with the same id has replaced them."""
         for document in documents:
             self.docstore.set_document_hash(document.id_, document.hash)
 
     def _use(self, index: store.Index) -> None:
-        """Go on with another version, and all retrievers with it."""
+        """Switch to another version of the index, with all retrievers."""
         self._index = index
         for retriever in list(self._retrievers):
             self._models.refresh(retriever, index)
 
-    def _bar(self, what: str) -> Any:
-        return partial(tqdm, desc=what, unit="batch", disable=not self._show_progress)
+    def _bar(self, label: str) -> Any:
+        return partial(tqdm, desc=label, unit="batch", disable=not self._show_progress)
 
 
 INDEX_STRUCT_TYPE_TO_INDEX_STRUCT_CLASS[STRUCT_TYPE] = GenretIndexStruct  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""The two LLMs that answer from recalled images: a vLLM server's, and the same model in this process."""
+"""Two LLMs that answer from recalled images: the model of a vLLM server, and the same model in this process."""
 
 from __future__ import annotations
 
@@ -36,17 +36,21 @@ from llama_index_genret.scorers.http_client import shown_address
 def genret_llm(
     api_base: str, *, model: str = "genret", context_window: int = 32768, max_tokens: int = 64, **kwargs: Any
 ) -> OpenAILike:
-    """The `OpenAILike` with the settings without which images do not arrive at a vLLM server.
+    """Return an `OpenAILike` with the settings that a vLLM server needs to receive images.
 
-    A chat model, or the pictures are left out; greedy; structured output by JSON schema, or `output_cls` gives an empty
-    answer; and a client for each request: one that is kept cannot be used in a second event loop, where `OpenAILike`
-    would send each request twice.
+    - It is a chat model, because LlamaIndex drops images for a completion model.
+    - It is greedy.
+    - It requests structured output by JSON schema, because `output_cls` otherwise gives an empty answer.
+    - It opens a client per request. In a second event loop, a reused client makes `OpenAILike` send each request twice.
 
     Args:
-        context_window: what LlamaIndex fills at most; a budget, of which it counts 2,125 for each image, however small.
-            Where they do not fit, it asks once for each image instead of once for all.
-        kwargs: further arguments of `OpenAILike`; they win. `is_function_calling_model=True` for agents, if vLLM runs
-            with `--enable-auto-tool-choice --tool-call-parser ...`.
+        api_base: URL of the server, http://HOST:PORT/v1.
+        model: served model name, default "genret".
+        context_window: tokens that LlamaIndex fills at most, default 32768. LlamaIndex counts 2,125 tokens for its own
+            image blocks. If the images do not fit, it sends one request per image instead of one for all.
+        max_tokens: tokens per answer at most, default 64.
+        kwargs: further arguments of `OpenAILike`, which override the settings. Agents need
+            `is_function_calling_model=True` and a vLLM with `--enable-auto-tool-choice --tool-call-parser ...`.
     """
     options: dict[str, Any] = {
         "api_key": "EMPTY",
@@ -59,16 +63,16 @@ def genret_llm(
     return _ServerLLM(model=model, api_base=api_base, context_window=context_window, max_tokens=max_tokens, **options)
 
 
-class _ServerLLM(OpenAILike):  # type: ignore[misc]  # it has no types
-    """Makes clients that cost nothing and hold nothing: a new one for each request is cheap, and may be forgotten.
+class _ServerLLM(OpenAILike):  # type: ignore[misc]  # OpenAILike has no types
+    """An `OpenAILike` with cheap clients, so that every request may use a new one.
 
-    One TLS context for all, of which each takes 30 ms to read; and no connection is kept open after its answer, as
-    LlamaIndex does not close the client of a stream.
+    All clients share one TLS context, because loading one takes 30 ms. No connection is kept open after its response,
+    because LlamaIndex does not close the client of a stream.
 
-    LlamaIndex's chat engines begin each request with their system prompt, an empty one where none was given: a model
-    that was never taught with one sees its template's words for it. It is not sent.
+    LlamaIndex's chat engines begin each request with their system prompt, by default an empty one. A model that was
+    trained without a system prompt would read the words of its template for it. An empty system prompt is not sent.
 
-    Key, headers and login are in no `repr`, `to_dict` or `model_dump`; with a key it is not pickled.
+    Key, headers and login are not in `repr`, `to_dict` or `model_dump`. With a key, pickling raises TypeError.
     """
 
     api_key: str | None = Field(default=None, exclude=True, repr=False)
@@ -81,27 +85,27 @@ class _ServerLLM(OpenAILike):  # type: ignore[misc]  # it has no types
 
     def __getstate__(self) -> dict[str, Any]:
         if self.api_key not in (None, "EMPTY"):
-            raise TypeError("an LLM with an API key is not pickled: make it anew by genret_llm where it is needed.")
+            raise TypeError("an LLM with an API key cannot be pickled. Create it with genret_llm in each process.")
         state: dict[str, Any] = super().__getstate__()
         return state
 
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """See `LLM.chat`."""
+        """Chat without empty system messages. See `LLM.chat`."""
         response: ChatResponse = super().chat(_without_empty_system(messages), **kwargs)
         return response
 
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        """See `LLM.stream_chat`."""
+        """Stream a chat without empty system messages. See `LLM.stream_chat`."""
         response: ChatResponseGen = super().stream_chat(_without_empty_system(messages), **kwargs)
         return response
 
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """See `LLM.achat`."""
+        """Chat without empty system messages. See `LLM.achat`."""
         response: ChatResponse = await super().achat(_without_empty_system(messages), **kwargs)
         return response
 
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        """See `LLM.astream_chat`."""
+        """Stream a chat without empty system messages. See `LLM.astream_chat`."""
         response: ChatResponseAsyncGen = await super().astream_chat(_without_empty_system(messages), **kwargs)
         return response
 
@@ -114,7 +118,7 @@ class _ServerLLM(OpenAILike):  # type: ignore[misc]  # it has no types
 
 
 def _without_empty_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """All but the system messages that say nothing; other empty ones have a place in the dialogue, as a tool's call."""
+    """Drop empty system messages. Other empty messages stay, because they may be tool calls."""
     return [m for m in messages if m.role != MessageRole.SYSTEM or any(getattr(b, "text", True) for b in m.blocks)]
 
 
@@ -127,7 +131,10 @@ def _tls_context() -> ssl.SSLContext:
 
 
 class InProcessLLM(CustomLLM):
-    """A chat LLM over an `Mllm` in this process, images included. Greedy."""
+    """A greedy chat LLM over an `Mllm` in this process, images included.
+
+    max_tokens: tokens per answer at most, default 64. context_window: tokens, default 8192.
+    """
 
     max_tokens: int = 64
     context_window: int = 8192
@@ -139,7 +146,7 @@ class InProcessLLM(CustomLLM):
 
     @classmethod
     def class_name(cls) -> str:
-        """Name in LlamaIndex's events."""
+        """Return the name for LlamaIndex's events."""
         return "genret_in_process_llm"
 
     @property
@@ -171,7 +178,7 @@ class InProcessLLM(CustomLLM):
         def generate() -> None:
             try:
                 self._mllm.model.generate(**arguments)
-            except Exception as error:  # handed to the reader of the stream, who would wait for ever
+            except Exception as error:  # passed to the reader of the stream, which would wait forever
                 failures.append(error)
                 streamer.end()
 
@@ -191,12 +198,12 @@ class InProcessLLM(CustomLLM):
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """See `LLM.achat`: computes in a thread."""
+        """Run `chat` in a thread. See `LLM.achat`."""
         return await asyncio.to_thread(self.chat, messages, **kwargs)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """See `LLM.complete`: the prompt as one user message."""
+        """Chat with the prompt as one user message. See `LLM.complete`."""
         return CompletionResponse(text=self.chat([_user(prompt)], **kwargs).message.content or "")
 
     @llm_completion_callback()
@@ -223,11 +230,11 @@ class InProcessLLM(CustomLLM):
         return {key: value.to(self._mllm.model.device) for key, value in inputs.items()}
 
     def _part(self, block: Any) -> dict[str, str]:
-        """A block as the chat template reads it. Markup in a text is broken up, so that it stays text."""
+        """Return a block for the chat template. Special tokens in a text are broken up, so that they stay text."""
         if isinstance(block, ImageBlock):
             return {"type": "image"}
         if not isinstance(block, TextBlock):
-            raise ModelError(f"a {type(block).__name__} cannot be read by this model: text and images only.")
+            raise ModelError(f"this model cannot read a {type(block).__name__}. Pass only text and images.")
         text = block.text
         for token in self._mllm.processor.tokenizer.added_tokens_encoder:
             text = text.replace(token, f"{token[:1]}\u200b{token[1:]}")

@@ -1,9 +1,9 @@
-"""The picture file that a model is shown in place of an image: upright, RGB, and no larger than it needs to be.
+"""Provide the image file that a model reads: upright, RGB, and scaled down to a limit.
 
-A plain PNG or JPEG that is small enough is shown as it is. Any other is decoded, scaled down and written once, to a
-folder of this process that goes with it; a file that has changed is written anew.
+A plain PNG or JPEG within the limit is used unchanged. Any other image is decoded, scaled down and written once to a
+temporary folder of this process. A changed file is converted again.
 
-Knows Pillow and files; nothing of models or LlamaIndex.
+Depends on Pillow and files; independent of models and LlamaIndex.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from llama_index_genret.corpus.images import load_image, sniff_mime
 from llama_index_genret.errors import ImageError
 
 MAX_IMAGE_PIXELS = 2**20
-"""Of a picture that a model is shown, unless more are asked for: about what today's models read of one."""
+"""Default limit of pixels per image: about as many as today's models read of one image."""
 
 MAX_COPIES = 1000
-"""Scaled copies that are kept at most."""
+"""Largest number of cached images."""
 
 _PLAIN = {"image/png": "PNG", "image/jpeg": "JPEG"}
 _ORIENTATION = 0x0112
@@ -45,20 +45,22 @@ class ModelImage:
 
 
 def model_image(source: Path | bytes, *, max_pixels: int | None = MAX_IMAGE_PIXELS) -> ModelImage:
-    """The file to show for an image file, or for the content of one.
+    """Return the file that a model reads for an image.
 
     Args:
-        max_pixels: of more, the picture is scaled down, its proportions kept. None for any size.
+        source: an image file, or the content of one.
+        max_pixels: a larger image is scaled down in proportion. Default `MAX_IMAGE_PIXELS`, None for no limit.
+
     Raises:
         ImageError: the file is missing, damaged, too large (`PIL.Image.MAX_IMAGE_PIXELS`), or no raster image.
     """
     if max_pixels is not None and max_pixels < 1:
-        raise ImageError(f"max_image_pixels={max_pixels} leaves no picture: at least 1, or None for any size.")
+        raise ImageError(f"expected at least 1 or None (no limit), got max_image_pixels={max_pixels}.")
     return _CACHE.get(source, max_pixels)
 
 
 class _ModelImageCache:
-    """What was shown last, by the content's stamp."""
+    """A cache of the `MAX_COPIES` images used last, keyed by content or by path, inode, size and modification time."""
 
     def __init__(self) -> None:
         self._pictures: OrderedDict[str, ModelImage] = OrderedDict()
@@ -113,7 +115,7 @@ def _key(source: Path | bytes, max_pixels: int | None) -> str:
 
 
 def _plain(source: Path | bytes, max_pixels: int | None) -> ModelImage | None:
-    """The file itself, where any server reads it as it is meant. Decoded once: a damaged one is none."""
+    """Return the file itself if any server reads it correctly, else None. Decoding it raises ImageError if damaged."""
     mime = sniff_mime(source)
     if isinstance(source, bytes) or mime not in _PLAIN:
         return None
@@ -127,7 +129,7 @@ def _plain(source: Path | bytes, max_pixels: int | None) -> ModelImage | None:
 
 
 def _fit_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
-    """The largest size of at most `max_pixels` with these proportions, no side below one pixel."""
+    """Return the largest (width, height) of at most `max_pixels` in proportion, with sides of at least one pixel."""
     scale = math.sqrt(max_pixels / (width * height))
     low = max(1, int(height * scale))
     narrow = min(max(1, int(width * scale)), max_pixels // low)

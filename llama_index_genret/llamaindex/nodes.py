@@ -1,10 +1,10 @@
-"""LlamaIndex nodes of images: `GenretImageNode`, and how a record or a hit becomes one.
+"""LlamaIndex nodes of images: `GenretImageNode`, and the conversion from records and hits.
 
-`GenretImageNode` sends both caption and picture to the model, and outlives its file. LlamaIndex's `ImageNode` drops the
-caption, sends the file unchanged, and fails the query where the file is gone.
+`GenretImageNode` sends both caption and image to the model, and works without its file. LlamaIndex's `ImageNode` drops
+the caption, sends the file unchanged, and fails the query if the file is missing.
 
-Metadata of a node are flat: the user's own, `image_id`, `file_path` and `content_sha256`. Keys that describe a hit
-start with `genret_`. The id of a node is the id of its image.
+The metadata of a node are flat: those of the user, `image_id`, `file_path` and `content_sha256`. Keys that describe a
+hit start with `genret_`. The id of a node is its image id.
 
 Depends on LlamaIndex's nodes and on one record; independent of searches and models.
 """
@@ -43,57 +43,56 @@ from llama_index_genret.store.filters import Columns
 log = logging.getLogger(__name__)
 
 OWN_KEYS = ("file_path", "content_sha256")
-"""Metadata of ours that no model is shown; so is every key that begins with OWN_PREFIX."""
+"""Our metadata keys that are hidden from models, as is every key that starts with `OWN_PREFIX`."""
 
 OWN_PREFIX = "genret_"
 
 _TOKEN_SIDE = 28
-"""Pixels of the side of the square that Qwen2-VL and Qwen2.5-VL make one token of."""
+"""Side in pixels of the square that is one token of Qwen2-VL and Qwen2.5-VL."""
 
 _MOST_TOKENS = 2125
-"""LlamaIndex's estimate for any image."""
-
+"""LlamaIndex's token estimate for any image."""
 
 _TEXT_ONLY = (
-    "recalled images go through an engine that gives its model text only: captions, and no picture. Use "
-    "`image_query_engine(retriever, llm)`, or a query engine with `multimodal=True`; for chats a "
-    "`MultiModal...ChatEngine`; for agents a `QueryEngineTool` over one of these."
+    "recalled images go through a text-only engine, whose model gets captions but no image. Use "
+    "`image_query_engine(retriever, llm)` or a query engine with `multimodal=True`. For chats, use a "
+    "`MultiModal...ChatEngine`. For agents, use a `QueryEngineTool` over one of these."
 )
 
 
 class ModelImageBlock(ImageBlock):
-    """An `ImageBlock` of a small file. tokens: how many LlamaIndex counts it as when it packs a prompt."""
+    """An `ImageBlock` with a token count. tokens: the number that LlamaIndex uses to pack a prompt."""
 
     tokens: int = Field(exclude=True)
 
     async def aestimate_tokens(self, *args: Any, **kwargs: Any) -> int:
-        """See `ImageBlock.aestimate_tokens`; reads no file."""
+        """Return `tokens` without reading the file. See `ImageBlock.aestimate_tokens`."""
         return self.tokens
 
 
 class MissingPictureBlock(TextBlock):
-    """What a model is told where it cannot be shown a picture; never merged with the texts around it."""
+    """A text block in place of an unreadable image. It is never merged with the texts around it."""
 
     @classmethod
     async def amerge(  # type: ignore[override]  # the bases disagree
         cls, splits: Sequence[TextBlock], chunk_size: int, tokenizer: Any | None = None
     ) -> Sequence[TextBlock]:
-        """See `TextBlock.amerge`."""
+        """Return the blocks unmerged. See `TextBlock.amerge`."""
         return splits
 
 
 class GenretImageNode(ImageNode):
     """A recalled image.
 
-    Its content is one text block, the caption and the metadata that the mode shows, where there is any, and then the
-    picture: by its path, never inlined, so that no log or event holds it. A picture of more than `max_image_pixels`,
-    or one that is no plain RGB file, is converted once. Where it cannot be read there is a text block instead, that
-    says so, and a warning in the log.
+    Its content is a text block with the caption and the visible metadata, if any, and an image block. The image block
+    has the path of the file. The content is never inlined, so that no log or event contains it. An image of more than
+    `max_image_pixels`, or one that is no plain RGB file, is converted once. An unreadable image becomes a text block
+    that says so, and logs a warning.
 
-    A docstore gives it back as the `ImageNode` that it is; `of` makes it whole again.
+    A docstore returns the node as a plain `ImageNode`. `of` restores it.
 
-    max_image_pixels: None for pictures of any size. image_tokens: what the model makes of a picture, where it is
-    known; else it is estimated by the picture's size.
+    max_image_pixels: limit of pixels, default `MAX_IMAGE_PIXELS`, None for no limit.
+    image_tokens: tokens that the model uses per image. Default None: estimated from the image size.
     """
 
     max_image_pixels: int | None = MAX_IMAGE_PIXELS
@@ -101,68 +100,70 @@ class GenretImageNode(ImageNode):
 
     @classmethod
     def of(cls, node: ImageNode, **options: Any) -> GenretImageNode:
-        """A copy of any `ImageNode`; `options` replace fields of it."""
+        """Return a copy of any `ImageNode` as a `GenretImageNode`. `options` replace fields of it."""
         return cls.from_dict({**node.to_dict(), **options})
 
     def get_content(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> str:
-        """See `BaseNode.get_content`. Warns `ImageNotShown` of the text that a model reads instead."""
+        """Return the text for the mode. The mode LLM warns `ImageNotShown`. See `BaseNode.get_content`."""
         if metadata_mode == MetadataMode.LLM:
-            warnings.warn(_TEXT_ONLY, ImageNotShown, stacklevel=1)  # of one line: Python shows it once
+            warnings.warn(_TEXT_ONLY, ImageNotShown, stacklevel=1)  # one source line, so Python shows it once
         return super().get_content(metadata_mode)
 
     def get_content_blocks(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> list[BaseContentBlock]:
-        """See `BaseNode.get_content_blocks`: text, then picture; of the mode NONE the picture only."""
+        """Return text, then image. The mode NONE returns only the image. See `BaseNode.get_content_blocks`."""
         text = "" if metadata_mode == MetadataMode.NONE else super().get_content(metadata_mode).strip()
         blocks: list[BaseContentBlock] = [TextBlock(text=text)] if text else []
         try:
-            picture = self.model_image()
+            image = self.model_image()
         except ImageError as error:
-            log.warning("the model is not shown the picture of %s: %s", self.node_id, error)
+            log.warning("the model does not get the image of %s: %s", self.node_id, error)
             return [*blocks, MissingPictureBlock(text=self.missing_text())]
-        block = ModelImageBlock(path=picture.path, image_mimetype=picture.mime, tokens=self._tokens(picture))
+        block = ModelImageBlock(path=image.path, image_mimetype=image.mime, tokens=self._tokens(image))
         return [*blocks, block]
 
     def model_image(self) -> ModelImage:
-        """The file that the model is shown.
+        """Return the image file that the model reads.
 
         Raises:
-            ImageError: it is missing, damaged, too large, or an address: nothing is fetched.
+            ImageError: the image is missing, damaged, too large, or a URL. URLs are not fetched.
         """
         if self.image is not None:
             try:
                 return model_image(base64.b64decode(self.image), max_pixels=self.max_image_pixels)
             except binascii.Error as error:
-                raise ImageError(f"the image of the node {self.node_id!r} is no base64: {error}.") from error
+                raise ImageError(f"the image of the node {self.node_id!r} is not valid base64: {error}.") from error
         if self.image_path is None:
             raise ImageError(
-                f"the node {self.node_id!r} has no image file (image_url={self.image_url!r}); none is fetched from an "
-                "address while a query runs. Download it, and set image_path."
+                f"the node {self.node_id!r} has no image file (image_url={self.image_url!r}). URLs are not fetched "
+                "during a query. Download it, and set image_path."
             )
         return model_image(Path(self.image_path), max_pixels=self.max_image_pixels)
 
     def missing_text(self) -> str:
-        """What the model is told where it cannot be shown the picture."""
+        """Return the text that the model reads in place of an unreadable image."""
         return f"(The picture {self.node_id} cannot be shown.)"
 
-    def _tokens(self, picture: ModelImage) -> int:
+    def _tokens(self, image: ModelImage) -> int:
         if self.image_tokens is not None:
             return self.image_tokens
-        tokens = math.ceil(picture.width / _TOKEN_SIDE) * math.ceil(picture.height / _TOKEN_SIDE)
-        return min(tokens + 2, _MOST_TOKENS)  # with what begins and ends an image
+        tokens = math.ceil(image.width / _TOKEN_SIDE) * math.ceil(image.height / _TOKEN_SIDE)
+        return min(tokens + 2, _MOST_TOKENS)  # with the tokens that begin and end an image
 
 
 class ReadablePictures(BaseNodePostprocessor):
-    """Makes nodes safe for engines that open `image_path` themselves: LlamaIndex's multimodal chat engines.
+    """A postprocessor for engines that open `image_path` themselves: LlamaIndex's multimodal chat engines.
 
-    Each image node names the file that its model is to be shown; one whose picture cannot be read becomes a text node
-    with its caption. Scores, ids and metadata stay. Also makes plain `ImageNode`s, as BM25 gives them, whole.
+    It sets `image_path` of each image node to the file that the model reads. A node with an unreadable image becomes a
+    text node with its caption. Scores, ids and metadata stay. Plain `ImageNode`s, such as those of BM25, are accepted.
+
+    max_image_pixels: limit of pixels for plain `ImageNode`s, default `MAX_IMAGE_PIXELS`, None for no limit.
     """
 
     max_image_pixels: int | None = MAX_IMAGE_PIXELS
 
     @classmethod
     def class_name(cls) -> str:
-        """Name in LlamaIndex's events."""
+        """Return the name for LlamaIndex's events."""
         return "GenretReadablePictures"
 
     def _postprocess_nodes(
@@ -179,16 +180,16 @@ class ReadablePictures(BaseNodePostprocessor):
             else GenretImageNode.of(node, max_image_pixels=self.max_image_pixels)
         )
         try:
-            picture = whole.model_image()
+            image = whole.model_image()
         except ImageError as error:
-            log.warning("the model is not shown the picture of %s: %s", node.node_id, error)
+            log.warning("the model does not get the image of %s: %s", node.node_id, error)
             fields = {name: getattr(node, name) for name in TextNode.model_fields}
             return TextNode(**{**fields, "text": "\n".join(filter(None, [node.text, whole.missing_text()]))})
-        return whole.model_copy(update={"image_path": str(picture.path), "image_mimetype": picture.mime, "image": None})
+        return whole.model_copy(update={"image_path": str(image.path), "image_mimetype": image.mime, "image": None})
 
 
 def node_of(record: Record) -> GenretImageNode:
-    """The node of an image of an index folder: `text` is its first caption, the source is the document of its id."""
+    """Return the node of a record. Its `text` is the first caption, and its source document has the image id."""
     own = {"image_id": record.image_id, "file_path": str(record.path), "content_sha256": record.sha256}
     return GenretImageNode(
         id_=record.image_id,
@@ -202,10 +203,10 @@ def node_of(record: Record) -> GenretImageNode:
 
 
 def still_passes(node: ImageNode, record: Record, filters: RecordFilters, keys: Collection[str]) -> bool:
-    """Whether a node that stands for a record passes the filters that the record has passed.
+    """Return whether the docstore node of a record passes the filters that the record has passed.
 
-    What its own metadata say of the index's `keys` counts; of what they do not say, the record's. It does not pass
-    where that cannot be decided.
+    For each of the `keys` of the index, the metadata of the node count, else those of the record. The result is False
+    if the filters do not apply to the values.
     """
     stored = {key: node.metadata[key] for key in keys if key in node.metadata}
     if all(value == record.metadata.get(key) for key, value in stored.items()):
@@ -219,12 +220,15 @@ def still_passes(node: ImageNode, record: Record, filters: RecordFilters, keys: 
 def hit_node(
     node: ImageNode, hit: dict[str, Any], *, llm_metadata_keys: Collection[str], max_image_pixels: int | None
 ) -> GenretImageNode:
-    """A copy of `node` with what is to be said of the hit in its metadata, and the type of the file as it is now.
+    """Return a copy of `node` with the facts of a hit in its metadata, and with the current type of its file.
 
-    A picture in memory becomes a file of this process: no log or event that shows the node holds it.
+    An image in memory becomes a file of this process, so that no log or event of the node contains it.
 
     Args:
-        llm_metadata_keys: what of the metadata the answering model is shown.
+        node: node of the recalled image.
+        hit: metadata that describe the hit.
+        llm_metadata_keys: metadata keys that the answering model reads.
+        max_image_pixels: limit of pixels, None for no limit.
     """
     fields = node.to_dict()
     metadata = {**fields["metadata"], **hit}
@@ -236,24 +240,24 @@ def hit_node(
         "max_image_pixels": max_image_pixels,
     }
     if node.image is not None:
-        fields |= {"image": None, **_file_of(GenretImageNode.of(node, max_image_pixels=max_image_pixels))}
+        fields |= {"image": None, **_image_file(GenretImageNode.of(node, max_image_pixels=max_image_pixels))}
     elif node.image_path is not None:
         fields["image_mimetype"] = _mime(node)
     return GenretImageNode.from_dict(fields)
 
 
-def _file_of(node: GenretImageNode) -> dict[str, str | None]:
+def _image_file(node: GenretImageNode) -> dict[str, str | None]:
     try:
-        picture = node.model_image()
+        image = node.model_image()
     except ImageError as error:
-        log.warning("the picture of %s cannot be read: %s", node.node_id, error)
+        log.warning("the image of %s cannot be read: %s", node.node_id, error)
         return {}
-    return {"image_path": str(picture.path), "image_mimetype": picture.mime}
+    return {"image_path": str(image.path), "image_mimetype": image.mime}
 
 
 def _mime(node: ImageNode) -> str | None:
     try:
         return sniff_mime(node.image_path or "")
     except ImageError as error:
-        log.warning("the picture of %s cannot be read: %s", node.node_id, error)
+        log.warning("the image of %s cannot be read: %s", node.node_id, error)
         return node.image_mimetype

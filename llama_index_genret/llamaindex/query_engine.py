@@ -1,4 +1,4 @@
-"""Recall, then look: LlamaIndex's own query engine, set up so that the recalled image reaches the model."""
+"""Set up LlamaIndex's query engine so that the recalled images reach the model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from llama_index_genret.llamaindex.nodes import MissingPictureBlock
 
 
 class LookAndAnswer(RichPromptTemplate):
-    """One message: what was recalled, then the question, in the form in which `genret train` teaches to answer.
+    """A prompt of one message: the recalled images, then the question, as in the training by `genret train`.
 
-    The blocks go on as they are: a template that renders them writes each picture into a text and parses it again, and
-    into every event.
+    The blocks are passed on unchanged. A template that renders them would write each image into a text, parse it again,
+    and put it into every event.
 
     Args:
-        show_text: whether the model reads captions and metadata too; else it is shown the pictures only, and told
-            where one is missing.
+        show_text: whether the model also reads captions and metadata. Default False: it reads only the images, and a
+            text in place of a missing one.
     """
 
     show_text: bool = False
@@ -33,7 +33,7 @@ class LookAndAnswer(RichPromptTemplate):
         self.show_text = show_text
 
     def format_messages(self, llm: BaseLLM | None = None, **kwargs: Any) -> list[ChatMessage]:
-        """See `BasePromptTemplate.format_messages`; nothing in a text is read as a template."""
+        """Return the message. Texts are not parsed as templates. See `BasePromptTemplate.format_messages`."""
         values = self._map_all_vars({**self.kwargs, **kwargs})
         shown = (ImageBlock, MissingPictureBlock, *([TextBlock] if self.show_text else []))
         blocks = [
@@ -44,23 +44,23 @@ class LookAndAnswer(RichPromptTemplate):
 
 QUESTION_AFTER_CONTEXT = PromptTemplate(
     "{context_str}{query_str}",
-    function_mappings={"context_str": lambda **given: f"{given['context_str']}\n\n" if given["context_str"] else ""},
+    function_mappings={"context_str": lambda **values: f"{values['context_str']}\n\n" if values["context_str"] else ""},
 )
-"""For LlamaIndex's multimodal chat engines, which put the pictures before it: texts if there are any, the question."""
+"""Prompt of LlamaIndex's multimodal chat engines, which put the images first: the texts, if any, then the question."""
 
 
 def image_query_engine(
     retriever: BaseRetriever, llm: LLM, *, show_text: bool | None = None, **kwargs: Any
 ) -> RetrieverQueryEngine:
-    """A stock `RetrieverQueryEngine(multimodal=True)`: sync, async and streaming.
+    """Return a stock `RetrieverQueryEngine(multimodal=True)`: sync, async and streaming.
 
     Args:
         retriever: a `GenerativeImageRetriever`, or one that fuses it with others.
         llm: `genret_llm(...)` for a server, `InProcessLLM(...)` for a model in this process, or any chat LLM.
-        show_text: whether the model reads captions and metadata beside the pictures; by default where the retriever
-            has `llm_metadata_keys`. Without, it has the pictures only, as in its training: a small model answers best
-            so, and nothing but the picture can give the answer away. A large chat LLM gains by the captions.
-        kwargs: further arguments of `RetrieverQueryEngine.from_args`; they win.
+        show_text: whether the model reads captions and metadata beside the images. Default: True if the retriever has
+            `llm_metadata_keys`. False gives the model only the images, as in its training: a small model answers best
+            so, and no text can reveal the answer. A large chat LLM benefits from captions.
+        kwargs: further arguments of `RetrieverQueryEngine.from_args`, which override ours.
     """
     shown = bool(getattr(retriever, "llm_metadata_keys", ())) if show_text is None else show_text
     options: dict[str, Any] = {"multimodal": True, "chat_content_qa_template": LookAndAnswer(show_text=shown), **kwargs}

@@ -1,6 +1,6 @@
 """`GenerativeImageRetriever`: a LlamaIndex retriever whose index is a model that has memorised the images.
 
-Knows LlamaIndex's contract and one `Scorer`; nothing of how it scores.
+Depends on LlamaIndex's retriever interface and one `Scorer`; independent of the kind of scorer.
 """
 
 from __future__ import annotations
@@ -43,37 +43,42 @@ RETRIEVAL_PROMPT, QUERY_TEMPLATE = "retrieval_prompt", "query_template"
 
 
 class GenerativeImageRetriever(BaseRetriever):
-    """Recalls images by generating their identifiers.
+    """A retriever that recalls images by generating their identifiers.
 
-    Every result is a `GenretImageNode` of a real image of the index, made fresh for each call: the mime type is read
-    from its file, `text` is its first caption, its id is the image id, and the metadata are the record's own, flat,
-    with `image_id`, `file_path`, `content_sha256`, `genret_identifier`, `genret_log_prob`, `genret_rank` and
-    `genret_exact`. An engine with `multimodal=True` shows its model the caption and the picture, and of the metadata
-    what `llm_metadata_keys` names; `image_query_engine` the picture only, which is what the model was trained on.
-    Scores lie in (0, 1]: probabilities, or where a prior or a re-ranking ranks them too what `search.Hit.score` says,
-    and `genret_ranked_by` then stands in the metadata.
+    Every result is a new `GenretImageNode` of a real image of the index. Its id is the image id, `text` is the first
+    caption, and the mime type is read from the file. Its flat metadata are those of the record, `image_id`,
+    `file_path`, `content_sha256`, `genret_identifier`, `genret_log_prob`, `genret_rank` and `genret_exact`.
 
-    `get_prompts` gives the `retrieval_prompt`, which is fixed because the model was trained with it, and the
-    `query_template` that `update_prompts` may replace: what stands in its blank for a text query.
+    The model of an engine with `multimodal=True` reads the caption, the image, and the metadata of `llm_metadata_keys`.
+    The model of `image_query_engine` reads only the image, as in its training.
+
+    Scores lie in (0, 1]. They are probabilities, unless a prior or a re-ranking changes the ranking: then
+    `search.Hit.score` defines them, and the metadata have `genret_ranked_by`.
+
+    `get_prompts` returns the `retrieval_prompt` and the `query_template`. The `retrieval_prompt` is fixed, because the
+    model was trained with it. `update_prompts` may replace the `query_template`, which fills its blank for text queries.
 
     Args:
-        index: from `load_index`.
-        scorer: a `TransformersScorer`, a `VllmScorer`, or your own.
-        similarity_top_k: results of a query; fewer come back only where fewer images pass the filters.
-        filters: metadata filters, nested ones included, applied inside the search. A copy is kept: set `filters` anew
-            to change them.
-        beam_width: beams kept after each step, 10 if not given.
-        normalise: which of the two scores; see `search.Normalise`.
-        mode, max_expansions: "beam", or "exact" with an optional limit; see `search.SearchOptions`. `genret_exact` in
-            the metadata says whether the result is exact.
-        scoring: how hits are ranked; see `store.Scoring`. None, and None in it: the value chosen by `genret tune`,
-            which holds for text queries only. `eta` needs `genret tune`; image queries are never re-ranked.
-        endpoint: recalls in one request what it can; the scorer does the rest. `from_server` sets it.
-        docstore: nodes of yours, found in it by image id, come back in place of those made from the records; an image
-            that it does not have comes back as its record has it, with a warning in the log. A node whose own metadata
-            do not pass the filters, though the record's do, is left out, with a warning.
-        image_ids: only these images are searched. None for all.
-        max_image_pixels: of a picture that a model is shown; see `GenretImageNode`.
+        index: index from `load_index`.
+        scorer: a `TransformersScorer`, a `VllmScorer`, or another scorer.
+        similarity_top_k: number of results. Fewer are returned only if fewer images pass the filters.
+        filters: metadata filters, also nested ones, applied inside the search. The retriever keeps a copy. Assign
+            `filters` to change them. Default none.
+        beam_width: beams kept after each step, default 10.
+        normalise: which of the two scores to use, see `search.Normalise`.
+        mode, max_expansions: "beam" (the default), or "exact" with an optional limit, see `search.SearchOptions`.
+            `genret_exact` in the metadata is true if the result is exact.
+        scoring: how hits are ranked, see `store.Scoring`. None, or a field that is None: the value chosen by
+            `genret tune`, for text queries only. `eta` needs `genret tune`. Image queries are never re-ranked.
+        endpoint: recall endpoint, which answers a query in one request. The scorer handles the queries that the
+            endpoint cannot answer. `from_server` sets it. Default none.
+        docstore: docstore whose nodes are returned in place of those made from the records, by image id. For an image
+            that it lacks, the node of the record is returned and a warning is logged. A node is left out with a
+            warning if its metadata do not pass the filters although those of the record do. Default none.
+        image_ids: the images to search, default None for all.
+        llm_metadata_keys: metadata keys that the answering model reads, default none.
+        max_image_pixels: limit of pixels of an image for a model, see `GenretImageNode`.
+
     Source: GRACE (arXiv:2402.10805).
     """
 
@@ -112,7 +117,7 @@ class GenerativeImageRetriever(BaseRetriever):
         self._check(index)
 
     def use(self, index: Index, scorer: Scorer, *, endpoint: RecallClient | None = None) -> None:
-        """Search another version of the index from now on; a query that runs ends on the one that it began with."""
+        """Search another version of the index from the next query on. A running query keeps its version."""
         with self._replacing:
             served = self._usable_endpoint(endpoint, self._source.image_ids)
             self._source = replace(self._source, index=index, scorer=scorer, endpoint=served)
@@ -122,10 +127,10 @@ class GenerativeImageRetriever(BaseRetriever):
 
     @property
     def filters(self) -> MetadataFilters | None:
-        """A copy of those that every result passes. Set, they hold from the next query on.
+        """A copy of the filters that every result passes. Assigned filters hold from the next query on.
 
         Raises:
-            FilterError: set to what cannot be applied; those before stay.
+            FilterError: the assigned filters do not apply to the index. The old ones stay.
         """
         return copy.deepcopy(self._filters)
 
@@ -137,20 +142,20 @@ class GenerativeImageRetriever(BaseRetriever):
             self._source, self._filters = source, copy.deepcopy(filters)
 
     def _check(self, index: Index) -> None:
-        """Refuse nonsense before the first query."""
+        """Raise an error for invalid options before the first query."""
         index.scoring(self._choice)
         _ = self._source.leaf_filter
-        named = self._source.image_ids or ()
-        unknown = [image_id for image_id in named if image_id not in index.rows_by_id]
+        image_ids = self._source.image_ids or ()
+        unknown = [image_id for image_id in image_ids if image_id not in index.rows_by_id]
         if unknown:
             raise UnknownImage(
-                f"{index.folder} has no image {unknown[0]!r} ({len(unknown)} of {len(named)} are "
-                "unknown). The ids of nodes are image ids: add the images to the index, or leave their nodes out."
+                f"{index.folder} has no image {unknown[0]!r} ({len(unknown)} of {len(image_ids)} are "
+                "unknown). The ids of nodes are image ids. Add the images to the index, or leave their nodes out."
             )
 
     @property
     def index(self) -> Index:
-        """The index that is searched."""
+        """The version of the index that the next query searches."""
         return self._source.index
 
     @property
@@ -161,10 +166,13 @@ class GenerativeImageRetriever(BaseRetriever):
     def from_index_dir(
         cls, index_dir: str | Path, *, model: str | None = None, device: str = "auto", **kwargs: Any
     ) -> GenerativeImageRetriever:
-        """With the index's own model, loaded into this process.
+        """Return a retriever with the model of the index in this process.
 
         Args:
-            model: another place of the same base model, if it has moved.
+            index_dir: index folder.
+            model: new place of the base model, if it has moved. Default: the place in the index.
+            device: torch device, default "auto".
+            kwargs: options of the retriever.
         """
         from llama_index_genret.scorers.transformers import TransformersScorer
         from llama_index_genret.store.model_loading import load_trained
@@ -183,21 +191,34 @@ class GenerativeImageRetriever(BaseRetriever):
         timeout_s: float = 60.0,
         **kwargs: Any,
     ) -> GenerativeImageRetriever:
-        """With a vLLM server that serves the index's exported model (`genret serve`). Needs no torch here.
+        """Return a retriever with a vLLM server that serves the model of the index (`genret serve`). Needs no torch.
 
-        A query is one request where the server has the recall endpoint and this version of the index, else one a step.
+        A query is one request if the server has the recall endpoint and this version of the index, else one per step.
+
+        Args:
+            index_dir: index folder.
+            api_base: URL of the server, http://HOST:PORT/v1.
+            model: served model name. Default: the model with the weights of the index. A name disables the endpoint.
+            api_key: key of the server.
+            timeout_s: seconds per request, default 60.
+            kwargs: options of the retriever.
         """
         index = load_index(Path(index_dir))
         scorer = VllmScorer(api_base, model=model, weights_id=index.weights_id, api_key=api_key, timeout_s=timeout_s)
-        endpoint = RecallClient(index, scorer.server) if model is None else None  # it recalls with its own model
+        endpoint = RecallClient(index, scorer.server) if model is None else None  # the endpoint has its own model
         return cls(index, scorer, endpoint=endpoint, **kwargs)
 
     @classmethod
     def from_llm(cls, llm: OpenAILike, index_dir: str | Path, **kwargs: Any) -> GenerativeImageRetriever:
-        """With the server that an `OpenAILike` talks to: its address, key, time-out and headers are taken.
+        """Return a retriever with the server of an `OpenAILike`, with its URL, key, timeout and headers.
 
-        A query is one request where the server has the recall endpoint and this version of the index. Else it is one a
-        step, of the model that has the weights of the index where `genret serve` names it, or of `llm.model`.
+        A query is one request if the server has the recall endpoint and this version of the index. Else it is one per
+        step, to the model of `genret serve` with the weights of the index, or to `llm.model`.
+
+        Args:
+            llm: LLM of the server.
+            index_dir: index folder.
+            kwargs: options of the retriever.
         """
         index = load_index(Path(index_dir))
         scorer = scorer_of_llm(llm, index)
@@ -207,20 +228,23 @@ class GenerativeImageRetriever(BaseRetriever):
     def from_nodes(
         cls, nodes: Sequence[ImageNode], index_dir: str | Path, *, api_base: str | None = None, **kwargs: Any
     ) -> GenerativeImageRetriever:
-        """Recalls these nodes and no others, with their texts, metadata and relationships, from an index of theirs.
+        """Return a retriever that recalls only these nodes, with their texts, metadata and relationships.
 
         Args:
-            nodes: their ids are image ids of the index.
-            api_base: as of `from_server`; None for the index's model in this process, as of `from_index_dir`.
+            nodes: nodes whose ids are image ids of the index.
+            index_dir: index folder.
+            api_base: URL for `from_server`. Default None: `from_index_dir`.
+            kwargs: options of the retriever.
+
         Raises:
-            UnknownImage: the index has no image of the id of a node.
+            UnknownImage: the index has no image with the id of a node.
         """
         docstore = SimpleDocumentStore()
         docstore.add_documents(nodes)
-        given = {"docstore": docstore, "image_ids": frozenset(node.node_id for node in nodes), **kwargs}
+        options = {"docstore": docstore, "image_ids": frozenset(node.node_id for node in nodes), **kwargs}
         if api_base is not None:
-            return cls.from_server(index_dir, api_base, **given)
-        return cls.from_index_dir(index_dir, **given)
+            return cls.from_server(index_dir, api_base, **options)
+        return cls.from_index_dir(index_dir, **options)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         source = self._source
@@ -244,7 +268,7 @@ class GenerativeImageRetriever(BaseRetriever):
             options = with_scoring(query.options, source.index, query.scoring)
             rerank = reranking(source.index, query.scoring)
             (ranking,) = await arecall(source.scorer, source.index.trie, [query.prompt], options, rerank=rerank)
-        return await asyncio.to_thread(self._nodes, source, ranking)  # it reads files, and the docstore
+        return await asyncio.to_thread(self._nodes, source, ranking)  # reads files and the docstore
 
     def _query(self, source: SearchScope, bundle: QueryBundle) -> RecallQuery:
         index, text = source.index, bundle.query_str
@@ -260,11 +284,11 @@ class GenerativeImageRetriever(BaseRetriever):
         return RecallQuery(text, prompt, options, source.filters, scoring)
 
     def candidate_nodes(self) -> list[ImageNode]:
-        """Every node that may come back: what a partner in a fusion is to be made from, where there are filters.
+        """Return every node that a query may return. With filters, build the other retrievers of a fusion from them.
 
             BM25Retriever.from_defaults(nodes=retriever.candidate_nodes(), similarity_top_k=3)
 
-        LlamaIndex's BM25 with `filters` of its own fills up its results with hidden nodes of score 0.
+        The `filters` of LlamaIndex's BM25 are no replacement: it pads its results with hidden nodes of score 0.
         """
         source = self._source
         mask = source.record_mask
@@ -283,7 +307,7 @@ class GenerativeImageRetriever(BaseRetriever):
         stored = self._docstore_nodes(ids)
         lost = [image_id for image_id in ids if self._docstore and image_id not in stored]
         if lost:
-            log.warning("the docstore has no image node of %s: made from the records of %s.", lost, index.folder)
+            log.warning("the docstore has no image nodes for %s. Using the records of %s.", lost, index.folder)
         hits = [hit for hit in ranking.hits if self._passes_filters(source, index.record_of(hit), stored)]
         return [
             NodeWithScore(node=self._node(index, hit, rank, ranking.exact, stored), score=hit.score)
@@ -297,7 +321,7 @@ class GenerativeImageRetriever(BaseRetriever):
             return True
         shown = still_passes(node, record, source.filters, source.index.columns.keys)
         if not shown:
-            log.warning("the docstore's node of %s does not pass the filters, and is left out.", record.image_id)
+            log.warning("left out the docstore node of %s: its metadata do not pass the filters.", record.image_id)
         return shown
 
     def _node(self, index: Index, hit: Hit, rank: int, exact: bool, stored: dict[str, ImageNode]) -> ImageNode:
@@ -325,22 +349,22 @@ class GenerativeImageRetriever(BaseRetriever):
     def _update_prompts(self, prompts_dict: dict[str, BasePromptTemplate]) -> None:
         if RETRIEVAL_PROMPT in prompts_dict:
             raise QueryError(
-                f"the model was trained with the {RETRIEVAL_PROMPT!r} as it is: with another it would not recall. "
-                f"Update {QUERY_TEMPLATE!r}, which stands in its blank, such as 'a photo of {{query_str}}'."
+                f"{RETRIEVAL_PROMPT!r} cannot be changed, because the model was trained with it. Update "
+                f"{QUERY_TEMPLATE!r}, which fills its blank, for example to 'a photo of {{query_str}}'."
             )
         template = prompts_dict.get(QUERY_TEMPLATE)
         if template is None:
             return
         if template.template_vars != ["query_str"]:
             raise QueryError(
-                f"{QUERY_TEMPLATE!r} has one blank, {{query_str}}; this one has {template.template_vars}: "
+                f"expected one blank, {{query_str}}, in {QUERY_TEMPLATE!r}, got {template.template_vars} in "
                 f"{template.get_template(llm=None)!r}."
             )
         self._template = template
 
 
 def scorer_of_llm(llm: OpenAILike, index: Index) -> VllmScorer:
-    """A scorer that asks the server of an LLM, see `GenerativeImageRetriever.from_llm`."""
+    """Return a scorer with the server of an LLM. See `GenerativeImageRetriever.from_llm`."""
     return VllmScorer(
         str(llm.api_base),
         model=None if llm.model.startswith(SERVED_NAME) else llm.model,
@@ -352,13 +376,13 @@ def scorer_of_llm(llm: OpenAILike, index: Index) -> VllmScorer:
 
 
 def _record_filters(filters: MetadataFilters) -> RecordFilters:
-    """LlamaIndex's filters as this package's, which read the same JSON.
+    """Convert LlamaIndex's filters to ours, which have the same JSON.
 
     Raises:
-        FilterError: they hold something that is none of LlamaIndex's operators or values.
+        FilterError: an operator or a value is not one of LlamaIndex's.
     """
     try:
-        # Not by pydantic's JSON, which makes nothing of NaN: it is refused here.
+        # pydantic's JSON turns NaN into null. json keeps NaN, so that validation refuses it.
         return RecordFilters.model_validate(json.loads(json.dumps(filters.model_dump())))
     except (ValidationError, ValueError, TypeError, AttributeError) as error:
         raise FilterError(f"the filters {filters!r} cannot be read: {error}") from error

@@ -57,13 +57,13 @@ class SearchScope:
         """Return an endpoint's ranking, whose images must pass the filters.
 
         Raises:
-            ServerError: one does not; the endpoint may know the filters of another version of this package, or none.
+            ServerError: a hit does not pass. The server may run another version of this package.
         """
         mask = self.record_mask
         for hit in () if ranking is None else ranking.hits:
             if mask is not None and not mask[hit.key]:
                 raise ServerError(
-                    f"the server's endpoint answered {self.index.record_of(hit).image_id!r}, which does not pass the "
-                    "filters. Nothing of its answer is used: is it `genret serve` of this version?"
+                    f"the recall endpoint returned {self.index.record_of(hit).image_id!r}, which does not pass the "
+                    "filters. Its response is not used. Run `genret serve` of the same version as this client."
                 )
         return ranking

@@ -1,7 +1,7 @@
-"""`RecallVerifier`: the model that recalled images checks them, and says when none of them is meant.
+"""`RecallVerifier`: the model that recalled images verifies them, and abstains if none fits the query.
 
-Knows LlamaIndex's postprocessors and our retriever; the evidence is asked for in `scorers.evidence`, and when it is
-too little is decided in `abstention`.
+Depends on LlamaIndex's postprocessors and our retriever. `scorers.evidence` computes the evidence, and
+`scorers.abstention` decides when to abstain.
 """
 
 from __future__ import annotations
@@ -27,31 +27,32 @@ dispatcher = get_dispatcher(__name__)
 
 
 class RecallVerifier(BaseNodePostprocessor):
-    """Ranks recalled images anew by log p(query | image), and gives none where the evidence for all is too little.
+    """A postprocessor that re-ranks recalled images by log p(query | image), and abstains without enough evidence.
 
         verifier = RecallVerifier(retriever).calibrated(known, unknown)
         engine = image_query_engine(retriever, llm, node_postprocessors=[verifier])
 
-    The model is asked once for all images of a query: how probable the query's words are after each image, less how
-    probable they are after some others; and how probable each identifier is over the whole vocabulary. Scores become
-    logistic(log-odds of the score + weight * (log p(query | image) - log p(query))), in (0, 1). The metadata of the
-    nodes, which are copies, get `genret_information` (that difference) and `genret_confidence`.
+    One batch scores all images of a query: the log-probability of the query after each image and after some reference
+    images, and the log-probability of each identifier over the whole vocabulary. Scores become logistic(log-odds of the
+    score + weight * (log p(query | image) - log p(query))), in (0, 1), with natural logs. The returned nodes are
+    copies. Their metadata get `genret_information` (that difference) and, with `abstention`, `genret_confidence`.
 
-    Nodes of other retrievers are verified too, where they are of images of the index: they name them by `image_id` in
-    the metadata, or by their own id.
+    Nodes of other retrievers are verified too, if their images are in the index. The image id is `image_id` in the
+    metadata, or the id of the node.
 
     Args:
-        retriever: whose index and model verify.
-        weight: of the evidence; 0 leaves the order alone, and 1 takes the model at its word, whose likelihoods are far
-            surer than they are right.
-        by: whether the model is told each image by its "identifier", which is cheap and works with any server, or
-            shown the "image" itself, which takes a model in this process.
-        references: how many images of the index stand for log p(query).
-        top_n: results kept; None for all.
-        abstention: when to give none; None for never. `calibrated` chooses it.
+        retriever: retriever whose index and model verify.
+        weight: weight of the evidence, default 0.1. 0 keeps the order. 1 trusts the likelihoods of the model fully,
+            which are overconfident.
+        by: input of the model. "identifier" (the default) is cheap and works with any server. "image" needs a model in
+            this process.
+        references: number of random images of the index that estimate log p(query), default 8.
+        top_n: number of results to keep, default None for all.
+        abstention: rule for when to return no image, default None for never. `calibrated` chooses it.
+
     Raises:
-        QueryError: on a query that is a picture, or without a query.
-        UnknownImage: on a node that is of no image of the index.
+        QueryError: the query is missing or is an image query.
+        UnknownImage: the image of a node is not in the index.
     """
 
     weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
@@ -67,7 +68,7 @@ class RecallVerifier(BaseNodePostprocessor):
 
     @classmethod
     def class_name(cls) -> str:
-        """Name in LlamaIndex's events."""
+        """Return the name for LlamaIndex's events."""
         return "genret_recall_verifier"
 
     def calibrated(
@@ -79,19 +80,23 @@ class RecallVerifier(BaseNodePostprocessor):
         retriever: BaseRetriever | None = None,
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> RecallVerifier:
-        """A copy that abstains so that at most a share `lost` of the known queries get no image.
+        """Return a copy with a calibrated `abstention`.
 
         Args:
-            known: queries about images of the index, which the model was not trained on.
-            unknown: queries about nothing in it. With them it is also learned what tells both kinds apart.
-            retriever: what recalls, if not that whose model verifies: a fusion of several, say.
+            known: queries about images of the index. The model was not trained on them.
+            unknown: queries about images that the index lacks. With them, the weights of the signals are fitted too.
+                Default none.
+            lost: share of the known queries that may get no image, in [0, 1), default 0.05.
+            retriever: retriever that recalls, for example a fusion. Default: the one whose model verifies.
+            progress: wrapper of iterables that draws a progress bar, default none.
+
         Raises:
             QueryError: there are no known queries, or `lost` is not in [0, 1).
         """
         source = retriever or self._retriever
         found = [[self._signals(source, query) for query in progress(list(kind))] for kind in (known, unknown)]
-        given, nothing = ([one for one in signals if one is not None] for signals in found)
-        return self.model_copy(update={"abstention": fit_abstention(given, nothing, lost=lost)})
+        of_known, of_unknown = ([one for one in signals if one is not None] for signals in found)
+        return self.model_copy(update={"abstention": fit_abstention(of_known, of_unknown, lost=lost)})
 
     def _signals(self, retriever: BaseRetriever, query: str) -> Signals | None:
         nodes = retriever.retrieve(query)
@@ -128,7 +133,7 @@ class RecallVerifier(BaseNodePostprocessor):
     def _inquiry(self, nodes: Sequence[NodeWithScore], query: QueryBundle | None) -> Inquiry:
         index = self._retriever.index
         if query is None or query.image_path:
-            raise QueryError("verification needs the text of the query: pass query_str, and no image_path.")
+            raise QueryError("verification needs a text query. Pass query_str, and no image_path.")
         rows = tuple(_row_of(node, index.rows_by_id) for node in nodes)
         drawn = np.random.default_rng(0).integers(0, len(index.records), self.references)
         references = tuple(sorted(set(drawn.tolist())))
@@ -146,12 +151,12 @@ class RecallVerifier(BaseNodePostprocessor):
         return kept
 
     def _add_evidence(self, found: NodeWithScore, information: float, confidence: float | None) -> NodeWithScore:
-        told = {"genret_information": information, **({} if confidence is None else {"genret_confidence": confidence})}
+        facts = {"genret_information": information, **({} if confidence is None else {"genret_confidence": confidence})}
         node = found.node
         changed = {
-            "metadata": {**node.metadata, **told},
-            "excluded_llm_metadata_keys": [*node.excluded_llm_metadata_keys, *told],
-            "excluded_embed_metadata_keys": [*node.excluded_embed_metadata_keys, *told],
+            "metadata": {**node.metadata, **facts},
+            "excluded_llm_metadata_keys": [*node.excluded_llm_metadata_keys, *facts],
+            "excluded_embed_metadata_keys": [*node.excluded_embed_metadata_keys, *facts],
         }
         score = logistic(log_odds(found.score) + (self.weight * information if self.weight else 0.0))
         return NodeWithScore(node=node.model_copy(update=changed), score=score)
@@ -161,7 +166,7 @@ def _row_of(found: NodeWithScore, rows_by_id: dict[str, int]) -> int:
     image_id = found.node.metadata.get("image_id", found.node.node_id)
     if image_id not in rows_by_id:
         raise UnknownImage(
-            f"a node of the image {image_id!r} is to be verified, but the index has none of that id: it was removed, "
-            "or the node comes from another corpus. Verify before nodes of other corpora are mixed in."
+            f"the index has no image {image_id!r} of a node to verify: it was removed, or the node comes from another "
+            "corpus. Verify before mixing in nodes of other corpora."
         )
     return rows_by_id[image_id]

@@ -1,7 +1,7 @@
-"""Which engines of LlamaIndex show the recalled pictures to the model: counted where they arrive, at a server.
+"""Engines of LlamaIndex send the recalled images to the model, as counted at the server.
 
-Each row asks one engine, and says what the model must have been shown: of every retrieval all its pictures at once, one
-request each, or none. What arrives is compared pixel by pixel with the files that were recalled, in their order.
+Each row runs one engine and defines the images that the model must receive per retrieval: all in one request, one per
+request, or none. The received images are compared pixel by pixel with the recalled files, in their order.
 """
 
 import asyncio
@@ -48,8 +48,8 @@ class Shape(BaseModel):
     shape: str
 
 
-class Watched(GenerativeImageRetriever):
-    """Notes what it recalled: lists of image paths."""
+class RecordingRetriever(GenerativeImageRetriever):
+    """A retriever that records its queries, and the lists of image paths that it recalled."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,12 +57,12 @@ class Watched(GenerativeImageRetriever):
         self.queries: list[str] = []
 
     def _retrieve(self, query_bundle):
-        return self.noted(query_bundle, super()._retrieve(query_bundle))
+        return self.record(query_bundle, super()._retrieve(query_bundle))
 
     async def _aretrieve(self, query_bundle):
-        return self.noted(query_bundle, await super()._aretrieve(query_bundle))
+        return self.record(query_bundle, await super()._aretrieve(query_bundle))
 
-    def noted(self, query_bundle, nodes):
+    def record(self, query_bundle, nodes):
         self.queries.append(query_bundle.query_str)
         self.recalled.append([node.node.image_path for node in nodes])
         return nodes
@@ -76,12 +76,12 @@ def server():
 
 @pytest.fixture
 def retriever(untrained_index):
-    return Watched(untrained_index, FakeScorer(untrained_index.tokenizer.vocab_size), similarity_top_k=3)
+    return RecordingRetriever(untrained_index, FakeScorer(untrained_index.tokenizer.vocab_size), similarity_top_k=3)
 
 
 @pytest.fixture
 def llm(server, monkeypatch):
-    """The settings' too: engines that ask no model still look for one there."""
+    """Return the LLM and set it in `Settings`, where even engines without a model look for one."""
     llm = genret_llm(server.api_base)
     monkeypatch.setattr(Settings, "_llm", llm)
     return llm
@@ -117,10 +117,12 @@ async def achat(engine):
 
 @dataclass(frozen=True)
 class Row:
-    """make: (retriever, llm) -> engine. ask, aask: put the question. shown: of the recalled paths those of each call.
+    """An engine with its expected requests.
 
-    script: what the server answers, see `OpenAIServer`. warned: whether the user is told that there is no picture.
-    in_order: else it sends its requests together, and they arrive in any order.
+    make: (retriever, llm) -> engine. ask, aask: functions that send the question, None if there is no such method.
+    shown: maps the recalled paths of each retrieval to the expected paths of each request.
+    script: responses of the server, see `OpenAIServer`. answer: expected answer, None for any.
+    warned: whether `PictureNotShown` is expected. in_order: False if the engine sends its requests concurrently.
     """
 
     make: Callable[[Any, Any], Any]
@@ -155,7 +157,7 @@ async def stream_of_chat(engine):
 
 
 def agent(make_tool):
-    """An agent whose model calls the tool, and then says what the tool has found."""
+    """Return a maker of an agent whose model calls the tool and then answers with its output."""
 
     def make(retriever, llm):
         caller = genret_llm(llm.api_base, is_function_calling_model=True)
@@ -255,7 +257,7 @@ ROWS = {
     ),
 }
 
-# What the README warns of.
+# README warns of these engines.
 TEXT_ONLY = {
     "RetrieverQueryEngine": Row(lambda r, llm: RetrieverQueryEngine.from_args(r, llm=llm)),
     "CitationQueryEngine": Row(lambda r, llm: CitationQueryEngine.from_args(None, retriever=r, llm=llm), warned=False),
@@ -281,7 +283,7 @@ def of_pixels(groups):
 @pytest.mark.parametrize("name", ROWS)
 def test_recalled_images_reach_the_model(server, retriever, llm, name, how):
     row = ROWS[name]
-    said = put(row, row.make(retriever, llm), server, how)
+    answer = put(row, row.make(retriever, llm), server, how)
     assert retriever.recalled
     assert all(len(paths) == 3 for paths in retriever.recalled)
     expected = row.shown(retriever.recalled)
@@ -289,25 +291,25 @@ def test_recalled_images_reach_the_model(server, retriever, llm, name, how):
     assert [len(pictures) for pictures in found if pictures or expected] == [len(paths) for paths in expected]
     arranged = list if row.in_order else sorted
     assert arranged(filter(None, found)) == arranged(of_pixels(filter(None, expected)))
-    assert row.answer is None or str(said) == row.answer
+    assert row.answer is None or str(answer) == row.answer
 
 
 def put(row, engine, server, how):
-    """The answer of an engine."""
+    """Send the question of a row to an engine and return the answer."""
     server.script = dict(row.script)
     if how != "async" and row.ask is None:
-        pytest.skip("it has no synchronous twin")
+        pytest.skip("the engine has no synchronous method")
 
-    async def asked():
+    async def send():
         return await row.aask(engine) if how == "async" else row.ask(engine)
 
-    return row.ask(engine) if how == "sync" else asyncio.run(asked())
+    return row.ask(engine) if how == "sync" else asyncio.run(send())
 
 
 @pytest.mark.parametrize("how", ["sync", "async"])
 @pytest.mark.parametrize("name", TEXT_ONLY)
 def test_text_only_engine_sends_no_image_and_warns(server, retriever, llm, name, how):
-    """All but that of citations, which reads the nodes as one does who prints them."""
+    """All but the citation engine warn. It reads the nodes with the same mode as a user who prints them."""
     row = TEXT_ONLY[name]
     with pytest.warns(ImageNotShown, match="image_query_engine") if row.warned else nullcontext():
         put(row, row.make(retriever, llm), server, how)
@@ -337,7 +339,7 @@ def test_warning_is_shown_once(untrained_index):
 
 
 def test_three_event_loops_send_each_request_once(server, retriever, llm):
-    """`OpenAILike` that keeps its client sends it twice in the second loop."""
+    """An `OpenAILike` that reuses its client sends it twice in the second loop."""
     engine = image_query_engine(retriever, llm)
     assert {str(asyncio.run(engine.aquery(QUESTION))) for _ in range(3)} == {ANSWER}
     assert len(server.chats) == 3
@@ -360,7 +362,7 @@ def test_agent_passes_the_model_query_to_the_retriever(server, retriever, llm):
 
 
 def test_citation_refers_to_its_image(server, retriever, llm):
-    """One source an image, although they are new nodes with new ids."""
+    """Each image is one source, although sources are new nodes with new ids."""
     response = query(ROWS["CitationQueryEngine(multimodal=True)"].make(retriever, llm))
     assert [node.metadata["file_path"] for node in response.source_nodes] == retriever.recalled[0]
     cited = [node.metadata["image_id"] for node in response.source_nodes]
@@ -372,7 +374,7 @@ def test_citation_refers_to_its_image(server, retriever, llm):
 @pytest.mark.parametrize("how", ["sync", "async"])
 @pytest.mark.parametrize("name", [name for name in ROWS if "MultiModal" in name])
 def test_chat_sends_no_empty_system_prompt(server, retriever, llm, name, how):
-    """The engine prepends one; a template would render it, or a default in its place, as training never did."""
+    """The engine prepends an empty one. A template would render it, or a default text, unlike in training."""
     put(ROWS[name], ROWS[name].make(retriever, llm), server, how)
     assert {message["role"] for chat in server.chats for message in chat["messages"]} == {"user"}
 

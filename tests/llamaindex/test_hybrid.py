@@ -1,4 +1,4 @@
-"""Fusion with text retrievers over the same nodes: a picture that several find is one hit."""
+"""Fusion with text retrievers over the same nodes returns an image that several of them find as one hit."""
 
 import asyncio
 import hashlib
@@ -22,7 +22,7 @@ N = 20
 
 
 class TrigramEmbedding(BaseEmbedding):
-    """How often each hash of three characters comes: a dense embedding that needs no model."""
+    """A dense embedding without a model: counts of hashed character trigrams."""
 
     def _get_text_embedding(self, text):
         vector = np.zeros(64)
@@ -78,7 +78,7 @@ def hashes(retriever):
 
 
 def test_bm25_and_dense_find_the_expected_image(bm25, dense):
-    """Else fusing them would show nothing."""
+    """Otherwise the fusion tests would prove nothing."""
     assert ids(bm25.retrieve(QUERY))[0] == ids(dense.retrieve(QUERY))[0] == "red-circle"
 
 
@@ -87,7 +87,7 @@ def test_bm25_and_dense_find_the_expected_image(bm25, dense):
 def test_image_found_by_both_retrievers_is_one_hit(request, generative, partner, mode):
     other = request.getfixturevalue(partner)
     fused = fusion([generative, other], mode)
-    assert hashes(other) <= hashes(generative)  # by which LlamaIndex merges; of equal ids it drops one, and its score
+    assert hashes(other) <= hashes(generative)  # LlamaIndex merges by hash
     for nodes in (fused.retrieve(QUERY), asyncio.run(fused.aretrieve(QUERY))):
         assert len(ids(nodes)) == len(set(ids(nodes))) == N
         assert all(node.score is not None for node in nodes)
@@ -110,7 +110,7 @@ def test_fusion_keeps_the_scores_of_the_next_query(generative, bm25):
 
 @pytest.mark.parametrize("how", ["sync", "async"])
 def test_images_of_a_fusion_reach_the_model(generative, bm25, dense, how):
-    """Those that only a partner found, too: they come as LlamaIndex's own image nodes."""
+    """Images that only a text retriever found arrive too, as LlamaIndex's own image nodes."""
     fused = fusion([generative, bm25, dense], FUSION_MODES.RECIPROCAL_RANK, top_k=3)
     with running(OpenAIServer()) as server:
         engine = image_query_engine(fused, genret_llm(server.api_base))

@@ -1,4 +1,4 @@
-"""The index in LlamaIndex's terms: documents in, edits, persistence, engines; a tiny model behind it."""
+"""`GenerativeImageIndex` with a tiny model: documents, edits, persistence and engines."""
 
 import base64
 import json
@@ -31,23 +31,23 @@ from llama_index_genret.training.options import TrainOptions
 from tests.conftest import draw_pictures
 
 
-class Watching(MockLLM):
-    """A chat model that keeps what it is asked."""
+class RecordingLLM(MockLLM):
+    """A chat model that records its messages."""
 
     @property
     def metadata(self):
         return LLMMetadata(is_chat_model=True, context_window=8192)
 
     def chat(self, messages, **kwargs):
-        asked.append(list(messages))
+        chats.append(list(messages))
         return super().chat(messages, **kwargs)
 
 
-asked = []
+chats = []
 
 
-def pictures():
-    return [sum(isinstance(block, ImageBlock) for m in messages for block in m.blocks) for messages in asked]
+def image_counts():
+    return [sum(isinstance(block, ImageBlock) for m in messages for block in m.blocks) for messages in chats]
 
 
 @pytest.fixture
@@ -57,11 +57,13 @@ def folder(tmp_path):
 
 @pytest.fixture
 def make(tmp_path, tiny_model_dir):
-    """An index over documents, recalled from a table."""
+    """Return a maker of an index over documents, with a `FakeScorer`."""
 
     def make(documents, storage_context=None, **options):
-        given = {"index_dir": tmp_path / "index", "model": str(tiny_model_dir), "device": "cpu", **options}
-        return GenerativeImageIndex.from_documents(documents, storage_context, **{"scorer": FakeScorer(1000), **given})
+        options = {"index_dir": tmp_path / "index", "model": str(tiny_model_dir), "device": "cpu", **options}
+        return GenerativeImageIndex.from_documents(
+            documents, storage_context, **{"scorer": FakeScorer(1000), **options}
+        )
 
     return make
 
@@ -72,7 +74,7 @@ def index(make, folder):
 
 
 def memory():
-    """LlamaIndex's default one leaves a connection to SQLite open."""
+    """Return a memory without SQLite: LlamaIndex's default one leaves a connection open."""
     return ChatMemoryBuffer.from_defaults()
 
 
@@ -122,11 +124,11 @@ def test_index_folder_is_complete_for_the_command_line(index, folder):
 
 
 def test_captions_are_lines_and_questions_are_hidden(tmp_path, make):
-    images = tmp_path / "asked"
+    images = tmp_path / "images"
     images.mkdir()
     another(images / "a.png")
-    asked = {"question": "Which color?", "answer": "orange"}
-    line = {"file_name": "a.png", "text": ["a dot", "a small dot"], "questions": [asked]}
+    question = {"question": "Which color?", "answer": "orange"}
+    line = {"file_name": "a.png", "text": ["a dot", "a small dot"], "questions": [question]}
     (images / "metadata.jsonl").write_text(json.dumps(line))
     index = make(load_images(images), scheme="numeric")
     (record,) = index.stored.records
@@ -151,10 +153,10 @@ def test_any_document_with_an_image_is_accepted(make, tmp_path):
         (lambda path: Document(id_="t", text="mojibake"), ImageError, "'t' has no image"),
         (lambda path: document(path, metadata={"tags": ["a", "b"]}), MetadataError, "'tags' of 'new' is a list"),
         (lambda path: Document(id_="t", image_resource={"path": path.parent / "gone.png"}), ImageError, "'t'.*missing"),
-        (lambda path: Document(id_="t", image_resource={"url": "http://127.0.0.1:9/a.png"}), ImageError, "address"),
+        (lambda path: Document(id_="t", image_resource={"url": "http://127.0.0.1:9/a.png"}), ImageError, "a URL"),
         (lambda path: TextNode(id_="t", text="x"), ImageError, "no document"),
     ],
-    ids=["no image", "nested metadata", "missing file", "address", "a text node"],
+    ids=["no image", "nested metadata", "missing file", "url", "a text node"],
 )
 def test_invalid_document_error_has_its_id(make, tmp_path, given, error, words):
     with pytest.raises(error, match=words):
@@ -201,7 +203,7 @@ def test_image_with_a_known_id_is_not_inserted(index, folder):
 
 
 def test_existing_retrievers_do_not_find_a_deleted_image(index, folder):
-    before, engine = everything(index), index.as_query_engine(llm=Watching(), similarity_top_k=100)
+    before, engine = everything(index), index.as_query_engine(llm=RecordingLLM(), similarity_top_k=100)
     index.delete_ref_doc("red-circle")
     index.delete_nodes(["blue-bar"], delete_from_docstore=True)
     assert found(before) == found(engine) == found(everything(index)) == set(index.stored.rows_by_id)
@@ -243,7 +245,7 @@ def test_replaced_file_is_detected_without_a_content_hash(make, tmp_path):
 
 
 def test_metadata_update_keeps_the_identifier(make, folder):
-    """By its scheme an image that joins gets the next number."""
+    """The scheme numeric would give a new image the next number."""
     index = make(load_images(folder), scheme="numeric")
     before = index.stored.identifiers[index.stored.rows_by_id["red-square"]]
     changed = next(d for d in load_images(folder) if d.id_ == "red-square")
@@ -313,38 +315,38 @@ def test_untrained_index_raises_not_trained(make, folder):
 
 
 def test_query_engine_sends_images_to_the_model(index):
-    asked.clear()
-    answer = index.as_query_engine(llm=Watching(), similarity_top_k=3).query("Which color?")
-    assert pictures() == [3]
+    chats.clear()
+    answer = index.as_query_engine(llm=RecordingLLM(), similarity_top_k=3).query("Which color?")
+    assert image_counts() == [3]
     assert len(answer.source_nodes) == 3
 
 
 @pytest.mark.parametrize("mode", [ChatMode.BEST, ChatMode.CONTEXT, ChatMode.CONDENSE_PLUS_CONTEXT])
 def test_chat_engine_sends_images_in_every_turn(index, mode):
-    asked.clear()
+    chats.clear()
     chat = index.as_chat_engine(
-        mode, llm=Watching(), memory=memory(), similarity_top_k=2, node_postprocessors=[SimilarityPostprocessor()]
+        mode, llm=RecordingLLM(), memory=memory(), similarity_top_k=2, node_postprocessors=[SimilarityPostprocessor()]
     )
     chat.chat("Which color?")
     chat.chat("And which shape?")
-    assert [n for n in pictures() if n] == [2, 2]
-    assert asked[0][-1].blocks[-1].text == "Which color?"
+    assert [n for n in image_counts() if n] == [2, 2]
+    assert chats[0][-1].blocks[-1].text == "Which color?"
 
 
 def test_chat_continues_without_a_missing_image(index, folder):
-    asked.clear()
+    chats.clear()
     gone = index.as_retriever(similarity_top_k=1).retrieve("Which color?")[0].node
     (folder / f"{gone.node_id}.png").unlink()
-    index.as_chat_engine(llm=Watching(), similarity_top_k=2, memory=memory()).chat("Which color?")
-    assert pictures() == [1]
-    assert asked[0][-1].blocks[-1].text == f"{gone.text}\n(The picture {gone.node_id} cannot be shown.)\n\nWhich color?"
+    index.as_chat_engine(llm=RecordingLLM(), similarity_top_k=2, memory=memory()).chat("Which color?")
+    assert image_counts() == [1]
+    assert chats[0][-1].blocks[-1].text == f"{gone.text}\n(The picture {gone.node_id} cannot be shown.)\n\nWhich color?"
 
 
 def test_condense_question_chat_uses_the_query_engine(index):
-    asked.clear()
-    chat = index.as_chat_engine(ChatMode.CONDENSE_QUESTION, llm=Watching(), similarity_top_k=2, memory=memory())
+    chats.clear()
+    chat = index.as_chat_engine(ChatMode.CONDENSE_QUESTION, llm=RecordingLLM(), similarity_top_k=2, memory=memory())
     chat.chat("Which color?")
-    assert pictures() == [2]
+    assert image_counts() == [2]
 
 
 def test_index_trains_recalls_answers_and_updates(make, folder, tmp_path):

@@ -1,4 +1,4 @@
-"""What a node of ours puts before a model: caption and picture, whatever file lies behind it."""
+"""`GenretImageNode` sends caption and image to a model, for any kind of image file."""
 
 import base64
 import json
@@ -88,9 +88,9 @@ def test_rotated_photograph_is_sent_upright(tmp_path):
     assert opened(image).size == (48, 64)
 
 
-@pytest.mark.parametrize(("size", "most", "shown"), [((400, 100), 10_000, (200, 50)), ((9000, 1), 100, (100, 1))])
-def test_large_image_is_scaled_down_in_proportion(tmp_path, size, most, shown):
-    (image,) = make(draw(tmp_path / "a.png", size=size), max_image_pixels=most).get_content_blocks()
+@pytest.mark.parametrize(("size", "limit", "shown"), [((400, 100), 10_000, (200, 50)), ((9000, 1), 100, (100, 1))])
+def test_large_image_is_scaled_down_in_proportion(tmp_path, size, limit, shown):
+    (image,) = make(draw(tmp_path / "a.png", size=size), max_image_pixels=limit).get_content_blocks()
     assert opened(image).size == shown
 
 
@@ -120,7 +120,7 @@ async def test_image_tokens_are_estimated_by_size_or_given(tmp_path):
 
 
 async def test_five_small_images_fit_into_a_small_context(tmp_path):
-    """Of LlamaIndex's own blocks, 2,125 tokens each, one request holds one."""
+    """LlamaIndex counts 2,125 tokens for its own block, so that only one fits into a request."""
     own = [ChatMessage(blocks=make(draw(tmp_path / f"{i}.png")).get_content_blocks()) for i in range(5)]
     stock = [
         ChatMessage(blocks=ImageNode(image_path=str(tmp_path / f"{i}.png")).get_content_blocks()) for i in range(5)
@@ -135,11 +135,11 @@ def broken(path):
     path.write_bytes(draw(path).read_bytes()[:70])
 
 
-def no_picture(path):
+def not_an_image(path):
     path.write_text("<html>404 Not Found</html>")
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, broken, no_picture], ids=["gone", "broken", "no picture"])
+@pytest.mark.parametrize("spoil", [Path.unlink, broken, not_an_image], ids=["gone", "broken", "not an image"])
 def test_unreadable_image_becomes_text_and_logs_a_warning(tmp_path, caplog, spoil):
     path = draw(tmp_path / "a.png")
     node = make(path)
@@ -178,8 +178,8 @@ async def test_missing_image_text_is_sent_without_show_text(tmp_path):
     (packed,) = await ChatMessage.amerge(messages, chunk_size=10_000)
     (shown,) = LookAndAnswer().format_messages(context_messages=[packed], query_str="Which color?")
     (read,) = LookAndAnswer(show_text=True).format_messages(context_messages=[packed], query_str="Which color?")
-    told = ["(The picture two cannot be shown.)"] * 2
-    assert [getattr(block, "text", "picture") for block in shown.blocks] == ["picture", *told, "Which color?"]
+    missing = ["(The picture two cannot be shown.)"] * 2
+    assert [getattr(block, "text", "picture") for block in shown.blocks] == ["picture", *missing, "Which color?"]
     assert [getattr(block, "text", "picture") for block in read.blocks].count("color: red\n\na red circle") == 3
 
 

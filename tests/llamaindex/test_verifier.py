@@ -1,4 +1,4 @@
-"""`RecallVerifier`: scores against sums of log-probabilities, in a process and over HTTP; and abstention."""
+"""`RecallVerifier` matches sums of log-probabilities, in this process and over HTTP, and abstains."""
 
 import asyncio
 import math
@@ -44,14 +44,14 @@ def by_id(nodes):
 
 
 def references(verifier, index, shown):
-    """Rows drawn for log p(query), without those of the images shown."""
+    """Return the rows drawn for log p(query), without the images to verify."""
     drawn = np.random.default_rng(0).integers(0, len(index.records), verifier.references)
     return sorted(set(drawn.tolist()) - {index.rows_by_id[image_id] for image_id in shown})
 
 
 @pytest.mark.parametrize("by", ["identifier", "image"])
 def test_scores_add_weighted_information_to_log_odds(retriever, trained_index, trained_mllm, by):
-    """Against one plain forward pass for each image."""
+    """The scores equal those of one plain forward pass per image."""
     verifier = RecallVerifier(retriever, by=by, weight=0.5, references=5)
     nodes = retriever.retrieve(QUERY)
     words, tokenizer, prompts = (
@@ -73,10 +73,10 @@ def test_scores_add_weighted_information_to_log_odds(retriever, trained_index, t
     found = verifier.postprocess_nodes(nodes, query_str=QUERY)
     for node in nodes:
         information = log_p(trained_index.rows_by_id[node.node.node_id]) - background
-        told = by_id(found)[node.node.node_id]
-        assert told.node.metadata["genret_information"] == pytest.approx(information, abs=4e-3)
+        verified = by_id(found)[node.node.node_id]
+        assert verified.node.metadata["genret_information"] == pytest.approx(information, abs=4e-3)
         odds = node.score / (1 - node.score) * math.exp(0.5 * information)
-        assert told.score == pytest.approx(odds / (1 + odds), rel=4e-3)
+        assert verified.score == pytest.approx(odds / (1 + odds), rel=4e-3)
     assert [n.score for n in found] == sorted((n.score for n in found), reverse=True)
     assert len(found) == len(nodes)
 
@@ -88,11 +88,11 @@ def test_signals_match_their_definitions(retriever, trained_index, trained_mllm)
     odds = [math.log(p / (1 - p)) for p in scores]
     prompt = trained_index.prompts.for_query(trained_index.tokenizer, QUERY)
     rows = [trained_index.rows_by_id[node.node.node_id] for node in nodes]
-    asked = [Continuation(Prompt(prompt.token_ids), trained_index.token_ids(row)) for row in rows]
-    named = np.logaddexp.reduce([plain_log_likelihood(trained_mllm, one) for one in asked])
-    told = RecallVerifier(retriever).postprocess_nodes(nodes, query_str=QUERY)
-    information = max(node.node.metadata["genret_information"] for node in told) / len(prompt.words)
-    assert signals == pytest.approx((odds[0], odds[0] - odds[1], information, named), abs=4e-3)
+    continuations = [Continuation(Prompt(prompt.token_ids), trained_index.token_ids(row)) for row in rows]
+    identifiers = np.logaddexp.reduce([plain_log_likelihood(trained_mllm, one) for one in continuations])
+    verified = RecallVerifier(retriever).postprocess_nodes(nodes, query_str=QUERY)
+    information = max(node.node.metadata["genret_information"] for node in verified) / len(prompt.words)
+    assert signals == pytest.approx((odds[0], odds[0] - odds[1], information, identifiers), abs=4e-3)
 
 
 def test_async_verifies_the_same_in_three_event_loops(retriever):
@@ -106,7 +106,7 @@ def test_async_verifies_the_same_in_three_event_loops(retriever):
 
 
 async def test_server_verifies_like_its_fake_scorer(server, trained_index, monkeypatch):  # noqa: F811
-    """One request for all names, and one for all likelihoods."""
+    """The verifier sends one request for all identifiers, and one for all likelihoods."""
     prompt = trained_index.prompts.for_query(trained_index.tokenizer, QUERY)
     monkeypatch.setattr("tests.scorers.test_vllm_http.PROMPTS", [Prompt(prompt.token_ids)])
     server.table = FakeScorer(trained_index.tokenizer.vocab_size)
@@ -117,8 +117,8 @@ async def test_server_verifies_like_its_fake_scorer(server, trained_index, monke
     again = await remote.apostprocess_nodes(nodes, QueryBundle(QUERY))
     assert [node.node.metadata for node in again] == [node.node.metadata for node in once]
     others = references(remote, trained_index, by_id(nodes))
-    told = [len(request["prompt"]) for request in server.requests if "prompt_logprobs" in request]
-    assert told == [len(nodes) + len(others)] * 2
+    batch_sizes = [len(request["prompt"]) for request in server.requests if "prompt_logprobs" in request]
+    assert batch_sizes == [len(nodes) + len(others)] * 2
     assert len(server.requests) == 4
     words = tuple(trained_index.tokenizer.encode_text(QUERY))
 
@@ -170,7 +170,7 @@ def test_verifier_keeps_its_input_nodes_unchanged(fake):
     assert first.node.get_metadata_str(MetadataMode.LLM) == nodes[0].node.get_metadata_str(MetadataMode.LLM)
 
 
-@pytest.mark.filterwarnings("ignore::llama_index_genret.errors.ImageNotShown")  # no answer is looked at
+@pytest.mark.filterwarnings("ignore::llama_index_genret.errors.ImageNotShown")  # no answer is checked
 def test_verifier_works_in_a_query_engine_sync_and_async(fake):
     def engine(abstention):
         verifier = RecallVerifier(fake, abstention=abstention)
@@ -228,15 +228,15 @@ def test_verifier_is_a_llama_index_postprocessor(fake):
 
 
 def test_verifier_opens_one_session(fake, monkeypatch):
-    asked = []
+    sessions = []
     original = fake._scorer.session
 
     def session(self, prompts, normalise):
-        asked.append(normalise)
+        sessions.append(normalise)
         return original(prompts, normalise)
 
     monkeypatch.setattr(FakeScorer, "session", session)
     nodes = fake.retrieve(QUERY)
-    asked.clear()
+    sessions.clear()
     RecallVerifier(fake).postprocess_nodes(nodes, query_str=QUERY)
-    assert asked == [Normalise.VOCABULARY]
+    assert sessions == [Normalise.VOCABULARY]
