@@ -237,7 +237,7 @@ def main_color(artwork: Image.Image) -> str:
 
 
 def overlaps(word: str, text: str) -> bool:
-    """Return True if a part of `word` is in a part of `text`. "taxicab" matches "taxi", "bike" does not match "bicycle"."""
+    """Return True if `text` has a part of `word` in it. "taxicab" matches "taxi", "bike" not "bicycle"."""
     parts, known = re.findall(r"[a-z]+", word.lower()), re.findall(r"[a-z]+", text.lower())
     return any(part in other or (len(other) > 2 and other in part) for part in parts for other in known)
 

@@ -1,6 +1,6 @@
-"""Tries a model by hand in headless Chromium: `genret browse` in a process of its own, as a phone and as a desktop.
+"""Tests of `genret browse` in headless Chromium, as a phone and as a desktop.
 
-GENRET_SCREENSHOTS=FOLDER keeps what the browser painted, to be looked at.
+GENRET_SCREENSHOTS=FOLDER keeps screenshots.
 """
 
 import json
@@ -31,7 +31,7 @@ LIMIT_MS = 60_000
 
 @dataclass
 class Visit:
-    """A loaded page, and what the browser complained of or asked for on the way."""
+    """A loaded page, and the browser's errors and requests."""
 
     page: Page
     name: str
@@ -39,10 +39,10 @@ class Visit:
     requests: list[str] = field(default_factory=list)
 
     def looked_at(self, what: str) -> None:
-        """Nothing is broken or too wide; a screenshot, if they are wanted."""
+        """Check that nothing is broken or too wide, and take a screenshot if wanted."""
         self.page.wait_for_function(LOADED)
         assert self.page.evaluate(BROKEN) == []
-        assert self.page.locator(".absent").count() == 0  # what the page puts in the place of a broken image
+        assert self.page.locator(".absent").count() == 0  # the page's replacement for a broken image
         assert self.page.evaluate(TOO_WIDE) == []
         if folder := os.environ.get("GENRET_SCREENSHOTS"):
             self.page.screenshot(path=Path(folder) / f"browse-{what}-{self.name}.png", full_page=True)
@@ -50,7 +50,7 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def address(trained_index) -> Iterator[str]:
-    """Of the page, from the command itself."""
+    """Return the address of the page, from the command's output."""
     command = [*GENRET, "browse", str(trained_index.folder), "--port", "0", "--device", "cpu", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
@@ -88,7 +88,7 @@ def recall(page: Page, text: str) -> None:
 
 
 def test_page_recalls_filters_and_answers(visit):
-    """One user's visit; the colors of the page follow the system's."""
+    """Run the steps of one user. The colors of the page follow the system's."""
     page, hits = visit.page, visit.page.locator("#hits .hit")
     background = brightness(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert (background < 80) == visit.name.endswith("dark")
@@ -133,7 +133,7 @@ def test_page_recalls_filters_and_answers(visit):
 
 
 def test_invalid_query_is_shown_as_an_error_on_the_page(visit):
-    """The browser notes the refusal in its console, and nothing else."""
+    """The browser logs the refusal in its console, and nothing else."""
     recall(visit.page, "   ")
     expect(visit.page.get_by_role("alert")).to_contain_text("the query is empty")
     assert len(visit.complaints) == 1

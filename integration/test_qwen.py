@@ -1,7 +1,7 @@
-"""The Qwen-VL models that users bring, tiny and random: indexed, trained, recalled, exported, served, asked.
+"""Tests of the Qwen-VL models, tiny and random: index, train, recall, export, serve, answer.
 
-Their processor and vLLM's code for them need torchvision. It lies in a folder of its own, which only the processes
-started here see.
+Their processor and vLLM's code for them need torchvision. It is in a folder of its own, which only the processes
+started here can import.
 """
 
 import json
@@ -32,17 +32,17 @@ OPERATORS = Path(__file__).parent / "torchvision_ops"
 
 @pytest.fixture(scope="module")
 def environment():
-    """For processes that import torchvision."""
+    """Environment for processes that import torchvision."""
     if not TORCHVISION.is_dir():
         pytest.fail(f"no {TORCHVISION}; install it with `make {Path(sys.prefix).name}/.qwen`")
     paths = [str(OPERATORS), str(TORCHVISION), os.environ.get("PYTHONPATH", "")]
-    # A second thread only slows down what is this small.
+    # A second thread only slows down so small a model.
     return {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Ten pictures of two shapes and three sizes."""
+    """Draw ten images of two shapes and three sizes."""
     folder = draw_pictures(tmp_path_factory.mktemp("pictures") / "images")
     lines = (folder / "metadata.jsonl").read_text().splitlines()[::2]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
@@ -51,7 +51,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def qwen(request, pictures, environment, tmp_path_factory):
-    """An index trained by the command line, what its model finds and says in process, and a server of it."""
+    """Train an index by the command line. Yields it with its results in process, and a server of it."""
     folder = tmp_path_factory.mktemp(request.param)
     model, out = save_tiny_qwen(folder / "model", request.param), folder / "shapes"
     env = os.environ | environment
@@ -79,7 +79,7 @@ def qwen(request, pictures, environment, tmp_path_factory):
 
 
 def assert_same_ranking(found, expected):
-    """The same images, with log-probabilities within a thousandth, in an order that these allow."""
+    """Check for the same images, with log-probabilities within a thousandth, in an order that these allow."""
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([found[name] for name in expected], list(expected.values()), atol=1e-3)
 

@@ -1,4 +1,4 @@
-"""The answers of a server to the clients of this package: the first byte selects the request, the others are the answer.
+"""The answers of a server to the clients of this package: the first byte selects the request, the rest is the answer.
 
 For any answer the client raises an error of this package, or returns results that could be true.
 """

@@ -118,7 +118,7 @@ def _of_length_one(rows: Scores) -> Scores:
 
 
 def _package_folder(name: str) -> Path:
-    """Return the folder of an installed package, without importing it: it would import packages that are not needed here."""
+    """Return the folder of an installed package without importing it, since its imports are not needed here."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise ImportError(f"{name} is not installed: `make recall` installs it.")

@@ -4,7 +4,7 @@
 
 Every index was made of one whole corpus of `integration.recall.corpora` and trained. The table detects which, and uses
 text or image queries as in its training. Each of its test queries counts, and a refused one is a miss. Ties count
-against a peer. A row has recall@1/5/10 and MRR with 95 % bootstrap intervals over the images of the queries. It also has
+against a peer. A row has recall@1/5/10 and MRR with 95 % bootstrap intervals over the images of the queries. It has
 the lead of the index over each peer, query by query. The validation queries choose the mixture of the hybrid.
 """
 

@@ -148,7 +148,7 @@ def _best_weight(index: Index, found: Sequence[Verified]) -> float:
 
 
 def abstention_figures(report: Report, known: Sequence[Verified], unknown: Mapping[str, Sequence[Verified]]) -> None:
-    """Print AUROC of each signal and of fitted ones, and the wrong abstentions and wrong answers at their thresholds."""
+    """Print AUROC of each signal and of fitted ones, and wrong abstentions and answers at their thresholds."""
     kinds = {"known": known, **unknown}
     report.section("Abstention: " + ", ".join(f"{len(found)} {kind}" for kind, found in kinds.items()))
     for name, signals in CHOICES.items():

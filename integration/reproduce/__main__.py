@@ -34,7 +34,7 @@ STEPS = ("index", "train", "recall")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run it. Errors of ours end it with one line and exit code 1."""
+    """Run the command line. Errors of this package end it with one line and exit code 1."""
     args = _parser().parse_args(arguments)
     try:
         reproduce(args)
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def reproduce(args: argparse.Namespace) -> list[Measured]:
-    """All steps that are not done yet, and the table; the rows in its order."""
+    """Run all steps that are not done yet, and write the table. Returns the rows in its order."""
     schemes = _chosen("--schemes", args.schemes, SCHEMES)
     protocols = _chosen("--protocols", args.protocols, PROTOCOLS)
     train_options = _train_options(args.train_option)
@@ -103,7 +103,7 @@ def reproduce(args: argparse.Namespace) -> list[Measured]:
 
 
 def _pseudo_queries(args: argparse.Namespace, dataset: Karpathy, sha256: dict[str, str], device: str) -> PseudoQueries:
-    """Those of a file, or those that the model itself writes, or none."""
+    """Return the pseudo-queries of a file, or those that the model itself writes, or none."""
     path = args.pseudo_queries
     if args.write_queries:
         images = args.images.resolve()
@@ -139,7 +139,7 @@ def _report(
 
 
 def _checked(path: Path, dataset: Karpathy, images: Path) -> dict[str, str]:
-    """The sha256 of every image; the files are decoded once, in the first run."""
+    """Return the sha256 of every image. The files are decoded once, in the first run."""
     if not path.exists():
         found = checked_files(dataset.images, images, progress=bar("Reading images"))
         write_whole(path, "".join(json.dumps(pair) + "\n" for pair in found))
@@ -147,10 +147,10 @@ def _checked(path: Path, dataset: Karpathy, images: Path) -> dict[str, str]:
 
 
 def _check_settings(args: argparse.Namespace, options: TrainOptions, scheme_options: dict[str, Any]) -> None:
-    """A folder holds one experiment: its steps would be wrong for another.
+    """Check that the folder belongs to this experiment. Its steps would be wrong for another.
 
     Raises:
-        CorpusError: OUT is of another; names what differs.
+        CorpusError: OUT is of another experiment. The message lists the differences.
     """
     settings = {
         "dataset": args.dataset,
@@ -180,7 +180,7 @@ def _sha256(path: Path) -> str:
 
 
 def _train_options(given: Sequence[str]) -> TrainOptions:
-    """name=value, the value in JSON or a text, of whatever options this version's recipe has."""
+    """Parse name=value, with the value in JSON or a text, for any option of the recipe of this version."""
     known = [field.name for field in dataclasses.fields(TrainOptions)]
     options = dict(_parsed("--train-option", text) for text in given)
     if unknown := sorted(options.keys() - set(known)):
@@ -189,7 +189,7 @@ def _train_options(given: Sequence[str]) -> TrainOptions:
 
 
 def _scheme_options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """SCHEME.name=value."""
+    """Parse SCHEME.name=value."""
     options: dict[str, dict[str, Any]] = {}
     for text in given:
         name, value = _parsed("--scheme-option", text)
@@ -218,7 +218,7 @@ def _chosen(flag: str, given: str, known: Sequence[Any]) -> list[Any]:
 
 
 def _device() -> str:
-    """Of one process of several, which `accelerate launch` starts, its own GPU."""
+    """Return the GPU of this process, if it is one of several started by `accelerate launch`."""
     import torch
 
     rank = os.environ.get("LOCAL_RANK")
