@@ -29,10 +29,10 @@ def measured(memory: ImageMemory, limit: int | None = None) -> dict[str, dict[st
     """Return, for each way and each question, 1 for every right answer and 0 for every wrong one."""
     index = memory.index
     every = [(record, q) for record in index.records for q in record.questions]
-    asked = random.Random(0).sample(every, min(limit or len(every), len(every)))
+    sample = random.Random(0).sample(every, min(limit or len(every), len(every)))
     usual = usual_answers(index)
     right: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in WAYS}
-    for record, q in tqdm(asked, file=sys.stderr, desc="Asking"):
+    for record, q in tqdm(sample, file=sys.stderr, desc="Asking"):
         said = memory.answer_from_memory(record.image_id, q.question)
         answers = (said.from_memory, said.from_image or "", usual[q.question])
         for way, answer in zip(WAYS, answers, strict=True):

@@ -60,7 +60,7 @@ def list_licences(python: Path, out: Path) -> None:
     listed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     wrong = {one["Name"]: one["License"] for one in listed if not is_compatible(one["License"])}
     if wrong:
-        raise IncompatibleLicence(f"not compatible with Apache-2.0, or not told: {wrong}.")
+        raise IncompatibleLicence(f"not compatible with Apache-2.0, or without a licence: {wrong}.")
 
 
 def write_bill_of_materials(python: Path, out: Path, *options: str) -> None:

@@ -45,8 +45,8 @@ def wait_until(holds, timeout_s=60):
 @pytest.fixture(scope="module")
 def queries(trained_index, tmp_path_factory):
     """Make enough queries that a run takes seconds. One of 61 ended before it could be killed."""
-    asked = ("{}", "where is a {}?", "{} ?", *(f"{number} of {{}}" for number in range(2, 20)))
-    texts = [text.format(record.captions[0]) for text in asked for record in trained_index.records]
+    templates = ("{}", "where is a {}?", "{} ?", *(f"{number} of {{}}" for number in range(2, 20)))
+    texts = [text.format(record.captions[0]) for text in templates for record in trained_index.records]
     path = tmp_path_factory.mktemp("batch") / "queries.jsonl"
     path.write_text("".join(json.dumps({"query": text}) + "\n" for text in [*texts, " "]))
     return path

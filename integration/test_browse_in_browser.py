@@ -38,7 +38,7 @@ class Visit:
     complaints: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
-    def looked_at(self, what: str) -> None:
+    def check_page(self, what: str) -> None:
         """Check that nothing is broken or too wide, and take a screenshot if wanted."""
         self.page.wait_for_function(LOADED)
         assert self.page.evaluate(BROKEN) == []
@@ -72,7 +72,7 @@ def visit(request, browser, address) -> Iterator[Visit]:
     visit = Visit(context.new_page(), f"{width}-{scheme}")
     visit.page.on("console", lambda message: visit.complaints.append(f"{message.type}: {message.text}"))
     visit.page.on("pageerror", lambda error: visit.complaints.append(str(error)))
-    visit.page.on("request", lambda asked: visit.requests.append(asked.url))
+    visit.page.on("request", lambda request: visit.requests.append(request.url))
     visit.page.goto(address)
     expect(visit.page.get_by_label("color", exact=True)).to_be_visible(timeout=LIMIT_MS)
     yield visit
@@ -98,7 +98,7 @@ def test_page_recalls_filters_and_answers(visit):
     expect(hits.first).to_have_attribute("aria-pressed", "true")
     symbols = page.locator(".level .chosen .symbol").all_text_contents()
     assert "".join(symbols).replace("(end)", "") == page.locator("#identifier").text_content()
-    visit.looked_at("query")
+    visit.check_page("query")
 
     hits.nth(3).click()
     expect(hits.nth(3)).to_have_attribute("aria-pressed", "true")
@@ -110,7 +110,7 @@ def test_page_recalls_filters_and_answers(visit):
     expect(hits).to_have_count(4)
     assert all(text.startswith("green") for text in page.locator(".hit .caption").all_text_contents())
     expect(page.locator(".level li.out").first).to_be_visible()
-    visit.looked_at("filter")
+    visit.check_page("filter")
 
     page.get_by_label("color", exact=True).select_option("any")
     page.get_by_label("Query or question").fill("")
@@ -120,7 +120,7 @@ def test_page_recalls_filters_and_answers(visit):
     expect(page.locator("#picture")).to_be_visible()
     expect(hits).to_have_count(8)
     assert page.locator(".level").count() > 0
-    visit.looked_at("picture")
+    visit.check_page("picture")
 
     page.get_by_role("button", name="Remove the image").click()
     page.get_by_label("answer from").fill("2")
@@ -129,7 +129,7 @@ def test_page_recalls_filters_and_answers(visit):
     expect(page.locator("#answer")).to_be_visible()
     expect(hits).to_have_count(2)
     expect(page.locator("#question")).to_have_text("What is it?")
-    visit.looked_at("question")
+    visit.check_page("question")
 
 
 def test_invalid_query_is_shown_as_an_error_on_the_page(visit):

@@ -115,15 +115,15 @@ def test_prior_and_reranking_rank_as_in_process(client, endpoint, served_index, 
     """Tuned values are used while the server runs, from its next request on."""
     index, _ = tune(served_index, local_scorer)
     index = store_tuning(index, index.log_prior, TunedScoring(scoring=Scoring(eta=0.8), queries=1))
-    for asked, scoring in SCORINGS:
-        posted = client.post("/v1/recall", json={"queries": TEXTS, "k": 4, "scoring": asked})
+    for request, scoring in SCORINGS:
+        posted = client.post("/v1/recall", json={"queries": TEXTS, "k": 4, "scoring": request})
         assert posted.status_code == 200, posted.text
         answer = posted.json()
         assert answer["scoring"] == asdict(scoring)
         retriever = GenerativeImageRetriever.from_server(
-            index.folder, f"{endpoint}/v1", api_key=KEY, similarity_top_k=4, scoring=ScoringChoice(**asked)
+            index.folder, f"{endpoint}/v1", api_key=KEY, similarity_top_k=4, scoring=ScoringChoice(**request)
         )
-        stock = GenerativeImageRetriever(index, retriever._scorer, similarity_top_k=4, scoring=ScoringChoice(**asked))
+        stock = GenerativeImageRetriever(index, retriever._scorer, similarity_top_k=4, scoring=ScoringChoice(**request))
         for text, result in zip(TEXTS, answer["results"], strict=True):
             prompt = index.prompts.for_query(index.tokenizer, text)
             options, rerank = with_scoring(SearchOptions(k=4), index, scoring), reranking(index, scoring)
@@ -162,19 +162,19 @@ def test_server_applies_the_filter_to_every_query(client, served_index):
         filters = MetadataFilters(filters=[condition(2)])
         passing = evaluate_with_llama_index(filters, [dict(record.metadata) for record in served_index.records])
         allowed = {record.image_id for record, passes in zip(served_index.records, passing, strict=True) if passes}
-        asked = {
+        request = {
             "query": random_.choice(TEXTS),
             "k": random_.randrange(1, 30),
             "mode": random_.choice(["beam", "exact"]),
             "filters": filters.model_dump(mode="json"),
         }
-        (result,) = client.post("/v1/recall", json=asked).raise_for_status().json()["results"]
+        (result,) = client.post("/v1/recall", json=request).raise_for_status().json()["results"]
         assert {hit["image_id"] for hit in result["hits"]} <= allowed
-        assert len(result["hits"]) == min(asked["k"], len(allowed))
+        assert len(result["hits"]) == min(request["k"], len(allowed))
         sizes.add(len(allowed))
     assert len(sizes) > 5
-    asked = {"query": "red", "filters": {"color": "red", "shape": ["bar", "frame"]}}
-    (result,) = client.post("/v1/recall", json=asked).json()["results"]
+    request = {"query": "red", "filters": {"color": "red", "shape": ["bar", "frame"]}}
+    (result,) = client.post("/v1/recall", json=request).json()["results"]
     assert {hit["image_id"] for hit in result["hits"]} == {"red-bar", "red-frame"}
 
 

@@ -100,9 +100,9 @@ IMAGES = ["http://{}/x.png", "https://{}/x.png", "file:///etc/passwd", "FILE:///
 async def test_image_addresses_and_files_are_never_fetched(app_of, image):
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         listening.settimeout(0.05)
-        asked = image.format(f"127.0.0.1:{listening.getsockname()[1]}")
+        image_url = image.format(f"127.0.0.1:{listening.getsockname()[1]}")
         async with client_of(app_of()) as client:
-            answer = await client.post("/v1/recall", json={"image": asked})
+            answer = await client.post("/v1/recall", json={"image": image_url})
         assert answer.status_code == 400
         assert "root:" not in answer.text
         with pytest.raises(TimeoutError):
@@ -127,8 +127,8 @@ async def test_tenants_are_isolated_and_invalid_filters_refused(app_of, untraine
 
         async def ask(number):
             color = colors[number % len(colors)]
-            asked = {**BODY, "filters": {"color": color}, "mode": ("beam", "exact")[number % 2]}
-            hits = (await client.post("/v1/recall", json=asked)).raise_for_status().json()["results"][0]["hits"]
+            request = {**BODY, "filters": {"color": color}, "mode": ("beam", "exact")[number % 2]}
+            hits = (await client.post("/v1/recall", json=request)).raise_for_status().json()["results"][0]["hits"]
             return {hit["metadata"]["color"] for hit in hits} == {color} and len(hits) == 4
 
         assert all(await asyncio.gather(*(ask(number) for number in range(40))))

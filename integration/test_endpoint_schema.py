@@ -36,9 +36,9 @@ class TableEngine:
         self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=1000))
         self.renderer = self
 
-    async def render_cmpl_async(self, asked):
-        assert all(one["multi_modal_data"]["image"].mode == "RGB" for one in asked)
-        return [{"prompt_token_ids": one["prompt_token_ids"]} for one in asked]
+    async def render_cmpl_async(self, prompts):
+        assert all(prompt["multi_modal_data"]["image"].mode == "RGB" for prompt in prompts)
+        return [{"prompt_token_ids": prompt["prompt_token_ids"]} for prompt in prompts]
 
     async def generate(self, prompt, params, request_id, lora_request=None):
         ids = prompt["prompt_token_ids"]
@@ -46,9 +46,9 @@ class TableEngine:
         log_probs = row - np.logaddexp.reduce(row)
         wanted = [0, *(params.logprob_token_ids or [])]
         flat = SimpleNamespace(token_ids=wanted, logprobs=[float(log_probs[token]) for token in wanted])
-        told = [{token: SimpleNamespace(logprob=float(log_probs[token]))} for token in ids]
+        entries = [{token: SimpleNamespace(logprob=float(log_probs[token]))} for token in ids]
         yield SimpleNamespace(
-            outputs=[SimpleNamespace(logprobs=flat, finish_reason="length")], prompt_logprobs=[None, *told[1:]]
+            outputs=[SimpleNamespace(logprobs=flat, finish_reason="length")], prompt_logprobs=[None, *entries[1:]]
         )
 
 

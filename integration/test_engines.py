@@ -123,9 +123,9 @@ def test_vllm_receives_the_images_of_every_engine(retriever, llm, chats, name, h
     chats.clear()
     said = (ask if how == "sync" else aask)(make(retriever, llm))
     assert len(said.source_nodes) == 2
-    asked = list(chats)
-    assert [n_pictures(messages) for messages, _ in asked] == shown
-    for messages, n_tokens in asked:
+    recorded = list(chats)
+    assert [n_pictures(messages) for messages, _ in recorded] == shown
+    for messages, n_tokens in recorded:
         plain = llm.chat(without_pictures(messages)).raw.usage.prompt_tokens
         assert 4 * n_pictures(messages) <= n_tokens - plain <= 12 * n_pictures(messages)
 

@@ -58,14 +58,14 @@ def qwen(request, pictures, environment, tmp_path_factory):
     genret_json("index", pictures, "--out", out, "--model", model, "--device", "cpu", env=env)
     genret_json("train", out, "--max-steps", "80", "--learning-rate", "0.01", "--device", "cpu", env=env)
     index = load_index(out)
-    asked = {
+    questions = {
         "texts": [carrier.format(r.captions[0]) for r in index.records for carrier in ("{}", "show me the {}")],
         "images": [str(record.path) for record in index.records],
         "question": QUESTION,
     }
     local = subprocess.run(
         [sys.executable, "-m", "integration.in_process", str(out)],
-        input=json.dumps(asked),
+        input=json.dumps(questions),
         capture_output=True,
         text=True,
         env=env,
@@ -75,7 +75,9 @@ def qwen(request, pictures, environment, tmp_path_factory):
     port, log = free_port(), folder / "vllm.log"
     command = [*GENRET, "serve", str(out), "--port", str(port), "--", *CPU_FLAGS]
     with running_server(command, host="127.0.0.1", port=port, log=log, environment=env) as served:
-        yield SimpleNamespace(index=index, asked=asked, local=json.loads(local.stdout), api_base=served.api_base)
+        yield SimpleNamespace(
+            index=index, questions=questions, local=json.loads(local.stdout), api_base=served.api_base
+        )
 
 
 def assert_same_ranking(found, expected):
@@ -86,13 +88,13 @@ def assert_same_ranking(found, expected):
 
 def test_a_stock_server_finds_what_the_process_finds(qwen):
     retriever = GenerativeImageRetriever(qwen.index, VllmScorer(qwen.api_base), similarity_top_k=TOP_K)
-    for text, expected in zip(qwen.asked["texts"], qwen.local["texts"], strict=True):
+    for text, expected in zip(qwen.questions["texts"], qwen.local["texts"], strict=True):
         assert_same_ranking(ranked(retriever, text), expected)
     assert len({next(iter(found)) for found in qwen.local["texts"]}) > len(qwen.index.records) / 2
 
 
 def test_the_recall_endpoint_finds_what_the_process_finds(qwen):
-    request = {"queries": qwen.asked["texts"], "k": TOP_K}
+    request = {"queries": qwen.questions["texts"], "k": TOP_K}
     results = httpx.post(f"{qwen.api_base}/recall", json=request, timeout=60).json()["results"]
     for result, expected in zip(results, qwen.local["texts"], strict=True):
         assert_same_ranking({hit["image_id"]: hit["log_prob"] for hit in result["hits"]}, expected)
@@ -107,7 +109,7 @@ def test_model_generates_identifiers_of_memorised_images(qwen):
 def test_image_answers_of_server_and_process_are_equal(qwen):
     retriever = GenerativeImageRetriever(qwen.index, VllmScorer(qwen.api_base))
     llm = genret_llm(qwen.api_base, max_tokens=ANSWER_TOKENS)
-    theirs = [said(answer) for answer in answers(llm, retriever, QUESTION, qwen.asked["images"])]
+    theirs = [said(answer) for answer in answers(llm, retriever, QUESTION, qwen.questions["images"])]
     assert theirs == [said(answer) for answer in qwen.local["answers"]]
     assert len(set(theirs)) > 1
 

@@ -153,7 +153,7 @@ def visit(request, browser, report) -> Iterator[Visit]:
     visit = Visit(context.new_page())
     visit.page.on("console", lambda message: visit.complaints.append(f"{message.type}: {message.text}"))
     visit.page.on("pageerror", lambda error: visit.complaints.append(str(error)))
-    visit.page.on("request", lambda asked: visit.requests.append(asked.url))
+    visit.page.on("request", lambda request: visit.requests.append(request.url))
     visit.page.goto(report.as_uri())
     if folder := os.environ.get("GENRET_SCREENSHOTS"):
         visit.page.screenshot(path=Path(folder) / f"report-{width}-{scheme}.png", full_page=True)

@@ -91,8 +91,8 @@ def answering_process(server, client):
     return holders[0]
 
 
-def recalled(client, **asked):
-    answer = client.post("/v1/recall", json=asked)
+def recalled(client, **request):
+    answer = client.post("/v1/recall", json=request)
     assert answer.status_code == 200, answer.text
     return answer.json()
 

@@ -144,9 +144,9 @@ def test_command_line_works_through_the_server(trained_index, server, tmp_path):
     remote = genret_json("query", folder, "red circle", "-k", "3", *address)
     assert [hit["image_id"] for hit in remote["hits"]] == [hit["image_id"] for hit in local["hits"]]
     assert set(remote["hits"][0]) == {"image_id", "file_name", "score", "log_prob", "identifier"}
-    asked = genret_json("ask", folder, "What is in the picture?", "-k", "1", *address)
-    assert asked["sources"] == [hit["image_id"] for hit in asked["hits"]]
-    assert isinstance(asked["answer"], str)
+    answered = genret_json("ask", folder, "What is in the picture?", "-k", "1", *address)
+    assert answered["sources"] == [hit["image_id"] for hit in answered["hits"]]
+    assert isinstance(answered["answer"], str)
     queries = tmp_path / "queries.jsonl"
     queries.write_text(
         '{"query": "red circle", "file_name": "red-circle.png"}\n{"query": "blue bar", "image_id": "blue-bar"}\n'

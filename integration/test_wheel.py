@@ -178,30 +178,30 @@ def test_every_licence_is_compatible_and_listed(client, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "told",
+    "licence_field",
     [
         *("License-Expression: GPL-3.0-only", "License: AGPL-3.0", "License: Business Source License 1.1"),
         *("License-Expression: MIT AND GPL-2.0-only", "License-Expression: MIT AND BUSL-1.1", "License: CC-BY-NC-4.0"),
         *("License: Limited use only", "License: Miscellaneous terms", "Summary: of no licence"),
     ],
 )
-def test_a_package_of_another_licence_is_refused(tmp_path, told):
+def test_a_package_of_another_licence_is_refused(tmp_path, licence_field):
     with pytest.raises(supply.IncompatibleLicence, match=r"intruder"):
-        supply.list_licences(_with_intruder(tmp_path, told), tmp_path / "licences.md")
+        supply.list_licences(_with_intruder(tmp_path, licence_field), tmp_path / "licences.md")
 
 
-@pytest.mark.parametrize("told", ["License: MIT License", "License-Expression: Apache-2.0 OR LicenseRef-Own"])
-def test_a_package_of_a_compatible_licence_is_accepted(tmp_path, told):
-    supply.list_licences(_with_intruder(tmp_path, told), tmp_path / "licences.md")
+@pytest.mark.parametrize("licence_field", ["License: MIT License", "License-Expression: Apache-2.0 OR LicenseRef-Own"])
+def test_a_package_of_a_compatible_licence_is_accepted(tmp_path, licence_field):
+    supply.list_licences(_with_intruder(tmp_path, licence_field), tmp_path / "licences.md")
     assert "| intruder " in (tmp_path / "licences.md").read_text()
 
 
-def _with_intruder(folder, told):
+def _with_intruder(folder, licence_field):
     """Return the interpreter of an environment with one package, which has this licence field."""
     venv.create(folder / "other", with_pip=False)
     (packages,) = (folder / "other" / "lib").glob("python*/site-packages")
     (packages / "intruder-1.0.dist-info").mkdir()
-    metadata = f"Metadata-Version: 2.4\nName: intruder\nVersion: 1.0\n{told}\n"
+    metadata = f"Metadata-Version: 2.4\nName: intruder\nVersion: 1.0\n{licence_field}\n"
     (packages / "intruder-1.0.dist-info" / "METADATA").write_text(metadata)
     return folder / "other" / "bin" / "python"
 

@@ -65,7 +65,7 @@ from tests.tiny_model import make_tiny_model
 NAME, IMAGES, TEXTS = "pictures", 120, 12
 EDIT_EVERY_S, TIMEOUT_S = 3.0, 300.0
 FAULTY = 12
-ASKED_S, KILLED_AFTER_S = 8.0, 2.0
+LOAD_S, KILLED_AFTER_S = 8.0, 2.0
 """Seconds of the load around a kill, and the second of the kill."""
 
 BODY_MIB = 4
@@ -154,16 +154,16 @@ async def _killed_while_asked(
 ) -> None:
     """Perform the KILLS, the last without a restart. Requests in flight are answered or refused."""
     start, again = time.monotonic(), kind != KILLS[-1]
-    asking = [traffic.client(http, 10**6 + number, start + ASKED_S) for number in range(args.clients)]
+    clients = [traffic.client(http, 10**6 + number, start + LOAD_S) for number in range(args.clients)]
 
     async def killed() -> None:
         await asyncio.sleep(KILLED_AFTER_S)
         await supervisor.kill(kind, again=again)
 
-    await asyncio.gather(*asking, killed())
+    await asyncio.gather(*clients, killed())
     if again:
-        asked = [await traffic.recall(http, [text], LAST) for text in traffic.texts]
-        traffic.problems += [f"after the kill of the {kind}: {what}" for _, what in asked if what]
+        answers = [await traffic.recall(http, [text], LAST) for text in traffic.texts]
+        traffic.problems += [f"after the kill of the {kind}: {what}" for _, what in answers if what]
 
 
 async def _edit(traffic: Traffic) -> None:

@@ -64,8 +64,8 @@ def build(folder: Path, downloads: Path) -> None:
 
 
 def _write(folder: Path, name: str, items: Iterable[Item], query: Callable[[Item], str | None]) -> None:
-    asked = [(query(item), item.image_id) for item in items]
-    rows = [{"query": text, "image_id": image_id, "kind": name} for text, image_id in asked if text]
+    pairs = [(query(item), item.image_id) for item in items]
+    rows = [{"query": text, "image_id": image_id, "kind": name} for text, image_id in pairs if text]
     write_queries(folder / "queries", name, rows)
     _say(f"{name}: {len(rows)} queries")
 

@@ -40,8 +40,8 @@ def main() -> None:
     every = bare_records(corpora, "emoji")
     records = every[:: max(1, len(every) // (given.limit or len(every)))]
     known = {record.image_id for record in records}
-    asked = read_queries(corpora / "queries" / f"emoji-images-{given.part}.jsonl", every)
-    queries = [query for query in asked if query.image_ids <= known]
+    every_query = read_queries(corpora / "queries" / f"emoji-images-{given.part}.jsonl", every)
+    queries = [query for query in every_query if query.image_ids <= known]
 
     def drawn(place: tuple[int, int]) -> Image.Image:
         row, version = place

@@ -78,7 +78,7 @@ def read_karpathy(path: Path) -> Karpathy:
     """Read the file.
 
     Raises:
-        CorpusError: the file cannot be read or is not of this format, or two images have one file name. Gives the place.
+        CorpusError: the file cannot be read or is not of this format, or two images share a file name.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -144,23 +144,25 @@ class Run:
         index = self.add()
         if has_update(index) or _adapter(index) != json.loads((self.folder / "trained.json").read_text())["adapter"]:
             raise TrainingError(f"{index.folder} was trained again after its images were added: remove {self.folder}.")
-        asked = self.folder / "queries.jsonl"
-        asked.write_text("".join(json.dumps({"query": text, "image_id": name}) + "\n" for text, name in queries))
+        query_file = self.folder / "queries.jsonl"
+        query_file.write_text("".join(json.dumps({"query": text, "image_id": name}) + "\n" for text, name in queries))
         files = {pool: self.folder / f"hits-{pool}-{index.version}.jsonl" for pool in POOLS}
         if not all(file.exists() for file in files.values()):
             scorer = TransformersScorer(load_trained(index, device=self.device))
             for pool, file in files.items():
                 if not file.exists():
-                    self._ask(index, scorer, asked, pool, file)
+                    self._ask(index, scorer, query_file, pool, file)
             del scorer
             _free()
         note = _collisions(index)
         return {pool: replace(read_hits(file), note=note) for pool, file in files.items()}
 
-    def _ask(self, index: Index, scorer: Any, asked: Path, pool: Pool, out: Path) -> None:
+    def _ask(self, index: Index, scorer: Any, query_file: Path, pool: Pool, out: Path) -> None:
         filters = {"split": self.split} if pool == "split" else None
         with (
-            open_batch(index, asked, out, k=DEPTH, filters=filters, scored_by="transformers", overwrite=True) as run,
+            open_batch(
+                index, query_file, out, k=DEPTH, filters=filters, scored_by="transformers", overwrite=True
+            ) as run,
             tqdm(total=run.total, desc=f"Recalling, {pool} pool", unit="query") as progress,
         ):
             run.finish(scorer, batch_size=self.batch_size, progress=lambda done: progress.update(done - progress.n))
@@ -203,7 +205,7 @@ def _adapter(index: Index) -> str:
 
 def _collisions(index: Index) -> str:
     found = diagnose(index.identifiers, index.scheme().codes_per_level()).collisions
-    return f"{found} of {len(index.records)} images share their codes, told apart by a suffix" if found else ""
+    return f"{found} of {len(index.records)} images share their codes, separated by a suffix" if found else ""
 
 
 def _free() -> None:

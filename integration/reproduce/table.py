@@ -71,7 +71,7 @@ def markdown(dataset: str, rows: Sequence[Measured], notes: Sequence[str] = ()) 
     real = dict(zip(("test", "full"), REAL_POOLS[dataset], strict=True))
     sizes = {row.pool: row.pool_size for row in rows}
     foot = [
-        f"{dataset}, text -> image, in percent, with 95 % intervals over draws of the images that are asked for. "
+        f"{dataset}, text -> image, in percent, with 95 % intervals over draws of images. "
         "Image -> text is not measured.",
         *([f"NOT COMPARABLE: the pools have {sizes} images, those of published work {real}."] if sizes != real else []),
         *notes,
