@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="the base model, if it has moved")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--server", help="address of a vLLM server with the index, up to /v1")
-    parser.add_argument("--limit", type=int, help="ask only so many of the questions")
+    parser.add_argument("--limit", type=int, help="number of questions (default: all)")
     parser.add_argument("--json", type=Path, help="file to add the results to")
     options = parser.parse_args(argv)
     if options.server:

@@ -397,7 +397,7 @@ def build(folder: Path, downloads: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rebuild the demo's pictures, captions and held-out queries.")
-    parser.add_argument("folder", nargs="?", type=Path, default=DEMO_DATA, help="replaced as a whole")
+    parser.add_argument("folder", nargs="?", type=Path, default=DEMO_DATA, help="folder to replace")
     folder = parser.parse_args().folder
     with tempfile.TemporaryDirectory() as scratch:
         build(Path(scratch) / "data", Path(scratch))

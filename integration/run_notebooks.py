@@ -101,8 +101,8 @@ def _kept(output: Any, name: str, code: str) -> Any:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of notebooks, without .ipynb; all if none is given")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where to (default: in place)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="notebooks, without .ipynb (default: all)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write (default: in place)")
     options = parser.parse_args()
     sources = [FOLDER / f"{name}.ipynb" for name in options.names] or sorted(FOLDER.glob("*.ipynb"))
     for source in sources:

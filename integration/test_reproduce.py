@@ -401,9 +401,9 @@ def test_another_experiment_is_not_mixed_into_the_folder(whole):
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--train-option", "steps=3", "'steps' is not known: choose of epochs, max_steps"),
+        ("--train-option", "steps=3", "'steps' is not known: choose from epochs, max_steps"),
         ("--scheme-option", "method=rq", "SCHEME.name=value"),
-        ("--schemes", "numeric,clever", "'clever' is not known: choose of numeric, string"),
+        ("--schemes", "numeric,clever", "'clever' is not known: choose from numeric, string"),
     ],
 )
 def test_unknown_option_is_an_error_with_the_choices(whole, flag, value, message):

@@ -52,8 +52,8 @@ def main() -> None:
     """Train and measure each in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--only", nargs="*", help="names of variants")
-    parser.add_argument("--json", type=Path, help="file to add the results to, beside those after as many steps")
+    parser.add_argument("--only", nargs="*", help="variants to train (default: all)")
+    parser.add_argument("--json", type=Path, help="file to add the results to, beside others with as many steps")
     args = parser.parse_args()
     known = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     earlier = known.get("ablation", {}).get("results", {})

@@ -164,8 +164,14 @@ class Peers:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpora", nargs="?", type=Path, help="of integration.recall.corpora (default: made if needed)")
-    parser.add_argument("--sets", default=",".join(query_set.name for query_set in QUERY_SETS), help="comma-separated")
+    parser.add_argument(
+        "corpora", nargs="?", type=Path, help="folder of integration.recall.corpora (default: made if needed)"
+    )
+    parser.add_argument(
+        "--sets",
+        default=",".join(query_set.name for query_set in QUERY_SETS),
+        help="comma-separated names of query sets",
+    )
     options = parser.parse_args()
     corpora, names = options.corpora or make_corpora(default_corpora()), options.sets.split(",")
     recipe = Recipe()

@@ -108,7 +108,7 @@ def measure(
     return Section(query_set, name, rows, tuple(survival), note)
 
 
-def _was_taught(index: Index, query_set: QuerySet) -> bool:
+def _has_training_examples(index: Index, query_set: QuerySet) -> bool:
     """Return True if the training had examples of these queries: images, or text beyond the captions."""
     mix = (index.manifest.training or {}).get("mix", {})
     return bool(mix.get("memorise" if query_set.shows_images else "imitate"))
@@ -190,12 +190,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", type=named_folder, action="append", required=True, metavar="NAME=FOLDER")
-    parser.add_argument("--corpora", type=Path, help="of integration.recall.corpora (default: made if needed)")
+    parser.add_argument("--corpora", type=Path, help="folder of integration.recall.corpora (default: made if needed)")
     parser.add_argument("--sets", help="comma-separated names of query sets (default: all)")
-    parser.add_argument("--no-hybrid", dest="hybrid", action="store_false", help="leave its row out")
+    parser.add_argument("--no-hybrid", dest="hybrid", action="store_false", help="leave out the row of the hybrid")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="file to add the results to")
-    parser.add_argument("--title", default="recall", help="of the results in that file, where it replaces its like")
+    parser.add_argument(
+        "--title",
+        default="recall",
+        help="title of the results in that file, where it replaces results of the same title",
+    )
     parser.add_argument("--picture", type=Path, help="a PNG of bars; needs matplotlib")
     options = parser.parse_args(argv)
     names = options.sets.split(",") if options.sets else [query_set.name for query_set in QUERY_SETS]
@@ -211,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if base not in peers:
             peers[base] = Peers(load_mllm(base, device=options.device))
         for query_set in QUERY_SETS:
-            if query_set.corpus == corpus and query_set.name in names and _was_taught(index, query_set):
+            if query_set.corpus == corpus and query_set.name in names and _has_training_examples(index, query_set):
                 rows = measure(name, index, scorer, peers[base], query_set, corpora / "queries", hybrid=options.hybrid)
                 sections.append(rows)
                 record(report, sections[-1])

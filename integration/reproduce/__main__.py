@@ -169,7 +169,7 @@ def _check_settings(args: argparse.Namespace, options: TrainOptions, scheme_opti
     earlier = json.loads(path.read_text(encoding="utf-8"))
     differing = [key for key in settings if earlier.get(key) != settings[key]]
     if differing:
-        raise CorpusError(f"{args.out} is a run with other {', '.join(differing)} ({path}): name another --out.")
+        raise CorpusError(f"{args.out} is a run with other {', '.join(differing)} ({path}): choose another --out.")
 
 
 def _sha256(path: Path) -> str:
@@ -184,7 +184,7 @@ def _train_options(given: Sequence[str]) -> TrainOptions:
     known = [field.name for field in dataclasses.fields(TrainOptions)]
     options = dict(_parsed("--train-option", text) for text in given)
     if unknown := sorted(options.keys() - set(known)):
-        raise CorpusError(f"--train-option {unknown[0]!r} is not known: choose of {', '.join(known)}.")
+        raise CorpusError(f"--train-option {unknown[0]!r} is not known: choose from {', '.join(known)}.")
     return TrainOptions(**options)
 
 
@@ -213,7 +213,7 @@ def _parsed(flag: str, text: str) -> tuple[str, Any]:
 def _chosen(flag: str, given: str, known: Sequence[Any]) -> list[Any]:
     chosen = list(known) if given == "all" else given.split(",")
     if unknown := [name for name in chosen if name not in known]:
-        raise CorpusError(f"{flag} {unknown[0]!r} is not known: choose of {', '.join(known)}, or all.")
+        raise CorpusError(f"{flag} {unknown[0]!r} is not known: choose from {', '.join(known)}, or all.")
     return chosen
 
 
@@ -229,18 +229,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m integration.reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", required=True, choices=("flickr30k", "coco"))
     parser.add_argument("--json", required=True, type=Path, help="Karpathy's file of the dataset")
-    parser.add_argument("--images", required=True, type=Path, help="folder below which the image files lie")
+    parser.add_argument("--images", required=True, type=Path, help="folder of the image files")
     parser.add_argument("--model", required=True, help="local folder or hub id of an image-text-to-text model")
-    parser.add_argument("--out", required=True, type=Path, help="folder of this experiment; kept to go on")
+    parser.add_argument("--out", required=True, type=Path, help="folder of this experiment; the same folder resumes it")
     parser.add_argument("--schemes", default="all", help=f"all, or of {','.join(SCHEMES)}")
     parser.add_argument("--protocols", default="all", help=f"all, or of {','.join(PROTOCOLS)}")
-    parser.add_argument("--split", default="test", choices=HELD_OUT, help="evaluated; choose options on val")
+    parser.add_argument("--split", default="test", choices=HELD_OUT, help="evaluated split; choose options on val")
     queries = parser.add_mutually_exclusive_group()
     queries.add_argument("--pseudo-queries", type=Path, help='{"file_name": "...", "text": [...]} a line')
-    queries.add_argument("--write-queries", type=int, metavar="N", help="of each image, by the model itself; GRACE: 5")
-    parser.add_argument("--train-option", action="append", default=[], metavar="NAME=VALUE", help="of the recipe")
+    queries.add_argument(
+        "--write-queries", type=int, metavar="N", help="queries per image that the model itself writes; GRACE: 5"
+    )
+    parser.add_argument(
+        "--train-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the recipe"
+    )
     parser.add_argument("--scheme-option", action="append", default=[], metavar="SCHEME.NAME=VALUE")
-    parser.add_argument("--clip", help="local folder or hub id of a CLIP checkpoint, measured beside")
+    parser.add_argument("--clip", help="local folder or hub id of a CLIP checkpoint to measure in the same run")
     parser.add_argument("--until", default="recall", choices=STEPS, help="stop after this step")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--batch-size", type=int, default=32, help="queries in one search")

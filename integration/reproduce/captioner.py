@@ -40,7 +40,9 @@ def write_pseudo_queries(
     if written.exists():
         return written
     if any(record.captions for record in records):
-        raise TrainingError("whoever writes pseudo-queries must not see captions: give records without.")
+        raise TrainingError(
+            "the writer of pseudo-queries must not see captions, but records have some: give records without."
+        )
     folder, style = out / "index", out / "style.txt"
     if not folder.exists():
         mllm = load_mllm(model, device=device)

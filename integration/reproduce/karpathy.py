@@ -86,7 +86,7 @@ def read_karpathy(path: Path) -> Karpathy:
         name = str(content["dataset"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorpusError(
-            f'{path} is no file of Karpathy\'s split: {error!r}. Want {{"dataset": ..., "images": [...]}}.'
+            f'{path} is no file of Karpathy\'s split: {error!r}. Expected {{"dataset": ..., "images": [...]}}.'
         ) from error
     images: dict[str, KarpathyImage] = {}
     empty = 0
@@ -108,14 +108,14 @@ def _image(row: Any, where: str) -> KarpathyImage:
         split, captions = row["split"], tuple(sentence["raw"] for sentence in row["sentences"])
     except (AttributeError, KeyError, TypeError) as error:
         raise CorpusError(
-            f"{where}: want filename, split and sentences with raw, missing or wrong: {error!r}."
+            f"{where}: expected filename, split and sentences with raw, missing or wrong: {error!r}."
         ) from error
     if split not in (*TRAIN, *HELD_OUT):
         raise CorpusError(f"{where}: the split {split!r} is none of {', '.join((*TRAIN, *HELD_OUT))}.")
     if not captions or not all(isinstance(caption, str) for caption in captions):
         raise CorpusError(f"{where}: sentences must be texts, at least one, not {captions!r:.200}.")
     if ".." in PurePosixPath(file_name).parts or PurePosixPath(file_name).is_absolute():
-        raise CorpusError(f"{where}: {file_name!r} leads out of the image root.")
+        raise CorpusError(f"{where}: {file_name!r} leaves the image root.")
     return KarpathyImage(file_name.removesuffix(PurePosixPath(file_name).suffix), file_name, split, captions)
 
 

@@ -46,7 +46,7 @@ def read_pseudo_queries(path: Path, dataset: Karpathy, split: str) -> PseudoQuer
         except (ValueError, KeyError, TypeError) as error:
             raise CorpusError(f'{where}: want {{"file_name": "...", "text": [...]}}, found {line[:80]!r}.') from error
         if image_id not in ids or image_id in texts:
-            raise CorpusError(f"{where}: {line[:80]!r} names no image of the split {split!r}, or one named before.")
+            raise CorpusError(f"{where}: {line[:80]!r} has no image of the split {split!r}, or one of an earlier line.")
         kept = [text for text in given if plain(text) and not says_a_caption(text, dataset.untaught[image_id])]
         dropped += len(given) - len(kept)
         texts[image_id] = tuple(kept)
