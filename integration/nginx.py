@@ -44,7 +44,7 @@ def configuration(folder: Path, port: int, upstream: str, changes: Mapping[str, 
     placed = {LISTEN: f"listen 127.0.0.1:{port}", UPSTREAM: upstream, "http {": f"http {{ access_log off; {paths}"}
     for old, new in {**changes, **placed}.items():
         if old not in text:
-            raise ValueError(f"{CONFIGURATION} has no text {old!r} to put {new!r} in place of.")
+            raise ValueError(f"{CONFIGURATION} has no text {old!r}, which {new!r} should replace.")
         text = text.replace(old, new)
     return text
 

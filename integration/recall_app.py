@@ -30,11 +30,11 @@ class TableEngine:
     async def generate(self, prompt, params, request_id, lora_request=None):
         await asyncio.sleep(self.wait_s)
         logits = self.table.logits(Prompt(tuple(prompt["prompt_token_ids"])), ())
-        asked = list(params.logprob_token_ids)
-        values = (logits - np.logaddexp.reduce(logits))[asked].tolist()
+        token_ids = list(params.logprob_token_ids)
+        values = (logits - np.logaddexp.reduce(logits))[token_ids].tolist()
         if self.value is not None:
             values[-1] = self.value
-        flat = SimpleNamespace(token_ids=[0, *asked], logprobs=[0.0, *values])
+        flat = SimpleNamespace(token_ids=[0, *token_ids], logprobs=[0.0, *values])
         yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=flat, finish_reason="length")])
 
 

@@ -1,11 +1,11 @@
-"""Executes the notebooks, each from top to bottom in a kernel of its own, and keeps their outputs.
+"""Execute the notebooks, each from top to bottom in a kernel of its own, and keep their outputs.
 
     python -m integration.run_notebooks [NAME ...] [--out FOLDER]
 
-In place, or into --out. Nothing is written of a notebook with an error, a warning, or a path of this machine in its
-outputs. Of a progress bar only the reader of a running notebook has something: it is not kept.
+It writes in place, or into --out. A notebook is not written if an output has an error, a warning, or a path of this
+machine. Progress bars are not kept, because they only help the reader of a running notebook.
 
-Knows Jupyter; nothing of the package under test.
+Depends on Jupyter; independent of the package under test.
 """
 
 import argparse
@@ -26,20 +26,20 @@ STARTUP_S, TIMEOUT_S = 300, 1800
 BAR = re.compile(r"\d+%\||\d+(batch|step|it)? \[\d\d:\d\d")
 LOCAL = re.compile(r"(?<![\w.:/<])/(?:home|root|tmp|work|usr|opt|Users|var)/\S*")
 HARMLESS = re.compile(r"\[transformers\] Model config: pad_token_id .* got 128002")
-"""Idefics3's configuration class complains of its own defaults, whatever the model's are."""
+"""Idefics3's configuration class warns about its own defaults, whatever the model's are."""
 
 ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where `genret` is
     "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",  # where `integration` and `tests` are
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "TERM": "dumb",  # no colours in tables
+    "TERM": "dumb",  # no colors in tables
     "PYTHONWARNINGS": "ignore:IProgress not found",  # of tqdm, which then draws its bars as text
 }
 
 
 class BadOutput(Exception):
-    """A notebook ran, but says something that no reader should see."""
+    """A notebook ran, but has an output that no reader should see."""
 
 
 def execute(source: Path, target: Path) -> float:
@@ -75,15 +75,15 @@ def execute(source: Path, target: Path) -> float:
 
 
 def digest(sources: list[str]) -> str:
-    """Of the code that the outputs of a notebook are of."""
+    """Return a hash of the code that made a notebook's outputs."""
     return hashlib.sha256("\n\n".join(sources).encode()).hexdigest()
 
 
 def _kept(output: Any, name: str, code: str) -> Any:
-    """The output, without progress bars; None where nothing is left.
+    """Return the output without progress bars, or None if nothing is left.
 
     Raises:
-        BadOutput: on stderr there is more, or a path of this machine is in it.
+        BadOutput: stderr has something else, or a path of this machine is in the output.
     """
     if output.output_type == "stream" and output.name == "stderr":
         lines = [line for line in re.split(r"[\r\n]+", output.text) if line.strip()]
@@ -99,10 +99,10 @@ def _kept(output: Any, name: str, code: str) -> Any:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of notebooks, without .ipynb; all if none is given")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where to (default: in place)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="notebooks, without .ipynb (default: all)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write (default: in place)")
     options = parser.parse_args()
     sources = [FOLDER / f"{name}.ipynb" for name in options.names] or sorted(FOLDER.glob("*.ipynb"))
     for source in sources:

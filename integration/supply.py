@@ -1,8 +1,8 @@
-"""What comes with an environment: the licences of its packages, and a CycloneDX bill of materials.
+"""Check the licences of an environment's packages, and write a CycloneDX bill of materials.
 
 python -m integration.supply PYTHON OUT    writes OUT/licences.md and OUT/sbom.json
 
-Knows pip-licenses and cyclonedx-py, which read the environment of another interpreter.
+Depends on pip-licenses and cyclonedx-py, which read the environment of another interpreter.
 """
 
 import json
@@ -28,16 +28,16 @@ COMPATIBLE = (
     *("PSF", "PSF-2.0", "Python Software Foundation", "CNRI-Python", "Zlib", "CC0-1.0", "Unlicense", "BSL-1.0"),
     *("Mozilla Public License 2.0", "MPL-2.0", "Academic Free License"),
 )
-"""A package under Apache-2.0 may depend on these; MPL-2.0 binds only who changes the files that are under it."""
+"""A package under Apache-2.0 may depend on these. MPL-2.0 binds only those who change the files under it."""
 INCOMPATIBLE = ("GPL", "GNU", "Proprietary", "Commons Clause", "SSPL", "UNKNOWN", "Non-Commercial", "NonCommercial")
 
 
 class IncompatibleLicence(Exception):
-    """A package may not be depended on, or does not say under which licence it is."""
+    """The licence of a dependency is incompatible or missing."""
 
 
 def is_compatible(licence: str) -> bool:
-    """Whether each part of it is one of COMPATIBLE, in whole words, and none names one of INCOMPATIBLE.
+    """Return True if each part is one of COMPATIBLE, in whole words, and none contains one of INCOMPATIBLE.
 
     Args:
         licence: as pip-licenses prints it: an SPDX expression, of whose `OR` one side is enough; names with `;`;
@@ -53,21 +53,21 @@ def list_licences(python: Path, out: Path) -> None:
     """Write a Markdown table of name, version and licence of each package.
 
     Raises:
-        IncompatibleLicence: some of them are not compatible; names all.
+        IncompatibleLicence: some of them are not compatible. The message lists all.
     """
     run("piplicenses", "--python", python, "--format", "markdown", "--output-file", out)
     command = [sys.executable, "-m", "piplicenses", "--python", str(python), "--format", "json"]
     listed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     wrong = {one["Name"]: one["License"] for one in listed if not is_compatible(one["License"])}
     if wrong:
-        raise IncompatibleLicence(f"not compatible with Apache-2.0, or not told: {wrong}.")
+        raise IncompatibleLicence(f"not compatible with Apache-2.0, or without a licence: {wrong}.")
 
 
 def write_bill_of_materials(python: Path, out: Path, *options: str) -> None:
     """Write CycloneDX JSON, the same for the same environment.
 
     Args:
-        options: of cyclonedx-py; without `--no-validate` the file is held against the schema, which takes a while.
+        options: of cyclonedx-py. Without `--no-validate` it validates the file against the schema, which takes a while.
     """
     project = Path(__file__).parents[1] / "pyproject.toml"
     run("cyclonedx_py", "environment", "--pyproject", project, "--output-reproducible", *options, "-o", out, python)

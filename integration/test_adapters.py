@@ -1,4 +1,4 @@
-"""Two indexes on one vLLM server: a LoRA adapter recalls from each, the base model answers. On the CPU."""
+"""Tests of two indexes on one vLLM server on the CPU: a LoRA adapter recalls from each, the base model answers."""
 
 import asyncio
 import base64
@@ -38,7 +38,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def indexes(pictures, base, tmp_path_factory):
-    """By name: one on existing words, one of caption words, trained apart. The rates make the adapters matter."""
+    """Train two indexes apart: one on existing words, one of caption words. The rates make the adapters matter."""
     folder, corpus = tmp_path_factory.mktemp("indexes"), read_corpus(pictures)
     made = {}
     for name, options in {"codes": {"alphabet": "existing"}, "words": {"scheme": "semantic"}}.items():
@@ -102,7 +102,7 @@ def test_an_image_and_an_image_with_a_text_are_queries_too(client, indexes, scor
 
 
 def test_the_base_model_answers_and_not_the_adapters(client, base, indexes, scorers):
-    """The log-probabilities behind an answer are those of the untrained model, unless an adapter is named."""
+    """The log-probabilities of an answer are those of the untrained model, unless the request selects an adapter."""
     token_ids = indexes["codes"].prompts.for_query(indexes["codes"].tokenizer, TEXT).token_ids
     adapter = served_name(indexes["codes"].weights_id)
     models = {"genret": base, adapter: scorers["codes"].mllm}
@@ -140,7 +140,7 @@ def test_pseudo_queries_of_the_server_equal_those_of_the_process(server, indexes
 
 
 def _readable(answer):
-    """The random model ends in the middle of characters, of which vLLM shows nothing and transformers a mark."""
+    """The random model ends within a character. vLLM then shows nothing, and transformers a replacement character."""
     return answer.text.replace("\ufffd", "").strip(), answer.ended
 
 

@@ -1,4 +1,4 @@
-"""The README's picture of the parts: it is what its command draws, and no text leaves its box, in light and dark."""
+"""Tests of the README's figure of the parts: it is up to date, and its text fits the boxes, in light and dark."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`genret batch --offline`: real `vllm.LLM` on the CPU, in a process of its own, against the model in this process."""
+"""Tests of `genret batch --offline`: real `vllm.LLM` on the CPU in a process of its own, against this process."""
 
 import json
 import os
@@ -20,17 +20,17 @@ from llama_index_genret.search import Normalise, SearchOptions
 from llama_index_genret.store import load_index
 
 OWNER = "GENRET_TEST_OWNER"
-"""Variable by which a process and all that it starts are known."""
+"""Variable that identifies a process and all that it starts."""
 
 
 def processes_of(owner):
-    """Ids of the living processes that have the variable in their environment."""
+    """Return the ids of the living processes that have the variable in their environment."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
             if folder.name.isdigit() and f"{OWNER}={owner}".encode() in (folder / "environ").read_bytes().split(b"\0"):
                 found.append(int(folder.name))
-        except OSError:  # gone, or not ours to read
+        except OSError:  # ended, or of another user
             continue
     return found
 
@@ -44,9 +44,9 @@ def wait_until(holds, timeout_s=60):
 
 @pytest.fixture(scope="module")
 def queries(trained_index, tmp_path_factory):
-    """Enough of them that a run takes seconds: one of 61 was through before it could be killed."""
-    asked = ("{}", "where is a {}?", "{} ?", *(f"{number} of {{}}" for number in range(2, 20)))
-    texts = [text.format(record.captions[0]) for text in asked for record in trained_index.records]
+    """Make enough queries that a run takes seconds. One of 61 ended before it could be killed."""
+    templates = ("{}", "where is a {}?", "{} ?", *(f"{number} of {{}}" for number in range(2, 20)))
+    texts = [text.format(record.captions[0]) for text in templates for record in trained_index.records]
     path = tmp_path_factory.mktemp("batch") / "queries.jsonl"
     path.write_text("".join(json.dumps({"query": text}) + "\n" for text in [*texts, " "]))
     return path
@@ -54,7 +54,7 @@ def queries(trained_index, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local(trained_index, trained_mllm, queries, tmp_path_factory):
-    """HITS.jsonl of the model in this process."""
+    """Write HITS.jsonl with the model in this process."""
     out = tmp_path_factory.mktemp("local") / "hits.jsonl"
     genret_json("batch", trained_index.folder, queries, "--out", out, "-k", 5, "--device", "cpu")
     return read(out)
@@ -114,7 +114,7 @@ if __name__ == "__main__":
 
 
 def ranked(index, scorer, *, together):
-    """(leaf, log p) of the hits for texts and pictures by turns, under either score: in one search, or each alone."""
+    """Hits of alternating texts and images, with either score, have the same (leaf, log p) in one search and alone."""
     texts = [index.prompts.for_query(index.tokenizer, record.captions[0]) for record in index.records]
     images = [index.prompts.for_image(index.tokenizer, record.path) for record in index.records]
     prompts = [prompt for pair in zip(texts, images, strict=True) for prompt in pair]
@@ -142,7 +142,7 @@ def test_text_and_image_prompts_score_as_in_the_process(trained_index, trained_m
 
 
 def test_offline_pseudo_queries_are_stored_with_their_source(pictures, tiny_model_dir, tmp_path):
-    """`genret write-queries --offline` by the base model: most of what it babbles is refused, but not all."""
+    """The base model runs `genret write-queries --offline`. Most of its random text is refused, but not all."""
     bare = tmp_path / "bare"
     shutil.copytree(pictures, bare, ignore=shutil.ignore_patterns("metadata.jsonl"))
     genret_json("index", bare, "--out", tmp_path / "index", "--model", tiny_model_dir, "--device", "cpu")

@@ -1,4 +1,4 @@
-"""The benchmarks at small sizes: they check equality themselves before they time. Only wide margins are asserted."""
+"""Tests of the benchmarks at small sizes: they check equality before they time. Only wide margins are asserted."""
 
 import json
 from contextlib import nullcontext
@@ -25,7 +25,7 @@ from llama_index_genret.models.mllm import load_mllm
 
 @pytest.fixture
 def results(tmp_path):
-    """Runs a benchmark and gives what it wrote."""
+    """Run a benchmark and return its results."""
 
     def run(bench, *arguments):
         path = tmp_path / "results.json"
@@ -104,7 +104,7 @@ def test_exact_search_equals_the_definition_and_is_measured(results, monkeypatch
 
 
 def test_recall_of_a_real_model_equals_generate(results):
-    """Ninety million weights, ten beams: asserted by the benchmark itself."""
+    """The benchmark itself asserts it, with ninety million weights and ten beams."""
     found = results(recall_bench, "--sizes", "2000")
     assert found["largest difference of log-probabilities to generate's"] < recall_bench.TOLERANCE
     assert found["recall, N=2000"]["times_ours"]["generate, 10 beams, dict trie"] > 1
@@ -123,7 +123,7 @@ def test_a_balanced_corpus_branches_alike_at_every_level():
     [
         ([("a", -1.0), ("b", -2.0), ("c", -3.0)], True),
         ([("a", -1.0005), ("b", -2.0), ("c", -3.0)], True),
-        ([("a", -1.0), ("b", -2.0), ("d", -3.0)], True),  # may tie with c, which the list's end cut off
+        ([("a", -1.0), ("b", -2.0), ("d", -3.0)], True),  # may tie with c, which was cut off at the end of the list
         ([("b", -1.0), ("a", -2.0), ("c", -3.0)], False),
         ([("a", -1.0), ("d", -2.0), ("c", -3.0)], False),
         ([("a", -1.0), ("b", -2.01), ("c", -3.0)], False),
@@ -140,7 +140,7 @@ SIZES = (300, 1_000)
 
 @pytest.fixture(scope="module")
 def served_site(tiny_model_dir, tmp_path_factory):
-    """A tiny model and four small indexes, with the one server that the served benchmarks share."""
+    """Start a tiny model and four small indexes on one server, which the served benchmarks share."""
     mllm = recall_bench.with_symbols(load_mllm(str(tiny_model_dir), device="cpu"), 0)
     corpora = {index_name(shape, n): make(n, 0) for shape, make in SHAPES.items() for n in SIZES}
     site = Site.prepare(mllm, corpora, tmp_path_factory.mktemp("served-site"))

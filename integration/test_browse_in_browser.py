@@ -1,6 +1,6 @@
-"""Tries a model by hand in headless Chromium: `genret browse` in a process of its own, as a phone and as a desktop.
+"""Tests of `genret browse` in headless Chromium, as a phone and as a desktop.
 
-GENRET_SCREENSHOTS=FOLDER keeps what the browser painted, to be looked at.
+GENRET_SCREENSHOTS=FOLDER keeps screenshots.
 """
 
 import json
@@ -31,18 +31,18 @@ LIMIT_MS = 60_000
 
 @dataclass
 class Visit:
-    """A loaded page, and what the browser complained of or asked for on the way."""
+    """A loaded page, and the browser's errors and requests."""
 
     page: Page
     name: str
     complaints: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
-    def looked_at(self, what: str) -> None:
-        """Nothing is broken or too wide; a screenshot, if they are wanted."""
+    def check_page(self, what: str) -> None:
+        """Check that nothing is broken or too wide, and take a screenshot if wanted."""
         self.page.wait_for_function(LOADED)
         assert self.page.evaluate(BROKEN) == []
-        assert self.page.locator(".absent").count() == 0  # what the page puts in the place of a broken image
+        assert self.page.locator(".absent").count() == 0  # the page's replacement for a broken image
         assert self.page.evaluate(TOO_WIDE) == []
         if folder := os.environ.get("GENRET_SCREENSHOTS"):
             self.page.screenshot(path=Path(folder) / f"browse-{what}-{self.name}.png", full_page=True)
@@ -50,7 +50,7 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def address(trained_index) -> Iterator[str]:
-    """Of the page, from the command itself."""
+    """Return the address of the page, from the command's output."""
     command = [*GENRET, "browse", str(trained_index.folder), "--port", "0", "--device", "cpu", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
@@ -72,7 +72,7 @@ def visit(request, browser, address) -> Iterator[Visit]:
     visit = Visit(context.new_page(), f"{width}-{scheme}")
     visit.page.on("console", lambda message: visit.complaints.append(f"{message.type}: {message.text}"))
     visit.page.on("pageerror", lambda error: visit.complaints.append(str(error)))
-    visit.page.on("request", lambda asked: visit.requests.append(asked.url))
+    visit.page.on("request", lambda request: visit.requests.append(request.url))
     visit.page.goto(address)
     expect(visit.page.get_by_label("color", exact=True)).to_be_visible(timeout=LIMIT_MS)
     yield visit
@@ -88,7 +88,7 @@ def recall(page: Page, text: str) -> None:
 
 
 def test_page_recalls_filters_and_answers(visit):
-    """One user's visit; the colors of the page follow the system's."""
+    """Run the steps of one user. The colors of the page follow the system's."""
     page, hits = visit.page, visit.page.locator("#hits .hit")
     background = brightness(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert (background < 80) == visit.name.endswith("dark")
@@ -98,7 +98,7 @@ def test_page_recalls_filters_and_answers(visit):
     expect(hits.first).to_have_attribute("aria-pressed", "true")
     symbols = page.locator(".level .chosen .symbol").all_text_contents()
     assert "".join(symbols).replace("(end)", "") == page.locator("#identifier").text_content()
-    visit.looked_at("query")
+    visit.check_page("query")
 
     hits.nth(3).click()
     expect(hits.nth(3)).to_have_attribute("aria-pressed", "true")
@@ -110,7 +110,7 @@ def test_page_recalls_filters_and_answers(visit):
     expect(hits).to_have_count(4)
     assert all(text.startswith("green") for text in page.locator(".hit .caption").all_text_contents())
     expect(page.locator(".level li.out").first).to_be_visible()
-    visit.looked_at("filter")
+    visit.check_page("filter")
 
     page.get_by_label("color", exact=True).select_option("any")
     page.get_by_label("Query or question").fill("")
@@ -120,7 +120,7 @@ def test_page_recalls_filters_and_answers(visit):
     expect(page.locator("#picture")).to_be_visible()
     expect(hits).to_have_count(8)
     assert page.locator(".level").count() > 0
-    visit.looked_at("picture")
+    visit.check_page("picture")
 
     page.get_by_role("button", name="Remove the image").click()
     page.get_by_label("answer from").fill("2")
@@ -129,11 +129,11 @@ def test_page_recalls_filters_and_answers(visit):
     expect(page.locator("#answer")).to_be_visible()
     expect(hits).to_have_count(2)
     expect(page.locator("#question")).to_have_text("What is it?")
-    visit.looked_at("question")
+    visit.check_page("question")
 
 
 def test_invalid_query_is_shown_as_an_error_on_the_page(visit):
-    """The browser notes the refusal in its console, and nothing else."""
+    """The browser logs the refusal in its console, and nothing else."""
     recall(visit.page, "   ")
     expect(visit.page.get_by_role("alert")).to_contain_text("the query is empty")
     assert len(visit.complaints) == 1

@@ -1,4 +1,4 @@
-"""The promises of the demo, on real images and a real model, served by vLLM."""
+"""Tests of the promises of the demo, on real images and a real model, served by vLLM."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from integration.test_report_in_browser import BACKGROUND_SIZES, TOO_WIDE
 from llama_index_genret.cli.demo.run import DATA
 
 pytestmark = pytest.mark.timeout(3600)
-"""The first waits for the whole demo: half an hour on a core that multiplies no bfloat16."""
+"""The first test waits for the whole demo: half an hour on a core without bfloat16 multiplication."""
 
 
 def test_model_recalls_trained_and_held_out_queries(demo):

@@ -1,7 +1,6 @@
-"""The client side on the lowest versions of all that pyproject names, and on the newest LlamaIndex that it allows.
+"""Tests of the client side on the lowest versions in pyproject.toml, and on the newest LlamaIndex that it allows.
 
-Each environment is without torch, made once, beside the packages of this one, and kept; the newest is brought up to
-date.
+Each environment is without torch, is made once beside the packages of this one, and is kept. The newest is updated.
 """
 
 import json
@@ -28,7 +27,7 @@ TESTS = [
     "guarantees/test_answer_faults.py",
     "llamaindex/test_nodes.py",
 ]
-"""What LlamaIndex has a part in."""
+"""Test files that use LlamaIndex."""
 
 MORE_TESTS = [
     "corpus/test_imagefolder.py",
@@ -43,7 +42,7 @@ MORE_TESTS = [
     "trie/test_flat.py",
     "scorers/test_vllm_http.py",
 ]
-"""What the other packages have a part in: numpy, pillow, pydantic, httpx, tenacity, jinja2, tokenizers, safetensors."""
+"""Test files that use the other packages: numpy, pillow, pydantic, httpx, tenacity, jinja2, tokenizers, safetensors."""
 
 PROBE = """
 import json, sys
@@ -53,7 +52,7 @@ print(json.dumps({name: metadata.version(name) for name in sys.argv[1:]} | {"tor
 
 
 def at_its_lowest(requirement):
-    """The requirement with its lower bound as the only version."""
+    """Return the requirement with its lower bound as the only version."""
     bounds = re.fullmatch(r"(?P<name>[A-Za-z0-9-]+)>=(?P<lowest>[\d.]+)(,<[\d.]+)?", requirement)
     assert bounds, f"{requirement} has no lower bound"
     return f"{bounds['name']}=={bounds['lowest']}"
@@ -63,7 +62,7 @@ REQUIREMENTS = {"lowest": [at_its_lowest(requirement) for requirement in NEEDED]
 
 
 def environment(name):
-    """Python of the environment `name`."""
+    """Return the Python of the environment `name`."""
     folder = Path(sys.prefix) / f"versions-{name}"
     python, done = folder / "bin" / "python", folder / "requirements.json"
     wanted = [*REQUIREMENTS[name], *TESTING]

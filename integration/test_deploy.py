@@ -1,6 +1,6 @@
-"""The files of `integration/deploy` and the flags of the pages, by the tools that read them; nothing is started.
+"""Tests of the files of `integration/deploy` and the flags of the pages, by the tools that read them. None starts.
 
-KubeRay's own part of `rayjob.yaml` is no part of these: its schema comes with the operator.
+KubeRay's own part of `rayjob.yaml` is not tested: its schema comes with the operator.
 """
 
 import json
@@ -34,14 +34,14 @@ for line in sys.stdin:
 
 
 def compose(**variables):
-    """What docker-compose makes of the compose file."""
+    """Return the configuration that docker-compose reads from the compose file."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("GENRET_")}
     command = ["docker-compose", "-f", str(DEPLOY / "compose.yaml"), "config"]
     return subprocess.run(command, capture_output=True, text=True, env={**inherited, **variables})
 
 
 def read_by_vllm(*commands):
-    """What vLLM reads from the arguments of `vllm serve`; fails on a flag that it does not know."""
+    """Return the values that vLLM reads from the arguments of `vllm serve`. Fails on an unknown flag."""
     lines = "\n".join(json.dumps(command) for command in commands)
     done = subprocess.run([sys.executable, "-c", PARSE], input=lines, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -50,7 +50,7 @@ def read_by_vllm(*commands):
 
 @pytest.fixture
 def vllm_arguments(trained_index, monkeypatch):
-    """The arguments of `vllm serve` that a `genret serve` command ends in."""
+    """Return the arguments of `vllm serve` at the end of a `genret serve` command."""
 
     def of(command):
         program, serve, _, *rest = command

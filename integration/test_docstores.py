@@ -1,4 +1,4 @@
-"""The index over another docstore than LlamaIndex's default: a Redis server, started for the test."""
+"""Tests of the index over another docstore than LlamaIndex's default: a Redis server, started for the test."""
 
 import asyncio
 import shutil

@@ -1,4 +1,4 @@
-"""`POST /v1/recall` inside a real vLLM server on the CPU, against the same model in this process."""
+"""Tests of `POST /v1/recall` inside a real vLLM server on the CPU, against the same model in this process."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ KEY = "secret-of-the-test"
 
 @pytest.fixture(scope="module")
 def served_index(trained_index, tmp_path_factory):
-    """A copy that tests may edit while it is served."""
+    """Copy the index, so that tests may edit it while it is served."""
     folder = tmp_path_factory.mktemp("served") / "shapes"
     shutil.copytree(trained_index.folder, folder)
     return load_index(folder)
@@ -65,7 +65,7 @@ def local_scorer(trained_mllm):
 
 
 def test_idle_connection_outlives_five_seconds(endpoint):
-    """Else of two who let go at once, one asks on a connection that the other has closed, and gets no answer."""
+    """Otherwise a client might send a request on a connection that the server closes at that moment."""
     with contextlib.closing(http.client.HTTPConnection(endpoint.removeprefix("http://"), timeout=60)) as connection:
         for pause_s in (0, 7):
             time.sleep(pause_s)
@@ -112,18 +112,18 @@ SCORINGS = [
 
 
 def test_prior_and_reranking_rank_as_in_process(client, endpoint, served_index, local_scorer):
-    """What is tuned while the server runs is used from then on."""
+    """Tuned values are used while the server runs, from its next request on."""
     index, _ = tune(served_index, local_scorer)
     index = store_tuning(index, index.log_prior, TunedScoring(scoring=Scoring(eta=0.8), queries=1))
-    for asked, scoring in SCORINGS:
-        posted = client.post("/v1/recall", json={"queries": TEXTS, "k": 4, "scoring": asked})
+    for request, scoring in SCORINGS:
+        posted = client.post("/v1/recall", json={"queries": TEXTS, "k": 4, "scoring": request})
         assert posted.status_code == 200, posted.text
         answer = posted.json()
         assert answer["scoring"] == asdict(scoring)
         retriever = GenerativeImageRetriever.from_server(
-            index.folder, f"{endpoint}/v1", api_key=KEY, similarity_top_k=4, scoring=ScoringChoice(**asked)
+            index.folder, f"{endpoint}/v1", api_key=KEY, similarity_top_k=4, scoring=ScoringChoice(**request)
         )
-        stock = GenerativeImageRetriever(index, retriever._scorer, similarity_top_k=4, scoring=ScoringChoice(**asked))
+        stock = GenerativeImageRetriever(index, retriever._scorer, similarity_top_k=4, scoring=ScoringChoice(**request))
         for text, result in zip(TEXTS, answer["results"], strict=True):
             prompt = index.prompts.for_query(index.tokenizer, text)
             options, rerank = with_scoring(SearchOptions(k=4), index, scoring), reranking(index, scoring)
@@ -145,7 +145,7 @@ def test_prior_and_reranking_rank_as_in_process(client, endpoint, served_index, 
 
 
 def test_server_applies_the_filter_to_every_query(client, served_index):
-    """Every operator, nested at random: what comes back passes LlamaIndex's own evaluator, and none is missing."""
+    """Every operator, nested at random: each result passes LlamaIndex's own evaluator, and none is missing."""
     random_ = random.Random(0)
 
     def condition(depth):
@@ -162,19 +162,19 @@ def test_server_applies_the_filter_to_every_query(client, served_index):
         filters = MetadataFilters(filters=[condition(2)])
         passing = evaluate_with_llama_index(filters, [dict(record.metadata) for record in served_index.records])
         allowed = {record.image_id for record, passes in zip(served_index.records, passing, strict=True) if passes}
-        asked = {
+        request = {
             "query": random_.choice(TEXTS),
             "k": random_.randrange(1, 30),
             "mode": random_.choice(["beam", "exact"]),
             "filters": filters.model_dump(mode="json"),
         }
-        (result,) = client.post("/v1/recall", json=asked).raise_for_status().json()["results"]
+        (result,) = client.post("/v1/recall", json=request).raise_for_status().json()["results"]
         assert {hit["image_id"] for hit in result["hits"]} <= allowed
-        assert len(result["hits"]) == min(asked["k"], len(allowed))
+        assert len(result["hits"]) == min(request["k"], len(allowed))
         sizes.add(len(allowed))
     assert len(sizes) > 5
-    asked = {"query": "red", "filters": {"color": "red", "shape": ["bar", "frame"]}}
-    (result,) = client.post("/v1/recall", json=asked).json()["results"]
+    request = {"query": "red", "filters": {"color": "red", "shape": ["bar", "frame"]}}
+    (result,) = client.post("/v1/recall", json=request).json()["results"]
     assert {hit["image_id"] for hit in result["hits"]} == {"red-bar", "red-frame"}
 
 
@@ -294,7 +294,7 @@ def test_client_of_an_older_version_never_sees_the_newer_one(endpoint, served_in
 
 
 def test_reload_during_requests_never_mixes_two_versions(endpoint, client, served_index):
-    """Every answer is that of one version: its images are all there, and those removed since are all gone."""
+    """Every answer is of one version: all of its images are there, and all images removed before are gone."""
     images = {client.get("/v1/recall/indexes").json()["data"][0]["version"]: 17}
 
     async def clients():
@@ -319,7 +319,7 @@ def _remove(folder, image_id):
 
 
 def test_dead_engine_gives_503_and_a_client_error(server, endpoint, served_index):
-    """The last test of this server."""
+    """This must be the last test of this server."""
     (engine,) = [
         p for p in psutil.Process(server.pid).children(recursive=True) if "EngineCore" in " ".join(p.cmdline())
     ]
@@ -328,7 +328,7 @@ def test_dead_engine_gives_503_and_a_client_error(server, endpoint, served_index
     async def asked_while_it_dies():
         headers = {"Authorization": f"Bearer {KEY}"}
         async with httpx.AsyncClient(base_url=endpoint, headers=headers, timeout=60) as opened:
-            engine.suspend()  # or it could have answered before it dies
+            engine.suspend()  # otherwise it could answer before the engine dies
             asking = [asyncio.create_task(opened.post("/v1/recall", json={"queries": TEXTS})) for _ in range(4)]
             await asyncio.sleep(0.5)
             engine.kill()

@@ -1,6 +1,6 @@
-"""The recall routes behind vLLM's own guard, in this process: who is let in, what is fetched, what a tenant sees.
+"""Tests of the recall routes behind vLLM's own guard, in this process: access, fetching, isolation of tenants.
 
-The engine is a table that answers as vLLM's does; the app, its guard and the middleware are the real ones. A whole
+The engine is a table that answers as vLLM's does. The app, its guard and the middleware are the real ones. A whole
 server is in `test_endpoint.py`.
 """
 
@@ -78,7 +78,9 @@ async def test_a_key_is_compared_in_constant_time(app_of, monkeypatch):
     async with client_of(app_of(root_path="/"), "wrong") as client:
         assert (await client.post("/v1/recall", json=BODY)).status_code == 401
     assert compared
-    assert {len(part) for pair in compared for part in pair} == {32}  # digests: the length tells nothing either
+    assert {len(part) for pair in compared for part in pair} == {
+        32
+    }  # digests, so that the length reveals nothing either
 
 
 def test_a_websocket_without_the_key_is_rejected(app_of):
@@ -98,9 +100,9 @@ IMAGES = ["http://{}/x.png", "https://{}/x.png", "file:///etc/passwd", "FILE:///
 async def test_image_addresses_and_files_are_never_fetched(app_of, image):
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         listening.settimeout(0.05)
-        asked = image.format(f"127.0.0.1:{listening.getsockname()[1]}")
+        image_url = image.format(f"127.0.0.1:{listening.getsockname()[1]}")
         async with client_of(app_of()) as client:
-            answer = await client.post("/v1/recall", json={"image": asked})
+            answer = await client.post("/v1/recall", json={"image": image_url})
         assert answer.status_code == 400
         assert "root:" not in answer.text
         with pytest.raises(TimeoutError):
@@ -125,8 +127,8 @@ async def test_tenants_are_isolated_and_invalid_filters_refused(app_of, untraine
 
         async def ask(number):
             color = colors[number % len(colors)]
-            asked = {**BODY, "filters": {"color": color}, "mode": ("beam", "exact")[number % 2]}
-            hits = (await client.post("/v1/recall", json=asked)).raise_for_status().json()["results"][0]["hits"]
+            request = {**BODY, "filters": {"color": color}, "mode": ("beam", "exact")[number % 2]}
+            hits = (await client.post("/v1/recall", json=request)).raise_for_status().json()["results"][0]["hits"]
             return {hit["metadata"]["color"] for hit in hits} == {color} and len(hits) == 4
 
         assert all(await asyncio.gather(*(ask(number) for number in range(40))))
@@ -143,7 +145,7 @@ async def test_tenants_are_isolated_and_invalid_filters_refused(app_of, untraine
             [],
             "color=red",
         ):
-            content = json.dumps({**BODY, "filters": filters})  # which half a surrogate pair goes through
+            content = json.dumps({**BODY, "filters": filters})  # half a surrogate pair passes through it
             refused = await client.post("/v1/recall", content=content, headers={"Content-Type": "application/json"})
             assert refused.status_code in (400, 422), (filters, refused.text)
         nan = '{"query": "x", "filters": {"filters": [{"key": "color", "value": NaN, "operator": "!="}]}}'

@@ -1,4 +1,4 @@
-"""The limits of the recall routes: the body of a request, and how long a recall goes on."""
+"""Tests of the limits of the recall routes: the size of a request's body, and the duration of a recall."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ POST = b"POST /v1/recall HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r
 
 @pytest.fixture
 def port(untrained_index, monkeypatch):
-    """A server whose recall routes take bodies of a MiB, and another route that takes all."""
+    """Start a server whose recall routes accept bodies of a MiB, with another route that accepts all."""
     monkeypatch.setenv(INDEXES_VARIABLE, f"shapes={untrained_index.folder}")
     monkeypatch.setenv(LIMITS_VARIABLE, "body_mib=1")
     app = recall_app(untrained_index)
@@ -48,7 +48,7 @@ def in_chunks(content):
 
 
 def recall_body(size):
-    """JSON of so many bytes, spaces before it."""
+    """Return JSON of a given number of bytes, padded with spaces before it."""
     return json.dumps({"query": "red circle"}).encode().rjust(size)
 
 
@@ -77,7 +77,7 @@ def test_recall_ends_on_disconnect_timeout_or_shutdown():
     from llama_index_genret.serving.endpoint.engine_scorer import EngineStopped
 
     class Raw:
-        """A request whose client leaves after so long."""
+        """A request whose client disconnects after a given time."""
 
         def __init__(self, stays_s, should_exit=False):
             self.stays_s, state = stays_s, SimpleNamespace(server=SimpleNamespace(should_exit=should_exit))

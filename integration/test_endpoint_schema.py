@@ -1,6 +1,6 @@
-"""The recall routes against their own OpenAPI description: requests that fit it and such that do not, by schemathesis.
+"""Tests of the recall routes against their own OpenAPI description: valid and invalid requests, by schemathesis.
 
-In vLLM's own app, with its error handlers, but without its engine: a table answers in its place.
+The app is vLLM's own, with its error handlers, but without its engine. A table answers in its place.
 """
 
 import json
@@ -22,23 +22,23 @@ from llama_index_genret.scorers.fake import FakeScorer
 from llama_index_genret.serving.endpoint.schema import INDEXES_VARIABLE, MAX_WEIGHT, MIDDLEWARE
 from llama_index_genret.store import Scoring, TunedScoring, load_index, store_tuning
 
-# The test client of Starlette, through which schemathesis asks, leaves its streams to the garbage collector.
+# Starlette's test client, which schemathesis uses, leaves its streams to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Unclosed <MemoryObject:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
 
 
 class TableEngine:
-    """What `EngineScorer` asks of vLLM's engine, answered by a table."""
+    """The part of vLLM's engine that `EngineScorer` uses. A table gives the answers."""
 
     def __init__(self, vocabulary):
         self._table = FakeScorer(vocabulary)
         self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=1000))
         self.renderer = self
 
-    async def render_cmpl_async(self, asked):
-        assert all(one["multi_modal_data"]["image"].mode == "RGB" for one in asked)
-        return [{"prompt_token_ids": one["prompt_token_ids"]} for one in asked]
+    async def render_cmpl_async(self, prompts):
+        assert all(prompt["multi_modal_data"]["image"].mode == "RGB" for prompt in prompts)
+        return [{"prompt_token_ids": prompt["prompt_token_ids"]} for prompt in prompts]
 
     async def generate(self, prompt, params, request_id, lora_request=None):
         ids = prompt["prompt_token_ids"]
@@ -46,15 +46,15 @@ class TableEngine:
         log_probs = row - np.logaddexp.reduce(row)
         wanted = [0, *(params.logprob_token_ids or [])]
         flat = SimpleNamespace(token_ids=wanted, logprobs=[float(log_probs[token]) for token in wanted])
-        told = [{token: SimpleNamespace(logprob=float(log_probs[token]))} for token in ids]
+        entries = [{token: SimpleNamespace(logprob=float(log_probs[token]))} for token in ids]
         yield SimpleNamespace(
-            outputs=[SimpleNamespace(logprobs=flat, finish_reason="length")], prompt_logprobs=[None, *told[1:]]
+            outputs=[SimpleNamespace(logprobs=flat, finish_reason="length")], prompt_logprobs=[None, *entries[1:]]
         )
 
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
-    """vLLM's, over an index with a prior."""
+    """Return vLLM's app, over an index with a prior."""
     from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -95,7 +95,7 @@ async def client(app):
     ],
 )
 def test_the_routes_do_what_their_description_says(operations, path, mode, examples):
-    """But that they refuse what no schema can tell: an index that is not there, or a key that no image has."""
+    """Allow refusals that no schema can express: an index that is not there, or a key that no image has."""
     operation = operations[path]
 
     @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -145,5 +145,7 @@ async def test_bodies_are_answered_or_refused_as_by_openai(client, body, status)
     assert answer.status_code == status, answer.text[:300]
     if status != 200:
         refused = answer.json()
-        assert refused.get("detail") or refused["error"]["code"] == status  # FastAPI's own, where it reads no JSON
+        assert (
+            refused.get("detail") or refused["error"]["code"] == status
+        )  # FastAPI's own error for a body that is no JSON
         assert len(answer.content) < 20_000

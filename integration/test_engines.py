@@ -1,6 +1,6 @@
-"""Engines of LlamaIndex against a real vLLM server on the CPU: recall by it, answers by it, the pictures seen by it.
+"""Tests of LlamaIndex's engines against a real vLLM server on the CPU: it recalls, answers, and receives the images.
 
-What reaches a server is counted in `tests/llamaindex/test_engines.py`; here vLLM counts, in tokens of its own prompts.
+`tests/llamaindex/test_engines.py` counts the parts of the requests. Here vLLM counts the tokens of its own prompts.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ QUESTION = "Which colour has the circle?"
 
 
 class Chats(BaseEventHandler):
-    """Every whole answer of a chat model: what it was shown, and how many tokens its server counted."""
+    """Record every whole answer of a chat model: its messages, and the number of tokens that its server counted."""
 
     seen: list[Any] = Field(default_factory=list)
 
@@ -115,17 +115,17 @@ def without_pictures(messages):
 @pytest.mark.parametrize("how", ["sync", "async"])
 @pytest.mark.parametrize("name", ENGINES)
 def test_vllm_receives_the_images_of_every_engine(retriever, llm, chats, name, how):
-    """A picture is 4 tokens of the tiny model and a few around them: what its prompts have more than without pictures.
+    """An image is 4 tokens of the tiny model and a few around them: the surplus over the prompts without images.
 
-    Not to the token: texts that a picture has parted are read as one without it.
+    The count is not exact: texts that an image separates are tokenized as one without it.
     """
     make, ask, aask, shown = ENGINES[name]
     chats.clear()
     said = (ask if how == "sync" else aask)(make(retriever, llm))
     assert len(said.source_nodes) == 2
-    asked = list(chats)
-    assert [n_pictures(messages) for messages, _ in asked] == shown
-    for messages, n_tokens in asked:
+    recorded = list(chats)
+    assert [n_pictures(messages) for messages, _ in recorded] == shown
+    for messages, n_tokens in recorded:
         plain = llm.chat(without_pictures(messages)).raw.usage.prompt_tokens
         assert 4 * n_pictures(messages) <= n_tokens - plain <= 12 * n_pictures(messages)
 

@@ -1,4 +1,4 @@
-"""Processes that are killed, disks that are full and power that goes, at every point; bits that flip.
+"""Tests with killed processes, full disks and power cuts at every point, and with flipped bits.
 
 All commands, all points: `python -m integration.faults`, `python -m integration.faults.flips --trials 2000`.
 """

@@ -1,4 +1,4 @@
-"""The load test, for half a minute: the server holds, and what would break it is noticed."""
+"""Tests of the load test: the server survives half a minute, and each kind of failure is detected."""
 
 import asyncio
 import json
@@ -83,7 +83,7 @@ def test_growth_of_memory_and_files_is_detected_after_warm_up():
 
 @pytest.mark.parametrize("kind", [kind for kind in FAULTS if kind != "reset"])
 async def test_a_server_that_cuts_no_client_is_detected(kind):
-    """It reads what comes, and neither answers nor closes."""
+    """A server that reads every byte, and neither answers nor closes."""
 
     async def keep(reader, writer):
         with suppress(ConnectionError), closing(writer):

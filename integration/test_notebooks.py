@@ -1,4 +1,4 @@
-"""Executes every notebook as `make notebooks` does, on copies: a reader who runs them sees no error and no warning."""
+"""Execute copies of all notebooks, as `make notebooks` does. A reader who runs them sees no error and no warning."""
 
 import shutil
 
@@ -9,12 +9,12 @@ from nbclient.exceptions import CellExecutionError
 from integration.run_notebooks import FOLDER, BadOutput, execute
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
-"""In their order, and in one file: later ones find what the first has trained."""
+"""They run in this order and in one file, since later ones use the index that the first has trained."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A copy, without what an earlier run has left; what one notebook makes, the next finds."""
+    """Copy the notebooks without the results of earlier runs. A notebook finds the results of those before it."""
     copy = tmp_path_factory.mktemp("clone") / "notebooks"
     return shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("work"))
 

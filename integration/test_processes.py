@@ -1,4 +1,4 @@
-"""One training in two processes, by `accelerate launch`: the same examples in the same order, so the same losses."""
+"""Tests of one training in two processes, by `accelerate launch`: the same examples and equal losses."""
 
 import json
 import os
@@ -31,11 +31,11 @@ def folder(tmp_path_factory):
 
 
 def trained(folder: Path, name: str, n_processes: int, *options: str):
-    """The index after a training by that many processes, and what was printed."""
+    """Train in a number of processes. Returns the index, and the output."""
     mllm = load_mllm(str(folder / "model"), device="cpu")
     build_index(read_corpus(folder / "pictures"), folder / name, mllm)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
-    launch += ["--multi_gpu"] * (n_processes > 1)  # its launcher; on CPUs that of --cpu wants MPI
+    launch += ["--multi_gpu"] * (n_processes > 1)  # accelerate's launcher for CPUs (`--cpu`) needs MPI
     launch += ["--num_processes", str(n_processes), "--main_process_port", str(free_port())]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "llama_index_genret.cli"]
     train = ["train", str(folder / name), "--max-steps", str(STEPS), "--device", "cpu", "--json", *options]
@@ -52,7 +52,7 @@ def test_two_processes_train_as_one_does(folder):
     assert (one["processes"], two["processes"]) == (1, 2)
     assert len(two["losses"]) == STEPS
     np.testing.assert_allclose(two["losses"], one["losses"], rtol=2e-3)
-    assert np.ptp(one["losses"]) > 0.02  # steps differ by more than that: another order would be seen
+    assert np.ptp(one["losses"]) > 0.02  # steps differ by more than that, so another order would be detected
     weights = [load_file(adapter_folder(index) / "adapter_model.safetensors") for index in (alone, together)]
     assert weights[0].keys() == weights[1].keys()
 

@@ -1,4 +1,4 @@
-"""`integration/deploy/nginx.conf` by a real nginx before the recall routes, by clients that do not keep to it.
+"""Tests of `integration/deploy/nginx.conf` with a real nginx before the recall routes, and clients beyond its limits.
 
 Every promise is kept with the configuration, and is broken without the directive that makes it.
 """
@@ -33,7 +33,7 @@ TIGHT = {
     "client_body_timeout 30s;": "client_body_timeout 1500ms;",
     "send_timeout 30s;": "send_timeout 1s;",
 }
-"""Numbers with which a test need not wait for long."""
+"""Numbers that make the tests short."""
 
 CUT_S = 5.0
 EVENTS, PAUSE_S = 3, 0.4
@@ -42,7 +42,7 @@ RECALL = {"query": "red circle", "k": 20}
 
 @dataclass
 class Upstream:
-    """The server behind the proxy: where it listens, and what it has seen."""
+    """The server behind the proxy: its address, and the requests that it has received."""
 
     app: ASGIApp
     engine: TableEngine
@@ -70,7 +70,7 @@ def upstream(untrained_index):
 
         @app.post("/v1/completions")
         async def held(raw: Request):
-            """Answer with the size of the body, once it may."""
+            """Answer with the size of the body, after the test permits it."""
             size = len(await raw.body())
             while not seen.may_answer.is_set():
                 await asyncio.sleep(0.01)
@@ -89,7 +89,7 @@ def upstream(untrained_index):
 
         @app.get("/much")
         async def much():
-            """Answer more than the buffers of a connection hold."""
+            """Send an answer that is larger than the buffers of a connection."""
 
             async def pieces():
                 for _ in range(30):
@@ -115,7 +115,7 @@ def until(condition, timeout_s=5.0):
 
 
 def misused(kind):
-    """A check by one of the clients of the load test."""
+    """Return a check by one of the clients of the load test."""
 
     def check(port, upstream):
         try:
@@ -127,7 +127,7 @@ def misused(kind):
 
 
 def silent_after(sent):
-    """A check by a client that sends so much and no more."""
+    """Return a check by a client that sends a given number of bytes."""
 
     def check(port, upstream):
         with socket.create_connection(("127.0.0.1", port), timeout=CUT_S) as opened:
@@ -222,7 +222,7 @@ def connections_are_kept(port, upstream):
 
 @contextmanager
 def held_requests(port, upstream, sizes):
-    """Requests that the server holds until the end of the context."""
+    """Hold requests in the server until the end of the context."""
     upstream.may_answer.clear()
     before, statuses = upstream.requests, []
 
@@ -288,7 +288,7 @@ def redirect_stays_at_the_proxy(port, upstream):
 
 @dataclass(frozen=True)
 class Promise:
-    """What holds with `changes` to the configuration, and with `broken` no more. is_down: there is no server."""
+    """A check that holds with `changes` to the configuration, and fails with `broken`. is_down: there is no server."""
 
     check: Callable[[int, Upstream], str]
     broken: Mapping[str, str]

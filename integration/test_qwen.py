@@ -1,7 +1,7 @@
-"""The Qwen-VL models that users bring, tiny and random: indexed, trained, recalled, exported, served, asked.
+"""Tests of the Qwen-VL models, tiny and random: index, train, recall, export, serve, answer.
 
-Their processor and vLLM's code for them need torchvision. It lies in a folder of its own, which only the processes
-started here see.
+Their processor and vLLM's code for them need torchvision. It is in a folder of its own, which only the processes
+started here can import.
 """
 
 import json
@@ -32,17 +32,17 @@ OPERATORS = Path(__file__).parent / "torchvision_ops"
 
 @pytest.fixture(scope="module")
 def environment():
-    """For processes that import torchvision."""
+    """Environment for processes that import torchvision."""
     if not TORCHVISION.is_dir():
         pytest.fail(f"no {TORCHVISION}; install it with `make {Path(sys.prefix).name}/.qwen`")
     paths = [str(OPERATORS), str(TORCHVISION), os.environ.get("PYTHONPATH", "")]
-    # A second thread only slows down what is this small.
+    # A second thread only slows down so small a model.
     return {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Ten pictures of two shapes and three sizes."""
+    """Draw ten images of two shapes and three sizes."""
     folder = draw_pictures(tmp_path_factory.mktemp("pictures") / "images")
     lines = (folder / "metadata.jsonl").read_text().splitlines()[::2]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
@@ -51,21 +51,21 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def qwen(request, pictures, environment, tmp_path_factory):
-    """An index trained by the command line, what its model finds and says in process, and a server of it."""
+    """Train an index by the command line. Yields it with its results in process, and a server of it."""
     folder = tmp_path_factory.mktemp(request.param)
     model, out = save_tiny_qwen(folder / "model", request.param), folder / "shapes"
     env = os.environ | environment
     genret_json("index", pictures, "--out", out, "--model", model, "--device", "cpu", env=env)
     genret_json("train", out, "--max-steps", "80", "--learning-rate", "0.01", "--device", "cpu", env=env)
     index = load_index(out)
-    asked = {
+    questions = {
         "texts": [carrier.format(r.captions[0]) for r in index.records for carrier in ("{}", "show me the {}")],
         "images": [str(record.path) for record in index.records],
         "question": QUESTION,
     }
     local = subprocess.run(
         [sys.executable, "-m", "integration.in_process", str(out)],
-        input=json.dumps(asked),
+        input=json.dumps(questions),
         capture_output=True,
         text=True,
         env=env,
@@ -75,24 +75,26 @@ def qwen(request, pictures, environment, tmp_path_factory):
     port, log = free_port(), folder / "vllm.log"
     command = [*GENRET, "serve", str(out), "--port", str(port), "--", *CPU_FLAGS]
     with running_server(command, host="127.0.0.1", port=port, log=log, environment=env) as served:
-        yield SimpleNamespace(index=index, asked=asked, local=json.loads(local.stdout), api_base=served.api_base)
+        yield SimpleNamespace(
+            index=index, questions=questions, local=json.loads(local.stdout), api_base=served.api_base
+        )
 
 
 def assert_same_ranking(found, expected):
-    """The same images, with log-probabilities within a thousandth, in an order that these allow."""
+    """Check for the same images, with log-probabilities within a thousandth, in an order that these allow."""
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([found[name] for name in expected], list(expected.values()), atol=1e-3)
 
 
 def test_a_stock_server_finds_what_the_process_finds(qwen):
     retriever = GenerativeImageRetriever(qwen.index, VllmScorer(qwen.api_base), similarity_top_k=TOP_K)
-    for text, expected in zip(qwen.asked["texts"], qwen.local["texts"], strict=True):
+    for text, expected in zip(qwen.questions["texts"], qwen.local["texts"], strict=True):
         assert_same_ranking(ranked(retriever, text), expected)
     assert len({next(iter(found)) for found in qwen.local["texts"]}) > len(qwen.index.records) / 2
 
 
 def test_the_recall_endpoint_finds_what_the_process_finds(qwen):
-    request = {"queries": qwen.asked["texts"], "k": TOP_K}
+    request = {"queries": qwen.questions["texts"], "k": TOP_K}
     results = httpx.post(f"{qwen.api_base}/recall", json=request, timeout=60).json()["results"]
     for result, expected in zip(results, qwen.local["texts"], strict=True):
         assert_same_ranking({hit["image_id"]: hit["log_prob"] for hit in result["hits"]}, expected)
@@ -107,7 +109,7 @@ def test_model_generates_identifiers_of_memorised_images(qwen):
 def test_image_answers_of_server_and_process_are_equal(qwen):
     retriever = GenerativeImageRetriever(qwen.index, VllmScorer(qwen.api_base))
     llm = genret_llm(qwen.api_base, max_tokens=ANSWER_TOKENS)
-    theirs = [said(answer) for answer in answers(llm, retriever, QUESTION, qwen.asked["images"])]
+    theirs = [said(answer) for answer in answers(llm, retriever, QUESTION, qwen.questions["images"])]
     assert theirs == [said(answer) for answer in qwen.local["answers"]]
     assert len(set(theirs)) > 1
 

@@ -1,6 +1,6 @@
-"""Opens a report in headless Chromium, as a phone and as a desktop, light and dark.
+"""Tests of a report in headless Chromium, as a phone and as a desktop, light and dark.
 
-GENRET_SCREENSHOTS=FOLDER keeps what the browser painted, to be looked at.
+GENRET_SCREENSHOTS=FOLDER keeps screenshots.
 """
 
 import json
@@ -56,7 +56,7 @@ TOO_WIDE = """() => [...document.body.querySelectorAll("*")]
 
 @dataclass
 class Visit:
-    """A loaded page and what the browser complained of or asked for on the way."""
+    """A loaded page, and the browser's errors and requests."""
 
     page: Page
     complaints: list[str] = field(default_factory=list)
@@ -69,7 +69,7 @@ def demo_pictures() -> list[tuple[Path, str]]:
 
 
 def example_queries(pictures: list[tuple[Path, str]]) -> list[ReportQuery]:
-    """Of each five, three are right first, one right at rank 3 and one missed."""
+    """Make queries: of each five, three are right first, one is right at rank 3, and one is missed."""
     queries = []
     for place, (path, caption) in enumerate(pictures):
         right_rank = (0, 0, 0, 2, None)[place % 5]
@@ -86,7 +86,7 @@ def example_queries(pictures: list[tuple[Path, str]]) -> list[ReportQuery]:
 
 
 def example_tables() -> list[Table]:
-    """Three systems with intervals, as wide as `genret eval` makes it, and one with notes."""
+    """Make a report of three systems with intervals, as wide as `genret eval` makes it, and one with notes."""
     cells = [Cell(f"0.{n}71", f"0.{n}21–0.{n}99") for n in (8, 6, 5)]
     rows = tuple((Cell(name), *cells) for name in ("recall@1", "recall@10", "nDCG@10", "calibration error"))
     noted = ((Cell("recall@10 on held-out tags"), Cell("0.71"), Cell("goal 0.60; BM25 0.00, dense peer 0.66")),)
@@ -97,7 +97,7 @@ def example_tables() -> list[Table]:
 
 
 def example_charts() -> list[Chart]:
-    """All that `genret eval` draws."""
+    """Draw all charts of `genret eval`."""
     measured = {n: Estimate(n / 10, Interval(n / 10 - 0.08, n / 10 + 0.05)) for n in range(3, 10)}
     names = ("recall@1", "recall@5", "recall@10", "MRR", "nDCG@10")
     systems = {
@@ -153,7 +153,7 @@ def visit(request, browser, report) -> Iterator[Visit]:
     visit = Visit(context.new_page())
     visit.page.on("console", lambda message: visit.complaints.append(f"{message.type}: {message.text}"))
     visit.page.on("pageerror", lambda error: visit.complaints.append(str(error)))
-    visit.page.on("request", lambda asked: visit.requests.append(asked.url))
+    visit.page.on("request", lambda request: visit.requests.append(request.url))
     visit.page.goto(report.as_uri())
     if folder := os.environ.get("GENRET_SCREENSHOTS"):
         visit.page.screenshot(path=Path(folder) / f"report-{width}-{scheme}.png", full_page=True)
@@ -178,7 +178,7 @@ def test_a_thumbnail_is_painted(visit):
 
 
 def test_chart_texts_and_marks_contrast_with_their_card(visit):
-    """Dark on light and light on dark: what is written, and what is drawn in the colors of the systems."""
+    """Texts, and marks in the colors of the systems, contrast in both schemes: dark on light and light on dark."""
     charts = visit.page.locator("figure.card")
     assert charts.count() == len(example_charts())
     for chart in charts.all():
@@ -195,7 +195,7 @@ def test_chart_texts_and_marks_contrast_with_their_card(visit):
 
 
 def brightness(color: str) -> float:
-    """0 to 255, of what getComputedStyle calls a color."""
+    """Parse a color of getComputedStyle into 0 to 255."""
     return sum(int(part) for part in color[4:-1].split(",")) / 3
 
 

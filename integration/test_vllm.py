@@ -1,4 +1,4 @@
-"""Recall and answers through a real, stock vLLM server on the CPU, against the same model in this process."""
+"""Tests of recall and answers through a real, stock vLLM server on the CPU, against the same model in this process."""
 
 import asyncio
 import random
@@ -28,7 +28,7 @@ def local_scorer(trained_mllm):
 
 
 def hostile_queries(index, n, seed=0):
-    """Random and hostile texts: any Unicode, markup, names of identifiers, orders to the model."""
+    """Random and hostile texts: any Unicode, markup, texts like identifiers, instructions to the model."""
     rng = random.Random(seed)
     symbols = [symbol for identifier in index.identifiers for symbol in identifier]
 
@@ -120,12 +120,12 @@ def test_query_engine_answers_sync_async_and_streaming(trained_index, server):
 
 
 def said(response):
-    """The random model ends in the middle of characters, of which vLLM shows nothing and transformers a mark."""
+    """The random model ends within a character. vLLM then shows nothing, and transformers a replacement character."""
     return "" if str(response) == "Empty Response" else str(response).replace("\ufffd", "")
 
 
 def test_the_answer_of_the_server_is_the_answer_of_the_process(trained_index, trained_mllm, server):
-    """The picture itself arrives: with another picture the same question gets another answer."""
+    """The image itself arrives: with another image the same question has another answer."""
     retriever = GenerativeImageRetriever.from_server(trained_index.folder, server.api_base, similarity_top_k=20)
     nodes = sorted(retriever.retrieve("red circle"), key=lambda node: node.node.node_id)
     engines = [
@@ -144,9 +144,9 @@ def test_command_line_works_through_the_server(trained_index, server, tmp_path):
     remote = genret_json("query", folder, "red circle", "-k", "3", *address)
     assert [hit["image_id"] for hit in remote["hits"]] == [hit["image_id"] for hit in local["hits"]]
     assert set(remote["hits"][0]) == {"image_id", "file_name", "score", "log_prob", "identifier"}
-    asked = genret_json("ask", folder, "What is in the picture?", "-k", "1", *address)
-    assert asked["sources"] == [hit["image_id"] for hit in asked["hits"]]
-    assert isinstance(asked["answer"], str)
+    answered = genret_json("ask", folder, "What is in the picture?", "-k", "1", *address)
+    assert answered["sources"] == [hit["image_id"] for hit in answered["hits"]]
+    assert isinstance(answered["answer"], str)
     queries = tmp_path / "queries.jsonl"
     queries.write_text(
         '{"query": "red circle", "file_name": "red-circle.png"}\n{"query": "blue bar", "image_id": "blue-bar"}\n'

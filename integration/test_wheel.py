@@ -1,4 +1,4 @@
-"""The wheel, in an environment that has nothing else: what is in it, what it brings, what works, how it is typed."""
+"""Tests of the wheel in an environment with nothing else: its files, dependencies, commands and types."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ WRONG = {
     "FakeScorer(index.tokenizer.vocab_size)": "FakeScorer(vocabulary=index.tokenizer.vocab_size)",
     "command_line: Callable[[], NoReturn]": "command_line: Callable[[str], NoReturn]",
 }
-"""What a user may get wrong in a line of the program."""
+"""Wrong edits of a line in the program of a user."""
 
 
 def run(*command, **options):
@@ -42,20 +42,20 @@ def run(*command, **options):
 
 
 def installed(python):
-    """Names and versions of the packages of an environment."""
+    """Return names and versions of the packages of an environment."""
     listed = json.loads(run(python, "-I", "-m", "pip", "list", "--format", "json"))
     return {(one["name"], one["version"]) for one in listed}
 
 
 def tracked(folder="."):
-    """What git has of the folder and would add, without what is deleted here."""
+    """Return the files that git tracks or would add, without those that are deleted here."""
     paths = run("git", "ls-files", "--cached", "--others", "--exclude-standard", folder, cwd=ROOT).splitlines()
     return {path for path in paths if (ROOT / path).is_file()}
 
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory):
-    """A source distribution, and the wheel made of it."""
+    """Build a source distribution, and the wheel from it."""
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--outdir", out, ROOT)
     return out
@@ -63,7 +63,7 @@ def dist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(dist, tmp_path_factory):
-    """The interpreter of an environment into which the wheel was installed, without extras."""
+    """Return the interpreter of an environment where the wheel is installed without extras."""
     home = tmp_path_factory.mktemp("client")
     venv.create(home, with_pip=True)
     python = home / "bin" / "python"
@@ -82,7 +82,7 @@ def server(untrained_index):
 
 @pytest.fixture(scope="module")
 def report(client, untrained_index, server, tmp_path_factory):
-    """What the client's program printed, run where nothing of this repository is on the path."""
+    """Return the output of the client's program, run where nothing of this repository is on the path."""
     away = tmp_path_factory.mktemp("away")
     return json.loads(run(client, "-I", PROGRAM, untrained_index.folder, server.api_base, cwd=away))
 
@@ -155,7 +155,7 @@ def test_command_that_needs_a_model_names_the_extra(client, untrained_index, tmp
 
 
 def test_a_users_types_are_checked(client, tmp_path):
-    """The program passes mypy --strict against the installed wheel; each wrong line is an error on that very line."""
+    """The program passes mypy --strict against the installed wheel. Each wrong line is an error on that line."""
     text = PROGRAM.read_text()
     lines = {}
     for i, (right, wrong) in enumerate(WRONG.items()):
@@ -178,30 +178,30 @@ def test_every_licence_is_compatible_and_listed(client, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "told",
+    "licence_field",
     [
         *("License-Expression: GPL-3.0-only", "License: AGPL-3.0", "License: Business Source License 1.1"),
         *("License-Expression: MIT AND GPL-2.0-only", "License-Expression: MIT AND BUSL-1.1", "License: CC-BY-NC-4.0"),
         *("License: Limited use only", "License: Miscellaneous terms", "Summary: of no licence"),
     ],
 )
-def test_a_package_of_another_licence_is_refused(tmp_path, told):
+def test_a_package_of_another_licence_is_refused(tmp_path, licence_field):
     with pytest.raises(supply.IncompatibleLicence, match=r"intruder"):
-        supply.list_licences(_with_intruder(tmp_path, told), tmp_path / "licences.md")
+        supply.list_licences(_with_intruder(tmp_path, licence_field), tmp_path / "licences.md")
 
 
-@pytest.mark.parametrize("told", ["License: MIT License", "License-Expression: Apache-2.0 OR LicenseRef-Own"])
-def test_a_package_of_a_compatible_licence_is_accepted(tmp_path, told):
-    supply.list_licences(_with_intruder(tmp_path, told), tmp_path / "licences.md")
+@pytest.mark.parametrize("licence_field", ["License: MIT License", "License-Expression: Apache-2.0 OR LicenseRef-Own"])
+def test_a_package_of_a_compatible_licence_is_accepted(tmp_path, licence_field):
+    supply.list_licences(_with_intruder(tmp_path, licence_field), tmp_path / "licences.md")
     assert "| intruder " in (tmp_path / "licences.md").read_text()
 
 
-def _with_intruder(folder, told):
-    """The interpreter of an environment with one package, which tells this of its licence."""
+def _with_intruder(folder, licence_field):
+    """Return the interpreter of an environment with one package, which has this licence field."""
     venv.create(folder / "other", with_pip=False)
     (packages,) = (folder / "other" / "lib").glob("python*/site-packages")
     (packages / "intruder-1.0.dist-info").mkdir()
-    metadata = f"Metadata-Version: 2.4\nName: intruder\nVersion: 1.0\n{told}\n"
+    metadata = f"Metadata-Version: 2.4\nName: intruder\nVersion: 1.0\n{licence_field}\n"
     (packages / "intruder-1.0.dist-info" / "METADATA").write_text(metadata)
     return folder / "other" / "bin" / "python"
 

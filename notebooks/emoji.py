@@ -1,6 +1,6 @@
-"""What these notebooks share: small folders of pictures, the base model, and one trained index, each made once.
+"""Shared steps of the notebooks: small folders of images, the base model, and one trained index, each made once.
 
-All of it lies in `work/` beside the notebooks, which git ignores.
+All files are in `work/` beside the notebooks, which git ignores.
 """
 
 import json
@@ -28,7 +28,7 @@ NEW = ["frog", "pineapple", "tractor", "accordion"]
 
 
 def photos(names: list[str] = KNOWN, folder: Path | str = PHOTOS) -> Path:
-    """A folder of some of the pictures in the package, with their lines of `metadata.jsonl`."""
+    """Copy some images of the package to a folder, with their lines of `metadata.jsonl`. Returns the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in (SOURCE / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -41,7 +41,7 @@ def photos(names: list[str] = KNOWN, folder: Path | str = PHOTOS) -> Path:
 
 
 def base_model() -> str:
-    """A multimodal LLM of 91 M parameters, small enough for two CPU cores: assembled once, then cached."""
+    """Assemble a multimodal LLM of 91 M parameters, small enough for two CPU cores. Later calls use the cache."""
     from integration.base_model import Recipe, default_folder, make_base_model
 
     folder = default_folder(Recipe())
@@ -50,7 +50,7 @@ def base_model() -> str:
 
 
 def trained_index() -> Path:
-    """The index of the first notebook: as it left it, else made here in the same way."""
+    """Return the index of the first notebook, or make it in the same way."""
     if not STORAGE.is_dir():
         index = GenerativeImageIndex.from_documents(
             load_images(photos()), index_dir=INDEX, model=base_model(), overwrite=True
@@ -61,7 +61,7 @@ def trained_index() -> Path:
 
 
 def copy_of_index(name: str) -> tuple[Path, Path]:
-    """The trained index once more, to be changed: its folder, and its storage of LlamaIndex."""
+    """Copy the trained index for changes. Returns its folder, and its storage of LlamaIndex."""
     folder, storage = Path("work", name), Path("work", f"{name}-storage")
     for source, target in ((trained_index(), folder), (STORAGE, storage)):
         shutil.rmtree(target, ignore_errors=True)
@@ -70,8 +70,8 @@ def copy_of_index(name: str) -> tuple[Path, Path]:
 
 
 def own_model() -> str:
-    """GENRET_MODEL, a folder or hub id; else a random SmolVLM of some 100,000 weights, trained in seconds."""
+    """Return GENRET_MODEL, a folder or hub id, or a random SmolVLM of some 100,000 weights, trained in seconds."""
     from tests.tiny_model import make_wordy_model
 
-    named = os.environ.get("GENRET_MODEL")
-    return named or str(make_wordy_model(Path("work/tiny-smolvlm")))
+    configured = os.environ.get("GENRET_MODEL")
+    return configured or str(make_wordy_model(Path("work/tiny-smolvlm")))

@@ -1,6 +1,6 @@
-"""Recalled images as a picture: a row for each query, its images in order.
+"""Draw recalled images: a row for each query, with its images in order.
 
-Below each stand its caption and its score, as a number and as a share of the best.
+Below each image are its caption and its score, as a number and as a share of the best.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ Item = NodeWithScore | tuple[Path | str, str]
 
 
 def strips(rows: Mapping[str, Iterable[Item]]) -> Shown:
-    """A row for each label: recalled nodes with captions and scores, or pairs of a picture and what is said of it."""
+    """Draw a row for each label: recalled nodes with captions and scores, or pairs of an image and a text."""
     rows = {label: list(items) for label, items in rows.items()}
     label = LABEL if any(rows) else 0
     height = SIDE + 2 * LINE + 12 + GAP
@@ -33,12 +33,12 @@ def strips(rows: Mapping[str, Iterable[Item]]) -> Shown:
         best = max((item.score or 0.0 for item in items if isinstance(item, NodeWithScore)), default=0.0)
         for place, item in enumerate(items):
             _draw(canvas, draw, item, GAP + label + place * (SIDE + GAP), top, best)
-    said = {text: ", ".join(" ".join(_said(item)).strip() for item in items) for text, items in rows.items()}
-    return _jpeg(canvas, alt="; ".join(f"{text}: {shown}" if text else shown for text, shown in said.items()))
+    texts = {text: ", ".join(" ".join(_text_and_score(item)).strip() for item in items) for text, items in rows.items()}
+    return _jpeg(canvas, alt="; ".join(f"{text}: {shown}" if text else shown for text, shown in texts.items()))
 
 
 def gallery(folder: Path | str, *, columns: int = 8) -> Shown:
-    """The pictures of a folder."""
+    """Draw the images of a folder."""
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix != ".jsonl")
     rows = [[(path, path.stem) for path in paths[at : at + columns]] for at in range(0, len(paths), columns)]
     side = SIDE + GAP
@@ -50,28 +50,28 @@ def gallery(folder: Path | str, *, columns: int = 8) -> Shown:
 
 
 def picture(path: Path | str, alt: str, *, width: int = 1000) -> Shown:
-    """A large picture as a small file. alt: what it shows, for those who do not see it."""
+    """Shrink a large image to a small file. alt: the text for readers who do not see it."""
     image = Image.open(path).convert("RGB")
     image.thumbnail((width, 10 * width))
     return _jpeg(image, alt=alt, scale=1.0)
 
 
 def _draw(canvas: Image.Image, draw: ImageDraw.ImageDraw, item: Item, x: int, y: int, best: float = 1.0) -> None:
-    """best: the score of a full bar."""
+    """Draw an image with its text and score bar. best: the score of a full bar."""
     path = item.node.image_path if isinstance(item, NodeWithScore) else item[0]
-    text = _said(item)[0]
+    text = _text_and_score(item)[0]
     canvas.paste(Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
     for place, line in enumerate(_wrapped(text, SIDE + GAP - 4)[: 1 if isinstance(item, NodeWithScore) else 2]):
         draw.text((x, y + SIDE + 4 + place * LINE), line, INK, _font())
     if isinstance(item, NodeWithScore) and item.score and best:
         bar = y + SIDE + LINE + 14
-        draw.text((x, bar - 7), _said(item)[1], FAINT, _font(16))
+        draw.text((x, bar - 7), _text_and_score(item)[1], FAINT, _font(16))
         draw.rectangle((x + 50, bar, x + SIDE, bar + 6), TRACK)
         draw.rectangle((x + 50, bar, x + 50 + item.score / best * (SIDE - 50), bar + 6), BAR)
 
 
-def _said(item: Item) -> tuple[str, str]:
-    """What stands below the picture, and its score."""
+def _text_and_score(item: Item) -> tuple[str, str]:
+    """Return the text below the image, and its score."""
     if not isinstance(item, NodeWithScore):
         return item[1], ""
     caption = item.node.text.partition("\n")[0] or item.node.node_id
@@ -79,7 +79,7 @@ def _said(item: Item) -> tuple[str, str]:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most `width` pixels, broken between words or symbols; one that is longer is cut with an ellipsis."""
+    """Wrap text to `width` pixels, between words or symbols. A longer line is cut with an ellipsis."""
     lines: list[str] = []
     for word in text.replace("><", "> <").split():
         if lines and _font().getlength(f"{lines[-1]} {word}") <= width:

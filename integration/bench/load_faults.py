@@ -45,7 +45,7 @@ class Line:
         self.socket = socket.socket()
         self.socket.setblocking(False)
         self._target, self._loop = target, asyncio.get_running_loop()
-        self.asked = 0
+        self.sent = 0
 
     async def __aenter__(self) -> Line:
         await asyncio.wait_for(self._loop.sock_connect(self.socket, (self._target.host, self._target.port)), 30)
@@ -63,7 +63,7 @@ class Line:
     async def nibble(self) -> None:
         """Read a byte and send another request. The system reports a cut only to a socket that writes."""
         with suppress(BlockingIOError):
-            self.asked += self.socket.send((MUCH * PIPELINED)[self.asked % len(MUCH) :])
+            self.sent += self.socket.send((MUCH * PIPELINED)[self.sent % len(MUCH) :])
         with suppress(BlockingIOError):
             self.socket.recv(1)
 

@@ -1,28 +1,29 @@
-"""Many clients for many minutes on a server that they do not spare: does it hold?
+"""A load test: many clients use a server for many minutes, and every answer is checked.
 
     python -m integration.bench.load_test [--minutes 20] [--clients 32] [--faults] [--kills] [--json FILE]
 
 A vLLM server on the CPU, with the recall endpoint, serves a tiny model of random weights and an index that is edited
-every few seconds. Each client draws at random: recalls of every kind, batches, requests that it leaves, malformed and
-mistyped bodies, queries of a megabyte, unknown indexes and routes, chats. It holds if
+every few seconds. Each client draws at random: recalls of every kind, batches, requests from which it disconnects,
+malformed and mistyped bodies, queries of a megabyte, unknown indexes and routes, chats. The server passes if
 
-- every recall is that of the model in this process, for the version of the index that the answer names, and that
-  version is no older than the edit before the last `STALE_S` seconds;
-- every request has the status that it must have, and none is without an answer;
-- memory and open files are flat: after a warm-up of a third of the time, and of WARM_UP_S at least, the medians of the
-  first and the last quarter, of all processes of the server, differ by ALLOWED_GROWTH at most. A shorter run judges all
-  but this;
+- every recall equals that of the model in this process, for the version of the index in the answer, and that version
+  is no older than the edit before the last `STALE_S` seconds;
+- every request has its expected status, and none is without an answer;
+- memory and open files do not grow: after a warm-up of a third of the time, and of WARM_UP_S at least, the medians of
+  the first and the last quarter, of all processes of the server, differ by ALLOWED_GROWTH at most. A shorter run checks
+  all but this;
 - at the end the server is alive, its engine has nothing left to do, it holds no more connections than at the
-  beginning, and its own counts are the clients'.
+  beginning, and its own counts equal those of the clients.
 
-With --faults, besides: the server takes fewer recalls at once than the clients send, and turns others away. Clients
-reach it by the proxy of `integration/deploy`. FAULTY clients cut their connections, fall silent, write or read a byte a
-second, and send what is too large: the proxy must be rid of them in time, and no other request may go unanswered. At
-the end the server is told to stop while it is asked. With --kills, before that, its engine's process is killed, then
-its own, and it is started again when it has ended. Who is on the way at such a time may be turned away, or find no
-server, but may not hang, nor be answered wrongly.
+With --faults, the server also accepts fewer recalls at once than the clients send, and refuses others. Clients reach it
+through the proxy of `integration/deploy`. FAULTY clients cut their connections, fall silent, read or write a byte a
+second, or send too much. The proxy must end them in time, and every other request must be answered. At the end the
+server gets SIGTERM while requests are in flight.
 
-Exit code 0 if it holds, 1 if not.
+With --kills, before that, its engine's process is killed, then its own, and it is restarted when it has ended. Requests
+in flight at such a time may be refused, or find no server. They may not hang, or be answered wrongly.
+
+The exit code is 0 if the server passes, 1 if not.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ from tests.tiny_model import make_tiny_model
 NAME, IMAGES, TEXTS = "pictures", 120, 12
 EDIT_EVERY_S, TIMEOUT_S = 3.0, 300.0
 FAULTY = 12
-ASKED_S, KILLED_AFTER_S = 8.0, 2.0
+LOAD_S, KILLED_AFTER_S = 8.0, 2.0
 """Seconds of the load around a kill, and the second of the kill."""
 
 BODY_MIB = 4
@@ -154,16 +155,16 @@ async def _killed_while_asked(
 ) -> None:
     """Perform the KILLS, the last without a restart. Requests in flight are answered or refused."""
     start, again = time.monotonic(), kind != KILLS[-1]
-    asking = [traffic.client(http, 10**6 + number, start + ASKED_S) for number in range(args.clients)]
+    clients = [traffic.client(http, 10**6 + number, start + LOAD_S) for number in range(args.clients)]
 
     async def killed() -> None:
         await asyncio.sleep(KILLED_AFTER_S)
         await supervisor.kill(kind, again=again)
 
-    await asyncio.gather(*asking, killed())
+    await asyncio.gather(*clients, killed())
     if again:
-        asked = [await traffic.recall(http, [text], LAST) for text in traffic.texts]
-        traffic.problems += [f"after the kill of the {kind}: {what}" for _, what in asked if what]
+        answers = [await traffic.recall(http, [text], LAST) for text in traffic.texts]
+        traffic.problems += [f"after the kill of the {kind}: {what}" for _, what in answers if what]
 
 
 async def _edit(traffic: Traffic) -> None:

@@ -72,7 +72,7 @@ class Tally:
 class Traffic:
     """The results of all clients so far.
 
-    excuses: returns True if there was an outage between two times. is_limited: the server accepts fewer recalls than it gets.
+    excuses: returns True if there was an outage between two times. is_limited: the server limits the recalls.
     """
 
     name: str

@@ -158,9 +158,9 @@ def serve(report: Report, site: Site, api_base: str, name: str, peers: dict[str,
     kinds = {f"{n} clients, cold": (n, texts) for n in CLIENTS} | {f"{BATCH} clients, warm": (BATCH, repeat(QUERY))}
     loads: dict[str, list[Load]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
-        for kind, (n, asked) in kinds.items():
+        for kind, (n, bodies) in kinds.items():
             load = Load(name, n, max(FEWEST, 2 * n))
-            asyncio.run(load.run(api_base, asked))
+            asyncio.run(load.run(api_base, bodies))
             loads[kind].append(load)
     qps = {kind: statistics.median(load.counted / load.seconds for load in runs) for kind, runs in loads.items()}
     for kind, runs in loads.items():

@@ -18,9 +18,9 @@ from integration.faults.trials import KINDS, Trials
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--command", action="append", help="one of those that change files; may be repeated")
+    parser.add_argument("--command", action="append", help="a command that changes files; may be repeated")
     parser.add_argument("--kind", action="append", choices=list(KINDS))
-    parser.add_argument("--few", action="store_true", help="of calls that repeat, the first and the last")
+    parser.add_argument("--few", action="store_true", help="only the first and the last of repeated calls")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     figures, failures = [], []

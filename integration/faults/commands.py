@@ -51,7 +51,7 @@ class Command:
     name: str
     before: str | None
     run: Callable[[Path], None]
-    anew: bool = False
+    rebuilds: bool = False
 
 
 class Workshop:
@@ -80,7 +80,7 @@ class Workshop:
         new = ("index", str(self.pictures), "--model", str(self.model), "--device", "cpu", "--out")
         found = [
             Command("index", None, lambda at: genret(*new, at / "index")),
-            Command("index --overwrite", "tuned", lambda at: genret(*new, at / "index", "--overwrite"), anew=True),
+            Command("index --overwrite", "tuned", lambda at: genret(*new, at / "index", "--overwrite"), rebuilds=True),
             Command("train", "untrained", _train),
             Command("train --update", "grown", lambda at: _train(at, update=True)),
             Command("train --drop-update", "updated", lambda at: genret("train", at / "index", "--drop-update")),

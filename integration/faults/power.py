@@ -21,7 +21,7 @@ _WRITES = {"write", "pwrite", "writev", "pwritev", "pwritev2", "ftruncate", "fal
 
 @dataclass(frozen=True)
 class Name:
-    """A name not yet made durable by a sync of its folder. was: the path before a rename. old: the file that it replaced."""
+    """A name not yet made durable by a sync of its folder. was: the path before a rename. old: the replaced content."""
 
     path: Path
     was: Path | None = None

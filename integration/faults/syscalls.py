@@ -52,7 +52,7 @@ _SECCOMP = 317
 
 @dataclass(frozen=True)
 class Event:
-    """A call before it is made. path: the file that it changes. to: target of a rename. size: bytes of a write, else 0."""
+    """A call before it is made. path: the changed file. to: target of a rename. size: bytes of a write, else 0."""
 
     number: int
     call: str
@@ -120,7 +120,7 @@ def supervised(work: Callable[[], None], under: Path, decide: Decide = lambda ev
 def _child(work: Callable[[], None], said: int, theirs: socket.socket | None = None) -> NoReturn:
     """Do the work of a forked process, and end it."""
     torch.set_num_threads(1)  # the threads of a forked process are gone, and the exit would wait for them
-    gc.freeze()  # a collection would write to, and so copy, every page that is shared with the parent: a second each time
+    gc.freeze()  # a collection would copy every page that is shared with the parent: a second each time
     status = 1
     try:
         os.dup2(said, 2)

@@ -203,10 +203,10 @@ class Trials:
                 done = {key for key in self.new if self.new[key] != self.old.get(key) and key != "ids"}
                 kept = first.status != 0 or self._same_change(state, done)
                 # If both succeeded and the other's removal is missing, it came before the index was rebuilt.
-                undone = self.command.anew and status == first.status == 0 and state == self.new
+                undone = self.command.rebuilds and status == first.status == 0 and state == self.new
                 if (status == 0) != (removed or undone) or not kept:
-                    told = f"first {first.status}, other {status}"
-                    found.failures.append(f"{where}: {told}, but removed={removed}, kept={kept}")
+                    statuses = f"first {first.status}, other {status}"
+                    found.failures.append(f"{where}: {statuses}, but removed={removed}, kept={kept}")
             codes = {"first": first.status, "other": status}
             found.count(", ".join(f"{who} {'refused' if code else 'won'}" for who, code in codes.items()))
         return found

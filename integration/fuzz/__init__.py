@@ -1,4 +1,4 @@
-"""Fuzzing of the code that reads input from outside. A target is a function of bytes that raises only on a wrong result.
+"""Fuzz the code that reads input from outside. A target is a function of bytes that raises only on wrong results.
 
     python -m integration.fuzz TARGET --seconds 600 --corpus DIR
 

@@ -25,7 +25,7 @@ AS_WRITTEN, WITH_CHECKSUM = b"w", b"c"
 
 @cache
 def _edited() -> Index:
-    """The index has a removed image, so that there are edits too. Its manifest is of a release without a checksum of itself.
+    """Return an index with a removed image, so that it has edits, and a manifest without a checksum of itself.
 
     Otherwise a changed manifest would be refused before it is parsed.
     """

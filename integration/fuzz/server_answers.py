@@ -1,4 +1,4 @@
-"""The answers of a server to the clients of this package: the first byte selects the request, the others are the answer.
+"""The answers of a server to the clients of this package: the first byte selects the request, the rest is the answer.
 
 For any answer the client raises an error of this package, or returns results that could be true.
 """
@@ -33,8 +33,8 @@ def _seeds() -> tuple[bytes, ...]:
     models = {"data": [{"id": "only", "max_model_len": 500}]}
     tops = [{"token_id:3": -1.5, "token_id:4": -0.25, "token_id:7": -9}, {"token_id:7": -0.0, "token_id:3": -1e3}]
     scored = {"choices": [_choice(i, logprobs={"top_logprobs": [top]}) for i, top in enumerate(tops)]}
-    told = [None, {"3": {"logprob": -0.5}}, {"4": {"logprob": -1}, "9": {"logprob": -0.1}}]
-    likely = {"choices": [_choice(0, prompt_logprobs=told)]}
+    entries = [None, {"3": {"logprob": -0.5}}, {"4": {"logprob": -1}, "9": {"logprob": -0.1}}]
+    likely = {"choices": [_choice(0, prompt_logprobs=entries)]}
     hits = [
         {
             "image_id": name,
@@ -76,14 +76,14 @@ class Played(Server):
     """A server that answers every request with `content`, except the list of models, which is fixed."""
 
     content: bytes = b""
-    asked: bytes = field(default=MODELS)
+    request_kind: bytes = field(default=MODELS)
 
     @contextmanager
     def connection(self) -> Iterator["Played"]:
         yield self
 
     def request(self, method: str, path: str, body: object = None) -> httpx.Response:
-        content = SEEDS[0][1:] if path == "/models" and self.asked != MODELS else self.content
+        content = SEEDS[0][1:] if path == "/models" and self.request_kind != MODELS else self.content
         return httpx.Response(200, content=content, request=httpx.Request(method, f"{self.api_base}{path}"))
 
 
@@ -93,7 +93,7 @@ def _prompt() -> object:
 
 
 def one(data: bytes) -> None:
-    kind, server = data[:1], Played("http://none/v1", content=data[1:], asked=data[:1])
+    kind, server = data[:1], Played("http://none/v1", content=data[1:], request_kind=data[:1])
     try:
         (_recall if kind == RECALL else _score)(server)
     except ServerError:
@@ -105,13 +105,13 @@ def one(data: bytes) -> None:
 def _score(server: Played) -> None:
     scorer, prompt = VllmScorer(server.api_base), _prompt()
     scorer.server = server
-    if server.asked == MODELS:
+    if server.request_kind == MODELS:
         assert isinstance(scorer.served_model(), str)
     with scorer.session([prompt, prompt], Normalise.CHILDREN) as session:
-        if server.asked == COMPLETIONS:
+        if server.request_kind == COMPLETIONS:
             scores = np.asarray(session.score(ROWS))
             assert scores.shape == (3,)
-        elif server.asked == LIKELIHOODS:
+        elif server.request_kind == LIKELIHOODS:
             scores = session.log_likelihoods([Continuation(prompt, (3, 4))])
             assert scores.shape == (1,)
         else:

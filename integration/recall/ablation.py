@@ -29,7 +29,7 @@ class Variant:
 
     options: TrainOptions
     layers: int = FEW_LAYERS
-    asked: tuple[str, ...] = TEXTS
+    query_sets: tuple[str, ...] = TEXTS
 
 
 def variants(steps: int) -> Mapping[str, Variant]:
@@ -43,8 +43,8 @@ def variants(steps: int) -> Mapping[str, Variant]:
         "teacher's temperature 0.02": Variant(replace(base, teacher_temperature=0.02)),
         "teacher's temperature 0.1": Variant(replace(base, teacher_temperature=0.1)),
         "LoRA of rank 8": Variant(replace(base, lora_rank=8)),
-        "pictures as they are": Variant(pictures, asked=PICTURES),
-        "pictures, and 4 redrawn of each": Variant(replace(pictures, redrawn=4), asked=PICTURES),
+        "pictures as they are": Variant(pictures, query_sets=PICTURES),
+        "pictures, and 4 redrawn of each": Variant(replace(pictures, redrawn=4), query_sets=PICTURES),
     }
 
 
@@ -52,8 +52,8 @@ def main() -> None:
     """Train and measure each in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--only", nargs="*", help="names of variants")
-    parser.add_argument("--json", type=Path, help="file to add the results to, beside those after as many steps")
+    parser.add_argument("--only", nargs="*", help="variants to train (default: all)")
+    parser.add_argument("--json", type=Path, help="file to add the results to, beside others with as many steps")
     args = parser.parse_args()
     known = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     earlier = known.get("ablation", {}).get("results", {})
@@ -67,11 +67,11 @@ def main() -> None:
             index = trained_index("emoji", "atomic", variant.options, Path(folder) / "index", layers=variant.layers)
             report.section(f"{name}, {args.steps} steps")
             scorer = TransformersScorer(load_trained(index, device="cpu"))
-            for asked in variant.asked:
-                wanted = read_queries(queries / f"{asked}-validation.jsonl", index.records)
+            for query_set in variant.query_sets:
+                wanted = read_queries(queries / f"{query_set}-validation.jsonl", index.records)
                 figures = recall_queries(index, scorer, wanted).evaluation().figures()
                 for figure in ("recall@1", "recall@5", "recall@10", "mrr"):
-                    report.value(f"{name}: {asked}, {figure}", figures[figure])
+                    report.value(f"{name}: {query_set}, {figure}", figures[figure])
         report.write(args.json)
 
 

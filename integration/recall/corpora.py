@@ -64,8 +64,8 @@ def build(folder: Path, downloads: Path) -> None:
 
 
 def _write(folder: Path, name: str, items: Iterable[Item], query: Callable[[Item], str | None]) -> None:
-    asked = [(query(item), item.image_id) for item in items]
-    rows = [{"query": text, "image_id": image_id, "kind": name} for text, image_id in asked if text]
+    pairs = [(query(item), item.image_id) for item in items]
+    rows = [{"query": text, "image_id": image_id, "kind": name} for text, image_id in pairs if text]
     write_queries(folder / "queries", name, rows)
     _say(f"{name}: {len(rows)} queries")
 
@@ -94,7 +94,7 @@ def make_corpora(folder: Path) -> Path:
     if receipt.is_file() and json.loads(receipt.read_text())["digest"] == digest():
         return folder
     if folder.exists():
-        raise FileExistsError(f"{folder} exists and holds other corpora. Remove it, or name another --out.")
+        raise FileExistsError(f"{folder} exists and holds other corpora. Remove it, or choose another --out.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".recall-corpora-") as scratch:
         downloads, building = Path(scratch, "downloads"), Path(scratch, "corpora")
@@ -112,7 +112,7 @@ def _say(text: str) -> None:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="where to (default: the user's cache)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: in the user's cache)")
     print(make_corpora(parser.parse_args().out or default_folder()).resolve())
 
 

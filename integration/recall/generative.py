@@ -59,9 +59,9 @@ def recall_queries(
             prompts.append(query.prompt(index))
         except QueryError:
             prompts.append(None)
-    asked = [prompt for prompt in prompts if prompt]
+    valid = [prompt for prompt in prompts if prompt]
     options = SearchOptions(k=k, mode=mode)
-    found = iter(recall_in_batches(index, scorer, asked, options, batch=batch, progress=progress))
+    found = iter(recall_in_batches(index, scorer, valid, options, batch=batch, progress=progress))
     return Recalled(index, tuple(queries), tuple(next(found) if prompt else () for prompt in prompts))
 
 

@@ -97,17 +97,17 @@ class Neighbours:
     minilm: MiniLm
 
     def evaluate(
-        self, asked: QuerySet, records: Sequence[Record], queries: Sequence[EvaluationQuery]
+        self, query_set: QuerySet, records: Sequence[Record], queries: Sequence[EvaluationQuery]
     ) -> dict[str, Evaluation]:
         """Evaluate the peers that support these queries, by name."""
-        if asked.shows_images:
+        if query_set.shows_images:
             scores = neighbour_scores(lambda paths: vision_features(self.mllm, paths), records, queries)
             return {"vision neighbour": evaluation_by_score(scores, records, queries)}
         return {"MiniLM": evaluation_by_score(self.minilm.scores(records, queries), records, queries)}
 
 
 def measure(
-    asked: QuerySet, queries: Sequence[EvaluationQuery], stages: Mapping[str, Index], peers: Neighbours
+    query_set: QuerySet, queries: Sequence[EvaluationQuery], stages: Mapping[str, Index], peers: Neighbours
 ) -> dict[str, dict[str, Any]]:
     """Print figures by stage, age of the images and system, and the loss of the old images."""
     old_ids = stages["trained"].rows_by_id.keys()
@@ -119,16 +119,18 @@ def measure(
                 continue  # an image that is not in the index is never found
             scorer = TransformersScorer(load_trained(index, device="cpu"))
             rows = {"generative": recall_queries(index, scorer, own).evaluation()}
-            rows |= peers.evaluate(asked, index.records, own)
+            rows |= peers.evaluate(query_set, index.records, own)
             for name, row in rows.items():
                 figures = results[f"{age} images, {stage}, {name}"] = row.figures()
                 shown = " ".join(f"{figures[column]:.3f}" for column in RECALLS)
-                print(f"{asked.name}: {len(own):5} queries for {age} images, {stage:8} {name:17} {shown}", flush=True)
+                print(
+                    f"{query_set.name}: {len(own):5} queries for {age} images, {stage:8} {name:17} {shown}", flush=True
+                )
     for name in {key.rpartition(", ")[2] for key in results if key.startswith("old")}:
         before, after = (results[f"old images, {stage}, {name}"]["recall@5"] for stage in ("trained", "updated"))
         results[f"old images lose, {name}"] = {"recall@5": before - after}
         reached = "" if name != "generative" else f", goal < {MOST_LOST}: {before - after < MOST_LOST}"
-        print(f"{asked.name}: old images lose {before - after:+.4f} recall@5, {name}{reached}", flush=True)
+        print(f"{query_set.name}: old images lose {before - after:+.4f} recall@5, {name}{reached}", flush=True)
     return results
 
 
@@ -147,17 +149,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="WORK")
-    parser.add_argument("--corpora", type=Path, help="of integration.recall.corpora (default: made if needed)")
+    parser.add_argument("--corpora", type=Path, help="folder of integration.recall.corpora (default: made if needed)")
     parser.add_argument("--corpus", default="emoji", help="emoji, emoji-labels or openclipart")
     parser.add_argument("--scheme", default="atomic")
     parser.add_argument("--hold-out", type=int, default=200, help="images to add")
-    parser.add_argument("--limit", type=int, help="take only so many images, held-out ones among them")
-    parser.add_argument("--layers", type=int, default=LAYERS, help="of the language model, 6 to 30")
-    parser.add_argument("--trained-layers", type=int, default=TRAINED_LAYERS, help="of them, the last")
+    parser.add_argument("--limit", type=int, help="number of images, with the held-out ones (default: all)")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="number of language layers, 6 to 30")
+    parser.add_argument(
+        "--trained-layers", type=int, default=TRAINED_LAYERS, help="number of trained layers, the last of them"
+    )
     parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--update-steps", type=int, help="(default: what an update takes)")
+    parser.add_argument("--update-steps", type=int, help="steps of an update (default: those of genret)")
     parser.add_argument("--update-rate", type=float, default=1.0, help="factor on an update's learning rates")
-    parser.add_argument("--part", default="test", choices=("validation", "test"), help="of the queries")
+    parser.add_argument("--part", default="test", choices=("validation", "test"), help="part of the queries")
     parser.add_argument("--sets", help="comma-separated names of query sets (default: all of the corpus)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
@@ -176,13 +180,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     updated = stages.updated(added, update_recipe(added, given.update_steps, given.update_rate))
     indexes, peers = {"trained": trained, "added": added, "updated": updated}, Neighbours(mllm, MiniLm())
     results = {}
-    names = given.sets.split(",") if given.sets else [asked.name for asked in QUERY_SETS]
-    for asked in QUERY_SETS:
-        if asked.corpus == given.corpus and asked.name in names:
-            path = corpora / "queries" / f"{asked.name}-{given.part}.jsonl"
+    names = given.sets.split(",") if given.sets else [query_set.name for query_set in QUERY_SETS]
+    for query_set in QUERY_SETS:
+        if query_set.corpus == given.corpus and query_set.name in names:
+            path = corpora / "queries" / f"{query_set.name}-{given.part}.jsonl"
             queries = read_queries(path, read_corpus(corpora / given.corpus).records)
             queries = [query for query in queries if query.image_ids <= added.rows_by_id.keys()]
-            results[asked.name] = measure(asked, queries, indexes, peers)
+            results[query_set.name] = measure(query_set, queries, indexes, peers)
     if given.json:
         given.json.write_text(json.dumps({**vars(given), "results": results}, indent=1, default=str), encoding="utf-8")
 

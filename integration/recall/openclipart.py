@@ -52,8 +52,8 @@ class Clipart:
         """Return the description if it adds words to the title and has no address in it, else None."""
         words = plain(self.description).split()
         says_more = set(words) - set(plain(self.title).split())
-        told = len(words) >= FEWEST_DESCRIBING_WORDS and says_more and not re.search(r"@|://", self.description)
-        return self.description if told else None
+        describes = len(words) >= FEWEST_DESCRIBING_WORDS and says_more and not re.search(r"@|://", self.description)
+        return self.description if describes else None
 
 
 def plain(text: str) -> str:

@@ -85,9 +85,9 @@ class MiniLm:
 def neighbour_scores(features: Features, records: Sequence[Record], queries: Sequence[EvaluationQuery]) -> Scores:
     """Return the cosine between each query's image and each record's image, after subtracting the records' mean."""
     ours = features([record.path for record in records])
-    asked = features([query.image for query in queries if query.image])
+    theirs = features([query.image for query in queries if query.image])
     mean = ours.mean(axis=0)
-    return _of_length_one(asked - mean) @ _of_length_one(ours - mean).T
+    return _of_length_one(theirs - mean) @ _of_length_one(ours - mean).T
 
 
 def efficientnet_features(paths: Sequence[Path]) -> Scores:
@@ -118,7 +118,7 @@ def _of_length_one(rows: Scores) -> Scores:
 
 
 def _package_folder(name: str) -> Path:
-    """Return the folder of an installed package, without importing it: it would import packages that are not needed here."""
+    """Return the folder of an installed package without importing it, since its imports are not needed here."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise ImportError(f"{name} is not installed: `make recall` installs it.")
@@ -141,18 +141,18 @@ class Peers:
         return self._minilm.scores(records, queries)
 
     def evaluate(
-        self, asked: QuerySet, records: Sequence[Record], queries: Sequence[EvaluationQuery]
+        self, query_set: QuerySet, records: Sequence[Record], queries: Sequence[EvaluationQuery]
     ) -> dict[str, Evaluation]:
         """Evaluate every peer that supports these queries, over all records of their corpus."""
-        key = (asked.name, tuple(queries))
+        key = (query_set.name, tuple(queries))
         if key not in self._known:
-            self._known[key] = self._evaluate(asked, records, queries)
+            self._known[key] = self._evaluate(query_set, records, queries)
         return self._known[key]
 
     def _evaluate(
-        self, asked: QuerySet, records: Sequence[Record], queries: Sequence[EvaluationQuery]
+        self, query_set: QuerySet, records: Sequence[Record], queries: Sequence[EvaluationQuery]
     ) -> dict[str, Evaluation]:
-        if asked.shows_images:
+        if query_set.shows_images:
             scores = {name: neighbour_scores(tower, records, queries) for name, tower in self._towers.items()}
             return {name: evaluation_by_score(rows, records, queries) for name, rows in scores.items()}
         return {
@@ -164,20 +164,26 @@ class Peers:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpora", nargs="?", type=Path, help="of integration.recall.corpora (default: made if needed)")
-    parser.add_argument("--sets", default=",".join(asked.name for asked in QUERY_SETS), help="comma-separated")
+    parser.add_argument(
+        "corpora", nargs="?", type=Path, help="folder of integration.recall.corpora (default: made if needed)"
+    )
+    parser.add_argument(
+        "--sets",
+        default=",".join(query_set.name for query_set in QUERY_SETS),
+        help="comma-separated names of query sets",
+    )
     options = parser.parse_args()
     corpora, names = options.corpora or make_corpora(default_corpora()), options.sets.split(",")
     recipe = Recipe()
     make_base_model(recipe, default_folder(recipe))
     peers = Peers(load_mllm(str(default_folder(recipe)), device="cpu"))
-    for asked in (asked for asked in QUERY_SETS if asked.name in names):
-        records = bare_records(corpora, asked.corpus)
-        queries = read_queries(corpora / "queries" / f"{asked.name}.jsonl", records)
-        for name, evaluation in peers.evaluate(asked, records, queries).items():
+    for query_set in (query_set for query_set in QUERY_SETS if query_set.name in names):
+        records = bare_records(corpora, query_set.corpus)
+        queries = read_queries(corpora / "queries" / f"{query_set.name}.jsonl", records)
+        for name, evaluation in peers.evaluate(query_set, records, queries).items():
             figures = evaluation.figures()
             shown = " ".join(f"{figures[column]:.3f}" for column in ("recall@1", "recall@5", "recall@10", "mrr"))
-            print(f"{asked.name:26} {len(queries):5} queries  {name:20} {shown}", flush=True)
+            print(f"{query_set.name:26} {len(queries):5} queries  {name:20} {shown}", flush=True)
 
 
 if __name__ == "__main__":

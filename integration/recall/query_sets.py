@@ -36,7 +36,7 @@ QUERY_SETS = (
     QuerySet("openclipart-keywords", "openclipart"),
     QuerySet("openclipart-descriptions", "openclipart"),
 )
-CORPORA = tuple(dict.fromkeys(asked.corpus for asked in QUERY_SETS))
+CORPORA = tuple(dict.fromkeys(query_set.corpus for query_set in QUERY_SETS))
 
 
 def bare_records(corpora: Path, name: str) -> list[Record]:

@@ -4,7 +4,7 @@
 
 Every index was made of one whole corpus of `integration.recall.corpora` and trained. The table detects which, and uses
 text or image queries as in its training. Each of its test queries counts, and a refused one is a miss. Ties count
-against a peer. A row has recall@1/5/10 and MRR with 95 % bootstrap intervals over the images of the queries. It also has
+against a peer. A row has recall@1/5/10 and MRR with 95 % bootstrap intervals over the images of the queries. It has
 the lead of the index over each peer, query by query. The validation queries choose the mixture of the hybrid.
 """
 
@@ -44,7 +44,7 @@ HYBRID_AHEAD = 1.1
 class Section:
     """All rows of one index on one query set: ours first, then the peers."""
 
-    asked: QuerySet
+    query_set: QuerySet
     index_name: str
     rows: dict[str, Evaluation]
     survival: tuple[float, ...] = ()
@@ -52,7 +52,7 @@ class Section:
 
     @property
     def title(self) -> str:
-        return f"{self.index_name}: {self.asked.name}"
+        return f"{self.index_name}: {self.query_set.name}"
 
     @property
     def peers(self) -> dict[str, Evaluation]:
@@ -62,7 +62,7 @@ class Section:
         """Return the value and the goal of each figure that has a goal."""
         figures = {name: row.figures() for name, row in self.rows.items()}
         best = {column: max(figures[name][column] for name in self.peers) for column in RECALLS}
-        wanted = dict(zip(RECALLS, self.asked.goal, strict=True)) if self.asked.goal else best
+        wanted = dict(zip(RECALLS, self.query_set.goal, strict=True)) if self.query_set.goal else best
         goals = {column: (figures[BEAM][column], wanted[column]) for column in RECALLS}
         if HYBRID in self.rows:
             for column in RECALLS:
@@ -73,29 +73,29 @@ class Section:
     def ahead(self, ours: str, peer: str) -> dict[str, Interval]:
         """Return 95 % intervals of our figures minus a peer's, by the paired bootstrap."""
         left, right = self.rows[ours].of_each_query(), self.rows[peer].of_each_query()
-        asked = [query.image_ids for query in self.rows[ours].queries]
+        image_ids = [query.image_ids for query in self.rows[ours].queries]
         return {
-            column: bootstrap_interval([a - b for a, b in zip(left[column], right[column], strict=True)], asked)
+            column: bootstrap_interval([a - b for a, b in zip(left[column], right[column], strict=True)], image_ids)
             for column in COLUMNS
         }
 
 
 def measure(
-    name: str, index: Index, scorer: Scorer, peers: Peers, asked: QuerySet, queries: Path, *, hybrid: bool = True
+    name: str, index: Index, scorer: Scorer, peers: Peers, query_set: QuerySet, queries: Path, *, hybrid: bool = True
 ) -> Section:
     """Measure every row of one index on one query set, without the hybrid unless requested."""
 
     def bar(batches: Any) -> Any:
-        return tqdm(batches, desc=f"{name}: {asked.name}", file=sys.stderr)
+        return tqdm(batches, desc=f"{name}: {query_set.name}", file=sys.stderr)
 
-    test = read_queries(queries / f"{asked.name}-test.jsonl", index.records)
+    test = read_queries(queries / f"{query_set.name}-test.jsonl", index.records)
     beam = recall_queries(index, scorer, test, progress=bar)
     # Identifiers of one symbol are all scored in the only step.
     exact = recall_queries(index, scorer, test, mode="exact", progress=bar) if _is_tree(index) else beam
     rows = {BEAM: beam.evaluation(), EXACT: exact.evaluation()}
     note = ""
-    if hybrid and not asked.shows_images:
-        validation = read_queries(queries / f"{asked.name}-validation.jsonl", index.records)
+    if hybrid and not query_set.shows_images:
+        validation = read_queries(queries / f"{query_set.name}-validation.jsonl", index.records)
         generative = [
             recall_queries(index, scorer, part, k=FUSED_HITS, progress=bar).log_probs() for part in (validation, test)
         ]
@@ -104,14 +104,14 @@ def measure(
         rows[HYBRID] = evaluation_by_score(fusion.scores(generative[1], dense[1]), index.records, test)
         note = f"hybrid: {fusion}; on the validation queries {_shown(reached)}"
     survival = prefix_survival(index, scorer, test, progress=bar) if _is_tree(index) else []
-    rows |= peers.evaluate(asked, index.records, test)
-    return Section(asked, name, rows, tuple(survival), note)
+    rows |= peers.evaluate(query_set, index.records, test)
+    return Section(query_set, name, rows, tuple(survival), note)
 
 
-def _was_taught(index: Index, asked: QuerySet) -> bool:
+def _has_training_examples(index: Index, query_set: QuerySet) -> bool:
     """Return True if the training had examples of these queries: images, or text beyond the captions."""
     mix = (index.manifest.training or {}).get("mix", {})
-    return bool(mix.get("memorise" if asked.shows_images else "imitate"))
+    return bool(mix.get("memorise" if query_set.shows_images else "imitate"))
 
 
 def _is_tree(index: Index) -> bool:
@@ -190,15 +190,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", type=named_folder, action="append", required=True, metavar="NAME=FOLDER")
-    parser.add_argument("--corpora", type=Path, help="of integration.recall.corpora (default: made if needed)")
+    parser.add_argument("--corpora", type=Path, help="folder of integration.recall.corpora (default: made if needed)")
     parser.add_argument("--sets", help="comma-separated names of query sets (default: all)")
-    parser.add_argument("--no-hybrid", dest="hybrid", action="store_false", help="leave its row out")
+    parser.add_argument("--no-hybrid", dest="hybrid", action="store_false", help="leave out the row of the hybrid")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="file to add the results to")
-    parser.add_argument("--title", default="recall", help="of the results in that file, where it replaces its like")
+    parser.add_argument(
+        "--title",
+        default="recall",
+        help="title of the results in that file, where it replaces results of the same title",
+    )
     parser.add_argument("--picture", type=Path, help="a PNG of bars; needs matplotlib")
     options = parser.parse_args(argv)
-    names = options.sets.split(",") if options.sets else [asked.name for asked in QUERY_SETS]
+    names = options.sets.split(",") if options.sets else [query_set.name for query_set in QUERY_SETS]
     corpora = options.corpora or make_corpora(default_folder())
     report = Report(options.title, seed=0)
     sections = []
@@ -210,9 +214,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         base = index.manifest.model.name_or_path
         if base not in peers:
             peers[base] = Peers(load_mllm(base, device=options.device))
-        for asked in QUERY_SETS:
-            if asked.corpus == corpus and asked.name in names and _was_taught(index, asked):
-                rows = measure(name, index, scorer, peers[base], asked, corpora / "queries", hybrid=options.hybrid)
+        for query_set in QUERY_SETS:
+            if query_set.corpus == corpus and query_set.name in names and _has_training_examples(index, query_set):
+                rows = measure(name, index, scorer, peers[base], query_set, corpora / "queries", hybrid=options.hybrid)
                 sections.append(rows)
                 record(report, sections[-1])
                 report.write(options.json)

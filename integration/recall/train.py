@@ -59,13 +59,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", default="emoji", help="emoji, emoji-labels or openclipart")
     parser.add_argument("--scheme", default="atomic")
-    parser.add_argument("--by-captions", action="store_true", help="two levels of codes, of the captions by MiniLM")
-    parser.add_argument("--layers", type=int, default=LAYERS, help="of the language model, 6 to 30")
-    parser.add_argument("--trained-layers", type=int, default=TRAINED_LAYERS, help="of them, the last")
+    parser.add_argument(
+        "--by-captions", action="store_true", help="derive two levels of codes from the captions by MiniLM"
+    )
+    parser.add_argument("--layers", type=int, default=LAYERS, help="number of language layers, 6 to 30")
+    parser.add_argument(
+        "--trained-layers", type=int, default=TRAINED_LAYERS, help="number of trained layers, the last of them"
+    )
     parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--memorise", type=int, default=0, help="examples of image -> identifier in every 40, up to 36")
-    parser.add_argument("--redrawn", type=int, default=0, help="more versions of each image to memorise")
-    parser.add_argument("--definitions", type=int, default=0, help="of words, on which MiniLM is imitated, too")
+    parser.add_argument("--memorise", type=int, default=0, help="image -> identifier examples in every 40, up to 36")
+    parser.add_argument("--redrawn", type=int, default=0, help="redrawn versions of each image to memorise")
+    parser.add_argument(
+        "--definitions", type=int, default=0, help="number of definitions of words on which MiniLM is imitated"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

@@ -121,13 +121,13 @@ def ranking_figures(report: Report, index: Index, found: Sequence[Verified]) -> 
     """Print recall@1/5 and MRR with and without verification, the weight chosen on the other half."""
     weights = [_best_weight(index, [one for one in found if one.half != half]) for half in (0, 1)]
     report.section(f"Verification, {len(found)} queries; weights of the two halves {weights}")
-    asked = [one.query for one in found]
+    queries = [one.query for one in found]
     rows = {
-        "as recalled": evaluation_of(index, asked, [one.ranked(0.0) for one in found]),
-        "verified": evaluation_of(index, asked, [one.ranked(weights[one.half]) for one in found]),
+        "as recalled": evaluation_of(index, queries, [one.ranked(0.0) for one in found]),
+        "verified": evaluation_of(index, queries, [one.ranked(weights[one.half]) for one in found]),
     }
     values = {name: row.of_each_query() for name, row in rows.items()}
-    groups = [query.image_ids for query in asked]
+    groups = [query.image_ids for query in queries]
     for name, row in rows.items():
         for column in COLUMNS:
             _show(report, f"{name}: {column}", row.of_each_query()[column], groups)
@@ -148,7 +148,7 @@ def _best_weight(index: Index, found: Sequence[Verified]) -> float:
 
 
 def abstention_figures(report: Report, known: Sequence[Verified], unknown: Mapping[str, Sequence[Verified]]) -> None:
-    """Print AUROC of each signal and of fitted ones, and the wrong abstentions and wrong answers at their thresholds."""
+    """Print AUROC of each signal and of fitted ones, and wrong abstentions and answers at their thresholds."""
     kinds = {"known": known, **unknown}
     report.section("Abstention: " + ", ".join(f"{len(found)} {kind}" for kind, found in kinds.items()))
     for name, signals in CHOICES.items():
@@ -163,9 +163,9 @@ def abstention_figures(report: Report, known: Sequence[Verified], unknown: Mappi
             wrong = [1 - value for value in given] if kind == "known" else given
             label = "wrongly given no image" if kind == "known" else "wrongly given an image"
             _show(report, f"{name}: {kind}, {label}", wrong, [one.query.text for one in found])
-    asked = [*known, *unknown["removed"]]
-    answered = [one for one in asked if not fitted[one.half].abstains(one.signals)]
-    for title, found in ((f"all {len(asked)} are answered", asked), (f"{len(answered)} are", answered)):
+    evaluated = [*known, *unknown["removed"]]
+    answered = [one for one in evaluated if not fitted[one.half].abstains(one.signals)]
+    for title, found in ((f"all {len(evaluated)} are answered", evaluated), (f"{len(answered)} are", answered)):
         right = [float(one.first_is_right) for one in found]
         _show(report, f"known and removed, {title}: right first image", right, [one.query.image_ids for one in found])
 
@@ -194,10 +194,10 @@ def _foreign(corpora: Path, corpus: str) -> list[EvaluationQuery]:
     """Return validation queries of the other corpora, emoji and clip art."""
     family = corpus.partition("-")[0]
     found = []
-    for asked in QUERY_SETS:
-        if asked.corpus.partition("-")[0] != family and not asked.shows_images:
-            records = bare_records(corpora, asked.corpus)
-            found += read_queries(corpora / "queries" / f"{asked.name}-validation.jsonl", records)
+    for query_set in QUERY_SETS:
+        if query_set.corpus.partition("-")[0] != family and not query_set.shows_images:
+            records = bare_records(corpora, query_set.corpus)
+            found += read_queries(corpora / "queries" / f"{query_set.name}-validation.jsonl", records)
     return [EvaluationQuery(query.text, frozenset(), "foreign") for query in found]
 
 
@@ -227,9 +227,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path)
     parser.add_argument("--queries", type=Path, nargs="+", help="held-out queries of this index")
-    parser.add_argument("--foreign", type=Path, nargs="+", help="queries about nothing in it")
+    parser.add_argument("--foreign", type=Path, nargs="+", help="queries about no image of this index")
     parser.add_argument("--kind", help="only the known queries of this kind")
-    parser.add_argument("--limit", type=int, help="only so many known queries, and as many foreign ones")
+    parser.add_argument("--limit", type=int, help="number of known queries, and of foreign ones (default: all)")
     parser.add_argument("--by", choices=get_args(RerankBy), default="identifier")
     parser.add_argument("--references", type=int, default=8)
     parser.add_argument("--model", help="the base model, if it has moved")
@@ -241,12 +241,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = _some([query for query in known if options.kind in (None, query.kind)], options.limit)
     foreign = _some(foreign, options.limit)
     scorer = TransformersScorer(load_trained(index, device=options.device, base=options.model))
-    asked = partial(verified, index, scorer, by=options.by, references=options.references)
+    verify = partial(verified, index, scorer, by=options.by, references=options.references)
     report = Report("verify", seed=0)
-    ranking_figures(report, index, asked(known, kept=np.ones(len(index.records), np.bool_)))
+    ranking_figures(report, index, verify(known, kept=np.ones(len(index.records), np.bool_)))
     kept = np.array([_bit("left out", record.image_id) for record in index.records], np.bool_)
     there = {record.image_id for record, stays in zip(index.records, kept, strict=True) if stays}
-    found = asked([*known, *foreign], kept=kept)
+    found = verify([*known, *foreign], kept=kept)
     about = {"known": [], "removed": [], "foreign": []}
     for one in found:
         images = one.query.image_ids

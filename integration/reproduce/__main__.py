@@ -34,7 +34,7 @@ STEPS = ("index", "train", "recall")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run it. Errors of ours end it with one line and exit code 1."""
+    """Run the command line. Errors of this package end it with one line and exit code 1."""
     args = _parser().parse_args(arguments)
     try:
         reproduce(args)
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def reproduce(args: argparse.Namespace) -> list[Measured]:
-    """All steps that are not done yet, and the table; the rows in its order."""
+    """Run all steps that are not done yet, and write the table. Returns the rows in its order."""
     schemes = _chosen("--schemes", args.schemes, SCHEMES)
     protocols = _chosen("--protocols", args.protocols, PROTOCOLS)
     train_options = _train_options(args.train_option)
@@ -103,7 +103,7 @@ def reproduce(args: argparse.Namespace) -> list[Measured]:
 
 
 def _pseudo_queries(args: argparse.Namespace, dataset: Karpathy, sha256: dict[str, str], device: str) -> PseudoQueries:
-    """Those of a file, or those that the model itself writes, or none."""
+    """Return the pseudo-queries of a file, or those that the model itself writes, or none."""
     path = args.pseudo_queries
     if args.write_queries:
         images = args.images.resolve()
@@ -139,7 +139,7 @@ def _report(
 
 
 def _checked(path: Path, dataset: Karpathy, images: Path) -> dict[str, str]:
-    """The sha256 of every image; the files are decoded once, in the first run."""
+    """Return the sha256 of every image. The files are decoded once, in the first run."""
     if not path.exists():
         found = checked_files(dataset.images, images, progress=bar("Reading images"))
         write_whole(path, "".join(json.dumps(pair) + "\n" for pair in found))
@@ -147,10 +147,10 @@ def _checked(path: Path, dataset: Karpathy, images: Path) -> dict[str, str]:
 
 
 def _check_settings(args: argparse.Namespace, options: TrainOptions, scheme_options: dict[str, Any]) -> None:
-    """A folder holds one experiment: its steps would be wrong for another.
+    """Check that the folder belongs to this experiment. Its steps would be wrong for another.
 
     Raises:
-        CorpusError: OUT is of another; names what differs.
+        CorpusError: OUT is of another experiment. The message lists the differences.
     """
     settings = {
         "dataset": args.dataset,
@@ -169,7 +169,7 @@ def _check_settings(args: argparse.Namespace, options: TrainOptions, scheme_opti
     earlier = json.loads(path.read_text(encoding="utf-8"))
     differing = [key for key in settings if earlier.get(key) != settings[key]]
     if differing:
-        raise CorpusError(f"{args.out} is a run with other {', '.join(differing)} ({path}): name another --out.")
+        raise CorpusError(f"{args.out} is a run with other {', '.join(differing)} ({path}): choose another --out.")
 
 
 def _sha256(path: Path) -> str:
@@ -180,16 +180,16 @@ def _sha256(path: Path) -> str:
 
 
 def _train_options(given: Sequence[str]) -> TrainOptions:
-    """name=value, the value in JSON or a text, of whatever options this version's recipe has."""
+    """Parse name=value, with the value in JSON or a text, for any option of the recipe of this version."""
     known = [field.name for field in dataclasses.fields(TrainOptions)]
     options = dict(_parsed("--train-option", text) for text in given)
     if unknown := sorted(options.keys() - set(known)):
-        raise CorpusError(f"--train-option {unknown[0]!r} is not known: choose of {', '.join(known)}.")
+        raise CorpusError(f"--train-option {unknown[0]!r} is not known: choose from {', '.join(known)}.")
     return TrainOptions(**options)
 
 
 def _scheme_options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """SCHEME.name=value."""
+    """Parse SCHEME.name=value."""
     options: dict[str, dict[str, Any]] = {}
     for text in given:
         name, value = _parsed("--scheme-option", text)
@@ -213,12 +213,12 @@ def _parsed(flag: str, text: str) -> tuple[str, Any]:
 def _chosen(flag: str, given: str, known: Sequence[Any]) -> list[Any]:
     chosen = list(known) if given == "all" else given.split(",")
     if unknown := [name for name in chosen if name not in known]:
-        raise CorpusError(f"{flag} {unknown[0]!r} is not known: choose of {', '.join(known)}, or all.")
+        raise CorpusError(f"{flag} {unknown[0]!r} is not known: choose from {', '.join(known)}, or all.")
     return chosen
 
 
 def _device() -> str:
-    """Of one process of several, which `accelerate launch` starts, its own GPU."""
+    """Return the GPU of this process, if it is one of several started by `accelerate launch`."""
     import torch
 
     rank = os.environ.get("LOCAL_RANK")
@@ -229,18 +229,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m integration.reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", required=True, choices=("flickr30k", "coco"))
     parser.add_argument("--json", required=True, type=Path, help="Karpathy's file of the dataset")
-    parser.add_argument("--images", required=True, type=Path, help="folder below which the image files lie")
+    parser.add_argument("--images", required=True, type=Path, help="folder of the image files")
     parser.add_argument("--model", required=True, help="local folder or hub id of an image-text-to-text model")
-    parser.add_argument("--out", required=True, type=Path, help="folder of this experiment; kept to go on")
+    parser.add_argument("--out", required=True, type=Path, help="folder of this experiment; the same folder resumes it")
     parser.add_argument("--schemes", default="all", help=f"all, or of {','.join(SCHEMES)}")
     parser.add_argument("--protocols", default="all", help=f"all, or of {','.join(PROTOCOLS)}")
-    parser.add_argument("--split", default="test", choices=HELD_OUT, help="evaluated; choose options on val")
+    parser.add_argument("--split", default="test", choices=HELD_OUT, help="evaluated split; choose options on val")
     queries = parser.add_mutually_exclusive_group()
     queries.add_argument("--pseudo-queries", type=Path, help='{"file_name": "...", "text": [...]} a line')
-    queries.add_argument("--write-queries", type=int, metavar="N", help="of each image, by the model itself; GRACE: 5")
-    parser.add_argument("--train-option", action="append", default=[], metavar="NAME=VALUE", help="of the recipe")
+    queries.add_argument(
+        "--write-queries", type=int, metavar="N", help="queries per image that the model itself writes; GRACE: 5"
+    )
+    parser.add_argument(
+        "--train-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the recipe"
+    )
     parser.add_argument("--scheme-option", action="append", default=[], metavar="SCHEME.NAME=VALUE")
-    parser.add_argument("--clip", help="local folder or hub id of a CLIP checkpoint, measured beside")
+    parser.add_argument("--clip", help="local folder or hub id of a CLIP checkpoint to measure in the same run")
     parser.add_argument("--until", default="recall", choices=STEPS, help="stop after this step")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--batch-size", type=int, default=32, help="queries in one search")

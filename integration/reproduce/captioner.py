@@ -1,7 +1,7 @@
 """Pseudo-queries by the model under test itself, through `genret write-queries`.
 
-It sees an index of the held-out images alone, which knows none of their captions, and some captions of train images
-for their style. Knows the command and where an index keeps what it wrote; nothing of protocols.
+The model sees an index of the held-out images alone, without any of their captions, and some captions of train images
+for their style. Depends on the command and on the file of its queries; independent of protocols.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from llama_index_genret.store import load_index
 from llama_index_genret.store.build import build_index
 
 STYLE_SAMPLES = 200
-"""Captions of train images that the model is shown in turns."""
+"""Number of captions of train images that the model sees in turns."""
 
 STORED = "pseudo_queries.jsonl"
-"""Of an index: one image a line, `image_id` and `queries`, each with its `text`."""
+"""The file of an index with one image a line: `image_id` and `queries`, each with its `text`."""
 
 
 def write_pseudo_queries(
     out: Path, dataset: Karpathy, records: Sequence[Record], *, per_image: int, images: Path, model: str, device: str
 ) -> Path:
-    """Let `model` write queries of the held-out `records`, and give the file for `read_pseudo_queries`.
+    """Let `model` write queries for the held-out `records`, and return the file for `read_pseudo_queries`.
 
-    Killed, it goes on, as the command does.
+    After a kill it resumes, as the command does.
     Raises:
         TrainingError: the command fails, or an image of `records` has captions.
     """
@@ -40,7 +40,9 @@ def write_pseudo_queries(
     if written.exists():
         return written
     if any(record.captions for record in records):
-        raise TrainingError("whoever writes pseudo-queries must not see captions: give records without.")
+        raise TrainingError(
+            "the writer of pseudo-queries must not see captions, but records have some: give records without."
+        )
     folder, style = out / "index", out / "style.txt"
     if not folder.exists():
         mllm = load_mllm(model, device=device)

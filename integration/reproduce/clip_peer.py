@@ -1,6 +1,6 @@
-"""CLIP beside us in the same run: every image and query encoded, ranked by cosine over the same pools, exactly.
+"""CLIP in the same run: every image and query is encoded and ranked by exact cosine over the same pools.
 
-Zero-shot: nothing is trained, so transductive and inductive are one. Knows a checkpoint that transformers loads.
+Zero-shot: nothing is trained, so transductive and inductive are one. Depends on a checkpoint that transformers loads.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def clip_rankings(
     out: Path,
     device: str = "auto",
 ) -> dict[Pool, Ranked]:
-    """For each pool the ten images nearest to every query (text, image id). What is encoded is kept in `out`.
+    """Return for each pool the ten images nearest to every query (text, image id). Embeddings are cached in `out`.
 
-    A query longer than the text tower reads is cut, as CLIP is used everywhere; the note says how many were.
-    Ties count against: the right image comes after all of its score.
+    A query longer than the text tower's limit is cut, as is usual for CLIP. The note has the number of cut queries.
+    Ties count against: the right image comes after all others of its score.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,7 +70,7 @@ def clip_rankings(
 
 
 def encode_images(model: Any, processor: Any, paths: Sequence[Path]) -> Vectors:
-    """(n, d) of length one."""
+    """Return (n, d) image embeddings of length one."""
     rows = []
     with torch.inference_mode():
         for start in bar("CLIP, images")(range(0, len(paths), BATCH)):
@@ -82,7 +82,7 @@ def encode_images(model: Any, processor: Any, paths: Sequence[Path]) -> Vectors:
 
 
 def encode_texts(model: Any, processor: Any, texts: Sequence[str], longest: int) -> Vectors:
-    """(n, d) of length one."""
+    """Return (n, d) text embeddings of length one."""
     rows = []
     with torch.inference_mode():
         for start in bar("CLIP, queries")(range(0, len(texts), BATCH)):
@@ -101,7 +101,7 @@ def encode_texts(model: Any, processor: Any, texts: Sequence[str], longest: int)
 def nearest(
     images: Vectors, ids: Sequence[str], queries: Vectors, right: Sequence[str], *, depth: int = DEPTH
 ) -> tuple[tuple[str, ...], ...]:
-    """The `depth` ids of highest dot product for each query, a right image after all others of its score.
+    """Return the `depth` ids of highest dot product for each query, a right image after all others of its score.
 
     Args:
         images: (n, d), of `ids`. queries: (m, d). right: the expected id of each.

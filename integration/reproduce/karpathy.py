@@ -1,9 +1,9 @@
 """Flickr30K and MS-COCO in the files of Karpathy's split: `dataset_flickr30k.json`, `dataset_coco.json`.
 
-Knows the format, and which split may teach what; nothing of protocols, indexes or models.
+Depends on the format, and on the rule which split is trained on; independent of protocols, indexes and models.
 Format: `images`, each with `filename`, `split`, `sentences` (each with `raw`), and in MS-COCO `filepath`, the folder.
 
-MS-COCO's `restval` images belong to train, as nearly all work has it since; GRACE drops these 30,504 images.
+MS-COCO's `restval` images belong to train, as in nearly all work since. GRACE drops these 30,504 images.
 """
 
 from __future__ import annotations
@@ -36,29 +36,32 @@ class KarpathyImage:
 
     @property
     def is_trained_on(self) -> bool:
-        """Whether its captions may be trained on."""
+        """Return True if its captions may be trained on."""
         return self.split in TRAIN
 
 
 @dataclass(frozen=True)
 class Karpathy:
-    """A dataset in the order of its file. empty_captions: of train images, left out; as queries they stay, and fail."""
+    """A dataset in the order of its file. empty_captions: of train images, left out. As queries they stay, and fail."""
 
     name: str
     images: tuple[KarpathyImage, ...]
     empty_captions: int = 0
 
     def of_split(self, split: str) -> list[KarpathyImage]:
-        """The images of one split."""
+        """Return the images of one split."""
         return [image for image in self.images if image.split == split]
 
     def queries(self, split: str) -> list[tuple[str, str]]:
-        """Every caption of a split, all that an image has, with its image id: 25,010 of MS-COCO's test split."""
+        """Return every caption of a split with its image id, all captions of an image:
+
+        25,010 of MS-COCO's test split.
+        """
         return [(caption, image.image_id) for image in self.of_split(split) for caption in image.captions]
 
     @cached_property
     def untaught(self) -> Mapping[str, frozenset[str]]:
-        """The captions, as `plain` words, that must not be trained on: of each val and test image."""
+        """Return the captions, as `plain` words, that must not be trained on: of each val and test image."""
         return {
             image.image_id: frozenset(filter(None, map(plain, image.captions)))
             for image in self.images
@@ -66,7 +69,7 @@ class Karpathy:
         }
 
     def shared_wordings(self, split: str) -> int:
-        """How many of a split's captions are, word for word, also the caption of a train image, and so were read."""
+        """Count the captions of a split that are, word for word, also the caption of a train image, and so are read."""
         read = {plain(caption) for image in self.images if image.is_trained_on for caption in image.captions}
         return sum(plain(caption) in read for caption, _ in self.queries(split))
 
@@ -75,7 +78,7 @@ def read_karpathy(path: Path) -> Karpathy:
     """Read the file.
 
     Raises:
-        CorpusError: it cannot be read or is not of this format, or two images have one file name; names the place.
+        CorpusError: the file cannot be read or is not of this format, or two images share a file name.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -83,7 +86,7 @@ def read_karpathy(path: Path) -> Karpathy:
         name = str(content["dataset"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorpusError(
-            f'{path} is no file of Karpathy\'s split: {error!r}. Want {{"dataset": ..., "images": [...]}}.'
+            f'{path} is no file of Karpathy\'s split: {error!r}. Expected {{"dataset": ..., "images": [...]}}.'
         ) from error
     images: dict[str, KarpathyImage] = {}
     empty = 0
@@ -105,19 +108,19 @@ def _image(row: Any, where: str) -> KarpathyImage:
         split, captions = row["split"], tuple(sentence["raw"] for sentence in row["sentences"])
     except (AttributeError, KeyError, TypeError) as error:
         raise CorpusError(
-            f"{where}: want filename, split and sentences with raw, missing or wrong: {error!r}."
+            f"{where}: expected filename, split and sentences with raw, missing or wrong: {error!r}."
         ) from error
     if split not in (*TRAIN, *HELD_OUT):
         raise CorpusError(f"{where}: the split {split!r} is none of {', '.join((*TRAIN, *HELD_OUT))}.")
     if not captions or not all(isinstance(caption, str) for caption in captions):
         raise CorpusError(f"{where}: sentences must be texts, at least one, not {captions!r:.200}.")
     if ".." in PurePosixPath(file_name).parts or PurePosixPath(file_name).is_absolute():
-        raise CorpusError(f"{where}: {file_name!r} leads out of the image root.")
+        raise CorpusError(f"{where}: {file_name!r} leaves the image root.")
     return KarpathyImage(file_name.removesuffix(PurePosixPath(file_name).suffix), file_name, split, captions)
 
 
 def plain(text: str) -> str:
-    """The words alone, casefolded, with one space before, between and after: `plain(a) in plain(b)` is a phrase."""
+    """Return casefolded words, with one space before, between and after. `plain(a) in plain(b)` then finds a phrase."""
     words = "".join(c if c.isalnum() else " " for c in text.casefold()).split()
     return f" {' '.join(words)} " if words else ""
 
@@ -125,10 +128,10 @@ def plain(text: str) -> str:
 def checked_files(
     images: Iterable[KarpathyImage], root: Path, *, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
 ) -> Iterator[tuple[str, str]]:
-    """The sha256 of every image file, decoded once. One image file missing or broken is an error: nothing is dropped.
+    """Return the sha256 of every image file, decoded once. A missing or broken file is an error: nothing is dropped.
 
     Raises:
-        ImageError: a file is missing or damaged; names it.
+        ImageError: a file is missing or damaged. The message has its path.
     """
     for image in progress(images):
         path = root / image.file_name
@@ -139,7 +142,7 @@ def checked_files(
 def records_of(
     images: Sequence[KarpathyImage], root: Path, sha256: Mapping[str, str], captions: Mapping[str, Collection[str]]
 ) -> tuple[Record, ...]:
-    """The images as records of the package, `split` their metadata.
+    """Return the images as records of the package, with `split` as their metadata.
 
     Args:
         sha256: of each image's file. captions: what the index may know of an image; images without an entry have none.

@@ -1,9 +1,9 @@
-"""A few dozen drawn pictures in the files of Karpathy's split, both datasets: what the whole path is tried on.
+"""A few dozen drawn images in the files of Karpathy's split, for both datasets. The tests run the experiment on them.
 
     python -m integration.reproduce.miniature --out DIR
 
-writes DIR/flickr30k and DIR/coco, each with dataset_NAME.json, images/ and pseudo_queries.jsonl. A picture shows a
-colored shape beside or above another; no two show the same, and no caption fits two.
+writes DIR/flickr30k and DIR/coco, each with dataset_NAME.json, images/ and pseudo_queries.jsonl. An image shows a
+colored shape beside or above another. No two images show the same, and no caption fits two.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from PIL import Image, ImageDraw
 COLORS = {"red": "#dc1e1e", "green": "#14a03c", "blue": "#1e3cdc", "yellow": "#f0d228", "black": "#141414"}
 SHAPES = ("circle", "square", "triangle", "bar")
 PLACES = {"left": ((4, 20), (36, 20)), "above": ((20, 4), (20, 36))}
-"""Where the first and the second shape stand, of 24 pixels in a picture of 64."""
+"""Positions of the first and the second shape, each of 24 pixels, in an image of 64."""
 
 SPLITS = {
     "flickr30k": {"train": 20, "val": 4, "test": 8},
     "coco": {"train": 14, "restval": 6, "val": 4, "test": 8},
 }
-"""How many pictures of each split."""
+"""Number of images of each split."""
 
 CAPTIONS = (
     "A {0} {1} {4} a {2} {3}.",
@@ -42,7 +42,7 @@ PSEUDO_QUERIES = ("{0} {1} and {2} {3}", "a {0} thing {4} a {2} {3}")
 
 @dataclass(frozen=True)
 class Scene:
-    """Two shapes, each of a color, the first left of or above the second."""
+    """Two shapes, each with a color. The first is left of or above the second."""
 
     color: str
     shape: str
@@ -51,12 +51,12 @@ class Scene:
     place: str
 
     def say(self, template: str) -> str:
-        """The scene in words."""
+        """Describe the scene in words."""
         words = "left of" if self.place == "left" else "above"
         return template.format(self.color, self.shape, self.other_color, self.other_shape, words)
 
     def draw(self) -> Image.Image:
-        """64 x 64 pixels."""
+        """Draw the scene in 64 x 64 pixels."""
         image = Image.new("RGB", (64, 64), "white")
         draw = ImageDraw.Draw(image)
         first, second = PLACES[self.place]
@@ -74,7 +74,7 @@ class Scene:
 
 
 def scenes(n: int, *, seed: int) -> list[Scene]:
-    """`n` that differ."""
+    """Draw `n` scenes that differ."""
     every = [
         Scene(color, shape, other_color, other_shape, place)
         for color, other_color in permutations(COLORS, 2)
@@ -122,7 +122,7 @@ def write_miniature(out: Path) -> Path:
 
 
 def _place(name: str, split: str, number: int) -> dict[str, Any]:
-    """The keys that say where the file of an image is; in MS-COCO all but train lie in val2014."""
+    """Return the keys that give the location of an image's file. In MS-COCO all but train are in val2014."""
     if name == "flickr30k":
         return {"filename": f"{1000092795 + number}.jpg"}
     folder = "train2014" if split == "train" else "val2014"
@@ -142,7 +142,7 @@ def _sentences(said: Sequence[str], ids: Sequence[int], imgid: int) -> list[dict
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write it, and print the folder."""
+    """Write the datasets, and print the folder."""
     parser = argparse.ArgumentParser(
         prog="python -m integration.reproduce.miniature", description=__doc__.splitlines()[0]
     )

@@ -1,11 +1,11 @@
-"""What an index holds before its model is trained, and what is added after: transductive and inductive, apart.
+"""The content of an index before its model is trained, and the images added after: transductive and inductive, apart.
 
-    transductive   every image of the dataset is memorised, those of the evaluated split too, and their pseudo-queries
-                   are trained on where there are any. As GRACE, AVG and their successors are evaluated.
-    inductive      the images of the evaluated split join a trained index, as by `genret add`: nothing is trained on
-                   them. As a search over pictures that were taken after the training is.
+    transductive   every image of the dataset is memorised, including the evaluated split. Its pseudo-queries are
+                   trained on, if there are any. GRACE, AVG and their successors are evaluated in this way.
+    inductive      the images of the evaluated split join a trained index, as by `genret add`. Nothing is trained on
+                   them. This is a search over images that were taken after the training.
 
-Knows datasets and records; nothing of models. What an index would be trained on is checked here.
+Depends on datasets and records; independent of models. The training data of an index is checked here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROTOCOLS: tuple[Protocol, ...] = ("transductive", "inductive")
 
 @dataclass(frozen=True)
 class Plan:
-    """trained: the records that the model is trained on. added: those that join afterwards."""
+    """trained: the records that the model is trained on. added: the records that join afterwards."""
 
     protocol: Protocol
     trained: tuple[Record, ...]
@@ -46,10 +46,10 @@ def plan(
     sha256: Mapping[str, str],
     pseudo: PseudoQueries,
 ) -> Plan:
-    """The records of one scheme under one protocol.
+    """Return the records of one scheme under one protocol.
 
-    A train image has its captions; an image of the evaluated split its pseudo-queries, added images only where the
-    scheme makes names of words; all others have none.
+    A train image has its captions. An evaluated image has its pseudo-queries, but an added image only if the
+    scheme makes identifiers of words. All others have none.
     Args:
         split: evaluated, "val" or "test". sha256: of each image's file.
     """
@@ -63,11 +63,11 @@ def plan(
 
 
 def check_no_leak(index: Index, dataset: Karpathy, planned: Plan) -> None:
-    """Check the very examples that training `index` would take, before it does.
+    """Check the exact examples that training `index` would use, before it starts.
 
     Raises:
-        TrainingError: one of them, or what is known of an image, has a held-out caption of that image in it; or an
-            image that is to be added after the training is among the index's.
+        TrainingError: an example, or the record of an image, contains a held-out caption of that image. Or it has
+            an image that is to be added after the training.
     """
     late = {record.image_id for record in planned.added}
     for record in index.records:
@@ -83,7 +83,7 @@ def check_options(options: Mapping[str, Any], dataset: Karpathy) -> None:
     """Check the training's options, some of which are texts to train on.
 
     Raises:
-        TrainingError: one of them is a held-out caption, of any image.
+        TrainingError: an option is a held-out caption, of any image.
     """
     held_out = frozenset().union(*dataset.untaught.values())
     for text in _texts(list(options.values())):

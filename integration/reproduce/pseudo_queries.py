@@ -1,6 +1,7 @@
 """Queries that a captioner wrote for images whose own captions are held out.
 
-GRACE trains on five of them for each test image. Knows the file and the dataset; nothing of indexes or models.
+GRACE trains on five of them for each test image. Depends on the file and the dataset; independent of indexes and
+models.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from llama_index_genret.errors import CorpusError
 
 @dataclass(frozen=True)
 class PseudoQueries:
-    """Of each image id its queries. dropped: those that say what a held-out caption of the same image says."""
+    """The queries of each image id. dropped: count of queries that contain a held-out caption of the same image."""
 
     texts: dict[str, tuple[str, ...]]
     dropped: int = 0
 
     def per_image(self, n_images: int) -> float:
-        """How many an image of the held-out split has, in the mean."""
+        """Return the mean number of queries for an image of the held-out split."""
         return sum(map(len, self.texts.values())) / max(1, n_images)
 
 
 def read_pseudo_queries(path: Path, dataset: Karpathy, split: str) -> PseudoQueries:
     """Read `{"file_name" | "image_id": ..., "text": [...]}` a line, for images of the held-out split.
 
-    A query that contains a caption of its image, word for word, is dropped and counted: to train on it would leak.
+    A query that contains a caption of its image, word for word, is dropped and counted: training on it would leak.
     Raises:
-        CorpusError: a line is broken, or names an image that is not in the split.
+        CorpusError: a line is broken, or has an image that is not in the split.
     """
     ids = {image.image_id for image in dataset.of_split(split)}
     by_file = {image.file_name: image.image_id for image in dataset.of_split(split)}
@@ -45,7 +46,7 @@ def read_pseudo_queries(path: Path, dataset: Karpathy, split: str) -> PseudoQuer
         except (ValueError, KeyError, TypeError) as error:
             raise CorpusError(f'{where}: want {{"file_name": "...", "text": [...]}}, found {line[:80]!r}.') from error
         if image_id not in ids or image_id in texts:
-            raise CorpusError(f"{where}: {line[:80]!r} names no image of the split {split!r}, or one named before.")
+            raise CorpusError(f"{where}: {line[:80]!r} has no image of the split {split!r}, or one of an earlier line.")
         kept = [text for text in given if plain(text) and not says_a_caption(text, dataset.untaught[image_id])]
         dropped += len(given) - len(kept)
         texts[image_id] = tuple(kept)
@@ -53,6 +54,6 @@ def read_pseudo_queries(path: Path, dataset: Karpathy, split: str) -> PseudoQuer
 
 
 def says_a_caption(text: str, captions: frozenset[str]) -> bool:
-    """Whether a text has one of the `plain` captions in it."""
+    """Return True if a text has one of the `plain` captions in it."""
     words = plain(text)
     return any(caption in words for caption in captions)

@@ -1,7 +1,7 @@
-"""Published text-to-image recall on Flickr30K (1,000 test images) and MS-COCO (5,000), with how sure each figure is.
+"""Published text-to-image recall on Flickr30K (1,000 test images) and MS-COCO (5,000), with each figure's certainty.
 
-Data only. None of these was reproduced by us; a figure that is known from memory alone is left out, and so GRACE's
-numeric, string and semantic identifiers have recall@1 only, as its repository stores it.
+Data only. None of these was reproduced by us. A figure that is known from memory alone is left out. GRACE's numeric,
+string and semantic identifiers therefore have recall@1 only, from its repository.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from enum import Enum
 
 
 class Certainty(str, Enum):
-    """How a figure is known. Of a row whose figures differ in this, the weakest."""
+    """The source of a figure. A row whose figures differ in this has the weakest."""
 
     CODE = "read in a file of the authors' repository"
     PAPER = "read in the paper itself"
@@ -23,9 +23,9 @@ class Certainty(str, Enum):
 
 @dataclass(frozen=True)
 class Published:
-    """One row, of the test images alone as the pool.
+    """One row, with the test images alone as the pool.
 
-    recall: @1, @5, @10 in percent, None where it is not known. setting: what the model saw of the test images.
+    recall: @1, @5, @10 in percent, None if unknown. setting: the test images' part in the training.
     """
 
     dataset: str
@@ -74,5 +74,5 @@ PUBLISHED = (
 
 
 def published(dataset: str) -> list[Published]:
-    """The rows of one dataset."""
+    """Return the rows of one dataset."""
     return [row for row in PUBLISHED if row.dataset == dataset]

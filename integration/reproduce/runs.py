@@ -1,11 +1,11 @@
 """One scheme under one protocol: index -> train -> add -> recall. Each step leaves a file, and is not done twice.
 
-    index/                      the package's own folder; its training, killed, goes on from its last checkpoint
-    trained.json                the weights, and that no held-out image was among what they were trained on
-    added.json                  how many images joined afterwards, or why they could not
+    index/                      the package's own folder. A killed training resumes from its last checkpoint
+    trained.json                the weights, and a record that no held-out image was trained on
+    added.json                  how many images joined afterwards, or the reason why they could not
     hits-POOL-VERSION.jsonl     the ranked images of every query, of one version of the index
 
-Knows the package's steps; nothing of tables or of published figures.
+Depends on the package's steps; independent of tables and of published figures.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from llama_index_genret.store.weights import ADAPTER, MODEL
 from llama_index_genret.training.recipe import TrainOptions, train
 
 DEPTH = 10
-"""Ranked images of a query, and so of MRR@10."""
+"""Number of ranked images of a query, and so of MRR@10."""
 
 Pool = Literal["split", "full"]
 POOLS: tuple[Pool, ...] = ("split", "full")
-"""Among which images is searched: those of the evaluated split (1k, 5k), or the whole dataset (31k, 123k)."""
+"""The searched images: those of the evaluated split (1k, 5k), or the whole dataset (31k, 123k)."""
 
 
 @dataclass(frozen=True)
 class Ranked:
     """The ranked image ids of every query, in their order.
 
-    failed: queries that were refused, or asked of images that could not be added: no results, a miss each.
-    note: what a reader must know of the index.
+    failed: queries that were refused, or whose images could not be added. They have no results and count as misses.
+    note: facts about the index that a reader of the table needs.
     """
 
     ids: tuple[tuple[str, ...], ...]
@@ -59,7 +59,7 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Run:
-    """What one scheme needs under one protocol. split: evaluated; a record's metadata name it."""
+    """The inputs of one scheme under one protocol. split: the evaluated one, by the records' metadata."""
 
     folder: Path
     dataset: Karpathy
@@ -75,11 +75,11 @@ class Run:
 
     @property
     def index_dir(self) -> Path:
-        """Of the package's index."""
+        """Return the folder of the package's index."""
         return self.folder / "index"
 
     def build(self) -> Index:
-        """The index of the images that are trained on; as it is, if it is there."""
+        """Return the index of the images that are trained on. An existing one is reused."""
         if self.index_dir.exists():
             return load_index(self.index_dir)
         mllm = load_mllm(self.model, device=self.device)
@@ -97,10 +97,10 @@ class Run:
         return built
 
     def train(self) -> Index:
-        """The trained index, checked before its training to have no held-out caption and no later image.
+        """Return the trained index. Before its training it is checked for held-out captions and later images.
 
         Raises:
-            TrainingError: it has; or the index is another than the plan's.
+            TrainingError: the index has one of these, or differs from the plan's.
         """
         index = self.build()
         if self._done("trained.json"):
@@ -122,7 +122,7 @@ class Run:
         return index
 
     def add(self) -> Index:
-        """The index with the images that join after the training, none of them trained."""
+        """Return the index with the images that join after the training, none of them trained."""
         index = self.train()
         if not self.plan.added or self._done("added.json"):
             return index
@@ -136,31 +136,33 @@ class Run:
         return index
 
     def recall(self, queries: Sequence[tuple[str, str]]) -> dict[Pool, Ranked]:
-        """For each pool the ranked images of every query (text, image id). Killed, it goes on in the middle.
+        """Return for each pool the ranked images of every query (text, image id). After a kill it resumes.
 
         Raises:
-            TrainingError: the weights are not those of trained.json, which knew nothing of the added images.
+            TrainingError: the weights are not those of trained.json, which were trained without the added images.
         """
         index = self.add()
         if has_update(index) or _adapter(index) != json.loads((self.folder / "trained.json").read_text())["adapter"]:
             raise TrainingError(f"{index.folder} was trained again after its images were added: remove {self.folder}.")
-        asked = self.folder / "queries.jsonl"
-        asked.write_text("".join(json.dumps({"query": text, "image_id": name}) + "\n" for text, name in queries))
+        query_file = self.folder / "queries.jsonl"
+        query_file.write_text("".join(json.dumps({"query": text, "image_id": name}) + "\n" for text, name in queries))
         files = {pool: self.folder / f"hits-{pool}-{index.version}.jsonl" for pool in POOLS}
         if not all(file.exists() for file in files.values()):
             scorer = TransformersScorer(load_trained(index, device=self.device))
             for pool, file in files.items():
                 if not file.exists():
-                    self._ask(index, scorer, asked, pool, file)
+                    self._ask(index, scorer, query_file, pool, file)
             del scorer
             _free()
         note = _collisions(index)
         return {pool: replace(read_hits(file), note=note) for pool, file in files.items()}
 
-    def _ask(self, index: Index, scorer: Any, asked: Path, pool: Pool, out: Path) -> None:
+    def _ask(self, index: Index, scorer: Any, query_file: Path, pool: Pool, out: Path) -> None:
         filters = {"split": self.split} if pool == "split" else None
         with (
-            open_batch(index, asked, out, k=DEPTH, filters=filters, scored_by="transformers", overwrite=True) as run,
+            open_batch(
+                index, query_file, out, k=DEPTH, filters=filters, scored_by="transformers", overwrite=True
+            ) as run,
             tqdm(total=run.total, desc=f"Recalling, {pool} pool", unit="query") as progress,
         ):
             run.finish(scorer, batch_size=self.batch_size, progress=lambda done: progress.update(done - progress.n))
@@ -173,14 +175,14 @@ class Run:
 
 
 def read_hits(path: Path) -> Ranked:
-    """The ranked ids of a finished file of hits; a query with an error has none."""
+    """Return the ranked ids of a finished file of hits. A query with an error has none."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     ids = tuple(tuple(hit["image_id"] for hit in row.get("hits", ())) for row in rows)
     return Ranked(ids, sum("error" in row for row in rows))
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
@@ -188,7 +190,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def bar(label: str) -> Any:
-    """A progress bar on stderr, as the package's steps take it."""
+    """Return a progress bar on stderr, in the form that the package's steps take."""
 
     def progress(items: Iterable[Any]) -> Iterable[Any]:
         return tqdm(items, desc=label)
@@ -197,17 +199,17 @@ def bar(label: str) -> Any:
 
 
 def _adapter(index: Index) -> str:
-    """The checksum of the trained weights. Rows of symbols that join later are beside them."""
+    """Return the checksum of the trained weights. Rows of symbols that join later are stored separately."""
     return index.manifest.files[f"{ADAPTER}{MODEL}"].sha256
 
 
 def _collisions(index: Index) -> str:
     found = diagnose(index.identifiers, index.scheme().codes_per_level()).collisions
-    return f"{found} of {len(index.records)} images share their codes, told apart by a suffix" if found else ""
+    return f"{found} of {len(index.records)} images share their codes, separated by a suffix" if found else ""
 
 
 def _free() -> None:
-    """Give the memory of the models that went out of scope back to the GPU, before the next is loaded."""
+    """Free the GPU memory of models that went out of scope, before the next is loaded."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

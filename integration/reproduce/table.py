@@ -1,7 +1,7 @@
-"""One table: what was measured here beside what was published, each row with how sure it is.
+"""One table: our measurements beside the published ones, each row with its certainty.
 
-Knows ranked ids and figures; nothing of models. Every query counts: one that failed is a miss, and so is an image whose
-codes are the right image's.
+Depends on ranked ids and figures; independent of models. Every query counts. A failed one is a miss, and so is an
+image with the same codes as the right image.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from integration.reproduce.runs import DEPTH, Ranked
 from llama_index_genret.evaluation.metrics import bootstrap_interval
 
 REAL_POOLS = {"flickr30k": (1_000, 31_014), "coco": (5_000, 123_287)}
-"""Images of the test split and of the whole dataset, as published work has them."""
+"""Number of images of the test split and of the whole dataset in published work."""
 
 METRICS = ("recall@1", "recall@5", "recall@10", f"mrr@{DEPTH}")
 
@@ -43,14 +43,14 @@ class Measured:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As nested plain values."""
+        """Return nested plain values."""
         return asdict(self)
 
 
 def measured(
     system: str, setting: str, pool: str, pool_size: int, ranked: Ranked, right: Sequence[str], note: str = ""
 ) -> Measured:
-    """The figures of one ranking. right: the image id of each query."""
+    """Return the figures of one ranking. right: the image id of each query."""
     places = [ids.index(name) if name in ids else None for ids, name in zip(ranked.ids, right, strict=True)]
     scores = {f"recall@{k}": [float(place is not None and place < k) for place in places] for k in (1, 5, 10)} | {
         f"mrr@{DEPTH}": [0.0 if place is None else 1 / (1 + place) for place in places]
@@ -63,7 +63,7 @@ def measured(
 
 
 def markdown(dataset: str, rows: Sequence[Measured], notes: Sequence[str] = ()) -> str:
-    """Ours and the published rows as one table, and what a reader must know of it."""
+    """Return our rows and the published ones as one table, with notes for its reader."""
     header = ("system", "setting", "pool", "R@1", "R@5", "R@10", f"MRR@{DEPTH}", "queries (failed)", "how sure", "note")
     lines = [_line(header), _line(["---"] * len(header))]
     lines += [_line(_ours(row)) for row in rows]
@@ -71,7 +71,7 @@ def markdown(dataset: str, rows: Sequence[Measured], notes: Sequence[str] = ()) 
     real = dict(zip(("test", "full"), REAL_POOLS[dataset], strict=True))
     sizes = {row.pool: row.pool_size for row in rows}
     foot = [
-        f"{dataset}, text -> image, in percent, with 95 % intervals over draws of the images that are asked for. "
+        f"{dataset}, text -> image, in percent, with 95 % intervals over draws of images. "
         "Image -> text is not measured.",
         *([f"NOT COMPARABLE: the pools have {sizes} images, those of published work {real}."] if sizes != real else []),
         *notes,

@@ -1,6 +1,6 @@
-"""Lets torchvision be imported beside a CPU build of torch, in every process that has this folder on its PYTHONPATH.
+"""Make torchvision importable beside a CPU build of torch, in every process that has this folder on its PYTHONPATH.
 
-The registry's torchvision is built against CUDA, and its operators do not load there. Its Python part wants two of
+The registry's torchvision is built against CUDA, and its operators do not load there. Its Python part needs two of
 them declared before it is imported, and calls neither.
 """
 
@@ -14,14 +14,17 @@ OPERATORS = (
 
 
 class _DeclareOperators(importlib.abc.MetaPathFinder):
-    """Finds no module. It waits for torchvision to be imported, so that no process imports torch for nothing."""
+    """A finder that finds no module.
+
+    It waits for torchvision to be imported, so that no process imports torch for nothing.
+    """
 
     def find_spec(self, name, path=None, target=None):
         if name == "torchvision":
             sys.meta_path.remove(self)
             import torch
 
-            self.library = torch.library.Library("torchvision", "DEF")  # kept: the declarations go with it
+            self.library = torch.library.Library("torchvision", "DEF")  # a reference keeps the declarations alive
             for operator in OPERATORS:
                 self.library.define(operator)
 

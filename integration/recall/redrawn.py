@@ -1,6 +1,6 @@
 """Image queries by the features of a vision tower, and by `VisionTeacher`, which is fitted to redrawn images.
 
-    python -m integration.recall.looks [--part validation] [--redrawn 4] [--limit N]
+    python -m integration.recall.redrawn [--part validation] [--redrawn 4] [--limit N]
 
 No language model takes part: this is the target that `genret train --redrawn` imitates. The query shows the same emoji
 by another artist, whose images neither has seen.
@@ -30,9 +30,9 @@ from llama_index_genret.training.vision_teacher import VisionTeacher
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", default="validation", choices=("validation", "test"), help="of the queries")
-    parser.add_argument("--redrawn", type=int, default=4, help="versions of each picture beside itself")
-    parser.add_argument("--limit", type=int, help="take only so many images, spread over all")
+    parser.add_argument("--part", default="validation", choices=("validation", "test"), help="part of the queries")
+    parser.add_argument("--redrawn", type=int, default=4, help="redrawn versions of each image")
+    parser.add_argument("--limit", type=int, help="number of images, spread over all (default: all)")
     given = parser.parse_args()
     corpora, base = make_corpora(default_folder()), default_model_folder(Recipe())
     make_base_model(Recipe(), base)
@@ -40,8 +40,8 @@ def main() -> None:
     every = bare_records(corpora, "emoji")
     records = every[:: max(1, len(every) // (given.limit or len(every)))]
     known = {record.image_id for record in records}
-    asked = read_queries(corpora / "queries" / f"emoji-images-{given.part}.jsonl", every)
-    queries = [query for query in asked if query.image_ids <= known]
+    every_query = read_queries(corpora / "queries" / f"emoji-images-{given.part}.jsonl", every)
+    queries = [query for query in every_query if query.image_ids <= known]
 
     def drawn(place: tuple[int, int]) -> Image.Image:
         row, version = place
@@ -51,19 +51,19 @@ def main() -> None:
     versions = [(row, version) for row in range(len(records)) for version in range(1 + given.redrawn)]
     ours = features(versions, load=drawn).reshape(len(records), 1 + given.redrawn, -1)
     theirs = features([query.image for query in queries])
-    looks = VisionTeacher.fit(ours, temperature=VISION_TEMPERATURE)
+    teacher = VisionTeacher.fit(ours, temperature=VISION_TEMPERATURE)
     plain = dict(zip([record.path for record in records], ours[:, 0], strict=True))
     plain |= dict(zip([query.image for query in queries], theirs, strict=True))
     rows = {
         "vision tower": neighbour_scores(lambda paths: np.stack([plain[path] for path in paths]), records, queries),
         "EfficientNet-Lite2": neighbour_scores(efficientnet_features, records, queries),
-        f"vision tower, {given.redrawn} redrawn": looks.project(theirs) @ looks.images.T,
+        f"vision tower, {given.redrawn} redrawn": teacher.project(theirs) @ teacher.images.T,
     }
     print(f"{len(records)} images, {len(queries)} {given.part} queries")
     for name, scores in rows.items():
         figures = evaluation_by_score(scores, records, queries).figures()
         print(f"{name:26} " + " ".join(f"{column} {figures[column]:.3f}" for column in RECALLS), flush=True)
-    own = np.mean([looks.probabilities(*place)[place[0]] for place in versions])
+    own = np.mean([teacher.probabilities(*place)[place[0]] for place in versions])
     print(f"of the distribution that is imitated, {own:.2f} is on the image itself")
 
 
