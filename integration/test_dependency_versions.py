@@ -34,7 +34,7 @@ MORE_TESTS = [
     "trie/test_edits.py",
     "store/test_filters.py",
     "scorers/test_http_client.py",
-    "serving/test_client.py",
+    "serving/endpoint/test_client.py",
     "evaluation/test_html_page.py",
     "search/test_beam_search.py",
     "serving/test_launch.py",

@@ -1,10 +1,12 @@
 """Batch recall from a file of queries to a file of hits: order, errors, resuming after a kill, and overwriting."""
 
+import io
 import json
 
 import pytest
 
 from llama_index_genret import FakeScorer
+from llama_index_genret.cli.output import counting_bar
 from llama_index_genret.errors import BatchError, CorpusError, FilterError, QueryError
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.search import SearchOptions
@@ -269,7 +271,6 @@ def test_command_line_writes_hits_and_does_not_overwrite(trained_index, queries,
     summary = json.loads(done.stdout)
     assert (summary["queries"], summary["refused"], summary["kept"]) == (len(ROWS), len(REFUSED), 0)
     assert "3 queries were refused" in done.stderr
-    assert f"{len(ROWS)}/{len(ROWS)}" in done.stderr
     first = read_results(out)[0]
     alone = json.loads(genret("query", trained_index.folder, "red circle", "-k", 3, "--device", "cpu", "--json").stdout)
     assert [hit["image_id"] for hit in first["hits"]] == [hit["image_id"] for hit in alone["hits"]]
@@ -277,3 +278,14 @@ def test_command_line_writes_hits_and_does_not_overwrite(trained_index, queries,
     assert again.returncode == 1
     assert "--overwrite" in again.stderr
     assert genret(*arguments, "--offline").returncode == genret(*arguments, "--vllm-option", "a=1").returncode == 2
+
+
+def test_progress_bar_counts_queries_on_a_terminal(untrained_index, scorer, queries, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    with counting_bar("Recalling", len(ROWS)) as progress:
+        run(untrained_index, scorer, queries, tmp_path / "hits.jsonl", progress=progress)
+    assert f"{len(ROWS)}/{len(ROWS)}" in terminal.getvalue()

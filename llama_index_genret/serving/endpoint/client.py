@@ -101,7 +101,7 @@ class RecallClient:
         response = _validate(RecallResponse, answer)
         if len(response.results) != 1 or len(response.results[0].hits) > query.options.k:
             raise ServerError(
-                f"{response_address(answer)} must return at most {query.options.k} images of one query, got "
+                f"{response_address(answer)} returned other images than the best {query.options.k} of one query: got "
                 f"{[len(result.hits) for result in response.results]} images per query."
             )
         result = response.results[0]
@@ -112,7 +112,7 @@ class RecallClient:
     def _hits(self, result: RecallResult, where: str) -> list[Hit]:
         rows = [self._index.rows_by_id.get(hit.image_id, -1) for hit in result.hits]
         if -1 in rows or len(set(rows)) < len(rows):
-            raise ServerError(f"{where} returned an image twice, or an image that is not in the index.")
+            raise ServerError(f"{where} returned an image twice, or an image that the index does not have.")
         pairs = zip(rows, result.hits, strict=True)
         return [Hit(row, row, self._index.token_ids(row), min(hit.log_prob, 0.0), hit.ranked_by) for row, hit in pairs]
 
@@ -122,4 +122,6 @@ def _validate(model: Any, answer: httpx.Response) -> Any:
     try:
         return model.model_validate(body)
     except (ValidationError, SearchError) as error:
-        raise ServerError(f"{response_address(answer)} returned an invalid recall response: {error}") from error
+        raise ServerError(
+            f"{response_address(answer)} returned something else than a recall response: {error}"
+        ) from error
