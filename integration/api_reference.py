@@ -28,7 +28,8 @@ PREFIX = f"{package.__name__}."
 NOT_READ = ("vllm", "fastapi", "prometheus_client")
 """pdoc reads only the docstring of a module that needs a vLLM server's packages, installed or not."""
 ELSEWHERE = {
-    "AutoModelForImageTextToText", "IngestionPipeline", "OpenAILike", "RecallMiddleware", "SamplingParams", "VllmOfflineScorer", "vllm",
+    "AutoModelForImageTextToText", "IngestionPipeline", "OpenAILike", "RecallMiddleware", "SamplingParams",
+    "VllmOfflineScorer", "vllm",
 }  # fmt: skip
 """Targets that docstrings may mention although pdoc does not read them: other packages, and skipped modules."""
 CODE = re.compile(r"`([A-Za-z_]\w*(?:\.\w+)*)(?:\(\))?`")

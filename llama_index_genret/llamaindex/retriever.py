@@ -56,7 +56,8 @@ class GenerativeImageRetriever(BaseRetriever):
     `search.Hit.score` defines them, and the metadata have `genret_ranked_by`.
 
     `get_prompts` returns the `retrieval_prompt` and the `query_template`. The `retrieval_prompt` is fixed, because the
-    model was trained with it. `update_prompts` may replace the `query_template`, which fills its blank for text queries.
+    model was trained with it. `update_prompts` may replace the `query_template`, which fills its blank for text
+    queries.
 
     Args:
         index: index from `load_index`.
