@@ -43,7 +43,7 @@ FITTED_IMAGES = 2048
 VISION_TEMPERATURE = 0.07
 """Temperature of the vision teacher's distribution over images.
 
-Among 463 emoji the shown one has a probability of .87, as integration.recall.looks prints.
+Among 463 emoji the shown one has a probability of .87, as integration.recall.redrawn prints.
 """
 
 

@@ -4,7 +4,7 @@
 
 Features that style augmentation changes get a small weight, the others a large one. Images of one object in different
 styles become similar. The nearest neighbour in this space is right several times as often as with the raw features, as
-integration.recall.looks measures.
+integration.recall.redrawn measures.
 
 Depends on features as arrays; independent of images, models and identifiers.
 Source: the within-class covariance of linear discriminant analysis (Fisher 1936), where each image is a class and its
