@@ -120,7 +120,7 @@ def test_query_engine_answers_sync_async_and_streaming(trained_index, server):
 
 
 def said(response):
-    """The random model ends within a character. vLLM then shows nothing, and transformers a replacement character."""
+    """Expect texts of a random model that ends within a character. vLLM then shows nothing, and transformers a replacement character."""
     return "" if str(response) == "Empty Response" else str(response).replace("\ufffd", "")
 
 

@@ -32,7 +32,7 @@ Constraint = Callable[[int, torch.Tensor], list[int]]
 
 
 def model_with_symbols(seed: int) -> Mllm:
-    """The base model with its vocabulary extended by the level symbols, which are the last rows."""
+    """Return the base model with its vocabulary extended by the level symbols, which are the last rows."""
     recipe = Recipe()
     make_base_model(recipe, default_folder(recipe))
     return with_symbols(load_mllm(str(default_folder(recipe)), device="cpu"), seed)

@@ -122,7 +122,7 @@ class Site:
 
 
 def synthetic_index(folder: Path, mllm: Mllm, corpus: Corpus, metadata: Metadata) -> Index:
-    """An index without image files: the benchmarks use only their ids."""
+    """Make an index without image files: the benchmarks use only their ids."""
     names = [f"image-{row}" for row in range(len(corpus))]
     identifiers = [tuple(f"<g{level}_{code}>" for level, code in enumerate(row)) for row in corpus.codes.tolist()]
     return create_index(
