@@ -319,7 +319,7 @@ def _remove(folder, image_id):
 
 
 def test_dead_engine_gives_503_and_a_client_error(server, endpoint, served_index):
-    """Run last: it must be the last test of this server."""
+    """Run as the last test of this server, since the engine dies."""
     (engine,) = [
         p for p in psutil.Process(server.pid).children(recursive=True) if "EngineCore" in " ".join(p.cmdline())
     ]
