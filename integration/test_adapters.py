@@ -140,7 +140,7 @@ def test_pseudo_queries_of_the_server_equal_those_of_the_process(server, indexes
 
 
 def _readable(answer):
-    """Texts of the random model end within a character. vLLM shows nothing then, transformers a replacement character."""
+    """Its texts end within a character. vLLM then shows nothing, and transformers a replacement character."""
     return answer.text.replace("\ufffd", "").strip(), answer.ended
 
 

@@ -120,7 +120,7 @@ def test_query_engine_answers_sync_async_and_streaming(trained_index, server):
 
 
 def said(response):
-    """Texts of the random model end within a character. vLLM shows nothing then, transformers a replacement character."""
+    """Its texts end within a character. vLLM then shows nothing, and transformers a replacement character."""
     return "" if str(response) == "Empty Response" else str(response).replace("\ufffd", "")
 
 
