@@ -128,7 +128,7 @@ def test_the_miniature_is_written_by_its_command(tmp_path):
     ("change", "message"),
     [
         ({"split": "dev"}, r"images\[0\].*'dev'"),
-        ({"filename": "../x.jpg", "filepath": ""}, "leads out"),
+        ({"filename": "../x.jpg", "filepath": ""}, "leaves the image root"),
         ({"sentences": []}, "at least one"),
         ({"sentences": [{"tokens": []}]}, "raw"),
     ],
