@@ -23,8 +23,8 @@ from llama_index_genret.trie import LeafFilter
 class SearchScope:
     """The scope of a search, replaced as a whole: index and filters never change apart while a query runs.
 
-    filters: conditions that a found image fulfils; None for no condition.
-    image_ids: the images that may be found; None for all.
+    filters: conditions that a found image fulfils, None for no condition.
+    image_ids: the images that may be found, None for all.
     """
 
     index: Index
@@ -35,7 +35,7 @@ class SearchScope:
 
     @cached_property
     def record_mask(self) -> NDArray[np.bool_] | None:
-        """(records,) bool, which records may be found; None for all."""
+        """The records that may be found, (records,) bool, or None for all."""
         passing = None if self.filters is None else self.index.columns.record_mask(self.filters)
         if self.image_ids is None:
             return passing
@@ -44,12 +44,12 @@ class SearchScope:
 
     @cached_property
     def leaf_filter(self) -> LeafFilter | None:
-        """`record_mask` as a bitmap over leaves; None for all."""
+        """`record_mask` as a bitmap over leaves, or None for all."""
         return None if self.record_mask is None else self.index.leaf_filter_of(self.record_mask)
 
     @property
     def empty_ranking(self) -> Ranking | None:
-        """The ranking of no images where none may be found, so that no model is queried; else None."""
+        """An empty ranking if no image may be found, so that no model is queried, else None."""
         none = not self.index.records or (self.leaf_filter is not None and not self.leaf_filter.n_allowed)
         return Ranking((), True, 0) if none else None
 

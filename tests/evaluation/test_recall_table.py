@@ -168,7 +168,7 @@ class TfIdfOnly:
         ids = [record.image_id for record in records]
         return np.array([[1.0 / (1 + found.index(i)) if i in found else 0.0 for i in ids] for found in ranked])
 
-    def evaluate(self, asked, records, queries):
+    def evaluate(self, query_set, records, queries):
         return {"MiniLM": baseline("tfidf", records, queries), "BM25": baseline("bm25", records, queries)}
 
 

@@ -122,7 +122,7 @@ class Row:
     make: (retriever, llm) -> engine. ask, aask: functions that send the question, None if there is no such method.
     shown: maps the recalled paths of each retrieval to the expected paths of each request.
     script: responses of the server, see `OpenAIServer`. answer: expected answer, None for any.
-    warned: whether `PictureNotShown` is expected. in_order: False if the engine sends its requests concurrently.
+    warned: whether `ImageNotShown` is expected. in_order: False if the engine sends its requests concurrently.
     """
 
     make: Callable[[Any, Any], Any]

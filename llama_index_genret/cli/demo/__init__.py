@@ -1,1 +1,1 @@
-"""`genret demo`: images in the package, indexed, trained and asked."""
+"""`genret demo`: index, train and query the images in the package."""

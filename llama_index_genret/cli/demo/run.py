@@ -222,8 +222,8 @@ def agreement_of(
     """Return how far two scorers agree on the same queries.
 
     Returns:
-        The share of queries with the same top 5 in the same order, where hits within `tolerance` are a tie, and the
-        largest difference between the natural log-probabilities of one image in both lists.
+        The share of queries with the same top 5 in the same order, and the largest difference between the natural
+        log-probabilities of an image in both lists. Hits within `tolerance` of each other are a tie.
     """
     same, largest = [], 0.0
     for left, right in zip(ours, theirs, strict=True):
