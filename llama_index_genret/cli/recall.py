@@ -59,7 +59,7 @@ def query(
     conditions = text_filters(loaded, parse_filters(filters)) if filters else None
     prompts, tokenizer = loaded.prompts, loaded.tokenizer
     prompt = prompts.for_image(tokenizer, image, text) if image else prompts.for_query(tokenizer, text)
-    scoring = loaded.scoring(ScoringChoice(rerank=rerank), pictured=image is not None)
+    scoring = loaded.scoring(ScoringChoice(rerank=rerank), image_query=image is not None)
     leaf_filter = loaded.leaf_filter(conditions) if conditions else None
     options = SearchOptions(k=k, mode=mode, max_expansions=max_expansions, leaf_filter=leaf_filter)
     scorer = open_scorer(loaded, server, api_key, model, device)

@@ -280,7 +280,7 @@ class GenerativeImageRetriever(BaseRetriever):
             prompt = index.prompts.for_query(index.tokenizer, text)
         pictured = prompt.image is not None
         choice = replace(self._choice, rerank=None) if pictured else self._choice
-        scoring = index.scoring(choice, pictured=pictured)
+        scoring = index.scoring(choice, image_query=pictured)
         options = replace(self._search, k=self.similarity_top_k, leaf_filter=source.leaf_filter)
         return RecallQuery(text, prompt, options, source.filters, scoring)
 

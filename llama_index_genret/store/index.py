@@ -87,13 +87,13 @@ class Index:
         of_leaves = np.where(row >= 0, self.log_prior[np.maximum(row, 0)], np.float32(np.nan))
         return TriePrior.of_leaves(self.trie, of_leaves)
 
-    def scoring(self, choice: ScoringChoice | None = None, *, pictured: bool = False) -> Scoring:
+    def scoring(self, choice: ScoringChoice | None = None, *, image_query: bool = False) -> Scoring:
         """Return the scoring of hits: the user's choice, else the tuned one, else log p(id | query).
 
         Args:
-            pictured: True for an image query, to which the tuning on text queries does not apply.
+            image_query: True for an image query, to which the tuning on text queries does not apply.
         """
-        default = Scoring() if pictured or self.manifest.tuned is None else self.manifest.tuned.scoring
+        default = Scoring() if image_query or self.manifest.tuned is None else self.manifest.tuned.scoring
         if default.eta and self.prior is None:  # all images of the prior are removed
             default = replace(default, eta=0.0)
         return (choice or ScoringChoice()).over(default)

@@ -214,8 +214,8 @@ def test_retriever_uses_tuned_scoring_by_default(index, scorer, tmp_path):
 def test_tuned_scoring_is_not_used_for_image_queries(index, scorer):
     tuned, _ = tune(index, scorer)
     tuned = store_tuning(tuned, tuned.log_prior, TunedScoring(scoring=Scoring(0.7, 8), queries=1))
-    assert tuned.scoring(pictured=True) == Scoring()
-    assert tuned.scoring(ScoringChoice(eta=0.2), pictured=True) == Scoring(0.2)
+    assert tuned.scoring(image_query=True) == Scoring()
+    assert tuned.scoring(ScoringChoice(eta=0.2), image_query=True) == Scoring(0.2)
     from llama_index.core.schema import QueryBundle
 
     image_query = QueryBundle("", image_path=str(tuned.records[0].path))

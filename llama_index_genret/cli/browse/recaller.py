@@ -84,7 +84,7 @@ class Recaller:
         index, began = self.index, time.monotonic()
         prompts, tokenizer = index.prompts, index.tokenizer
         prompt = prompts.for_query(tokenizer, text) if image is None else prompts.for_image(tokenizer, image, text)
-        scoring = index.scoring(pictured=image is not None)
+        scoring = index.scoring(image_query=image is not None)
         conditions = RecordFilters.equal(filters) if filters else None
         leaf_filter = index.leaf_filter(conditions) if conditions else None
         options = with_scoring(SearchOptions(k=k, leaf_filter=leaf_filter), index, scoring)
