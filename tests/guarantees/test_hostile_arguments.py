@@ -99,7 +99,7 @@ def test_unencodable_text_is_escaped_and_json_stays_valid(hostile_index, genret,
 
 
 def test_contradicting_filters_are_refused():
-    with pytest.raises(FilterError, match="both color=red and color=blue"):
+    with pytest.raises(FilterError, match="color=red and color=blue contradict"):
         parse_filters(["color=red", "shape=bar", "color=blue"])
     assert parse_filters(["color=red", "color=red"]) == {"color": "red"}
 
@@ -168,7 +168,7 @@ def test_queries_to_imitate_must_be_utf_8(untrained_index, genret, tmp_path):
 
 
 def test_unknown_dtype_is_refused_before_a_model_loads(untrained_index, tmp_path):
-    with pytest.raises(ModelError, match=r"dtype='__doc__'.*float32, bfloat16"):
+    with pytest.raises(ModelError, match=r"unknown dtype '__doc__'.*float32, bfloat16"):
         export_checkpoint(untrained_index, tmp_path / "out", dtype="__doc__")
 
 

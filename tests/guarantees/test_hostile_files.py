@@ -90,7 +90,7 @@ def test_malformed_line_raises_in_the_other_readers(tmp_path, reader, case):
 
 def test_query_that_is_no_text_has_its_own_error(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"query": 1, "image_id": "a"}')
-    with pytest.raises(CorpusError, match=r'want \{"query"'):
+    with pytest.raises(CorpusError, match=r'expected \{"query"'):
         read_queries(tmp_path / "q.jsonl", small_corpus().records)
 
 

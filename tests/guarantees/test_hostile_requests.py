@@ -160,7 +160,7 @@ def test_more_images_than_requested_are_a_server_error():
     client = RecallClient(index, Played("http://none/v1", content=response[1:], asked=RECALL))
     prompt = index.prompts.for_query(index.tokenizer, "red")
     assert len(client.recall(RecallQuery("red", prompt, SearchOptions(k=2), None, Scoring())).hits) == 2
-    with pytest.raises(ServerError, match="other images than the best 1"):
+    with pytest.raises(ServerError, match=r"at most 1 images.*got \[2\]"):
         client.recall(RecallQuery("red", prompt, SearchOptions(k=1), None, Scoring()))
 
 

@@ -106,11 +106,14 @@ def session(tmp_path_factory, tiny_model_dir, encoder):
 
 
 def test_every_block_has_a_tested_language():
-    """`test_readme.py` tests Python, `test_readme_map.py` the tree of packages, and this file the rest by program."""
+    """`test_readme.py` tests Python, `test_readme_map.py` the tree of packages, and this file the rest by program.
+
+    `integration/test_deploy.py` starts docker, sed and nginx.
+    """
     assert {language for page in PAGES for language, _ in page.blocks} == {"python", "json", "sh", "text"}
     assert [language for page in PAGES for language, _ in page.blocks].count("text") == 1
     programs = {next(word for word in words if "=" not in word) for words in SHELL}
-    assert programs == {"make", "pip", "genret", "accelerate", "curl", "python", "jupyter"}
+    assert programs == {"make", "pip", "genret", "accelerate", "curl", "python", "jupyter"} | {"docker", "sed", "nginx"}
 
 
 def test_commands_run_in_order(session):

@@ -242,7 +242,7 @@ def test_nan_in_a_server_response_raises(untrained_index, answer, options):
 
         server.spoil = spoil
         retriever = GenerativeImageRetriever(untrained_index, VllmScorer(server.api_base), **options)
-        with pytest.raises(GenretError, match=r"NaN or|no JSON|no log-probability"):
+        with pytest.raises(GenretError, match=r"NaN or|no JSON|is not a log-probability"):
             retriever.retrieve("red circle")
 
 
