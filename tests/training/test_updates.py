@@ -323,6 +323,6 @@ def test_incompatible_adapters_are_not_joined(updated, plain, tmp_path):
     tensors = load_file(other / "adapter_model.safetensors")
     tensors.popitem()
     save_file(tensors, other / "adapter_model.safetensors")
-    with pytest.raises(ModelMismatch, match="other modules"):
+    with pytest.raises(ModelMismatch, match="different modules"):
         join_adapters(adapter_folder(plain), other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
