@@ -209,7 +209,7 @@ def test_incompatible_indexes_are_refused_before_the_start(indexes, trained_inde
     for arguments, reason in [
         ((codes, "--also", words), "one checkpoint cannot hold both"),
         ((codes, "--also", trained_index.folder, "--adapters"), "symbols of its own"),
-        ((codes, "--also", codes, "--adapters"), "must differ"),
+        ((codes, "--also", codes, "--adapters"), "have the same name"),
     ]:
         done = genret("serve", *arguments)
         assert done.returncode == 1

@@ -104,7 +104,7 @@ import json, sys
 from pathlib import Path
 from integration.test_batch import ranked
 from llama_index_genret.scorers.vllm_offline import VllmOfflineScorer
-from llama_index_genret.serving import served_checkpoint
+from llama_index_genret.serving.launch import served_checkpoint
 from llama_index_genret.store import load_index
 
 if __name__ == "__main__":
