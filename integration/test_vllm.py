@@ -64,7 +64,8 @@ def test_hostile_queries_give_valid_identifiers_or_an_error(trained_index, local
     assert {reason for query, reason in refused if not query.strip()} == {
         "the query is empty: write what the image shows."
     }
-    assert all(f"at most {MAX_QUERY_TOKENS}" in reason for query, reason in refused if query.strip())
+    too_long = [reason for query, reason in refused if query.strip()]
+    assert all(str(MAX_QUERY_TOKENS) in reason and "refused, not truncated" in reason for reason in too_long)
     assert len(refused) >= 200
     assert len(prompts) >= 600
     valid = {index.token_ids(row): row for row in range(len(index.records))}
