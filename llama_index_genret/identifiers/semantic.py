@@ -18,7 +18,7 @@ from llama_index_genret.errors import IdentifierError
 from llama_index_genret.identifiers.base import FirstFree, Identifier, ImageFacts, Need, register_scheme
 
 LONGEST_WORD = 24
-"""In characters. Scripts without spaces give longer runs, which are split into several words."""
+"""Longest word in characters. Scripts without spaces give longer runs, which are split into several words."""
 
 _FUNCTION_WORDS = """
 a an the of in on at to by for from with without and or as is are was were be been being it its this that these those
