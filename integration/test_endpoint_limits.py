@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+import uvicorn
 from fastapi import Request
 
 from integration.recall_app import recall_app, served
@@ -104,5 +105,37 @@ def test_recall_ends_on_disconnect_timeout_or_shutdown():
             await _cancel_on_disconnect(recall(62, ended), Raw(90, should_exit=True), 90)
         await asyncio.sleep(0)
         assert ended == [0, 60, 61, 62]
+
+    asyncio.run(run())
+
+
+def test_stopping_server_cancels_a_chat_that_is_never_answered(untrained_index, monkeypatch):
+    """vLLM's engine stops before its server does, and may leave a chat without an answer."""
+    monkeypatch.setenv(INDEXES_VARIABLE, f"shapes={untrained_index.folder}")
+    monkeypatch.setattr("llama_index_genret.serving.endpoint.app.STOP_S", 0.3)
+    app = recall_app(untrained_index)
+    entered, cancelled = asyncio.Event(), asyncio.Event()
+
+    @app.post("/v1/chat/completions")
+    async def chat():
+        entered.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    async def run():
+        server = app.state.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        async with httpx.AsyncClient(timeout=60) as http:
+            response = asyncio.create_task(http.post(f"http://127.0.0.1:{port}/v1/chat/completions"))
+            await entered.wait()
+            server.should_exit = True
+            await asyncio.wait_for(serving, 10)
+            assert cancelled.is_set()
+            assert (await response).status_code == 500
 
     asyncio.run(run())

@@ -62,6 +62,9 @@ MIB = 2**20
 POLL_S = 0.5
 """Seconds between checks for a timeout and for a stopping server."""
 
+STOP_S = 5
+"""Seconds that a stopping server waits for its responses. Its engine has stopped by then."""
+
 REQUESTS = Counter("genret_recall_requests", "Recall requests by outcome.", ["outcome"])
 SECONDS = Histogram("genret_recall_seconds", "Seconds from a recall request to its response.")
 STEPS = Counter("genret_recall_steps", "Search steps that the engine has scored.")
@@ -150,7 +153,18 @@ class RecallMiddleware:
             app.state.genret = Registry(_index_folders(os.environ.get(INDEXES_VARIABLE, "")))
             app.state.genret_admission = Admission(self.limits)
             app.include_router(router)
+            _limit_graceful_shutdown(app)
         await self.app(scope, receive, send)
+
+
+def _limit_graceful_shutdown(app: FastAPI) -> None:
+    """Let uvicorn cancel requests STOP_S after SIGTERM.
+
+    vLLM sets no limit and stops its engine first, so one chat in flight would keep the server running forever.
+    """
+    server = getattr(app.state, "server", None)
+    if server is not None and server.config.timeout_graceful_shutdown is None:
+        server.config.timeout_graceful_shutdown = STOP_S
 
 
 def _index_folders(text: str) -> dict[str, Path]:
