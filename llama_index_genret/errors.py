@@ -25,6 +25,8 @@
     ├── NotWritten                  a disk is full, broken or read-only; the earlier content is intact
     ├── ModelError                  a model folder cannot be loaded or used
     │   └── NotTrained              the index has no trained weights yet
+    ├── EncoderError                the encoder differs from the index's, or returns no finite vectors
+    │   └── EncoderUnavailable      the encoder does not load, or its server does not respond
     ├── BatchError                  a long run cannot write its output, or the unfinished output is of another run
     ├── TrainingError               training cannot start or cannot continue
     ├── ServerError                 a vLLM server returned an error or an invalid response
@@ -136,6 +138,14 @@ class ModelError(GenretError):
 
 class NotTrained(ModelError):
     """The index has no trained weights yet."""
+
+
+class EncoderError(GenretError):
+    """The encoder is not the one of the index, or it returns something other than finite vectors."""
+
+
+class EncoderUnavailable(EncoderError):
+    """The encoder does not load, or its server does not answer."""
 
 
 class BatchError(GenretError):

@@ -35,11 +35,11 @@ class Variant:
 def variants(steps: int) -> Mapping[str, Variant]:
     """Return the variants by name: first those for text queries, then those for image queries."""
     base = recipe(steps, layers=None)
-    pictures = replace(base, teacher=None, mix={"retrieve": 4, "memorise": 36})
+    pictures = replace(base, mix={"retrieve": 4, "memorise": 36})
     return {
         "as it is, 12 layers": Variant(base),
         "30 layers, of which 8 are trained": Variant(recipe(steps), layers=LAYERS),
-        "no teacher": Variant(replace(base, teacher=None, mix={"retrieve": 1})),
+        "no teacher": Variant(replace(base, mix={"retrieve": 1})),
         "teacher's temperature 0.02": Variant(replace(base, teacher_temperature=0.02)),
         "teacher's temperature 0.1": Variant(replace(base, teacher_temperature=0.1)),
         "LoRA of rank 8": Variant(replace(base, lora_rank=8)),

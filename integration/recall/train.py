@@ -15,6 +15,7 @@ from integration.recall.corpora import default_folder, make_corpora
 from integration.recall.definitions import definitions
 from integration.recall.peers import minilm_folder
 from llama_index_genret.corpus import read_corpus
+from llama_index_genret.models.encoder import load_encoder
 from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.store import Index, load_index
 from llama_index_genret.store.build import build_index
@@ -34,7 +35,6 @@ def recipe(steps: int, *, seed: int = 0, layers: int | None = TRAINED_LAYERS) ->
         learning_rate=1e-3,
         symbol_learning_rate=1e-3,
         layers=layers,
-        teacher=str(minilm_folder()),
         mix={"retrieve": 4, "imitate": 36},
         seed=seed,
     )
@@ -48,8 +48,12 @@ def trained_index(
         base = default_model_folder(Recipe(layers=layers))
         make_base_model(Recipe(layers=layers), base)
         images = read_corpus(make_corpora(default_folder()) / corpus)
-        naming = {"encoder": str(minilm_folder()), "levels": 2} if by_captions else {}
-        build_index(images, out, load_mllm(str(base), device="cpu"), scheme=scheme, scheme_options=naming)
+        options_of_scheme = {"source": "vectors" if by_captions else "features"} if scheme == "structured" else {}
+        if by_captions:
+            options_of_scheme["levels"] = 2
+        encoder = load_encoder(str(minilm_folder()))
+        mllm = load_mllm(str(base), device="cpu")
+        build_index(images, out, mllm, encoder=encoder, scheme=scheme, scheme_options=options_of_scheme)
     index = load_index(out)
     return index if index.is_trained else train(index, options, device="cpu")
 
@@ -81,7 +85,7 @@ def main() -> None:
     if args.memorise:
         imitate = 36 - args.memorise
         mix = {"retrieve": 4, "imitate": imitate, "memorise": args.memorise}
-        options = replace(options, mix=mix, redrawn=args.redrawn, teacher=options.teacher if imitate else None)
+        options = replace(options, mix=mix, redrawn=args.redrawn)
     index = trained_index(args.corpus, args.scheme, options, args.out, layers=args.layers, by_captions=args.by_captions)
     print(index.folder.resolve())
 

@@ -8,6 +8,7 @@ from typing import Annotated, cast, get_args
 import typer
 from rich.table import Table
 
+from llama_index_genret.cli.models import index_encoder, new_encoder
 from llama_index_genret.cli.options import (
     DEFAULT_MODEL,
     BaseModel,
@@ -15,6 +16,7 @@ from llama_index_genret.cli.options import (
     IndexDir,
     Json,
     Model,
+    NewEncoder,
     SchemeOptions,
     parse_options,
 )
@@ -31,10 +33,7 @@ def index(
         "structured"
     ),
     scheme_option: SchemeOptions = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option(help="Text encoder: structured derives codes from caption embeddings, not from images."),
-    ] = None,
+    encoder: NewEncoder = None,
     alphabet: Annotated[
         str, typer.Option(help="new: add symbols to the vocabulary of the model. existing: use words of it as symbols.")
     ] = "new",
@@ -44,20 +43,13 @@ def index(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Create an index: assign an identifier to every image of a folder.
-
-    The scheme structured derives the codes from the vision tower of the model, or from captions with --encoder.
-    """
+    """Assign an identifier to every image of a folder. The index recalls at once, by its encoder."""
     from llama_index_genret.corpus import read_corpus
     from llama_index_genret.models.mllm import load_mllm
     from llama_index_genret.store.build import build_index
 
     check_free(out, overwrite=overwrite)
     options = parse_options("--scheme-option", scheme_option or [])
-    if encoder is not None:
-        if "encoder" in options:
-            raise typer.BadParameter("--encoder and --scheme-option encoder=... are the same option: give one of them")
-        options["encoder"] = encoder
     if alphabet not in get_args(Alphabet):
         raise typer.BadParameter(f"unknown --alphabet {alphabet!r}; choose from: {', '.join(get_args(Alphabet))}")
     get_scheme(scheme, **options)
@@ -69,6 +61,7 @@ def index(
         corpus,
         out,
         mllm,
+        encoder=new_encoder(encoder, device),
         scheme=scheme,
         scheme_options=options,
         alphabet=cast(Alphabet, alphabet),
@@ -82,10 +75,6 @@ def add(
     index_dir: IndexDir,
     images: Annotated[Path, typer.Argument(help="Folder of images. Images that the index already has are skipped.")],
     model: BaseModel = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="Text encoder that places new images by their captions. Default: the one of the training."),
-    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -102,7 +91,8 @@ def add(
     corpus = read_corpus(images, progress=bar("Reading"))
     new = [record for record in corpus.records if (record.image_id, record.sha256) not in known]
     mllm = load_base(loaded, device=device, base=model) if new and needs_features(loaded) else None
-    grown = add_to_index(loaded, new, mllm, teacher=teacher, progress=bar("Encoding")) if new else loaded
+    encoder = index_encoder(loaded, device) if new else None
+    grown = add_to_index(loaded, new, mllm, encoder=encoder, progress=bar("Encoding")) if new else loaded
     other_weights = grown.weights_id != loaded.weights_id
     if other_weights:
         log.print(

@@ -62,7 +62,7 @@ def query(
     scoring = loaded.scoring(ScoringChoice(rerank=rerank), image_query=image is not None)
     leaf_filter = loaded.leaf_filter(conditions) if conditions else None
     options = SearchOptions(k=k, mode=mode, max_expansions=max_expansions, leaf_filter=leaf_filter)
-    scorer = open_scorer(loaded, server, api_key, model, device)
+    scorer = open_scorer(loaded, server, api_key, model, device, scoring)
     endpoint = open_endpoint(loaded, scorer) if server else None
     ranking = endpoint.recall(RecallQuery(text, prompt, options, conditions, scoring)) if endpoint else None
     if ranking is None:
@@ -95,7 +95,7 @@ def ask(
 
     loaded = load_index(index_dir)
     scorer = open_scorer(loaded, server, api_key, model, device)
-    llm = open_llm(scorer, server, api_key)
+    llm = open_llm(loaded, scorer, server, api_key, model, device)
     endpoint = open_endpoint(loaded, scorer) if server else None
     retriever = GenerativeImageRetriever(loaded, scorer, similarity_top_k=k, endpoint=endpoint)
     engine = image_query_engine(retriever, llm)

@@ -143,13 +143,12 @@ def train(
     layers: Annotated[
         int | None, typer.Option(min=1, help="Train only this many of the last layers. Default: all.")
     ] = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="Text encoder to distil from: a folder or hub id of sentence-transformers. Default: none."),
+    encoder: Annotated[
+        str | None, typer.Option(help="The index's encoder, if it has moved.", show_default=False)
     ] = None,
     imitate: Annotated[
         Path | None,
-        typer.Option(help="File of further queries for the distillation, one per line.", exists=True, dir_okay=False),
+        typer.Option(help="More queries to imitate the encoder on, one per line.", exists=True, dir_okay=False),
     ] = None,
     redrawn: Annotated[
         int | None,
@@ -175,19 +174,19 @@ def train(
     given |= {"gradient_accumulation_steps": gradient_accumulation_steps}
     given |= {"gradient_checkpointing": gradient_checkpointing or None}
     given |= {"learning_rate": learning_rate, "lora_rank": lora_rank, "layers": layers}
-    given |= {"teacher": teacher, "redrawn": redrawn, "mix": mix, "imitated": imitate}
+    given |= {"redrawn": redrawn, "mix": mix, "imitated": imitate}
     given = {name: value for name, value in given.items() if value is not None}
-    if drop and (update or given):
-        raise typer.BadParameter("--drop-update trains nothing and takes no other training options: give it alone")
+    if drop and (update or given or encoder):
+        raise typer.BadParameter("--drop-update trains nothing: give it alone")
     if drop:
         trained = drop_update(load_index(index_dir))
     else:
-        trained = _train_index(load_index(index_dir), given | {"seed": seed}, update=update, device=device)
-    if os.environ.get("RANK", "0") == "0":  # only one of several processes prints
+        trained = _trained(load_index(index_dir), given | {"seed": seed}, update=update, encoder=encoder, device=device)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         emit(as_json, facts_of(trained), facts_table(trained))
 
 
-def _train_index(loaded: Index, given: dict[str, Any], *, update: bool, device: str) -> Index:
+def _trained(loaded: Index, given: dict[str, Any], *, update: bool, encoder: str | None, device: str) -> Index:
     from llama_index_genret.corpus.jsonl import read_lines
     from llama_index_genret.training.options import TrainOptions
     from llama_index_genret.training.recipe import train
@@ -201,7 +200,7 @@ def _train_index(loaded: Index, given: dict[str, Any], *, update: bool, device: 
     if "epochs" in given:
         given["max_steps"] = None  # an update inherits max_steps from the training
     options = dataclasses.replace(update_options(loaded) if update else TrainOptions(), **given)
-    return train(loaded, options, update=update, device=device, show_progress=sys.stderr.isatty())
+    return train(loaded, options, update=update, encoder=encoder, device=device, show_progress=sys.stderr.isatty())
 
 
 def tune(

@@ -26,6 +26,8 @@ from llama_index_genret.search import Hit, Normalise, Row, Rows, SearchOptions, 
 from llama_index_genret.store import Index, Scoring, TunedScoring, store_tuning
 from llama_index_genret.store.scoring import RerankBy
 
+MODEL_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+TEMPERATURES = (0.02, 0.035, 0.05, 0.07, 0.1)
 ETAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5)
 RERANK_WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
 BATCH = 32

@@ -17,8 +17,8 @@ from llama_index_genret.errors import IdentifierError
 Identifier = tuple[str, ...]
 """The symbols of one image, in the order in which the model generates them."""
 
-Need = Literal["features", "captions", "caption features"]
-"""Inputs of a scheme. "caption features": caption embeddings by the text encoder in the scheme's option `encoder`."""
+Need = Literal["features", "captions", "vectors"]
+"""Inputs of a scheme: features of the vision tower, captions, or vectors of the index's encoder."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +26,8 @@ class ImageFacts:
     """The inputs from which a scheme assigns identifiers to some images, in their order.
 
     n_images: number of images.
-    features: (n_images, d) float32, one row per image: embeddings of the images or of their captions, as the scheme
-        needs. Default None: not computed.
+    features: (n_images, d) float32, one row per image: features of the vision tower or vectors of the encoder, as the
+        scheme needs. Default None: not computed.
     captions: one tuple of captions per image, possibly empty. Default (): no image has a caption.
     Raises:
         IdentifierError: there is not one row of features or one tuple of captions per image, or a feature is not

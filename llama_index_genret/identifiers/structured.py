@@ -50,9 +50,8 @@ class StructuredScheme:
         nodes. It is far smaller, but images of one dense cluster share codes more often; `genret inspect` counts them.
     levels: codes per identifier. Default None: by the number of images (2 up to 1,024, 3 up to 32,768).
     sizes: codes per level: one number for all levels, or one for each. Default None: about one image per leaf.
-    encoder: folder or hub id of a text encoder for `sentence-transformers`. The codes are then derived from caption
-        embeddings, which suit text queries. Every image needs a caption. Default None: the codes are derived from
-        the image features of the model's vision tower, which represent appearance.
+    source: "features" of the model's vision tower, the default, which cluster images by appearance. "vectors" of the
+        index's encoder, which cluster them by meaning and suit text queries.
     """
 
     name: ClassVar[str] = "structured"
@@ -64,7 +63,7 @@ class StructuredScheme:
         method: str = "kmeans",
         levels: int | None = None,
         sizes: int | Sequence[int] | None = None,
-        encoder: str | None = None,
+        source: Literal["vectors", "features"] = "features",
     ) -> None:
         if method not in ("kmeans", "rq"):
             raise IdentifierError(f"method={method!r} must be 'kmeans' or 'rq'.")
@@ -79,18 +78,18 @@ class StructuredScheme:
             levels = len(given) if levels is None else levels
             if len(given) != levels:
                 raise IdentifierError(f"sizes={given} must be one number, or one for each of {levels} levels.")
-        if encoder is not None and not (isinstance(encoder, str) and encoder):
-            raise IdentifierError(f"encoder={encoder!r} must be a folder or hub id of a text encoder.")
+        if source not in ("vectors", "features"):
+            raise IdentifierError(f"source={source!r} must be 'vectors' or 'features'.")
         self.method = method
         self.levels = levels
         self.sizes = sizes
-        self.encoder = encoder
+        self.source = source
         self._codebooks: Codebooks | None = None
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Return image features, or captions and their features if there is an encoder."""
-        return frozenset({"captions", "caption features"} if self.encoder else {"features"})
+        """Return the `source`."""
+        return frozenset({self.source})
 
     def fit(self, images: ImageFacts, *, seed: int) -> list[Identifier]:
         """Cluster the features, freeze the codebooks, and assign identifiers.
@@ -110,7 +109,7 @@ class StructuredScheme:
 
         sizes = self.codes_per_level()
         if self.method == "kmeans":
-            self._codebooks = kmeans_tree(features, sizes, seed=seed, shared=self.encoder is not None)
+            self._codebooks = kmeans_tree(features, sizes, seed=seed, shared=self.source == "vectors")
         else:
             self._codebooks = residual_quantiser(features, sizes, seed=seed)
         return suffix_collisions(self._codes(features), _suffix)
@@ -146,10 +145,9 @@ class StructuredScheme:
         return (self.sizes,) * self.levels if isinstance(self.sizes, int) else tuple(self.sizes)
 
     def options(self) -> dict[str, Any]:
-        """Return method, levels and sizes, as given or derived, and the encoder if there is one."""
+        """Return method, levels, sizes and source, as given or derived."""
         sizes = self.sizes if self.sizes is None or isinstance(self.sizes, int) else list(self.sizes)
-        options = {"method": self.method, "levels": self.levels, "sizes": sizes}
-        return options | {"encoder": self.encoder} if self.encoder else options
+        return {"method": self.method, "levels": self.levels, "sizes": sizes, "source": self.source}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the codebooks. See `TreeCodebooks.arrays` and `ResidualCodebooks.arrays`."""

@@ -56,6 +56,7 @@ from llama_index_genret.llamaindex.model_images import MAX_IMAGE_PIXELS
 from llama_index_genret.llamaindex.nodes import ReadablePictures
 from llama_index_genret.llamaindex.query_engine import QUESTION_AFTER_CONTEXT, image_query_engine
 from llama_index_genret.llamaindex.retriever import GenerativeImageRetriever
+from llama_index_genret.models.encoder import Encoder
 from llama_index_genret.store import PICTURES, add_images, load_index, remove_images
 from llama_index_genret.store.model_state import unseen_rows
 
@@ -100,18 +101,20 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
     """An index of images that a model recalls by generating their identifiers.
 
     Args:
-        nodes: `ImageNode`s. Their ids are image ids. Pass documents to `from_documents`. An image in memory is written
-            into the folder. An image that is only a URL is refused.
-        index_dir: index folder, which must be free. For an index that is loaded: its new place, if it has moved.
-        model: base model to train, a folder, a hub id or a loaded `Mllm`.
-        scheme, scheme_options, alphabet, overwrite: how to assign identifiers, see `store.build.build_index`.
-        api_base, api_key: URL and key of a server that `genret serve` started on the folder. The server then recalls
-            and answers. Default None: a model in this process.
-        llm: LLM that answers. An `OpenAILike` also gives the server that recalls. Default: the model that recalls.
-        scorer: scorer that recalls, in place of the server and the model. Default None.
-        device: torch device of models in this process, default "auto".
-        kwargs: further arguments of `BaseIndex`.
-
+        nodes: `ImageNode`s; their ids are image ids. Documents go into `from_documents`. An image in memory is
+            written into the folder, one that is only an address is refused.
+        index_dir: the folder, which must be free; of an index that is loaded, where it has moved to.
+        model: the base model that is to be trained, a folder or hub id, or a loaded `Mllm`.
+        encoder: the embedding model of the index, which recalls before any training: an `Encoder`, a folder or hub id
+            of sentence-transformers, an address, or "none". If not given, the default one where it is available. For
+            an index that is loaded, another place of its encoder.
+        scheme, scheme_options, alphabet, overwrite: how images are named, see `store.build.build_index`.
+        api_base, api_key: of a server that `genret serve` started on the folder, which recalls and answers then. None
+            for a model in this process.
+        llm: what answers; an `OpenAILike` also names the server that recalls.
+        scorer: recalls in place of both.
+        device: of models in this process.
+        kwargs: of `BaseIndex`.
     Raises:
         IndexExists: the folder is not free. CorpusError: there are no images, or an image is invalid.
     """
@@ -124,6 +127,7 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
         *,
         index_dir: str | Path | None = None,
         model: Any = None,
+        encoder: Encoder | str | None = None,
         scheme: str = "structured",
         scheme_options: dict[str, Any] | None = None,
         alphabet: Alphabet = "new",
@@ -150,7 +154,7 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
         self._retrievers: WeakSet[GenerativeImageRetriever] = WeakSet()
         self._show_progress = kwargs.get("show_progress", False)
         self._models = IndexModels(
-            model=model, api_base=api_base, api_key=api_key, llm=llm, scorer=scorer, device=device
+            model=model, encoder=encoder, api_base=api_base, api_key=api_key, llm=llm, scorer=scorer, device=device
         )
         if index_struct is not None:
             index_struct.folder = str(self._folder)
@@ -209,7 +213,14 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
         """
         from llama_index_genret.training.recipe import train
 
-        trained = train(self.stored, options, update=update, device=self._models.device, show_progress=show_progress)
+        trained = train(
+            self.stored,
+            options,
+            update=update,
+            encoder=self._models.encoder_choice,
+            device=self._models.device,
+            show_progress=show_progress,
+        )
         with self._edits:
             self._use(trained)
 
@@ -297,8 +308,9 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
             raise CorpusError("there are no images. Pass documents or nodes, for example load_images(folder).")
         folder = common_folder(images)
         corpus = Corpus(folder, tuple(records_of(images, [folder])))
-        options = {"progress": self._bar("Encoding"), **self._build_options}
-        self._index = build_index(corpus, self._folder, self._models.base_for_new_index(), **options)
+        options = {"progress": self._bar("Encoding"), **self._naming}
+        base, encoder = self._models.base_for_new_index(), self._models.encoder_for_new_index()
+        self._index = build_index(corpus, self._folder, base, encoder=encoder, **options)
         return GenretIndexStruct(folder=str(self._folder))
 
     def insert_nodes(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
@@ -323,7 +335,9 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
         with self._edits:
             index, records = self.stored, self._records(nodes)
             if records:
-                self._use(add_to_index(index, records, self._base_model(), progress=self._bar("Encoding")))
+                encoder = self._models.encoder_of(index)
+                base = self._base_model()
+                self._use(add_to_index(index, records, base, encoder=encoder, progress=self._bar("Encoding")))
 
     def _base_model(self) -> Any:
         """Return the base model if identifiers of new images depend on image features, else None."""

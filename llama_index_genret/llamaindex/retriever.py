@@ -30,12 +30,15 @@ from llama_index_genret.errors import FilterError, QueryError, UnknownImage
 from llama_index_genret.llamaindex.model_images import MAX_IMAGE_PIXELS
 from llama_index_genret.llamaindex.nodes import hit_node, node_of, still_passes
 from llama_index_genret.llamaindex.search_scope import SearchScope
+from llama_index_genret.models.encoder import Encoder
 from llama_index_genret.scorers.base import Scorer, arecall, recall
+from llama_index_genret.scorers.blend import Blender
 from llama_index_genret.scorers.rerank import reranking, with_scoring
 from llama_index_genret.scorers.vllm_http import SERVED_NAME, VllmScorer
 from llama_index_genret.search import Hit, Mode, Normalise, Ranking, SearchOptions
 from llama_index_genret.serving.endpoint.client import RecallClient, RecallQuery
 from llama_index_genret.store import Index, RecordFilters, ScoringChoice, load_index
+from llama_index_genret.store.vectors import resolve_encoder
 
 log = logging.getLogger(__name__)
 
@@ -165,21 +168,36 @@ class GenerativeImageRetriever(BaseRetriever):
 
     @classmethod
     def from_index_dir(
-        cls, index_dir: str | Path, *, model: str | None = None, device: str = "auto", **kwargs: Any
+        cls,
+        index_dir: str | Path,
+        *,
+        model: str | None = None,
+        encoder: Encoder | str | None = None,
+        device: str = "auto",
+        scoring: ScoringChoice | None = None,
+        **kwargs: Any,
     ) -> GenerativeImageRetriever:
-        """Return a retriever with the model of the index in this process.
+        """Recall with the index's own model and encoder in this process; with the encoder alone before any training.
 
         Args:
-            index_dir: index folder.
-            model: new place of the base model, if it has moved. Default: the place in the index.
-            device: torch device, default "auto".
-            kwargs: options of the retriever.
+            model: another place of the same base model, if it has moved.
+            encoder: the index's encoder, or another place of it; loaded by its name if not given.
+            scoring: `model_weight=1` recalls by the generative model alone.
+        Raises:
+            NotTrained: the index has neither trained weights nor an encoder.
+            EncoderError: the encoder does not load, or is not that of the index.
         """
-        from llama_index_genret.scorers.transformers import TransformersScorer
-        from llama_index_genret.store.model_loading import load_trained
-
         index = load_index(Path(index_dir))
-        return cls(index, TransformersScorer(load_trained(index, device=device, base=model)), **kwargs)
+        chosen = index.scoring(scoring)
+        trained = None
+        if index.is_trained and chosen.model_weight > 0.0:
+            from llama_index_genret.scorers.transformers import TransformersScorer
+            from llama_index_genret.store.model_loading import load_trained
+
+            trained = TransformersScorer(load_trained(index, device=device, base=model))
+        needed = trained is None or chosen.model_weight < 1.0
+        reader = resolve_encoder(index.manifest.encoder, encoder) if needed else None
+        return cls(index, Blender(index, reader).scorer(trained, chosen), scoring=scoring, **kwargs)
 
     @classmethod
     def from_server(

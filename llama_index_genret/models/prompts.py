@@ -43,6 +43,7 @@ class Prompt:
     text: image prompts only: the rendered chat text with the model's image placeholder.
     rest: image prompts only: the token ids after `text`.
     words: text queries only: the token ids of the query itself.
+    query: text of the query, empty for an image alone.
     """
 
     token_ids: tuple[int, ...]
@@ -50,6 +51,7 @@ class Prompt:
     text: str = ""
     rest: tuple[int, ...] = ()
     words: tuple[int, ...] = ()
+    query: str = ""
 
 
 class Blank(BaseModel):
@@ -95,7 +97,9 @@ class PromptSet(BaseModel):
         if not words:
             raise QueryError("the query is empty: write what the image shows.")
         _check_length(tokenizer, words)
-        return Prompt(tuple(self.query_tokens(tokenizer, words)), words=tuple(tokenizer.encode_text(words)))
+        return Prompt(
+            tuple(self.query_tokens(tokenizer, words)), words=tuple(tokenizer.encode_text(words)), query=words
+        )
 
     def for_no_query(self, tokenizer: IndexTokenizer) -> Prompt:
         """Return the prompt of `for_query` without a query, which gives the prior of each identifier."""
@@ -143,7 +147,7 @@ class PromptSet(BaseModel):
         _check_length(tokenizer, words)
         before = tokenizer.encode_markup(self.compose.before)
         rest = (*tokenizer.encode_text(words), *tokenizer.encode_markup(self.compose.after))
-        return Prompt((*before, *rest), image, self.compose.before, rest)
+        return Prompt((*before, *rest), image, self.compose.before, rest, query=words)
 
     def about_image(self, tokenizer: IndexTokenizer, image: Path | bytes, text: str) -> Prompt:
         """Return the prompt that asks a question about an image. The question is not parsed as markup."""

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.errors import SearchError
-from llama_index_genret.trie import LeafFilter, TriePrior
+from llama_index_genret.trie import Expansion, LeafFilter, TriePrior
 
 Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
@@ -124,6 +124,11 @@ class Rows(Sequence[Row]):
         token_ids = np.concatenate([row.token_ids for row in rows]) if rows else np.zeros(0, np.int64)
         offsets = np.cumsum([0, *(len(row.token_ids) for row in rows)])
         return cls(np.array([row.query for row in rows], np.int64), prefixes, _RaggedTokens(token_ids, offsets))
+
+    @property
+    def expansion(self) -> Expansion | None:
+        """The trie nodes that the tokens lead to, or None for rows that no search has made."""
+        return self._tokens if isinstance(self._tokens, Expansion) else None
 
     @property
     def token_ids(self) -> Int64:

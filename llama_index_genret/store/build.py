@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.corpus import Corpus, Record
-from llama_index_genret.errors import IdentifierError, MissingExtra, TrainingError
+from llama_index_genret.errors import IdentifierError
 from llama_index_genret.identifiers import Alphabet, Identifier, ImageFacts, Scheme, Spelling, get_scheme, spelling_of
-from llama_index_genret.models.encoder import TextEncoder, embed_by_captions
+from llama_index_genret.models.encoder import Encoder
 from llama_index_genret.models.features import vision_features
 from llama_index_genret.models.mllm import Mllm, Progress, render_prompts
 from llama_index_genret.models.prompts import PromptSet
@@ -25,6 +25,14 @@ from llama_index_genret.models.tokenizer import IndexTokenizer
 from llama_index_genret.store import Index, NewRows, add_images, check_free, create_index
 from llama_index_genret.store.model_state import new_token_ids
 from llama_index_genret.store.new_symbol_rows import guess_rows
+from llama_index_genret.store.vectors import (
+    MAX_FITTED,
+    MIN_FITTED,
+    EncoderEntry,
+    embed_records,
+    open_encoder,
+    project_features,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +42,7 @@ def build_index(
     out: Path,
     mllm: Mllm,
     *,
+    encoder: Encoder | None = None,
     scheme: str = "structured",
     scheme_options: dict[str, Any] | None = None,
     alphabet: Alphabet = "new",
@@ -44,20 +53,25 @@ def build_index(
     """Assign identifiers to the images of `corpus` and write an index for `mllm`.
 
     Args:
-        scheme: a registered scheme. Image features come from the model's own vision tower. Caption features come from
-            the text encoder in the scheme's option `encoder`.
-        alphabet: "new" adds the scheme's symbols to the tokenizer and the model. "existing" uses tokens of the
-            vocabulary, so that the adapter of the trained index fits the unmodified base model.
-        overwrite: True allows replacing an index at `out`.
+        encoder: gives every image a vector, so that the index recalls before any training. None for an index that
+            recalls by the trained model alone.
+        scheme: a registered scheme. `structured` derives codes from the vectors where there is an encoder, else from
+            features of the model's own vision tower.
+        alphabet: "new" adds the scheme's symbols to the tokenizer and the model; "existing" takes words that they have,
+            so that the adapter of the trained index fits the base model as it is.
+        overwrite: whether an index at `out` may be replaced.
     Raises:
-        IndexExists: `out` is not free.
-        IdentifierError: the scheme is unknown, the tokenizer cannot spell its identifiers, or an image lacks the
-            caption that its identifier is derived from.
-        TrainingError: the encoder does not load.
+        IndexExists: `out` is not free. IdentifierError: no such scheme, the tokenizer cannot spell its identifiers, or
+            an image lacks the caption that its identifier is derived from. EncoderError: the encoder returns no
+            finite vectors.
     """
     check_free(out, overwrite=overwrite)
-    naming = get_scheme(scheme, **(scheme_options or {}))
-    images = _facts(naming, corpus.records, mllm, progress)
+    vectors = None if encoder is None else _vectors(encoder, corpus.records, mllm, None, progress)
+    options = dict(scheme_options or {})
+    if scheme == "structured" and vectors is not None and vectors.any(axis=1).all():
+        options.setdefault("source", "vectors")
+    naming = get_scheme(scheme, **options)
+    images = _facts(naming, corpus.records, mllm, vectors, progress)
     identifiers = naming.fit(images, seed=seed)
     spelling = spelling_of(naming, mllm.tokenizer, alphabet)
     prompts = render_prompts(mllm)
@@ -72,6 +86,8 @@ def build_index(
         model=mllm.entry(),
         prompts=prompts,
         alphabet=alphabet,
+        encoder=None if encoder is None else EncoderEntry.of(encoder),
+        vectors=vectors,
         overwrite=overwrite,
     )
 
@@ -95,32 +111,72 @@ def add_to_index(
     records: Sequence[Record],
     mllm: Mllm | None = None,
     *,
-    teacher: str | None = None,
+    encoder: Encoder | None = None,
     progress: Progress = iter,
 ) -> Index:
     """Assign identifiers with the frozen scheme of `index` and write the images into it: a search finds them at once.
 
-    New symbols that the trained weights lack get rows predicted from captions or images (`store.new_symbol_rows`).
-    The index then has other weights. An untrained index stores no rows, because training creates them.
+    The encoder gives each image its vector. Symbols that the trained weights lack get rows that are predicted from the
+    vectors, else from image features (`new_symbol_rows`); the index has other weights then.
 
     Args:
-        mllm: the index's base model; required if `needs_features` returns True.
-        teacher: a text encoder that `sentence-transformers` loads, which predicts rows from captions. If not given,
-            the teacher of the training. Without one, or if it cannot be loaded (logged), rows come from the images.
+        mllm: the index's base model, where `needs_features`.
+        encoder: that of the index, which is loaded if not given.
     Raises:
         DuplicateImage: an image id is in the index already.
-        IdentifierError: the tokenizer cannot spell an identifier, nothing is available to predict a symbol's row from,
-            or an image lacks the caption that its identifier is derived from.
-        TrainingError: `teacher` or the encoder of the scheme does not load.
-        MissingExtra: sentence-transformers is missing.
+        IdentifierError: the tokenizer cannot spell an identifier, there is nothing to predict a symbol's row from, or
+            an image lacks the caption that its identifier is derived from.
+        EncoderError: the encoder does not load, or is not that of the index. MissingExtra: sentence-transformers is
+            missing.
     """
-    new = assign_identifiers(index, records, mllm, progress=progress)
+    vectors = None
+    if records and index.manifest.encoder is not None:
+        if encoder is None:
+            encoder = open_encoder(index.manifest.encoder, device=str(mllm.model.device) if mllm else "cpu")
+        else:
+            index.manifest.encoder.check(encoder)
+        vectors = _vectors(encoder, records, mllm, index, progress)
+    elif index.manifest.encoder is not None:
+        vectors = np.zeros((0, index.manifest.encoder.dimension), np.float32)
+    new = assign_identifiers(index, records, mllm, vectors=vectors, progress=progress)
     new_rows = None
     if index.is_trained and new.tokenizer.fingerprint != index.tokenizer.fingerprint:
-        new_rows = _new_rows(index, records, new, mllm, teacher, progress)
-    elif teacher:
-        log.warning("the teacher was not used: these images add no symbols that the trained weights lack.")
-    return add_images(index, records, new.identifiers, new.scheme, tokenizer=new.tokenizer, new_rows=new_rows)
+        new_rows = _new_rows(index, records, new, mllm, vectors, progress)
+    return add_images(
+        index, records, new.identifiers, new.scheme, tokenizer=new.tokenizer, vectors=vectors, new_rows=new_rows
+    )
+
+
+def _vectors(
+    encoder: Encoder, records: Sequence[Record], mllm: Mllm | None, index: Index | None, progress: Progress
+) -> NDArray[np.float32]:
+    """Return (n, d) vectors of images that join an index, or that make a new one (index None).
+
+    Images without captions are placed by a projection of their features, if the encoder embeds no images. The
+    projection is fitted on the images with captions, of the index where they join one. Where there are too few, the
+    vector stays 0, which is logged.
+    """
+    vectors = embed_records(encoder, records, progress)
+    empty = np.flatnonzero(~vectors.any(axis=1))
+    if not len(empty):
+        return vectors
+    if index is None or index.vectors is None:
+        known, place_of = vectors, [record.path for record in records]
+    else:
+        known, place_of = np.asarray(index.vectors, np.float32), [record.path for record in index.records]
+    fitted = np.flatnonzero(known.any(axis=1))[:MAX_FITTED]
+    if mllm is None or len(fitted) < MIN_FITTED:
+        log.warning(
+            "%d images have no captions and the encoder %r embeds texts only: text queries do not find them before "
+            "`genret train`. Give captions, or a CLIP-like --encoder.",
+            len(empty),
+            encoder.name,
+        )
+        return vectors
+    of_known = vision_features(mllm, [place_of[row] for row in fitted], progress)
+    features = np.zeros((len(records), of_known.shape[1]), np.float32)
+    features[empty] = vision_features(mllm, [records[row].path for row in empty], progress)
+    return project_features(vectors, features, known[fitted], of_known)
 
 
 def _new_rows(
@@ -128,33 +184,18 @@ def _new_rows(
     records: Sequence[Record],
     assigned: NewIdentifiers,
     mllm: Mllm | None,
-    teacher: str | None,
+    vectors: NDArray[np.float32] | None,
     progress: Progress,
 ) -> NewRows:
     if mllm is None:
         raise IdentifierError(
-            f"the scheme {index.manifest.scheme!r} gives new images symbols of their own. Their rows are predicted "
-            "with the base model's vision tower. Pass the model: mllm=load_base(index)."
+            f"the scheme {index.manifest.scheme!r} gives new images symbols of their own, whose rows are predicted "
+            "with the base model. Pass it as mllm: load_base(index)."
         )
     symbols = set(assigned.scheme.new_symbols()) - set(index.scheme().new_symbols())
     token_ids = sorted(map(assigned.tokenizer.symbol_id, symbols))
     identifiers = [tuple(map(assigned.tokenizer.symbol_id, symbols)) for symbols in assigned.identifiers]
-    captioned = any(record.captions for record in records)
-    encoder = _teacher(index, teacher, str(mllm.model.device)) if captioned else None
-    return guess_rows(index, records, identifiers, token_ids, mllm, teacher=encoder, progress=progress)
-
-
-def _teacher(index: Index, chosen: str | None, device: str) -> TextEncoder | None:
-    name = chosen or (index.manifest.training or {}).get("teacher")
-    if name is None:
-        return None
-    try:
-        return TextEncoder(name, device=device)
-    except (TrainingError, MissingExtra) as error:
-        if chosen:
-            raise
-        log.warning("rows of new images are predicted from the images, not from their captions: %s", error)
-        return None
+    return guess_rows(index, records, identifiers, token_ids, mllm, vectors=vectors, progress=progress)
 
 
 def needs_features(index: Index) -> bool:
@@ -163,42 +204,55 @@ def needs_features(index: Index) -> bool:
 
 
 def assign_identifiers(
-    index: Index, records: Sequence[Record], mllm: Mllm | None = None, *, progress: Progress = iter
+    index: Index,
+    records: Sequence[Record],
+    mllm: Mllm | None = None,
+    *,
+    vectors: NDArray[np.float32] | None = None,
+    progress: Progress = iter,
 ) -> NewIdentifiers:
     """Assign identifiers to new images of `index` with its frozen scheme. No identifier of the index changes.
 
+    Args:
+        vectors: (n, d) vectors of the images, if the index has an encoder.
     Raises:
         IdentifierError: the tokenizer cannot spell an identifier, or see `add_to_index`.
     """
     scheme = index.scheme()
     in_use = spelling_of(scheme, index.tokenizer, index.manifest.alphabet).unspell(index.identifiers)
-    identifiers = scheme.extend(_facts(scheme, records, mllm, progress), in_use)
+    identifiers = scheme.extend(_facts(scheme, records, mllm, vectors, progress), in_use)
     spelling = spelling_of(scheme, index.tokenizer, index.manifest.alphabet)
     spelled = _spell(spelling, identifiers, records, index.prompts)
     return NewIdentifiers(spelled, scheme, spelling.tokenizer)
 
 
-def _facts(scheme: Scheme, records: Sequence[Record], mllm: Mllm | None, progress: Progress) -> ImageFacts:
-    paths = [record.path for record in records]
-    features = None
-    if "features" in scheme.needs:
-        features = vision_features(mllm, paths, progress) if mllm and paths else None
-    elif "caption features" in scheme.needs and records:
-        features = _caption_features(scheme.options()["encoder"], records, mllm, progress)
+def _facts(
+    scheme: Scheme,
+    records: Sequence[Record],
+    mllm: Mllm | None,
+    vectors: NDArray[np.float32] | None,
+    progress: Progress,
+) -> ImageFacts:
+    features = vectors
+    if "vectors" in scheme.needs:
+        _check_placed(records, vectors)
+    elif "features" in scheme.needs:
+        features = vision_features(mllm, [record.path for record in records], progress) if mllm and records else None
     return ImageFacts(len(records), features, tuple(tuple(record.captions) for record in records))
 
 
-def _caption_features(
-    encoder: str, records: Sequence[Record], mllm: Mllm | None, progress: Progress
-) -> NDArray[np.float32]:
-    bare = [record.image_id for record in records if not record.captions]
+def _check_placed(records: Sequence[Record], vectors: NDArray[np.float32] | None) -> None:
+    if vectors is None:
+        raise IdentifierError(
+            "the scheme derives identifiers from vectors of an encoder, and there is none: give one (--encoder), or "
+            "choose source='features'."
+        )
+    bare = [record.image_id for record, vector in zip(records, vectors, strict=True) if not vector.any()]
     if bare:
         raise IdentifierError(
-            f"{len(bare)} of {len(records)} images have no caption, {bare[0]!r} the first, and the scheme "
-            "derives identifiers from caption embeddings. Write captions, or create an index without encoder=."
+            f"{len(bare)} of {len(records)} images have no vector, {bare[0]!r} the first: they have no captions, and "
+            "the encoder embeds no images. Write captions, or choose --scheme-option source=features."
         )
-    reader = TextEncoder(encoder, device=str(mllm.model.device) if mllm else "cpu", progress=progress)
-    return embed_by_captions(reader, [record.captions for record in records])[0]
 
 
 def _spell(

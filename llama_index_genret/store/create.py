@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from llama_index_genret.corpus import Record
@@ -23,6 +24,7 @@ from llama_index_genret.store.index import Index
 from llama_index_genret.store.manifest import FORMAT_VERSION, Manifest, check_free, commit, only_writer_of
 from llama_index_genret.store.open import load_index
 from llama_index_genret.store.records import write_records
+from llama_index_genret.store.vectors import EncoderEntry, write_vectors
 from llama_index_genret.trie import build_trie, close_beginnings, save_trie
 
 
@@ -37,6 +39,8 @@ def create_index(
     model: ModelEntry,
     prompts: PromptSet,
     alphabet: Alphabet = "new",
+    encoder: EncoderEntry | None = None,
+    vectors: NDArray[np.floating] | None = None,
     overwrite: bool = False,
 ) -> Index:
     """Write a new, untrained index.
@@ -44,12 +48,15 @@ def create_index(
     Args:
         identifiers: the output of `Spelling.spell`; each symbol is one token.
         tokenizer: includes the scheme's symbols if the alphabet is "new".
+        encoder: identity of the encoder that computed the vectors. None for an index without vectors.
+        vectors: (records, d) unit vectors.
         overwrite: True allows replacing an index in `folder`, its trained weights included.
     Raises:
         IndexExists: `folder` already holds an index or other files.
         IndexBusy: another process is writing the index.
         NotWritten: the disk is full or read-only.
         IdentifierError: identifiers are not unique, or a symbol is not one token.
+        EncoderError: a vector is not finite.
     """
     check_free(folder, overwrite=overwrite)
     token_ids = [[tokenizer.symbol_id(symbol) for symbol in identifier] for identifier in identifiers]
@@ -61,6 +68,8 @@ def create_index(
         (into / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         save_trie(trie, into / "trie.bin")
         np.save(into / "leaf_to_record.npy", order)
+        if vectors is not None:
+            write_vectors(into, vectors)
         if scheme.arrays():
             save_file(dict(scheme.arrays()), into / "codebooks.safetensors")
 
@@ -73,6 +82,7 @@ def create_index(
         model=model,
         tokenizer=tokenizer.fingerprint,
         prompts=prompts,
+        encoder=encoder if vectors is not None else None,
         files={},
     )
     with writing(folder):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from llama_index_genret.corpus import Record
-from llama_index_genret.errors import DuplicateImage, UnknownImage
+from llama_index_genret.errors import DuplicateImage, EncoderError, UnknownImage
 from llama_index_genret.identifiers import Identifier, Scheme
 from llama_index_genret.models.tokenizer import IndexTokenizer
 from llama_index_genret.store.index import PRIOR, Index
@@ -25,6 +25,7 @@ from llama_index_genret.store.manifest import check_unchanged, commit, only_writ
 from llama_index_genret.store.open import EDITS, load_index
 from llama_index_genret.store.pseudo_queries import PSEUDO_QUERIES, ImagePseudoQueries, write_pseudo_queries
 from llama_index_genret.store.records import write_records
+from llama_index_genret.store.vectors import VECTORS, write_vectors
 from llama_index_genret.store.weights import NEW_ROWS, NewRows
 from llama_index_genret.trie import LiveTrie, add_identifiers, compact, edits_of, remove_identifiers, save_trie
 
@@ -52,7 +53,8 @@ def remove_images(index: Index, image_ids: Sequence[str]) -> Index:
     new_row[kept] = np.arange(len(kept))
     records, identifiers = [index.records[row] for row in kept], [index.identifiers[row] for row in kept]
     prior = None if index.log_prior is None else index.log_prior[kept]
-    return _write(index, _renumber(trie, new_row), records, identifiers, index.scheme(), prior)
+    vectors = None if index.vectors is None else index.vectors[kept]
+    return _write(index, _renumber(trie, new_row), records, identifiers, index.scheme(), prior, vectors)
 
 
 def add_images(
@@ -62,6 +64,7 @@ def add_images(
     scheme: Scheme,
     *,
     tokenizer: IndexTokenizer | None = None,
+    vectors: NDArray[np.floating] | None = None,
     new_rows: NewRows | None = None,
 ) -> Index:
     """Add images to the index, which a search finds by their identifiers at once, and return the new version.
@@ -70,6 +73,7 @@ def add_images(
 
     Args:
         identifiers, scheme, tokenizer: the output of `store.build.assign_identifiers`.
+        vectors: (n, d) unit vectors of the new images, required if the index has an encoder.
         new_rows: rows of all symbols that the trained weights lack; replaces the stored rows.
     Raises:
         DuplicateImage: an image id is in the index already.
@@ -88,8 +92,15 @@ def add_images(
     trie = add_identifiers(index.trie, token_ids, keys, end_token=index.end_token)
     prior = index.log_prior
     prior = None if prior is None else np.pad(prior, (0, len(records)), constant_values=np.nan)
+    if (vectors is None) != (index.vectors is None):
+        raise EncoderError(
+            f"{index.folder} has {'no ' if index.vectors is None else ''}vectors, and the new images have "
+            f"{'none' if vectors is None else 'some'}. Add them with the encoder of the index."
+        )
+    if vectors is not None and index.vectors is not None:
+        vectors = np.concatenate([index.vectors, np.asarray(vectors, np.float16).reshape(-1, index.vectors.shape[1])])
     merged = [*index.identifiers, *identifiers]
-    return _write(index, trie, [*index.records, *records], merged, scheme, prior, new_rows)
+    return _write(index, trie, [*index.records, *records], merged, scheme, prior, vectors, new_rows)
 
 
 def store_pseudo_queries(index: Index, pseudo_queries: Sequence[ImagePseudoQueries]) -> Index:
@@ -124,6 +135,7 @@ def _write(
     identifiers: Sequence[Identifier],
     scheme: Scheme,
     log_prior: NDArray[np.float32] | None,
+    vectors: NDArray[np.floating] | None,
     new_rows: NewRows | None = None,
 ) -> Index:
     changed = 2 * trie.n_leaves - trie.n_live - trie.base.n_leaves
@@ -136,7 +148,7 @@ def _write(
         if folder not in folders:
             folders.append(folder)
         places.append(folders.index(folder))
-    replaced = {"records.jsonl", "leaf_to_record.npy", "codebooks.safetensors", EDITS, PRIOR}
+    replaced = {"records.jsonl", "leaf_to_record.npy", "codebooks.safetensors", EDITS, PRIOR, VECTORS}
     if trie.base is not index.trie.base:
         replaced.add("trie.bin")
     grows = index.tokenizer.fingerprint != index.manifest.tokenizer
@@ -160,6 +172,8 @@ def _write(
             write_pseudo_queries(into, [line for line in index.pseudo_queries.values() if line.image_id in left])
         if log_prior is not None:
             np.save(into / PRIOR, log_prior)
+        if vectors is not None:
+            write_vectors(into, vectors)
         if scheme.arrays():
             save_file(dict(scheme.arrays()), into / "codebooks.safetensors")
 

@@ -29,6 +29,7 @@ from llama_index_genret.store.pseudo_queries import (
     read_pseudo_queries,
 )
 from llama_index_genret.store.scoring import Scoring, ScoringChoice
+from llama_index_genret.store.vectors import VECTORS, read_vectors
 from llama_index_genret.store.weights import ADAPTER, weights_id
 from llama_index_genret.trie import LeafFilter, LiveTrie, TriePrior
 
@@ -77,6 +78,16 @@ class Index:
                 f"({len(self.records)},). Restore it, or create the index again."
             )
         return log_prior
+
+    @cached_property
+    def vectors(self) -> NDArray[np.float16] | None:
+        """Return (records, d) float16 unit vectors in the space of the encoder, None for an index without.
+
+        Raises:
+            IndexDamaged: the file is missing, differs from the manifest, or does not fit the records.
+        """
+        encoder = self.manifest.encoder
+        return None if encoder is None else read_vectors(self.file(VECTORS), len(self.records), encoder.dimension)
 
     @cached_property
     def prior(self) -> TriePrior | None:

@@ -34,10 +34,16 @@ from llama_index_genret.identifiers import Alphabet
 from llama_index_genret.models.identity import ModelEntry
 from llama_index_genret.models.prompts import PromptSet
 from llama_index_genret.store.scoring import TunedScoring
+from llama_index_genret.store.vectors import EncoderEntry
 
-FORMAT_VERSION = 4
-READABLE = (3, FORMAT_VERSION)
-"""Format versions that this release reads. Version 3 has no checksum of the manifest. The next write upgrades it."""
+FORMAT_VERSION = 5
+READABLE = (3, 4, FORMAT_VERSION)
+"""Format versions that this release reads. The next write upgrades an index.
+
+Version 3 has no checksum of the manifest. Version 4 has no encoder and no vectors.
+"""
+CHECKSUMMED = 4
+"""The first format whose manifest has a checksum."""
 
 MANIFEST = "manifest.json"
 LOCK = "write.lock"
@@ -75,6 +81,7 @@ class Manifest(BaseModel):
     folders: image folders, absolute; each record stores the position of its folder.
     training, update: options and history of the training and of the update.
     tuned: scoring tuned for the trained weights; storing other weights drops it.
+    encoder: identity of the encoder that computed `vectors.npy`. None for an index without vectors.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -89,6 +96,7 @@ class Manifest(BaseModel):
     training: dict[str, Any] | None = None
     update: dict[str, Any] | None = None
     tuned: TunedScoring | None = None
+    encoder: EncoderEntry | None = None
     files: dict[str, FileEntry]
 
 
@@ -149,11 +157,13 @@ def read_manifest(folder: Path) -> Manifest:
             "Install the release that wrote it, or create the index again with `genret index`."
         )
     recorded = raw.pop(_CHECKSUM, None)
-    if recorded != _checksum(raw) and not (recorded is None and version < FORMAT_VERSION):
+    if recorded != _checksum(raw) and not (recorded is None and version < CHECKSUMMED):
         raise IndexDamaged(
             f"{path} is damaged: it differs from its own checksum. Restore it, or create the index again. "
             "Do not edit it by hand."
         )
+    if isinstance(options := raw.get("scheme_options"), dict) and "encoder" in options:  # before format 5
+        raw["scheme_options"] = {**{key: options[key] for key in options if key != "encoder"}, "source": "vectors"}
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:

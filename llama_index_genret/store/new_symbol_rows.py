@@ -25,7 +25,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,63 +32,17 @@ from safetensors.numpy import load_file
 
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import IdentifierError
-from llama_index_genret.models.encoder import TextEncoder, embed_by_captions
 from llama_index_genret.models.features import vision_features
 from llama_index_genret.models.mllm import Mllm, Progress
+from llama_index_genret.models.ridge import RowRegression
 from llama_index_genret.store import Index, NewRows
 from llama_index_genret.store.model_state import adapter_folder, stored_new_rows
 
 MAX_SAMPLE = 2048
 """Maximum number of trained images on which the regression is fitted."""
 
-PENALTY = 0.3
-"""Ridge penalty in mean eigenvalues of the features' covariance. 1 halves directions of that variance."""
-
 Float32 = NDArray[np.float32]
 TrainedRows = dict[str, dict[int, Float32]]
-
-
-@dataclass(frozen=True)
-class RowRegression:
-    """A ridge regression that maps features to rows. All arrays are float32.
-
-    mean_features: (v,), mean of the features.
-    mean_rows: (d,), mean of the rows.
-    weights: (v, d), fitted on centred features and rows.
-    length: (1,), mean distance of the rows from their mean.
-    """
-
-    mean_features: Float32
-    mean_rows: Float32
-    weights: Float32
-    length: Float32
-
-    @classmethod
-    def fit(cls, features: Float32, rows: Float32, *, penalty: float = PENALTY) -> RowRegression:
-        """Fit a ridge regression of `rows` (n, d) on `features` (n, v), both centred; n is at least 1.
-
-        weights = argmin |x @ weights - y|^2 + penalty * mean eigenvalue of x.T @ x * |weights|^2
-        """
-        mean_features, mean_rows = features.mean(0), rows.mean(0)
-        x, y = (features - mean_features).astype(np.float64), (rows - mean_rows).astype(np.float64)
-        gram = x.T @ x
-        gram[np.diag_indices_from(gram)] += penalty * gram.trace() / len(gram) + 1e-12
-        weights = np.linalg.solve(gram, x.T @ y)
-        length = np.linalg.norm(y, axis=1).mean(keepdims=True)
-        return cls(mean_features, mean_rows, weights.astype(np.float32), length.astype(np.float32))
-
-    def predict(self, features: Float32) -> Float32:
-        """Return the least-squares prediction, (n, d), for features (n, v)."""
-        return np.asarray(self.mean_rows + (features - self.mean_features) @ self.weights, np.float32)
-
-    def guess(self, features: Float32) -> Float32:
-        """Return rows, (n, d), in the direction of `predict` and at the mean length of trained rows.
-
-        Features without a direction get the mean row.
-        """
-        directions = self.predict(features) - self.mean_rows
-        norms = np.linalg.norm(directions, axis=1, keepdims=True)
-        return np.asarray(self.mean_rows + directions * (self.length / np.maximum(norms, 1e-12)), np.float32)
 
 
 def guess_rows(
@@ -99,37 +52,33 @@ def guess_rows(
     token_ids: Sequence[int],
     mllm: Mllm,
     *,
-    teacher: TextEncoder | None = None,
+    vectors: Float32 | None = None,
     seed: int = 0,
     progress: Progress = iter,
 ) -> NewRows:
     """Return rows for symbols that the trained weights of `index` lack, beside those predicted before.
 
-    The features of a symbol are the mean features of the images whose identifiers contain it. A symbol of no image
-    gets the mean row. Each regression is fitted once, on at most MAX_SAMPLE images drawn with `seed`, and stored. It
-    predicts rows of the weights of `genret train`, independent of an update on top.
+    The features of a symbol are the mean of those of the images that bear it. A symbol that no image bears gets the
+    mean row. Each regression is fitted once, on at most MAX_SAMPLE images drawn by `seed`, and stored. It predicts rows
+    of the weights of `genret train`, whatever update is on top.
 
     Args:
-        records, identifiers: new images, and their identifiers as token ids.
-        token_ids: the new symbols.
-        mllm: the base model.
-        teacher: text encoder for the symbols of images with captions.
-        seed: draws the images of the regression.
+        records, identifiers: images that join, and their identifiers as token ids. token_ids: the symbols that join.
+        mllm: the base model, for images without a vector.
+        vectors: (n, d) vectors of the images in the encoder's space, 0 for an image without; None without an encoder.
     Raises:
         IdentifierError: no trained image is left to fit the regression on.
     """
     before = stored_new_rows(index)
     known = before or NewRows(np.zeros(0, np.int64), {}, {})
-    of_images, of_captions = _regressions(known.regressions), _regressions(known.of_captions)
+    of_images, of_vectors = _regressions(known.regressions), _regressions(known.of_vectors)
     predicted: dict[str, dict[int, Float32]] = {}
-    captioned = [place for place, record in enumerate(records) if teacher and record.captions]
-    if teacher and captioned:
-        if not of_captions or known.teacher != teacher.name:
-            of_captions = _fit_on_captions(index, teacher, seed=seed)
-        own = [identifiers[place] for place in captioned]
-        in_use = sorted(set(itertools.chain(*own)) & set(token_ids))
-        embeddings, _ = embed_by_captions(teacher, [records[place].captions for place in captioned])
-        predicted = _guess(of_captions, in_use, own, embeddings)
+    placed = [] if vectors is None else np.flatnonzero(vectors.any(axis=1)).tolist()
+    if vectors is not None and placed:
+        of_vectors = of_vectors or _fit_on_vectors(index, seed=seed)
+        own = [identifiers[place] for place in placed]
+        borne = sorted(set(itertools.chain(*own)) & set(token_ids))
+        predicted = _guess(of_vectors, borne, own, vectors[placed])
     if not predicted or not next(iter(predicted.values())).keys() >= set(token_ids):
         of_images = of_images or _fit_on_images(index, mllm, seed=seed, progress=progress)
         features = vision_features(mllm, [record.path for record in records], progress)
@@ -139,11 +88,10 @@ def guess_rows(
     if before:
         token_ids = [*before.token_ids.tolist(), *token_ids]
         rows = {name: np.concatenate([before.rows[name], own]) for name, own in rows.items()}
-    images_fit, captions_fit = (
-        {name: dict(vars(regression)) for name, regression in fitted.items()} for fitted in (of_images, of_captions)
+    images_fit, vectors_fit = (
+        {name: dict(vars(regression)) for name, regression in fitted.items()} for fitted in (of_images, of_vectors)
     )
-    name = teacher.name if teacher and captioned else known.teacher
-    return NewRows(np.array(token_ids, np.int64), rows, images_fit, captions_fit, name)
+    return NewRows(np.array(token_ids, np.int64), rows, images_fit, vectors_fit)
 
 
 def _regressions(stored: Mapping[str, Mapping[str, Float32]]) -> dict[str, RowRegression]:
@@ -178,30 +126,24 @@ def _trained_rows(index: Index) -> TrainedRows:
     return found
 
 
-def _sample(index: Index, trained: TrainedRows, *, seed: int, captioned: bool) -> list[int]:
-    """Return the rows of a random sample of trained images."""
+def _sample(index: Index, trained: TrainedRows, *, seed: int) -> list[int]:
+    """Return rows of images of the training."""
     known = set(next(iter(trained.values()), {}))
-    rows = [
-        row
-        for row, record in enumerate(index.records)
-        if (record.captions or not captioned) and known.issuperset(index.token_ids(row))
-    ]
-    return [int(row) for row in np.random.default_rng(seed).permutation(rows)[:MAX_SAMPLE]]
+    rows = [row for row in range(len(index.records)) if known.issuperset(index.token_ids(row))]
+    return [int(row) for row in np.random.default_rng(seed).permutation(rows)]
 
 
-def _fit_on_captions(index: Index, teacher: TextEncoder, *, seed: int) -> dict[str, RowRegression]:
-    """Fit on captions of trained images, keyed by module name. Return {} if no trained image with captions is left."""
+def _fit_on_vectors(index: Index, *, seed: int) -> dict[str, RowRegression]:
+    """Return no regression if no image of the training is left that has a vector."""
     trained = _trained_rows(index)
-    chosen = _sample(index, trained, seed=seed, captioned=True)
-    if not chosen:
-        return {}
-    vectors, _ = embed_by_captions(teacher, [index.records[row].captions for row in chosen])
-    return _fit(index, trained, chosen, vectors)
+    vectors = np.zeros((0, 0)) if index.vectors is None else index.vectors
+    chosen = [row for row in _sample(index, trained, seed=seed) if vectors[row].any()][:MAX_SAMPLE]
+    return _fit(index, trained, chosen, np.asarray(vectors[chosen], np.float32)) if chosen else {}
 
 
 def _fit_on_images(index: Index, mllm: Mllm, *, seed: int, progress: Progress) -> dict[str, RowRegression]:
     trained = _trained_rows(index)
-    chosen = _sample(index, trained, seed=seed, captioned=False)
+    chosen = _sample(index, trained, seed=seed)[:MAX_SAMPLE]
     if not chosen:
         raise IdentifierError(
             f"no image is left of those that {index.folder} was trained on, so that no row of a new symbol can be "

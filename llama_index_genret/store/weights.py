@@ -34,7 +34,7 @@ ADAPTER, UPDATE = "adapter/", "update/"
 MODEL = "adapter_model.safetensors"
 IMAGES = "images.json"
 NEW_ROWS = "new_rows.safetensors"
-_CAPTIONS, _TEACHER = "captions/", "teacher"
+_VECTORS, _CAPTIONS, _TEACHER = "vectors/", "captions/", "teacher"
 _ROWS = "rows"
 
 
@@ -42,48 +42,44 @@ _ROWS = "rows"
 class NewRows:
     """Rows of symbols that were added after the training, and the regressions that predict rows of further symbols.
 
-    token_ids: (m,) int64, the symbols.
-    rows: (m, d) float32, keyed by module name (embeddings or LM head).
-    regressions: arrays of a `RowRegression` on image features, keyed by module name. They are stored because fitting
-        needs the features of many images. Empty if no row was predicted from an image.
-    of_captions: arrays of a `RowRegression` on caption embeddings, keyed by module name; empty without any.
-    teacher: name of the text encoder of `of_captions`.
+    token_ids: (m,) int64. rows: by the name of a module of the model, the embeddings or the LM head, (m, d) float32.
+    regressions: by the same names, the arrays of a `RowRegression` from image features, kept because fitting it takes
+        the features of many images; empty if no row was predicted from an image. of_vectors: the same from vectors of
+        the encoder.
     """
 
     token_ids: NDArray[np.int64]
     rows: Mapping[str, NDArray[np.float32]]
     regressions: Mapping[str, Mapping[str, NDArray[np.float32]]]
-    of_captions: Mapping[str, Mapping[str, NDArray[np.float32]]] = field(default_factory=dict)
-    teacher: str = ""
+    of_vectors: Mapping[str, Mapping[str, NDArray[np.float32]]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the rows and regressions as safetensors."""
         arrays: dict[str, NDArray[Any]] = {"token_ids": self.token_ids}
-        if self.of_captions:
-            arrays[_TEACHER] = np.frombuffer(self.teacher.encode(), np.uint8)
         for module, rows in self.rows.items():
             arrays[f"{module}/{_ROWS}"] = rows
             arrays |= {f"{module}/{name}": array for name, array in self.regressions.get(module, {}).items()}
-            arrays |= {f"{module}/{_CAPTIONS}{name}": array for name, array in self.of_captions.get(module, {}).items()}
+            arrays |= {f"{module}/{_VECTORS}{name}": array for name, array in self.of_vectors.get(module, {}).items()}
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
     @classmethod
     def load(cls, path: Path) -> NewRows:
         """Read a file that `save` wrote."""
         arrays = read_safetensors(path)
-        token_ids, teacher = arrays.pop("token_ids"), arrays.pop(_TEACHER, np.zeros(0, np.uint8))
+        token_ids = arrays.pop("token_ids")
+        arrays.pop(_TEACHER, None)  # before format 5, as are regressions from captions
         rows: dict[str, NDArray[Any]] = {}
         of_images: dict[str, dict[str, NDArray[Any]]] = {}
-        of_captions: dict[str, dict[str, NDArray[Any]]] = {}
+        of_vectors: dict[str, dict[str, NDArray[Any]]] = {}
         for key, array in arrays.items():
             module, _, name = key.partition("/")
             if name == _ROWS:
                 rows[module] = array
-            elif name.startswith(_CAPTIONS):
-                of_captions.setdefault(module, {})[name.removeprefix(_CAPTIONS)] = array
-            else:
+            elif name.startswith(_VECTORS):
+                of_vectors.setdefault(module, {})[name.removeprefix(_VECTORS)] = array
+            elif not name.startswith(_CAPTIONS):
                 of_images.setdefault(module, {})[name] = array
-        return cls(token_ids, rows, of_images, of_captions, bytes(teacher).decode())
+        return cls(token_ids, rows, of_images, of_vectors)
 
 
 def weights_id(files: Mapping[str, FileEntry]) -> str | None:

@@ -26,8 +26,10 @@ import torch
 
 from llama_index_genret.errors import MissingExtra, TrainingError
 from llama_index_genret.files import only_writer, writing
+from llama_index_genret.models.encoder import Encoder
 from llama_index_genret.store import PSEUDO_QUERIES, Index, load_index, store_adapter, store_update
 from llama_index_genret.store.model_loading import load_base, load_trained
+from llama_index_genret.store.vectors import resolve_encoder
 from llama_index_genret.store.weights import ADAPTER, NEW_ROWS
 from llama_index_genret.training.collator import ExampleTensors, collate
 from llama_index_genret.training.feature_cache import cached_layers, cached_tower
@@ -62,6 +64,7 @@ def train(
     options: TrainOptions | None = None,
     *,
     update: bool = False,
+    encoder: Encoder | str | None = None,
     device: str = "auto",
     show_progress: bool = True,
 ) -> Index:
@@ -72,23 +75,23 @@ def train(
         update: keep the trained weights, and train an adapter on top of them for the images added since. Every other
             example is of an old image. It replaces an earlier update and learns its images again.
             `store.drop_update` drops it.
-        device: a torch device, or "auto" for a GPU if there is one.
-        show_progress: draw progress bars on stderr.
+        encoder: the index's encoder, which the task `imitate` learns from, or another place of it. Loaded by its name
+            if not given.
     Returns:
         The index as stored, trained.
     Raises:
-        IndexBusy: another training of the index runs.
-        NotWritten: the disk is full or read-only.
-        TrainingError: no captions, no new images, the loss is not finite, or the batch size is not divisible by the
-            number of processes.
-        ModelMismatch: the base model has changed.
-        NotTrained: the index has no trained weights to update.
+        IndexBusy: another training of the index runs. NotWritten: the disk is full, or read only.
+        TrainingError: no captions, no new images, the loss is not a number, or the batch does not divide among the
+            processes.
+        EncoderError: the index's encoder does not load, or the one that was given is another.
+        ModelMismatch: the base model has changed. NotTrained: an update of an index that was never trained.
     """
     options = options or (update_options(index) if update else TrainOptions())
     new = added_rows(index) if update else None
     processes = PartialState(cpu=device == "cpu")
     with _only_training_of(index, processes):
-        _train(_Run(index, options, processes, new, device, show_progress and processes.is_main_process))
+        run = _Run(index, options, processes, new, encoder, device, show_progress and processes.is_main_process)
+        _train(run)
         processes.wait_for_everyone()
         return load_index(index.folder)
 
@@ -115,6 +118,7 @@ class _Run:
     options: TrainOptions
     processes: PartialState
     new: list[int] | None
+    encoder: Encoder | str | None
     device: str
     show_progress: bool
 
@@ -154,7 +158,8 @@ def _train(run: _Run) -> None:
     autocast = _multiplies_bfloat16(mllm.model.device)
     frozen = frozen_layers(mllm.model, options)
     with cached_layers(mllm.model.get_decoder(), frozen), cached_tower(mllm.model):
-        teachers = prepare_teachers(index, mllm, options, autocast=autocast, show_progress=run.show_progress)
+        reader = _imitated_encoder(run, mllm)
+        teachers = prepare_teachers(index, mllm, options, reader, autocast=autocast, show_progress=run.show_progress)
         examples = _example_tensors(run, mllm, teachers)
         if not run.is_update:
             rows = vocabularies(mllm.model)
@@ -178,8 +183,15 @@ def _load_model(run: _Run) -> Mllm:
     return mllm
 
 
+def _imitated_encoder(run: _Run, mllm: Mllm) -> Encoder | None:
+    """Return the encoder of the index if the mix imitates it."""
+    if not run.options.mix.get("imitate") or len(run.index.records) < 2:
+        return None
+    return resolve_encoder(run.index.manifest.encoder, run.encoder, device=str(mllm.model.device))
+
+
 def _example_tensors(run: _Run, mllm: Mllm, teachers: Teachers) -> ExampleTensors:
-    """Return the examples of all steps in their order, as tensors that are computed on access."""
+    """Return the examples of all steps in their order, made into tensors when they are read."""
     index, new = run.index, run.new
     examples = stream(index, run.options, teachers.text, new)
     shares = replay_distribution(len(index.records), new) if new and isinstance(examples, ExperienceReplay) else None
@@ -273,6 +285,7 @@ def _run_key(index: Index, options: TrainOptions, *, update: bool = False) -> st
         "tokenizer": index.manifest.tokenizer,
         "records": [files[name].sha256 for name in ("records.jsonl", PSEUDO_QUERIES) if name in files],
         "model": index.manifest.model.fingerprint,
+        "encoder": index.manifest.encoder and index.manifest.encoder.model_dump(mode="json"),
     }
     if update:
         below = [name for name in files if name.startswith((ADAPTER, NEW_ROWS))]

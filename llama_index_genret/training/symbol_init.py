@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from llama_index_genret.models.encoder import Encoder
 from llama_index_genret.models.features import (
     last_hidden_states,
     last_hidden_states_of_images,
@@ -56,28 +57,34 @@ class Teachers:
 
 
 def prepare_teachers(
-    index: Index, mllm: Mllm, options: TrainOptions, *, autocast: bool, show_progress: bool
+    index: Index,
+    mllm: Mllm,
+    options: TrainOptions,
+    encoder: Encoder | None,
+    *,
+    autocast: bool,
+    show_progress: bool,
 ) -> Teachers:
     """Compute the embeddings of all queries and image versions that the run imitates.
 
     Args:
+        encoder: the index's encoder. None to imitate no encoder.
         autocast: run the vision tower in bfloat16, as in training, so that its cache holds the features of training.
     Raises:
         TrainingError: see `teach`.
-        MissingExtra: sentence-transformers is missing.
     """
     bar = partial(_bar, show=show_progress)
     text = vision = None
-    if options.teacher is not None:
+    if encoder is not None and index.vectors is not None:
         captions = "\n".join(caption for record in index.records for caption in record.captions)
         text = teach(
-            options.teacher,
+            encoder,
+            np.asarray(index.vectors, np.float32),
             [record.captions for record in index.records],
             words=[*index.tokenizer.common_words, *re.findall(r"[^\W_]+", captions.lower())],
             queries=options.imitated,
             temperature=options.teacher_temperature,
             seed=options.seed,
-            device=str(mllm.model.device),
             progress=bar("Embedding queries"),
         )
     if options.redrawn:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.errors import TrainingError
-from llama_index_genret.models.encoder import Float32, Progress, TextEncoder, embed_by_captions
+from llama_index_genret.models.encoder import Encoder, Float32, Progress
 from llama_index_genret.training.soft_targets import softmax_of_cosines
 
 COMPARE_BATCH = 256
@@ -55,45 +55,41 @@ class TextTeacher:
 
 
 def teach(
-    encoder: str,
+    encoder: Encoder,
+    images: Float32,
     captions: Sequence[Sequence[str]],
     *,
     words: Sequence[str],
     queries: Sequence[str] = (),
     temperature: float,
     seed: int,
-    device: str,
     progress: Progress = iter,
 ) -> TextTeacher:
-    """Embed the images and the queries to imitate: the captions, `words`, keyword lists per image and `queries`.
+    """Embed queries to imitate: the captions, `words`, lists of words near each image, and `queries`.
 
-    `models.encoder.embed_by_captions` embeds an image. Keywords are sampled by their similarity to the image, so that
-    a list may hold common words that the captions lack.
+    The words of a list are drawn by their nearness to an image: common words that its captions may lack.
 
     Args:
-        encoder: a local folder or hub id that `sentence-transformers` loads.
-        captions: captions of every image.
+        images: (n, d) float32 vectors of the index, 0 for an image without one, which no query means in particular.
+        captions: those of every image.
     Raises:
-        TrainingError: the encoder does not load, there is only one image, or no image has a caption.
-        MissingExtra: sentence-transformers is missing.
+        TrainingError: there is one image only, or none has a vector.
     """
-    if len(captions) < 2:
+    if len(images) < 2:
+        raise TrainingError("an encoder tells images apart, and the index has one alone: train with --mix retrieve=1.")
+    if not images.any():
         raise TrainingError(
-            "a teacher needs at least 2 images to compare, and the index has 1. Train without a teacher."
+            "no image of the index has a vector, since none has a caption and the encoder embeds texts only. Give "
+            "captions, or train without the task imitate (--mix)."
         )
-    if not any(captions):
-        raise TrainingError(
-            "a teacher needs captions, and no image of the index has one. Add captions, or train without."
-        )
-    reader = TextEncoder(encoder, device=device, progress=progress)
-    images, known = embed_by_captions(reader, captions)
-    others = [word for word in dict.fromkeys(words) if word not in known]
-    known |= zip(others, reader.embed(others), strict=True)
-    flat = list(known)
-    lists = _keyword_lists(flat, np.stack([known[text] for text in flat]), images, seed=seed)
+    flat = list(dict.fromkeys([*(caption for own in captions for caption in own), *words]))
+    vectors = encoder.embed_queries(flat, progress)
+    lists = _keyword_lists(flat, vectors, images, seed=seed)
+    known = frozenset(flat)
     more = [text for text in dict.fromkeys([*lists, *queries]) if text not in known]
-    texts = (*flat, *more)
-    return TextTeacher(texts, np.concatenate([np.stack(list(known.values())), reader.embed(more)]), images, temperature)
+    return TextTeacher(
+        (*flat, *more), np.concatenate([vectors, encoder.embed_queries(more, progress)]), images, temperature
+    )
 
 
 def _keyword_lists(words: Sequence[str], embeddings: Float32, images: Float32, *, seed: int) -> Iterator[str]:

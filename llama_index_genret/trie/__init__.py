@@ -14,6 +14,7 @@ from llama_index_genret.trie.file import open_trie, save_trie, verify_trie
 from llama_index_genret.trie.filter import LeafFilter
 from llama_index_genret.trie.flat import Trie
 from llama_index_genret.trie.live import Expansion, LiveTrie, Nodes
+from llama_index_genret.trie.mass import child_masses
 from llama_index_genret.trie.prior import TriePrior
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "TriePrior",
     "add_identifiers",
     "build_trie",
+    "child_masses",
     "close_beginnings",
     "compact",
     "edits_of",

@@ -95,3 +95,8 @@ def prior_below(log_priors: Mapping[Prefix, float | None], prefix: Prefix) -> tu
     """Return (log of the sum, least log) of the priors below the prefix; the twin of `trie.TriePrior`."""
     below = [p for identifier, p in with_unknown_priors(log_priors).items() if identifier[: len(prefix)] == prefix]
     return math.log(math.fsum(math.exp(p - max(below)) for p in below)) + max(below), min(below)
+
+
+def mass_below(weights: Mapping[Prefix, float], prefix: Prefix) -> float:
+    """Return the sum of the weights of the identifiers that begin with `prefix`; the twin of `trie.child_masses`."""
+    return math.fsum(weight for identifier, weight in weights.items() if identifier[: len(prefix)] == prefix)

@@ -149,6 +149,14 @@ class Expansion:
         """Return the given children as prefixes."""
         return Nodes(*(part.take(entries) for part in self._parts))
 
+    def child_nodes(self) -> list[tuple[Int64, Trie, int]]:
+        """Return, for each trie that the prefixes lie in: (m,) the node of each child, -1 for none, and its trie.
+
+        The third value is the leaf number of that trie's first leaf.
+        """
+        entries = np.arange(self.offsets[-1])
+        return [(part.take(entries), part.trie, part.leaf_start) for part in self._parts]
+
     @property
     def _only(self) -> _TrieChildren:
         """Return the part of the base. Valid only if no identifiers were added."""

@@ -127,12 +127,14 @@ def test_scheme_options_are_used_and_inspect_shows_levels(pictures, tiny_model_d
     assert tree.read_bytes().startswith(b"\x89PNG")
 
 
-def test_encoder_option_is_passed_to_the_scheme(pictures, tiny_model_dir, encoder, tmp_path):
+def test_index_with_an_encoder_recalls_before_training(pictures, tiny_model_dir, encoder, tmp_path):
     made = genret_json(
         *("index", pictures, "--out", tmp_path / "index", "--model", tiny_model_dir, "--device", "cpu"),
         *("--encoder", encoder),
     )
-    assert made["scheme_options"]["encoder"] == encoder
+    assert made["scheme_options"]["source"] == "vectors"
+    hits = genret_json("query", tmp_path / "index", "red circle", "-k", "3")["hits"]
+    assert hits[0]["image_id"] == "red-circle"
 
 
 @pytest.mark.torch
@@ -143,8 +145,7 @@ def test_encoder_option_is_passed_to_the_scheme(pictures, tiny_model_dir, encode
         (["--scheme", "roman"], "unknown scheme 'roman'", 1),
         (["--scheme-option", "levels"], "key=value", 2),
         (["--alphabet", "greek"], "existing", 2),
-        (["--scheme", "atomic", "--encoder", "minilm"], "rejects the options", 1),
-        (["--scheme-option", "encoder=e5", "--encoder", "minilm"], "--encoder and", 2),
+        (["--scheme", "atomic", "--scheme-option", "source=vectors"], "rejects the options", 1),
     ],
 )
 def test_invalid_scheme_option_fails_before_reading_images(arguments, words, code):

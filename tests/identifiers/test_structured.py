@@ -73,7 +73,7 @@ def test_shared_code_means_one_direction_under_all_parents():
     places, ways = np.eye(12, dtype=np.float32)[:6], 0.3 * np.eye(12, dtype=np.float32)[6:10]
     chosen = [(place, way) for place in range(6) for way in draw.permutation(4)[: 4 if place < 3 else 3]]
     features = np.stack([places[place] + ways[way] for place, way in chosen for _ in range(5)])
-    scheme = StructuredScheme(levels=2, sizes=[6, 4], encoder="any")
+    scheme = StructuredScheme(levels=2, sizes=[6, 4], source="vectors")
     scheme.fit(facts(len(features), features), seed=0)
     codes = scheme.encode(features)[:, 1].reshape(len(chosen), 5)
     of_way = [
@@ -97,7 +97,7 @@ def test_shared_codes_minimise_the_sum_of_distances():
 
 def test_tree_stored_without_codes_numbers_children():
     features = random_features(60)
-    scheme = StructuredScheme(levels=2, sizes=5, encoder="any")
+    scheme = StructuredScheme(levels=2, sizes=5, source="vectors")
     scheme.fit(facts(60, features), seed=0)
     stored = scheme.arrays()
     older = StructuredScheme(levels=2, sizes=5)

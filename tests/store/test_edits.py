@@ -13,10 +13,10 @@ from PIL import Image
 
 from llama_index_genret.cli import app
 from llama_index_genret.corpus import read_corpus
-from llama_index_genret.errors import DuplicateImage, IdentifierError, TrainingError, UnknownImage
+from llama_index_genret.errors import DuplicateImage, IdentifierError, UnknownImage
 from llama_index_genret.identifiers import ImageFacts
 from llama_index_genret.identifiers.structured import StructuredScheme
-from llama_index_genret.models.encoder import TextEncoder, embed_by_captions
+from llama_index_genret.models.encoder import embed_by_captions, load_encoder
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.fake import FakeScorer
@@ -133,9 +133,10 @@ def test_schemes_without_features_grow_without_a_model(pictures, more_pictures, 
 def test_caption_codes_are_frozen_and_need_no_model(pictures, tiny_mllm, encoder, tmp_path):
     """Two images with the same captions get the same codes, even if the images differ."""
     corpus = read_corpus(pictures)
-    index = build_index(corpus, tmp_path / "index", tiny_mllm, scheme_options={"encoder": encoder, "sizes": [5, 4]})
-    vectors, _ = embed_by_captions(TextEncoder(encoder, device="cpu"), [record.captions for record in corpus.records])
-    codes = StructuredScheme(sizes=[5, 4], encoder=encoder).fit(ImageFacts(len(vectors), vectors), seed=0)
+    reader = load_encoder(encoder)
+    index = build_index(corpus, tmp_path / "index", tiny_mllm, encoder=reader, scheme_options={"sizes": [5, 4]})
+    vectors, _ = embed_by_captions(reader, [record.captions for record in corpus.records])
+    codes = StructuredScheme(sizes=[5, 4], source="vectors").fit(ImageFacts(len(vectors), vectors), seed=0)
     assert [identifier[:2] for identifier in index.identifiers] == [identifier[:2] for identifier in codes]
     assert not needs_features(index)
     by_id = {record.image_id: record for record in corpus.records}
@@ -147,10 +148,10 @@ def test_caption_codes_are_frozen_and_need_no_model(pictures, tiny_mllm, encoder
     assert identifiers["new"] != identifiers["blue-bar"]
     assert recall_all(grown).keys() == {*identifiers_of(index), "new"}
     bare = dataclasses.replace(red, image_id="bare", captions=())
-    with pytest.raises(IdentifierError, match="1 of 2 images have no caption, 'bare' the first"):
+    with pytest.raises(IdentifierError, match="1 of 2 images have no vector, 'bare' the first"):
         add_to_index(grown, [dataclasses.replace(added, image_id="newer"), bare])
-    with pytest.raises(TrainingError, match="'nowhere' does not load as a text encoder"):
-        build_index(corpus, tmp_path / "other", tiny_mllm, scheme_options={"encoder": "nowhere"})
+    with pytest.raises(IdentifierError, match="vectors of an encoder, and there is none"):
+        build_index(corpus, tmp_path / "other", tiny_mllm, scheme_options={"source": "vectors"})
 
 
 def test_one_symbol_per_image_grows_the_vocabulary(pictures, more_pictures, tiny_mllm, tmp_path):

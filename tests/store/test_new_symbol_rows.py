@@ -8,9 +8,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llama_index_genret.corpus import read_corpus
-from llama_index_genret.errors import IdentifierError, StoreError, TrainingError
-from llama_index_genret.models.encoder import TextEncoder, embed_by_captions
+from llama_index_genret.errors import IdentifierError, StoreError
+from llama_index_genret.models.encoder import embed_by_captions, load_encoder
 from llama_index_genret.models.features import vision_features
+from llama_index_genret.models.ridge import RowRegression
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.search import SearchOptions
@@ -19,7 +20,6 @@ from llama_index_genret.store import drop_update, load_index, remove_images, sto
 from llama_index_genret.store.build import add_to_index, build_index, needs_features
 from llama_index_genret.store.model_loading import load_trained
 from llama_index_genret.store.model_state import adapter_folder, stored_new_rows, unseen_rows
-from llama_index_genret.store.new_symbol_rows import RowRegression
 from llama_index_genret.training.recipe import TrainOptions, train
 
 pytestmark = pytest.mark.torch
@@ -122,45 +122,23 @@ def test_row_of_an_added_image_follows_similar_images(grown, truth):
     assert cosines.argmax(0).tolist() == [0, 1, 2, 3]  # a query for a new image ranks it first among them
 
 
-def test_row_of_a_captioned_image_follows_similar_captions(trained, records, tiny_mllm, tmp_path, encoder, caplog):
-    """The encoder is the given teacher or the training's. Without captions or teacher, rows come from the images."""
-    reader = TextEncoder(encoder, device="cpu")
+def test_row_of_an_image_with_a_vector_follows_similar_vectors(pictures, records, tiny_mllm, tmp_path, encoder):
+    """Rows come from the vectors of the index's encoder. An image without a vector has a row from its features."""
+    reader, corpus = load_encoder(encoder), read_corpus(pictures)
     new = [*records[OLD:19], replace(records[19], captions=())]
-    vectors, _ = embed_by_captions(reader, [record.captions for record in [*records[:OLD], *new]])
-    image_rows = rows_of(add_to_index(copy_of(trained, tmp_path), new, tiny_mllm))
-    expected = RowRegression.fit(vectors[:OLD], image_rows[:OLD]).guess(vectors[OLD:19])
-    (tmp_path / "left").mkdir()
-    for case in ("given", "of the training", "missing", "all captioned"):
-        (tmp_path / case).mkdir()
-        index = copy_of(trained, tmp_path / case)
-        teacher = encoder if case in ("given", "all captioned") else None
-        if case in ("of the training", "missing"):
-            training = {"teacher": encoder if case == "of the training" else str(tmp_path / "none")}
-            index = store_adapter(index, shutil.copytree(adapter_folder(index), tmp_path / f"{case} adapter"), training)
-        added = new[:-1] if case == "all captioned" else new
-        grown = add_to_index(index, added, tiny_mllm, teacher=teacher)
-        found = rows_of(grown)[OLD:]
-        if case == "missing":
-            np.testing.assert_allclose(found, image_rows[OLD:], atol=1e-5)
-            assert "predicted from the images" in caplog.text
-            continue
-        np.testing.assert_allclose(found[:3], expected, atol=1e-4)
-        assert np.abs(expected - image_rows[OLD:19]).max() > 0.1
-        if case == "all captioned":  # no regression on images is stored yet; the next image fits the first
-            assert not stored_new_rows(grown).regressions
-            old = [record.image_id for record in records[:OLD]]
-            left = remove_images(copy_of(grown, tmp_path / "left"), old)  # the regression on captions is stored
-            again = add_to_index(
-                left, [replace(record, image_id="b") for record in added[:1]], tiny_mllm, teacher=encoder
-            )
-            np.testing.assert_allclose(rows_of(again)[3], found[0], atol=1e-5)
-            grown = add_to_index(grown, new[3:], tiny_mllm)
-            np.testing.assert_allclose(rows_of(grown)[OLD:19], found, atol=1e-6)
-        np.testing.assert_allclose(rows_of(grown)[19], image_rows[19], atol=1e-4)
-    add_to_index(trained, [], tiny_mllm, teacher=encoder)
-    assert "the teacher was not used" in caplog.text
-    with pytest.raises(TrainingError, match="does not load as a text encoder"):
-        add_to_index(trained, new, tiny_mllm, teacher=str(tmp_path / "none"))
+    index = build_index(
+        replace(corpus, records=records[:OLD]), tmp_path / "index", tiny_mllm, encoder=reader, scheme="atomic"
+    )
+    trained = train(index, OPTIONS, encoder=reader, device="cpu", show_progress=False)
+    trained_rows = rows_of(trained)
+    vectors, _ = embed_by_captions(reader, [record.captions for record in [*records[:OLD], *new[:-1]]])
+    expected = RowRegression.fit(vectors[:OLD], trained_rows).guess(vectors[OLD:])
+    grown = add_to_index(trained, new[:-1], tiny_mllm, encoder=reader)
+    np.testing.assert_allclose(rows_of(grown)[OLD:], expected, atol=5e-3)  # vectors are stored in float16
+    assert not stored_new_rows(grown).regressions  # no regression on image features is fitted yet
+    left = remove_images(grown, [record.image_id for record in records[:OLD]])  # the one on vectors is stored
+    again = add_to_index(left, [replace(new[0], image_id="b")], tiny_mllm, encoder=reader)
+    np.testing.assert_allclose(rows_of(again)[3], rows_of(grown)[OLD], atol=5e-3)
 
 
 def test_added_image_is_recalled_and_the_weights_id_changes(trained, grown, records):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.corpus.images import load_image
+from llama_index_genret.models.encoder import load_encoder
 from llama_index_genret.store.build import build_index
 from llama_index_genret.training import collator, feature_cache
 from llama_index_genret.training.augmentation import LARGEST_SIDE, redraw
@@ -157,9 +158,9 @@ def test_memorise_soft_targets_multiply_to_image_probability(untrained_index, ti
 
 def test_training_with_both_teachers_runs(pictures, tiny_mllm, tmp_path, encoder):
     """Both teachers are used, and the manifest stores the options."""
-    index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm)
+    index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm, encoder=load_encoder(encoder))
     mix = {"retrieve": 2, "memorise": 10, "imitate": 8}
-    options = TrainOptions(max_steps=2, redrawn=1, teacher=encoder, mix=mix, lora_rank=2)
+    options = TrainOptions(max_steps=2, redrawn=1, mix=mix, lora_rank=2)
     trained = train(index, options, device="cpu", show_progress=False)
     assert trained.manifest.training["redrawn"] == 1
     assert all(np.isfinite(trained.manifest.training["losses"]))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import TrainingError
+from llama_index_genret.models.encoder import embed_by_captions, load_encoder
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.search import SearchOptions
@@ -34,8 +35,9 @@ pytestmark = pytest.mark.torch
 
 
 def make_teacher(encoder, captions, **overrides):
-    options = {"words": ["red", "blue"], "temperature": 0.05, "seed": 0, "device": "cpu"}
-    return teach(encoder, captions, **(options | overrides))
+    options = {"words": ["red", "blue"], "temperature": 0.05, "seed": 0}
+    reader = load_encoder(encoder)
+    return teach(reader, embed_by_captions(reader, captions)[0], captions, **(options | overrides))
 
 
 def test_teacher_embeds_captions_words_lists_and_given_queries(encoder):
@@ -65,18 +67,13 @@ def test_commas_do_not_change_a_query_embedding(encoder):
 
 
 def test_teacher_without_captions_is_refused(encoder):
-    with pytest.raises(TrainingError, match="no image of the index has one"):
+    with pytest.raises(TrainingError, match="no image of the index has a vector"):
         make_teacher(encoder, [[], []])
 
 
 def test_teacher_of_one_image_is_refused(encoder):
     with pytest.raises(TrainingError, match="at least 2 images"):
         make_teacher(encoder, [["red circle"]])
-
-
-def test_folder_without_an_encoder_is_refused(tmp_path):
-    with pytest.raises(TrainingError, match=str(tmp_path)):
-        make_teacher(str(tmp_path), [["red"], ["blue"]])
 
 
 identifiers = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1, max_size=12).map(
@@ -185,18 +182,18 @@ def test_label_loss_is_adjusted_for_image_shares(pictures, tiny_mllm, tmp_path):
 
 
 def test_imitation_learns_queries_without_a_caption(pictures, tiny_mllm, tmp_path, encoder):
-    index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm, scheme="atomic")
+    reader = load_encoder(encoder)
+    index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm, encoder=reader, scheme="atomic")
     options = TrainOptions(
         max_steps=40,
         batch_size=10,
         learning_rate=1e-2,
         symbol_learning_rate=2e-2,
-        teacher=encoder,
         imitated=("red circle", "thing blue"),
         mix={"retrieve": 1, "imitate": 9},
     )
     trained = train(index, options, device="cpu", show_progress=False)
-    assert trained.manifest.training["teacher"] == encoder
+    assert trained.manifest.encoder == index.manifest.encoder
 
     def agreement(model):
         """Return the expected log-probability under the teacher, for a query that is no caption."""
@@ -285,8 +282,9 @@ def test_teacher_embeds_each_word_of_the_captions(pictures, tiny_mllm, tmp_path,
     corpus = read_corpus(pictures)
     odd = replace(corpus.records[3], captions=("Xylograph of a zwieback_02",))
     corpus = replace(corpus, records=(odd, *corpus.records[4:]))
-    index = build_index(corpus, tmp_path / "index", tiny_mllm, scheme="atomic")
-    teachers = prepare_teachers(index, tiny_mllm, TrainOptions(teacher=encoder), autocast=False, show_progress=False)
+    index = build_index(corpus, tmp_path / "index", tiny_mllm, encoder=load_encoder(encoder), scheme="atomic")
+    quiet = {"autocast": False, "show_progress": False}
+    teachers = prepare_teachers(index, tiny_mllm, TrainOptions(), load_encoder(encoder), **quiet)
     assert {"xylograph", "zwieback", "02"} <= set(teachers.text.texts)
 
 
@@ -335,12 +333,14 @@ def test_frozen_layer_cache_keeps_loss_and_gradients(untrained_index):
 
 
 @pytest.mark.parametrize("kind", ["text", "images", "none"])
-def test_symbol_rows_come_from_a_teacher_or_image_features(untrained_index, encoder, monkeypatch, kind):
-    chosen = {"text": {"teacher": encoder}, "images": {"redrawn": 1}, "none": {}}[kind]
-    mllm, options, projections = load_base(untrained_index, device="cpu"), TrainOptions(**chosen), []
+def test_symbol_rows_come_from_a_teacher_or_image_features(pictures, tiny_mllm, tmp_path, encoder, monkeypatch, kind):
+    reader = load_encoder(encoder) if kind == "text" else None
+    index = build_index(read_corpus(pictures), tmp_path / "index", tiny_mllm, encoder=reader)
+    chosen = {"redrawn": 1} if kind == "images" else {}
+    mllm, options, projections = load_base(index, device="cpu"), TrainOptions(**chosen), []
     monkeypatch.setattr(symbol_init, "start_rows", lambda *arguments, seed: projections.append(arguments[4]))
     quiet = {"autocast": False, "show_progress": False}
-    teachers = prepare_teachers(untrained_index, mllm, options, **quiet)
-    start_symbols(untrained_index, mllm, vocabularies(mllm.model), teachers, options, **quiet)
+    teachers = prepare_teachers(index, mllm, options, reader, **quiet)
+    start_symbols(index, mllm, vocabularies(mllm.model), teachers, options, **quiet)
     assert projections
     assert all((projection is None) == (kind == "none") for projection in projections)

@@ -132,7 +132,7 @@ def test_update_inherits_options_with_smaller_steps(grown, tmp_path):
     assert ours.symbol_learning_rate == SMALLER_STEPS * OPTIONS.symbol_learning_rate
     assert ours.max_steps == round(2 * MORE_PASSES * 2 * len(NEW) / OLD)  # the training took 2 steps for 16 images
     index = copy_of(grown, tmp_path)
-    training = index.manifest.training | {"max_steps": None, "epochs": 6.0, "teacher": None}
+    training = index.manifest.training | {"max_steps": None, "epochs": 6.0}
     longer = replace(index, manifest=index.manifest.model_copy(update={"training": training}))
     assert (update_options(longer).epochs, update_options(longer).max_steps) == (6.0 * MORE_PASSES, None)
     trained = train(index, update=True, device="cpu", show_progress=False)

@@ -28,7 +28,7 @@ def browse(
     loaded = load_index(index_dir)
     with listen(port) as listening:
         scorer = open_scorer(loaded, server, api_key, model, device)
-        llm = open_llm(scorer, server, api_key)
+        llm = open_llm(loaded, scorer, server, api_key, model, device)
         recaller = Recaller(loaded, scorer, llm, endpoint=open_endpoint(loaded, scorer) if server else None)
         url = f"http://{HOST}:{listening.getsockname()[1]}/"
         table = new_table("page")

@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
@@ -34,7 +34,7 @@ from llama_index_genret.errors import (
     SearchError,
 )
 from llama_index_genret.models.prompts import Prompt
-from llama_index_genret.scorers.base import arecall
+from llama_index_genret.scorers.base import Scorer, arecall
 from llama_index_genret.scorers.rerank import reranking, with_scoring
 from llama_index_genret.scorers.vllm_http import served_name
 from llama_index_genret.search import Ranking
@@ -246,14 +246,15 @@ async def _answer(request: RecallRequest, app: FastAPI) -> RecallResponse:
     index = loaded.index
     engine, adapters = app.state.engine_client, app.state.openai_serving_models.lora_requests
     lora = adapters.get(served_name(index.weights_id or ""))
-    scorer = EngineScorer(engine, engine.vllm_config.model_config.max_model_len, lora)
-    scoring = index.scoring(request.choice(), image_query=request.image is not None)
+    engine_scorer = EngineScorer(engine, engine.vllm_config.model_config.max_model_len, lora)
+    scoring = index.scoring(request.choice(), pictured=request.image is not None)
     options = with_scoring(request.options(loaded.leaf_filter(request.record_filters())), index, scoring)
     prompts = _prompts(request, index)
+    scorer = loaded.blender.scorer(cast(Scorer, engine_scorer), scoring)
     try:
         rankings = await arecall(scorer, index.trie, prompts, options, rerank=reranking(index, scoring))
     finally:
-        STEPS.inc(scorer.steps)
+        STEPS.inc(engine_scorer.steps)
     results = [_result(loaded, text, ranking) for text, ranking in zip(request.texts(), rankings, strict=True)]
     return RecallResponse(index=loaded.name, version=loaded.version, scoring=scoring, results=results)
 

@@ -14,9 +14,12 @@ from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 
-from llama_index_genret.errors import GenretError, IndexNotFound, ModelMismatch
+from llama_index_genret.errors import EncoderError, GenretError, IndexNotFound, MissingExtra, ModelMismatch
+from llama_index_genret.models.encoder import Encoder
+from llama_index_genret.scorers.blend import Blender
 from llama_index_genret.store import Index, RecordFilters, load_index
 from llama_index_genret.store.manifest import MANIFEST
+from llama_index_genret.store.vectors import resolve_encoder
 from llama_index_genret.trie import LeafFilter
 
 log = logging.getLogger(__name__)
@@ -28,9 +31,10 @@ CACHED_FILTERS = 64
 class LoadedIndex:
     """One version of an index, and its name on this server. Leaf bitmaps of recent filters are cached."""
 
-    def __init__(self, name: str, index: Index) -> None:
-        self.name, self.index = name, index
-        # a bound method would form a reference cycle and keep an old version's mapped files until garbage collection
+    def __init__(self, name: str, index: Index, encoder: Encoder | None = None) -> None:
+        self.name, self.index, self.encoder = name, index, encoder
+        self.blender = Blender(index, encoder)
+        # no bound method: an older version and its mapped files go with its last search, not when garbage is collected
         self._leaves = lru_cache(maxsize=CACHED_FILTERS)(partial(_leaf_filter, index))
 
     @property
@@ -126,10 +130,20 @@ class Registry:
                 f"{folder} now has other weights ({index.weights_id}, served {served.index.weights_id}): it was "
                 "trained, or got images with symbols of their own. Restart `genret serve` on it."
             )
-        loaded = LoadedIndex(name, index)
-        loaded.leaf_filter(RecordFilters(filters=[]))  # fills the cached metadata columns in the loading thread
-        _ = index.prior  # fills the cached prior in the loading thread
+        loaded = LoadedIndex(name, index, self._encoder(index, served))
+        loaded.leaf_filter(RecordFilters(filters=[]))  # reads the metadata now, in the thread that loads
+        _ = index.prior  # the same of the prior of every node
         return loaded
+
+    def _encoder(self, index: Index, served: LoadedIndex | None) -> Encoder | None:
+        """Return the encoder of an index, loaded once for all its versions; None where it does not load."""
+        if served and served.encoder and served.index.manifest.encoder == index.manifest.encoder:
+            return served.encoder
+        try:
+            return resolve_encoder(index.manifest.encoder)
+        except (EncoderError, MissingExtra) as error:
+            log.warning("%s is recalled by the trained model alone: %s", index.folder, error)
+            return None
 
 
 def _leaf_filter(index: Index, filters: str) -> LeafFilter:

@@ -13,7 +13,7 @@ from llama_index_genret.corpus import Scalar
 from llama_index_genret.search import Mode, SearchOptions
 from llama_index_genret.store import RecordFilters, Scoring, ScoringChoice
 from llama_index_genret.store.filters import MAX_FILTERS, Text, Value
-from llama_index_genret.store.scoring import RerankBy
+from llama_index_genret.store.scoring import MIN_TEMPERATURE, RerankBy
 from llama_index_genret.trie import LeafFilter
 
 INDEXES_VARIABLE = "GENRET_INDEXES"
@@ -46,13 +46,15 @@ Equal = Annotated[dict[Text, Value | list[Value]], Field(max_length=MAX_FILTERS)
 class RecallScoring(BaseModel):
     """The ranking of hits; see `store.Scoring`. An omitted field has the value chosen by `genret tune`.
 
-    eta: weight of the images' log prior, which is subtracted from their score; 0 for no prior.
-    rerank: number of best hits to re-rank by log p(query | image), for text queries only; 0 for none.
-    rerank_weight: weight of log p(query | image).
-    rerank_by: "identifier" conditions the model on the image's identifier, "image" on the image itself.
+    model_weight: share of the trained model; the rest is the encoder's. 1 is the generative model alone.
+    temperature: of the encoder's probabilities, softmax of cosine / temperature.
+    eta: how much of the prior of the images is taken off their score, 0 for nothing.
+    rerank: how many of the best are ranked anew by log p(query | image), of text queries only; 0 for none.
     """
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    model_weight: float | None = Field(default=None, ge=0, le=1)
+    temperature: float | None = Field(default=None, ge=MIN_TEMPERATURE, le=MAX_WEIGHT)
     eta: float | None = Field(default=None, ge=0, le=MAX_WEIGHT)
     rerank: int | None = Field(default=None, ge=0, le=MAX_K)
     rerank_weight: float | None = Field(default=None, ge=0, le=MAX_WEIGHT)

@@ -1,0 +1,160 @@
+"""A scorer without a language model: the index's encoder says how near each image is to a query.
+
+    p(image | query) = softmax over the images of cosine(query, image) / temperature
+    p(node | query)  = sum of p(image | query) over the leaves below the node
+
+So an index recalls before any training, with the same search, filters, edits and certificates as a trained one.
+Depends on the trie and unit vectors; independent of torch, tokenizers and of how vectors are stored.
+
+Source: dense retrieval with sentence embeddings (Sentence-BERT, arXiv:1908.10084), as a distribution over a trie.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_index_genret.corpus.images import load_image
+from llama_index_genret.errors import EncoderError, QueryError, SearchError
+from llama_index_genret.models.encoder import Encoder, unit
+from llama_index_genret.models.prompts import Prompt
+from llama_index_genret.scorers.base import AsyncSession, Scores, Session, ThreadSession
+from llama_index_genret.scorers.rerank import Continuation, Float64
+from llama_index_genret.search import Normalise, Rows
+from llama_index_genret.store.scoring import MIN_TEMPERATURE
+from llama_index_genret.trie import LiveTrie, child_masses
+
+CACHED_BYTES = 2**29
+"""Vectors are kept in float32 up to this size. Larger ones are converted in blocks, at every query."""
+
+BLOCK_ROWS = 65_536
+
+Float32 = NDArray[np.float32]
+
+
+class EncoderScorer:
+    """Scores nodes of a trie by the cosines between a query and the images below. Safe to share between threads.
+
+    Args:
+        encoder: embeds queries, and images where it can.
+        trie: the one that is searched.
+        vectors: (records, d) float16 or float32 unit vectors, in the order of the trie's keys.
+        temperature: low means only the nearest image; at least `MIN_TEMPERATURE`.
+    Raises:
+        EncoderError: dimensions differ. SearchError: the temperature is out of range.
+    """
+
+    def __init__(self, encoder: Encoder, trie: LiveTrie, vectors: NDArray[Any], *, temperature: float) -> None:
+        if vectors.shape[1] != encoder.dimension:
+            raise EncoderError(
+                f"the encoder {encoder.name!r} has {encoder.dimension} dimensions, the index's vectors have "
+                f"{vectors.shape[1]}. Load the encoder that the index was made with."
+            )
+        self.encoder, self.temperature, self._trie = encoder, _checked(temperature), trie
+        self._vectors = vectors.astype(np.float32) if 4 * vectors.size <= CACHED_BYTES else vectors
+        self._lock = threading.Lock()
+
+    def at_temperature(self, temperature: float) -> EncoderScorer:
+        """Return a scorer of another temperature that shares the vectors."""
+        other = copy.copy(self)
+        other.temperature = _checked(temperature)
+        return other
+
+    def reads(self, prompt: Prompt) -> bool:
+        """Return whether the encoder can embed the query of a prompt: a text, or an image if it embeds images."""
+        return self.encoder.embeds_images if prompt.image is not None else bool(prompt.query)
+
+    @contextmanager
+    def session(self, prompts: Sequence[Prompt], normalise: Normalise) -> Iterator[Session]:
+        """See `Scorer.session`. Scores do not depend on `normalise`: the encoder knows no tokens but the children."""
+        yield EncoderSession(self, prompts)
+
+    @asynccontextmanager
+    async def async_session(self, prompts: Sequence[Prompt], normalise: Normalise) -> AsyncIterator[AsyncSession]:
+        """See `Scorer.async_session`: embeds and scores in a thread."""
+        yield ThreadSession(EncoderSession(self, prompts), threading.Lock())
+
+    def embed(self, prompts: Sequence[Prompt]) -> Float32:
+        """Return (n, d) unit vectors of the queries of prompts; an image with a text lies between the two.
+
+        Raises:
+            QueryError: a query is an image, and the encoder embeds texts only.
+        """
+        unread = [prompt for prompt in prompts if not self.reads(prompt)]
+        if unread:
+            kind = "an image" if unread[0].image is not None else "empty"
+            raise QueryError(
+                f"the query is {kind}, and the encoder {self.encoder.name!r} embeds texts only. Recall with a trained "
+                "model (`genret train`), or make the index with a CLIP-like encoder."
+            )
+        with self._lock:
+            texts = self.encoder.embed_queries([prompt.query or "?" for prompt in prompts])
+            images = [prompt.image for prompt in prompts if prompt.image is not None]
+            seen = iter(self.encoder.embed_images([load_image(image) for image in images]) if images else ())
+        rows = [
+            text if prompt.image is None else unit(next(seen) + (text if prompt.query else 0.0))
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        return np.stack(rows)
+
+    def leaf_weights(self, queries: Float32) -> Float64:
+        """Return (queries, n_leaves + 1) float64, proportional to p(image | query); 0 for removed leaves.
+
+        Args:
+            queries: (queries, d) float32 unit vectors.
+        """
+        cosines = self._cosines(queries)
+        row = self._trie.key(np.arange(self._trie.n_leaves))
+        scaled = cosines[:, np.maximum(row, 0)].astype(np.float64) / self.temperature
+        weights = np.zeros((len(queries), self._trie.n_leaves + 1))
+        scaled -= scaled.max(axis=1, keepdims=True)
+        np.exp(scaled, out=weights[:, :-1])
+        weights[:, :-1] *= self._is_live
+        return weights
+
+    def _cosines(self, queries: Float32) -> Float32:
+        if self._vectors.dtype == np.float32:
+            return np.asarray(queries @ self._vectors.T)
+        starts = range(0, len(self._vectors), BLOCK_ROWS)
+        blocks = (self._vectors[start : start + BLOCK_ROWS].astype(np.float32) for start in starts)
+        return np.concatenate([queries @ block.T for block in blocks], axis=1)
+
+    @cached_property
+    def _is_live(self) -> NDArray[np.bool_]:
+        leaves = np.arange(self._trie.n_leaves)
+        live = np.ones(len(leaves), np.bool_) if self._trie.live is None else self._trie.live.contains(leaves)
+        return live & (self._trie.key(leaves) >= 0)
+
+
+def _checked(temperature: float) -> float:
+    if not MIN_TEMPERATURE <= temperature < np.inf:
+        raise SearchError(f"temperature={temperature} must be at least {MIN_TEMPERATURE}, and finite.")
+    return temperature
+
+
+class EncoderSession:
+    """The queries of one search as weights of all leaves, computed at the first step."""
+
+    def __init__(self, scorer: EncoderScorer, prompts: Sequence[Prompt]) -> None:
+        self._scorer, self._prompts = scorer, prompts
+
+    def score(self, rows: Rows) -> Scores:
+        """Return (m,) float64 logarithms, for each row the same constant away from log p(child | prefix, query)."""
+        if rows.expansion is None:
+            raise SearchError("the encoder scores nodes of its trie: only a search makes such rows.")
+        return np.log(child_masses(rows.expansion, self._weights, rows.query))
+
+    def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
+        """Raise QueryError: an encoder gives no probability of words."""
+        raise QueryError("re-ranking needs a trained model, and the index recalls by its encoder. Leave rerank out.")
+
+    @cached_property
+    def _weights(self) -> Float64:
+        return self._scorer.leaf_weights(self._scorer.embed(self._prompts))
