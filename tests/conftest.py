@@ -15,6 +15,8 @@ import pytest
 from hypothesis import settings
 from PIL import Image, ImageDraw
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+
 # Tests multiply the examples of the profile: `settings(max_examples=3 * settings.default.max_examples)`.
 settings.register_profile("few", max_examples=20, stateful_step_count=20, deadline=None)
 settings.register_profile("many", max_examples=100, stateful_step_count=50, deadline=None)

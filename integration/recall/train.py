@@ -13,7 +13,7 @@ from integration.base_model import Recipe, make_base_model
 from integration.base_model import default_folder as default_model_folder
 from integration.recall.corpora import default_folder, make_corpora
 from integration.recall.definitions import definitions
-from integration.recall.peers import minilm_folder
+from integration.weights import minilm_folder
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.models.encoder import load_encoder
 from llama_index_genret.models.mllm import load_mllm

@@ -7,6 +7,7 @@ A query and a caption may need different prefixes: `embed_queries` and `embed_ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import httpx
@@ -22,7 +23,14 @@ DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 TEXT_BATCH = 256
 """Texts of one forward pass, or of one request."""
 
+HUB_TIMEOUT_S = 5.0
+"""Seconds that the hub has to respond before a cached copy of an encoder is used."""
+
 _ATTEMPTS = 3
+
+_OTHER_ENCODERS = (
+    "Give a folder or hub id of sentence-transformers, the address of a server (http://HOST/v1), or `none`."
+)
 
 Float32 = NDArray[np.float32]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -59,13 +67,14 @@ class SentenceTransformerEncoder:
     Prompts that the model defines for queries and documents are used. No code of a checkpoint is run.
 
     Args:
-        name: a local folder or a hub id.
+        name: a local folder or a hub id. Without the hub, its cache is used.
         device: "cpu", "cuda", ...
     Raises:
         EncoderUnavailable: the name does not load, or there is no hub. MissingExtra: sentence-transformers is missing.
     """
 
     def __init__(self, name: str, *, device: str = "cpu") -> None:
+        without_hub = _loads_without_hub(name)
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
@@ -74,11 +83,11 @@ class SentenceTransformerEncoder:
                 "To use a running server instead, give its address as the encoder (http://HOST/v1)."
             ) from error
         try:
-            self._model = SentenceTransformer(name, device=device, trust_remote_code=False)
+            options = {"device": device, "trust_remote_code": False, "local_files_only": without_hub}
+            self._model = SentenceTransformer(name, **options)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise EncoderUnavailable(
-                f"{name!r} does not load as an encoder: {str(error).partition(chr(10))[0]} Give a folder or hub id of "
-                "sentence-transformers, the address of a server (http://HOST/v1), or `none`."
+                f"{name!r} does not load as an encoder: {str(error).partition(chr(10))[0]} {_OTHER_ENCODERS}"
             ) from error
         self.name = name
         self.embeds_images = _reads_images(self._model)
@@ -113,6 +122,39 @@ class SentenceTransformerEncoder:
         if not parts:
             return np.zeros((0, self.dimension), np.float32)
         return checked_vectors(self.name, np.concatenate(parts)[np.argsort(order)], self.dimension)
+
+
+def _loads_without_hub(name: str) -> bool:
+    """Return whether an encoder loads from a folder or from the hub's cache, without requests to the hub.
+
+    sentence-transformers takes ten seconds to import and retries requests for minutes, so this fails before that.
+
+    Raises:
+        EncoderUnavailable: the name is no folder, no hub responds, and its cache lacks the name.
+    """
+    if Path(name).is_dir():
+        return True
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    reason = "HF_HUB_OFFLINE is set"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            httpx.head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+            return False
+        except httpx.TransportError as error:
+            reason = f"{constants.ENDPOINT} does not respond ({type(error).__name__})"
+    hub_id = name if "/" in name else f"sentence-transformers/{name}"
+    try:
+        cached = any(isinstance(try_to_load_from_cache(hub_id, file), str) for file in ("modules.json", "config.json"))
+    except HFValidationError:
+        cached = False
+    if not cached:
+        raise EncoderUnavailable(
+            f"the encoder {name!r} is no local folder, {reason}, and the cache of the hub ({constants.HF_HUB_CACHE}) "
+            f"lacks it. {_OTHER_ENCODERS}"
+        )
+    return True
 
 
 def _reads_images(model: Any) -> bool:
@@ -246,7 +288,7 @@ def load_encoder(name: str, *, device: str = "cpu", api_key: str = "EMPTY") -> E
     Raises:
         EncoderUnavailable: it does not load or answer. MissingExtra: sentence-transformers is missing.
     """
-    if httpx.URL(name).scheme in ("http", "https"):
+    if name.startswith(("http://", "https://")):
         return EndpointEncoder(name, api_key=api_key)
     return SentenceTransformerEncoder(name, device=device)
 

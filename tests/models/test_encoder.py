@@ -1,6 +1,8 @@
 """Encoders: local models, an embeddings endpoint over HTTP, and functions."""
 
 import json
+import shutil
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -8,7 +10,14 @@ import numpy as np
 import pytest
 
 from llama_index_genret.errors import EncoderError, EncoderUnavailable
-from llama_index_genret.models.encoder import CallableEncoder, EndpointEncoder, embed_by_captions, load_encoder, unit
+from llama_index_genret.models.encoder import (
+    DEFAULT_ENCODER,
+    CallableEncoder,
+    EndpointEncoder,
+    embed_by_captions,
+    load_encoder,
+    unit,
+)
 
 CAPTIONS = [("a red ring", "red"), (), ("blue square",)]
 
@@ -99,10 +108,38 @@ def test_a_server_that_is_gone_names_the_way_out(endpoint):
         EndpointEncoder(address)
 
 
+@pytest.mark.torch
 def test_a_folder_that_is_no_encoder_names_the_choices(tmp_path):
-    pytest.importorskip("sentence_transformers")
-    with pytest.raises(EncoderUnavailable, match="none"):
-        load_encoder(str(tmp_path / "nothing"))
+    with pytest.raises(EncoderUnavailable, match="does not load as an encoder.* or `none`"):
+        load_encoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", [DEFAULT_ENCODER, "all-MiniLM-L6-v2", "no/such/folder"])
+@pytest.mark.parametrize(("offline", "reason"), [(True, "HF_HUB_OFFLINE is set"), (False, "does not respond")])
+def test_encoder_without_hub_fails_before_the_import(tmp_path, monkeypatch, name, offline, reason):
+    """sentence-transformers takes ten seconds to import, and retries each request five times."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(EncoderUnavailable, match=f"{name}.*{reason}.*or `none`"):
+        load_encoder(name)
+
+
+@pytest.mark.torch
+def test_encoder_in_the_hub_cache_loads_without_the_hub(tmp_path, monkeypatch):
+    """The cache is that of a hub that has been reached once, and does not respond now."""
+    from tests.tiny_text_encoder import make_text_encoder
+
+    cached = tmp_path / "hub" / "models--sentence-transformers--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0123")
+    shutil.copytree(make_text_encoder(tmp_path), cached / "snapshots" / "0123")
+    for module in ("huggingface_hub.constants", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert load_encoder("sentence-transformers/tiny").dimension == 16
 
 
 def test_images_lie_at_the_sum_of_both_caption_vectors():
@@ -125,8 +162,8 @@ def test_a_function_may_embed_queries_in_another_way():
     np.testing.assert_array_equal(encoder.embed_captions(["a"]), [[1, 0]])
 
 
+@pytest.mark.torch
 def test_a_sentence_transformer_embeds_unit_vectors(tmp_path):
-    pytest.importorskip("sentence_transformers")
     from tests.tiny_text_encoder import make_text_encoder
 
     encoder = load_encoder(make_text_encoder(tmp_path))
