@@ -49,11 +49,18 @@ def base_model() -> str:
     return str(folder)
 
 
+def encoder() -> str:
+    """Return the folder of all-MiniLM-L6-v2, which needs no model hub."""
+    from integration.weights import minilm_folder
+
+    return str(minilm_folder())
+
+
 def trained_index() -> Path:
     """Return the index of the first notebook, or make it in the same way."""
     if not STORAGE.is_dir():
         index = GenerativeImageIndex.from_documents(
-            load_images(photos()), index_dir=INDEX, model=base_model(), overwrite=True
+            load_images(photos()), index_dir=INDEX, model=base_model(), encoder=encoder(), overwrite=True
         )
         index.train(TrainOptions(max_steps=STEPS))
         index.storage_context.persist(str(STORAGE))

@@ -77,7 +77,7 @@ class Workshop:
     @cached_property
     def commands(self) -> dict[str, Command]:
         """Return all commands by name."""
-        new = ("index", str(self.pictures), "--model", str(self.model), "--device", "cpu", "--out")
+        new = ("index", str(self.pictures), "--model", str(self.model), "--encoder", "none", "--device", "cpu", "--out")
         found = [
             Command("index", None, lambda at: genret(*new, at / "index")),
             Command("index --overwrite", "tuned", lambda at: genret(*new, at / "index", "--overwrite"), rebuilds=True),

@@ -28,10 +28,12 @@ from integration.recall.generative import recall_queries
 from integration.recall.peers import MiniLm, neighbour_scores
 from integration.recall.query_sets import QUERY_SETS, RECALLS, QuerySet
 from integration.recall.train import LAYERS, TRAINED_LAYERS, recipe
+from integration.weights import minilm_folder
 from llama_index_genret.corpus import Corpus, Record, read_corpus
 from llama_index_genret.evaluation.baselines import evaluation_by_score
 from llama_index_genret.evaluation.evaluate import Evaluation
 from llama_index_genret.evaluation.queries import EvaluationQuery, read_queries
+from llama_index_genret.models.encoder import Encoder, load_encoder
 from llama_index_genret.models.features import vision_features
 from llama_index_genret.models.mllm import Mllm, load_mllm
 from llama_index_genret.scorers.transformers import TransformersScorer
@@ -53,25 +55,28 @@ class Stages:
 
     work: Path
     mllm: Mllm
+    encoder: Encoder | None = None
 
     def trained(self, corpus: Corpus, scheme: str, options: TrainOptions) -> Index:
         """Return the index of the images that are not held out."""
         folder = self.work / "trained"
         if not (folder / "manifest.json").is_file():
-            build_index(corpus, folder, self.mllm, scheme=scheme)
+            build_index(corpus, folder, self.mllm, encoder=self.encoder, scheme=scheme)
         index = load_index(folder)
-        return index if index.is_trained else train(index, options, device="cpu")
+        return index if index.is_trained else train(index, options, encoder=self.encoder, device="cpu")
 
     def added(self, trained: Index, records: Sequence[Record]) -> Index:
         """Return the index with the new images, before the update."""
         index = self._copied(trained, "added")
         missing = [record for record in records if record.image_id not in index.rows_by_id]
-        return add_to_index(index, missing, self.mllm) if missing else index
+        return add_to_index(index, missing, self.mllm, encoder=self.encoder) if missing else index
 
     def updated(self, added: Index, options: TrainOptions) -> Index:
         """Return the index with the new images, after the update."""
         index = self._copied(added, "updated")
-        return index if has_update(index) else train(index, options, update=True, device="cpu")
+        if has_update(index):
+            return index
+        return train(index, options, update=True, encoder=self.encoder, device="cpu")
 
     def _copied(self, index: Index, name: str) -> Index:
         folder, unfinished = self.work / name, self.work / f".{name}"
@@ -174,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     corpus, new = parted(
         read_corpus(corpora / given.corpus), hold_out=given.hold_out, limit=given.limit, seed=given.seed
     )
-    options, stages = recipe(given.steps, seed=given.seed, layers=given.trained_layers), Stages(given.out, mllm)
+    options = recipe(given.steps, seed=given.seed, layers=given.trained_layers)
+    stages = Stages(given.out, mllm, load_encoder(str(minilm_folder())))
     trained = stages.trained(corpus, given.scheme, options)
     added = stages.added(trained, new)
     updated = stages.updated(added, update_recipe(added, given.update_steps, given.update_rate))

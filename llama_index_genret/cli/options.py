@@ -16,13 +16,15 @@ from llama_index_genret.store.scoring import RerankBy
 DEFAULT_MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"
 
 IndexDir = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder of the index.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Server = Annotated[str | None, typer.Option(help="Address of a vLLM server that serves the index: http://HOST:PORT/v1")]
-ApiKey = Annotated[str, typer.Option(envvar="GENRET_API_KEY", help="Of the server.", show_default=False)]
-BaseModel = Annotated[str | None, typer.Option("--model", help="The base model, if it has moved.")]
-Model = Annotated[str, typer.Option("--model", help="Local folder or hub id of an image-text-to-text model.")]
-Filters = Annotated[list[str] | None, typer.Option("--filter", help="key=value; repeat for several, all must hold.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Device = Annotated[str, typer.Option(help="Torch device: auto, cpu, cuda, cuda:1, ...")]
+Server = Annotated[str | None, typer.Option(help="URL of a vLLM server that serves the index: http://HOST:PORT/v1")]
+ApiKey = Annotated[str, typer.Option(envvar="GENRET_API_KEY", help="API key of the server.", show_default=False)]
+BaseModel = Annotated[str | None, typer.Option("--model", help="New place of the base model, if it has moved.")]
+Model = Annotated[str, typer.Option("--model", help="Folder or hub id of an image-text-to-text model.")]
+Filters = Annotated[
+    list[str] | None, typer.Option("--filter", help="Metadata filter key=value. Repeat it: all must hold.")
+]
 NewEncoder = Annotated[
     str | None,
     typer.Option(

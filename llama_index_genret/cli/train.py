@@ -177,12 +177,12 @@ def train(
     given |= {"redrawn": redrawn, "mix": mix, "imitated": imitate}
     given = {name: value for name, value in given.items() if value is not None}
     if drop and (update or given or encoder):
-        raise typer.BadParameter("--drop-update trains nothing: give it alone")
+        raise typer.BadParameter("--drop-update trains nothing and takes no other training options: give it alone")
     if drop:
         trained = drop_update(load_index(index_dir))
     else:
         trained = _trained(load_index(index_dir), given | {"seed": seed}, update=update, encoder=encoder, device=device)
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+    if os.environ.get("RANK", "0") == "0":  # only one of several processes prints
         emit(as_json, facts_of(trained), facts_table(trained))
 
 

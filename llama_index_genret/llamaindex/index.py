@@ -101,20 +101,21 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
     """An index of images that a model recalls by generating their identifiers.
 
     Args:
-        nodes: `ImageNode`s; their ids are image ids. Documents go into `from_documents`. An image in memory is
-            written into the folder, one that is only an address is refused.
-        index_dir: the folder, which must be free; of an index that is loaded, where it has moved to.
-        model: the base model that is to be trained, a folder or hub id, or a loaded `Mllm`.
-        encoder: the embedding model of the index, which recalls before any training: an `Encoder`, a folder or hub id
-            of sentence-transformers, an address, or "none". If not given, the default one where it is available. For
-            an index that is loaded, another place of its encoder.
-        scheme, scheme_options, alphabet, overwrite: how images are named, see `store.build.build_index`.
-        api_base, api_key: of a server that `genret serve` started on the folder, which recalls and answers then. None
-            for a model in this process.
-        llm: what answers; an `OpenAILike` also names the server that recalls.
-        scorer: recalls in place of both.
-        device: of models in this process.
-        kwargs: of `BaseIndex`.
+        nodes: `ImageNode`s. Their ids are image ids. Pass documents to `from_documents`. An image in memory is written
+            into the folder. An image that is only a URL is refused.
+        index_dir: index folder, which must be free. For an index that is loaded: its new place, if it has moved.
+        model: base model to train, a folder, a hub id or a loaded `Mllm`.
+        encoder: embedding model of the index, which recalls before any training: an `Encoder`, a folder or hub id of
+            sentence-transformers, a URL, or "none". Default None: `DEFAULT_ENCODER` where it is available. For an
+            index that is loaded: its encoder, or the new place of that.
+        scheme, scheme_options, alphabet, overwrite: how to assign identifiers, see `store.build.build_index`.
+        api_base, api_key: URL and key of a server that `genret serve` started on the folder. The server then recalls
+            and answers. Default None: a model in this process.
+        llm: LLM that answers. An `OpenAILike` also gives the server that recalls. Default: the model that recalls.
+        scorer: scorer that recalls, in place of the server and the model. Default None.
+        device: torch device of models in this process, default "auto".
+        kwargs: further arguments of `BaseIndex`.
+
     Raises:
         IndexExists: the folder is not free. CorpusError: there are no images, or an image is invalid.
     """
@@ -308,7 +309,7 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
             raise CorpusError("there are no images. Pass documents or nodes, for example load_images(folder).")
         folder = common_folder(images)
         corpus = Corpus(folder, tuple(records_of(images, [folder])))
-        options = {"progress": self._bar("Encoding"), **self._naming}
+        options = {"progress": self._bar("Encoding"), **self._build_options}
         base, encoder = self._models.base_for_new_index(), self._models.encoder_for_new_index()
         self._index = build_index(corpus, self._folder, base, encoder=encoder, **options)
         return GenretIndexStruct(folder=str(self._folder))

@@ -11,16 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 PENALTY = 0.3
-"""Of the ridge, in mean eigenvalues of the features' covariance: with 1, directions of that variance shrink by half."""
+"""Ridge penalty in mean eigenvalues of the features' covariance. 1 halves directions of that variance."""
 
 Float32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class RowRegression:
-    """From features to rows. All float32.
+    """A ridge regression that maps features to rows. All arrays are float32.
 
-    mean_features: (v,); mean_rows: (d,); weights: (v, d). length: (1,) mean distance of the rows from their mean.
+    mean_features: (v,), mean of the features.
+    mean_rows: (d,), mean of the rows.
+    weights: (v, d), fitted on centred features and rows.
+    length: (1,), mean distance of the rows from their mean.
     """
 
     mean_features: Float32
@@ -30,7 +33,7 @@ class RowRegression:
 
     @classmethod
     def fit(cls, features: Float32, rows: Float32, *, penalty: float = PENALTY) -> RowRegression:
-        """Ridge regression of `rows` (n, d) on `features` (n, v), both centred; n is at least 1.
+        """Fit a ridge regression of `rows` (n, d) on `features` (n, v), both centred; n is at least 1.
 
         weights = argmin |x @ weights - y|^2 + penalty * mean eigenvalue of x.T @ x * |weights|^2
         """
@@ -43,11 +46,14 @@ class RowRegression:
         return cls(mean_features, mean_rows, weights.astype(np.float32), length.astype(np.float32))
 
     def predict(self, features: Float32) -> Float32:
-        """(n, d) the rows of least error for features (n, v)."""
+        """Return the least-squares prediction, (n, d), for features (n, v)."""
         return np.asarray(self.mean_rows + (features - self.mean_features) @ self.weights, np.float32)
 
     def guess(self, features: Float32) -> Float32:
-        """(n, d) rows in the direction of `predict`, as long as trained ones; the mean row where there is none."""
+        """Return rows, (n, d), in the direction of `predict` and at the mean length of trained rows.
+
+        Features without a direction get the mean row.
+        """
         directions = self.predict(features) - self.mean_rows
         norms = np.linalg.norm(directions, axis=1, keepdims=True)
         return np.asarray(self.mean_rows + directions * (self.length / np.maximum(norms, 1e-12)), np.float32)

@@ -57,9 +57,9 @@ def build_index(
             recalls by the trained model alone.
         scheme: a registered scheme. `structured` derives codes from the vectors where there is an encoder, else from
             features of the model's own vision tower.
-        alphabet: "new" adds the scheme's symbols to the tokenizer and the model; "existing" takes words that they have,
-            so that the adapter of the trained index fits the base model as it is.
-        overwrite: whether an index at `out` may be replaced.
+        alphabet: "new" adds the scheme's symbols to the tokenizer and the model. "existing" uses tokens of the
+            vocabulary, so that the adapter of the trained index fits the unmodified base model.
+        overwrite: True allows replacing an index at `out`.
     Raises:
         IndexExists: `out` is not free. IdentifierError: no such scheme, the tokenizer cannot spell its identifiers, or
             an image lacks the caption that its identifier is derived from. EncoderError: the encoder returns no
@@ -244,8 +244,8 @@ def _facts(
 def _check_placed(records: Sequence[Record], vectors: NDArray[np.float32] | None) -> None:
     if vectors is None:
         raise IdentifierError(
-            "the scheme derives identifiers from vectors of an encoder, and there is none: give one (--encoder), or "
-            "choose source='features'."
+            "the scheme derives identifiers from vectors of an encoder, and there is none: create the index with one "
+            "(`genret index --encoder`), or with --scheme-option source=features."
         )
     bare = [record.image_id for record, vector in zip(records, vectors, strict=True) if not vector.any()]
     if bare:

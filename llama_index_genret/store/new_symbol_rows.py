@@ -1,4 +1,4 @@
-"""Predict rows for the symbols of images added to a trained index, from their captions or from the images.
+"""Predict rows for the symbols of images added to a trained index, from their vectors or from the images.
 
     direction = (features - mean of the features) @ weights
     row = mean of the trained rows + direction, rescaled to the mean length of such directions of trained rows
@@ -8,9 +8,8 @@ of similar images. Queries for those images recall it until it is trained itself
 and longer rows outrank them for every query. Without rescaling no added image is found; at full length many are
 (integration.recall.grow measures this).
 
-Features are text embeddings of the captions if a text encoder is given and an image has captions. Queries are text,
-so caption features find more of the new images, though fewer than training does. Otherwise features come from the
-vision tower.
+Features are the vectors of the index's encoder where an image has one. Queries are text, so the vectors of captions
+find more of the new images, though fewer than training does. Otherwise features come from the vision tower.
 
 IncDSI (arXiv:2307.10323) also adds one row to trained atomic identifiers and changes nothing else. It solves for that
 row under constraints: the new document's own queries must find it, and old queries must not. This requires queries of
@@ -58,14 +57,16 @@ def guess_rows(
 ) -> NewRows:
     """Return rows for symbols that the trained weights of `index` lack, beside those predicted before.
 
-    The features of a symbol are the mean of those of the images that bear it. A symbol that no image bears gets the
-    mean row. Each regression is fitted once, on at most MAX_SAMPLE images drawn by `seed`, and stored. It predicts rows
-    of the weights of `genret train`, whatever update is on top.
+    The features of a symbol are the mean features of the images whose identifiers contain it. A symbol of no image
+    gets the mean row. Each regression is fitted once, on at most MAX_SAMPLE images drawn with `seed`, and stored. It
+    predicts rows of the weights of `genret train`, independent of an update on top.
 
     Args:
-        records, identifiers: images that join, and their identifiers as token ids. token_ids: the symbols that join.
+        records, identifiers: new images, and their identifiers as token ids.
+        token_ids: the new symbols.
         mllm: the base model, for images without a vector.
         vectors: (n, d) vectors of the images in the encoder's space, 0 for an image without; None without an encoder.
+        seed: draws the images of the regression.
     Raises:
         IdentifierError: no trained image is left to fit the regression on.
     """

@@ -27,12 +27,13 @@ MIN_TEMPERATURE = 0.005
 class Scoring:
     """Rank images by log p(id | query) - eta * log p(id) [+ rerank_weight * log p(query | image)].
 
-    model_weight: share of the trained model in log p(id | query), from 0 to 1; the rest is the encoder's. 1 is the
-        generative model alone. An index without an encoder, or without trained weights, has one of the two only.
-    temperature: of the encoder's p(image | query), softmax of cosine / temperature.
-    eta: 0 for no prior.
-    rerank: how many of the best are ranked anew, 0 for none; never fewer than the results wanted.
-    rerank_by: whether the model is told the image by its "identifier", which is cheap, or shown the "image" itself.
+    model_weight: weight of the trained model in log p(id | query), from 0 to 1; the rest is the encoder's. 1 is the
+        generative model alone. An index without an encoder, or without trained weights, uses the other one alone.
+    temperature: temperature of the encoder's p(image | query), the softmax of cosine / temperature.
+    eta: weight of the prior, 0 for no prior.
+    rerank: number of best hits to re-rank, 0 for none; at least the number of requested results is re-ranked.
+    rerank_weight: weight of log p(query | image).
+    rerank_by: "identifier" conditions the model on the image's identifier, which is cheap; "image" on the image itself.
     Raises:
         SearchError: a number is negative or not finite, or `rerank_by` has another value.
     """
@@ -56,9 +57,9 @@ class Scoring:
             raise SearchError(f"unknown rerank_by {self.rerank_by!r}; choose from: {', '.join(get_args(RerankBy))}.")
 
     def __str__(self) -> str:
-        anew = f"the best {self.rerank} anew by {self.rerank_by}, weight {self.rerank_weight:g}"
-        parts = f"model weight {self.model_weight:g}, temperature {self.temperature:g}, eta {self.eta:g}"
-        return f"{parts}, {anew if self.rerank else 'none ranked anew'}"
+        blend = f"model weight {self.model_weight:g}, temperature {self.temperature:g}"
+        reranked = f"best {self.rerank} re-ranked by {self.rerank_by}, weight {self.rerank_weight:g}"
+        return f"{blend}, eta {self.eta:g}, {reranked if self.rerank else 'no re-ranking'}"
 
 
 @dataclass(frozen=True)

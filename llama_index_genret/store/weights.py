@@ -42,10 +42,11 @@ _ROWS = "rows"
 class NewRows:
     """Rows of symbols that were added after the training, and the regressions that predict rows of further symbols.
 
-    token_ids: (m,) int64. rows: by the name of a module of the model, the embeddings or the LM head, (m, d) float32.
-    regressions: by the same names, the arrays of a `RowRegression` from image features, kept because fitting it takes
-        the features of many images; empty if no row was predicted from an image. of_vectors: the same from vectors of
-        the encoder.
+    token_ids: (m,) int64, the symbols.
+    rows: (m, d) float32, keyed by module name (embeddings or LM head).
+    regressions: arrays of a `RowRegression` on image features, keyed by module name. They are stored because fitting
+        needs the features of many images. Empty if no row was predicted from an image.
+    of_vectors: arrays of a `RowRegression` on vectors of the index's encoder, keyed by module name; empty without any.
     """
 
     token_ids: NDArray[np.int64]

@@ -22,18 +22,24 @@ LONGEST_BLOCK = 100_000
 class TrainOptions:
     """The options of a run. A changed option makes another run, which does not resume these checkpoints.
 
-    epochs: passes over the retrieve examples, in an update over those of the new images; max_steps overrides it.
-    batch_size: examples a step, over all processes; gradient_accumulation_steps: parts in which each process computes
-        its share, one after another. gradient_checkpointing: keep no activations of the layers, but compute them
-        again: less memory, for one more forward pass.
-    learning_rate: of the LoRA matrices and the connector; symbol_learning_rate: of the new symbols' rows.
-    layers: how many of the language model's last layers are trained, all if not given. With the identifiers of
-        `atomic` the others then cost a forward pass only.
-    mix: examples of each task in a block, see `examples.MIX`.
-    redrawn: more versions of each picture to memorise, in other styles, see `redrawing`: for image queries that show
-        the same thing, but not the same picture.
-    teacher_temperature: of the distribution over images that the task `imitate` learns from the index's encoder.
-    imitated: more queries to imitate it on, beside captions, words of the model's vocabulary and lists of those.
+    epochs: passes over the retrieve examples; an update counts those of the new images. max_steps overrides it.
+    max_steps: number of optimizer steps, derived from `epochs` by default.
+    batch_size: examples per step, over all processes.
+    gradient_accumulation_steps: forward passes per step in each process.
+    gradient_checkpointing: recompute the activations of the layers. It saves memory and costs one more forward pass.
+    learning_rate: learning rate of the LoRA matrices and the connector.
+    symbol_learning_rate: learning rate of the new symbols' rows.
+    lora_rank: rank of the LoRA matrices.
+    checkpoint_every: steps between checkpoints.
+    seed: seed of the example order, the initial values and the sampling, from 0 to 2**32 - 1.
+    layers: number of the language model's last layers to train, all by default. With the scheme `atomic` the other
+        layers then need no backward pass.
+    mix: number of examples of each task in a block, see `tasks.MIX`.
+    redrawn: additional versions of each image to memorise, in other styles, see `augmentation`. They help image
+        queries that show the same object in another image.
+    teacher_temperature: temperature of the distribution over images that `imitate` distils from the index's encoder.
+    imitated: additional queries for the task imitate, beside captions, words of the model's vocabulary and keyword
+        lists.
     """
 
     epochs: float = 3.0

@@ -75,16 +75,19 @@ def train(
         update: keep the trained weights, and train an adapter on top of them for the images added since. Every other
             example is of an old image. It replaces an earlier update and learns its images again.
             `store.drop_update` drops it.
-        encoder: the index's encoder, which the task `imitate` learns from, or another place of it. Loaded by its name
-            if not given.
+        encoder: the index's encoder, from which the task `imitate` distils, or its new place. Default: load it by name.
+        device: a torch device, or "auto" for a GPU if there is one.
+        show_progress: draw progress bars on stderr.
     Returns:
         The index as stored, trained.
     Raises:
-        IndexBusy: another training of the index runs. NotWritten: the disk is full, or read only.
-        TrainingError: no captions, no new images, the loss is not a number, or the batch does not divide among the
-            processes.
-        EncoderError: the index's encoder does not load, or the one that was given is another.
-        ModelMismatch: the base model has changed. NotTrained: an update of an index that was never trained.
+        IndexBusy: another training of the index runs.
+        NotWritten: the disk is full or read-only.
+        TrainingError: no captions, no new images, the loss is not finite, or the batch size is not divisible by the
+            number of processes.
+        EncoderError: the index's encoder does not load, or the given one differs from it.
+        ModelMismatch: the base model has changed.
+        NotTrained: the index has no trained weights to update.
     """
     options = options or (update_options(index) if update else TrainOptions())
     new = added_rows(index) if update else None
@@ -191,7 +194,7 @@ def _imitated_encoder(run: _Run, mllm: Mllm) -> Encoder | None:
 
 
 def _example_tensors(run: _Run, mllm: Mllm, teachers: Teachers) -> ExampleTensors:
-    """Return the examples of all steps in their order, made into tensors when they are read."""
+    """Return the examples of all steps in their order, as tensors that are computed on access."""
     index, new = run.index, run.new
     examples = stream(index, run.options, teachers.text, new)
     shares = replay_distribution(len(index.records), new) if new and isinstance(examples, ExperienceReplay) else None

@@ -65,15 +65,15 @@ def teach(
     seed: int,
     progress: Progress = iter,
 ) -> TextTeacher:
-    """Embed queries to imitate: the captions, `words`, lists of words near each image, and `queries`.
+    """Embed the queries to imitate: the captions, `words`, keyword lists per image and `queries`.
 
-    The words of a list are drawn by their nearness to an image: common words that its captions may lack.
+    Keywords are sampled by their similarity to the image, so that a list may hold common words that the captions lack.
 
     Args:
-        images: (n, d) float32 vectors of the index, 0 for an image without one, which no query means in particular.
-        captions: those of every image.
+        images: (n, d) float32 vectors of the index, 0 for an image without one.
+        captions: captions of every image.
     Raises:
-        TrainingError: there is one image only, or none has a vector.
+        TrainingError: there is only one image, or no image has a vector.
     """
     if len(images) < 2:
         raise TrainingError("an encoder tells images apart, and the index has one alone: train with --mix retrieve=1.")

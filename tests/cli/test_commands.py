@@ -11,6 +11,9 @@ import typer
 from typer.testing import CliRunner
 
 from llama_index_genret.cli import app
+from llama_index_genret.errors import EncoderUnavailable
+from llama_index_genret.models.encoder import DEFAULT_ENCODER
+from llama_index_genret.store import load_index
 from llama_index_genret.training.options import TrainOptions
 
 
@@ -79,7 +82,8 @@ def test_help_of_train_has_the_defaults_of_the_options():
 def test_commands_from_image_folder_to_answer(pictures, tiny_model_dir, tmp_path):
     """The commands index, train, inspect, query, ask, eval and export work in one session."""
     folder = tmp_path / "index"
-    made = genret_json("index", pictures, "--out", folder, "--model", tiny_model_dir, "--device", "cpu")
+    options = ("--model", tiny_model_dir, "--encoder", "none", "--device", "cpu")
+    made = genret_json("index", pictures, "--out", folder, *options)
     assert (made["images"], made["scheme"], made["trained"]) == (20, "structured", False)
     untrained = genret("query", folder, "red circle")
     assert untrained.returncode == 1
@@ -118,13 +122,29 @@ def test_scheme_options_are_used_and_inspect_shows_levels(pictures, tiny_model_d
     folder, tree = tmp_path / "index", tmp_path / "tree.png"
     options = ("--scheme-option", "method=rq", "--scheme-option", "sizes=[4,3]")
     made = genret_json("index", pictures, "--out", folder, "--model", tiny_model_dir, "--device", "cpu", *options)
-    assert made["scheme_options"] == {"method": "rq", "levels": 2, "sizes": [4, 3]}
+    assert made["scheme_options"] == {"method": "rq", "levels": 2, "sizes": [4, 3], "source": "features"}
     assert made["alphabet"] == "new"
     facts = genret_json("inspect", folder, "--tree", tree)
     assert [level["codes_available"] for level in facts["levels"]] == [4, 3, None]
     assert [level["nodes"] for level in facts["levels"]] == facts["nodes_per_level"]
     assert facts["collisions"] >= 20 - 12
     assert tree.read_bytes().startswith(b"\x89PNG")
+
+
+def test_index_without_a_hub_has_no_encoder_and_says_so(pictures, tiny_model_dir, tmp_path):
+    options = ("--model", tiny_model_dir, "--device", "cpu")
+    done = CliRunner().invoke(app, [*map(str, ("index", pictures, "--out", tmp_path / "index", *options))])
+    assert done.exit_code == 0, done.output
+    assert "made without an encoder" in " ".join(done.stderr.split())
+    assert DEFAULT_ENCODER in done.stderr.replace("\n", "")
+    assert load_index(tmp_path / "index").manifest.encoder is None
+
+
+def test_named_encoder_that_does_not_load_is_an_error(pictures, tiny_model_dir, tmp_path):
+    options = ("--model", tiny_model_dir, "--device", "cpu", "--encoder", DEFAULT_ENCODER)
+    done = CliRunner().invoke(app, [*map(str, ("index", pictures, "--out", tmp_path / "index", *options))])
+    assert isinstance(done.exception, EncoderUnavailable)
+    assert not (tmp_path / "index").exists()
 
 
 def test_index_with_an_encoder_recalls_before_training(pictures, tiny_model_dir, encoder, tmp_path):

@@ -142,10 +142,25 @@ def test_version_3_without_a_checksum_is_read_and_upgraded(folder):
     (folder / "manifest.json").write_text(json.dumps(raw))
     assert recalled_ids(load_index(folder)) == recalled_ids(index)
     remove_images(load_index(folder), ["red-circle"])
-    assert json.loads((folder / "manifest.json").read_text())["format_version"] == FORMAT_VERSION == 4
+    assert json.loads((folder / "manifest.json").read_text())["format_version"] == FORMAT_VERSION == 5
     (folder / "manifest.json").write_text(json.dumps({**raw, "format_version": FORMAT_VERSION}))
     with pytest.raises(IndexDamaged, match="checksum"):
         load_index(folder)
+
+
+def test_version_4_with_an_encoder_of_the_scheme_is_read(folder):
+    """Version 4 has no vectors, and names the encoder of caption codes among the options of the scheme."""
+    index = load_index(folder)
+    options = {**index.manifest.scheme_options, "encoder": "sentence-transformers/all-MiniLM-L6-v2"}
+    del options["source"]
+    changed = {"format_version": 4, "scheme_options": options}
+    (folder / "manifest.json").write_text(manifest_text(index.manifest.model_copy(update=changed)))
+    read = load_index(folder)
+    assert (read.scheme().options()["source"], read.manifest.encoder) == ("vectors", None)
+    assert recalled_ids(read) == recalled_ids(index)
+    remove_images(read, ["red-circle"])
+    assert json.loads((folder / "manifest.json").read_text())["format_version"] == FORMAT_VERSION
+    assert load_index(folder).scheme().options()["source"] == "vectors"
 
 
 @pytest.mark.parametrize("n_bytes", [0, 100, 1000, 3000])

@@ -35,17 +35,17 @@ NOT_RUN = ("browse", "serve")
 
 INSTEAD = {
     "HuggingFaceTB/SmolVLM-256M-Instruct": "tiny-model",
-    "sentence-transformers/all-MiniLM-L6-v2": "tiny-encoder",
     "8": "2",
     "--offline": None,
 }
 """Replacements of words: the model has 67,000 weights in two layers, and the batch runs without vLLM."""
 
-SHORTER = {
+MORE = {
+    "index": ["--encoder", "tiny-encoder"],
     "train": ["--max-steps", "2", "--lora-rank", "2"],
     "write-queries": ["--per-image", "3"],
 }
-"""Additional options that shorten slow commands."""
+"""Additional options: the encoder, without a model hub, and those that shorten slow commands."""
 
 
 def commands_of(program):
@@ -98,7 +98,7 @@ def session(tmp_path_factory, tiny_model_dir, encoder):
             replaced = [INSTEAD.get(word, word) for word in options]
             if "--epochs" in replaced:
                 replaced = replaced[: replaced.index("--epochs")]
-            arguments = [name, *filter(None, replaced), *SHORTER.get(name, []), "--json"]
+            arguments = [name, *filter(None, replaced), *MORE.get(name, []), "--json"]
             done = CliRunner().invoke(app, arguments)
             assert done.exit_code == 0, (arguments, done.output, done.exception)
             session.outputs[shlex.join(words)] = json.loads(done.stdout)

@@ -110,7 +110,7 @@ def test_a_server_that_is_gone_names_the_way_out(endpoint):
 
 @pytest.mark.torch
 def test_a_folder_that_is_no_encoder_names_the_choices(tmp_path):
-    with pytest.raises(EncoderUnavailable, match="does not load as an encoder.* or `none`"):
+    with pytest.raises(EncoderUnavailable, match=r"does not load as an encoder.* or `none`"):
         load_encoder(str(tmp_path))
 
 

@@ -247,7 +247,7 @@ async def _answer(request: RecallRequest, app: FastAPI) -> RecallResponse:
     engine, adapters = app.state.engine_client, app.state.openai_serving_models.lora_requests
     lora = adapters.get(served_name(index.weights_id or ""))
     engine_scorer = EngineScorer(engine, engine.vllm_config.model_config.max_model_len, lora)
-    scoring = index.scoring(request.choice(), pictured=request.image is not None)
+    scoring = index.scoring(request.choice(), image_query=request.image is not None)
     options = with_scoring(request.options(loaded.leaf_filter(request.record_filters())), index, scoring)
     prompts = _prompts(request, index)
     scorer = loaded.blender.scorer(cast(Scorer, engine_scorer), scoring)
