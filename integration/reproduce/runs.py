@@ -14,7 +14,7 @@ import gc
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,6 @@ from integration.reproduce.karpathy import Karpathy
 from integration.reproduce.protocols import Plan, check_no_leak
 from llama_index_genret.corpus import Corpus
 from llama_index_genret.errors import TrainingError
-from llama_index_genret.identifiers.diagnostics import diagnose
 from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.serving.batch import open_batch
@@ -154,8 +153,7 @@ class Run:
                     self._ask(index, scorer, query_file, pool, file)
             del scorer
             _free()
-        note = _collisions(index)
-        return {pool: replace(read_hits(file), note=note) for pool, file in files.items()}
+        return {pool: read_hits(file) for pool, file in files.items()}
 
     def _ask(self, index: Index, scorer: Any, query_file: Path, pool: Pool, out: Path) -> None:
         filters = {"split": self.split} if pool == "split" else None
@@ -201,11 +199,6 @@ def bar(label: str) -> Any:
 def _adapter(index: Index) -> str:
     """Return the checksum of the trained weights. Rows of symbols that join later are stored separately."""
     return index.manifest.files[f"{ADAPTER}{MODEL}"].sha256
-
-
-def _collisions(index: Index) -> str:
-    found = diagnose(index.identifiers, index.scheme().codes_per_level()).collisions
-    return f"{found} of {len(index.records)} images share their codes, separated by a suffix" if found else ""
 
 
 def _free() -> None:

@@ -5,7 +5,7 @@ Depends on features, captions and symbols; independent of tokenizers, tries and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
@@ -90,7 +90,7 @@ class Scheme(Protocol):
     def codes_per_level(self) -> tuple[int, ...]:
         """Return the number of symbols of each level. Empty if the scheme fixes no levels.
 
-        An identifier with more symbols than levels has a suffix.
+        In an index of format 4 or older, an identifier with more symbols than levels has a suffix.
         """
 
     def options(self) -> dict[str, Any]:
@@ -161,21 +161,3 @@ class FirstFree(Generic[Key]):
         identifier = next(candidate for candidate in self._open[key] if candidate not in self._taken)
         self._taken.add(identifier)
         return identifier
-
-
-def suffix_collisions(codes: Sequence[Identifier], suffix: Callable[[int, int], Identifier]) -> list[Identifier]:
-    """Make identifiers unique: all images that share codes get a suffix, counted from 0. Other images get none.
-
-    Args:
-        codes: n identifiers of one length, so that none is a proper prefix of another.
-        suffix: maps (count within the group, group size) to symbols, of one length within a group.
-    """
-    groups: dict[Identifier, list[int]] = {}
-    for row, code in enumerate(codes):
-        groups.setdefault(code, []).append(row)
-    identifiers = list(codes)
-    for code, rows in groups.items():
-        if len(rows) > 1:
-            for count, row in enumerate(rows):
-                identifiers[row] = code + suffix(count, len(rows))
-    return identifiers

@@ -34,15 +34,15 @@ MINI_BATCH_FROM = 4096
 """Number of distinct rows from which mini-batch k-means is used (Sculley 2010)."""
 
 
-def kmeans_tree(features: Float32, sizes: Sequence[int], *, seed: int, shared: bool = False) -> TreeCodebooks:
+def kmeans_tree(features: Float32, sizes: Sequence[int], *, seed: int) -> TreeCodebooks:
     """Fit a k-means tree by cosine similarity. The next level clusters each cluster of a level again.
+
+    A code means a similar direction under every parent, as the model has one embedding row for it (`_shared_codes`).
 
     Args:
         features: (n, d) float32, of any scale.
         sizes: largest number of children of a node, one number per level. Every node contains at least one feature.
         seed: of k-means.
-        shared: True: a code means a similar direction under every parent, as the model has one embedding row for it
-            (see `_shared_codes`). Default False: the children of each node are numbered from 0.
     """
     unit = unit_rows(features)
     node = np.zeros(len(unit), np.int64)
@@ -54,32 +54,33 @@ def kmeans_tree(features: Float32, sizes: Sequence[int], *, seed: int, shared: b
         parts = [kmeans(unit[rows], size, seed=seed) for rows in np.split(order, starts[1:])]
         offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
         centroids = np.concatenate(parts)
-        codes = sibling_positions(offsets)
-        if shared and len(parts) > 1:
-            codes = _shared_codes(centroids - np.repeat(parents, np.diff(offsets), axis=0), offsets, size, seed=seed)
-        level = TreeLevel(centroids, offsets, codes)
+        codes, directions = sibling_positions(offsets), centroids[:0]
+        if len(parts) > 1:
+            away = centroids - np.repeat(parents, np.diff(offsets), axis=0)
+            directions = kmeans(away, size, seed=seed)
+            codes = _shared_codes(away, offsets, directions)
+        level = TreeLevel(centroids, offsets, codes, directions)
         node, parents = level.nearest(unit, node), centroids
         levels.append(level)
     return TreeCodebooks(tuple(levels))
 
 
-def _shared_codes(away: Float32, offsets: Int64, size: int, *, seed: int) -> Int64:
-    """Return (m,) codes below `size` for the children of all parents of a level, unique under each parent.
+def _shared_codes(away: Float32, offsets: Int64, directions: Float32) -> Int64:
+    """Return (m,) codes for the children of all parents of a level, unique under each parent.
 
-    The differences between child and parent are clustered over all parents. The children of each parent get cluster
-    numbers by the assignment with the least sum of squared distances (Kuhn 1955). If a parent has more children than
-    there are clusters, the rest get any free numbers.
+    The children of each parent get numbers of directions by the assignment with the least sum of squared distances
+    (Kuhn 1955). If a parent has more children than there are directions, the rest get any free numbers.
 
     Args:
         away: (m, d) child minus parent.
         offsets: (parents + 1,), see `TreeLevel`.
+        directions: (k, d) the clusters of `away` over all parents.
     """
-    shared = kmeans(away, size, seed=seed)
     codes = np.empty(len(away), np.int64)
     for first, end in pairwise(offsets.tolist()):
         own = away[first:end]
-        cost = np.full((len(own), max(len(own), len(shared))), np.float32(32))  # above any squared distance here
-        cost[:, : len(shared)] = (own**2).sum(1)[:, None] + (shared**2).sum(1) - 2 * own @ shared.T
+        cost = np.full((len(own), max(len(own), len(directions))), np.float32(32))  # above any squared distance here
+        cost[:, : len(directions)] = (own**2).sum(1)[:, None] + (directions**2).sum(1) - 2 * own @ directions.T
         children, numbers = linear_sum_assignment(cost)
         codes[first + children] = numbers
     return codes

@@ -22,8 +22,17 @@ PRODUCT_ENTRIES = 2**24
 class Codebooks(Protocol):
     """Maps every feature to one code per level."""
 
-    def encode(self, features: Float32) -> Int64:
-        """Return (n, levels) codes of (n, d) features. The norm of a feature has no effect."""
+    def encode(self, features: Float32) -> tuple[Int64, Float32]:
+        """Return (n, levels) codes of (n, d) features, and their (n,) squared distances to the last centroid.
+
+        The norm of a feature has no effect.
+        """
+
+    def nearest_codes(self, feature: Float32, prefix: tuple[int, ...], size: int) -> Int64:
+        """Return (size,) all codes of the level after `prefix`, the nearest to a (d,) feature first.
+
+        Codes that have no centroid there come last, ascending.
+        """
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays to store."""
@@ -36,11 +45,14 @@ class TreeLevel:
     centroids: (m, d) float32. They are the parents of the next level.
     offsets: (parents + 1,) int64: parent p has the centroids offsets[p] .. offsets[p + 1] - 1, at least one.
     codes: (m,) int64, unique under each parent.
+    directions: (k, d) float32, k at most the number of codes: what a code adds to its parent where no child has it.
+        (0, d) for a level that has one parent.
     """
 
     centroids: Float32
     offsets: Int64
     codes: Int64
+    directions: Float32
 
     def nearest(self, unit: Float32, parent: Int64) -> Int64:
         """Return (n,) the nearest centroid under each row's parent, the first of equally near ones.
@@ -55,6 +67,14 @@ class TreeLevel:
             nearest[rows] = first + nearest_rows(unit[rows], self.centroids[first:end])
         return nearest
 
+    def child(self, parent: int, code: int) -> int:
+        """Return the child of a parent that has a code, -1 if none has it or the parent is -1."""
+        if parent < 0:
+            return -1
+        first, end = self.offsets[parent : parent + 2].tolist()
+        found = np.flatnonzero(self.codes[first:end] == code)
+        return first + int(found[0]) if len(found) else -1
+
 
 @dataclass(frozen=True, eq=False)
 class TreeCodebooks:
@@ -62,7 +82,7 @@ class TreeCodebooks:
 
     levels: tuple[TreeLevel, ...]
 
-    def encode(self, features: Float32) -> Int64:
+    def encode(self, features: Float32) -> tuple[Int64, Float32]:
         """See `Codebooks.encode`."""
         unit = unit_rows(features)
         node = np.zeros(len(unit), np.int64)
@@ -71,24 +91,43 @@ class TreeCodebooks:
             child = level.nearest(unit, node)
             codes.append(level.codes[child])
             node = child
-        return np.stack(codes, axis=1)
+        return np.stack(codes, axis=1), squared_norms(unit - self.levels[-1].centroids[node])
+
+    def nearest_codes(self, feature: Float32, prefix: tuple[int, ...], size: int) -> Int64:
+        """See `Codebooks.nearest_codes`. A code that no child has lies at its direction from the parent."""
+        (unit,) = unit_rows(feature[None])
+        node, centre = 0, np.zeros_like(unit)  # node -1: no image of the fitted tree lies below
+        for level, code in zip(self.levels, prefix, strict=False):
+            child = level.child(node, code)
+            if child >= 0:
+                centre = level.centroids[child]
+            elif code < len(level.directions):
+                centre = centre + level.directions[code]
+            node = child
+        level = self.levels[len(prefix)]
+        distance = np.full(size, np.inf, np.float32)
+        distance[: len(level.directions)] = squared_norms(unit - centre - level.directions)
+        if node >= 0:
+            children = slice(level.offsets[node], level.offsets[node + 1])
+            distance[level.codes[children]] = squared_norms(unit - level.centroids[children])
+        return np.argsort(distance, kind="stable")
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return `centroids{l}`, `offsets{l}` and `codes{l}` of each `TreeLevel`."""
+        """Return `centroids{l}`, `offsets{l}`, `codes{l}` and `directions{l}` of each `TreeLevel`."""
         return {f"{name}{i}": array for i, level in enumerate(self.levels) for name, array in vars(level).items()}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], levels: int) -> TreeCodebooks:
         """Restore the codebooks that `arrays` returned.
 
-        In trees that were stored without codes, the codes number the children of each node from 0.
+        In trees that were stored without codes, the codes number the children of each node from 0. In trees that were
+        stored without directions, a code that no child has lies nowhere.
         """
         tree_levels = []
         for i in range(levels):
-            offsets = arrays[f"offsets{i}"]
-            tree_levels.append(
-                TreeLevel(arrays[f"centroids{i}"], offsets, arrays.get(f"codes{i}", sibling_positions(offsets)))
-            )
+            centroids, offsets = arrays[f"centroids{i}"], arrays[f"offsets{i}"]
+            codes = arrays.get(f"codes{i}", sibling_positions(offsets))
+            tree_levels.append(TreeLevel(centroids, offsets, codes, arrays.get(f"directions{i}", centroids[:0])))
         return cls(tuple(tree_levels))
 
 
@@ -101,7 +140,7 @@ class ResidualCodebooks:
 
     centroids: tuple[Float32, ...]
 
-    def encode(self, features: Float32) -> Int64:
+    def encode(self, features: Float32) -> tuple[Int64, Float32]:
         """See `Codebooks.encode`.
 
         for row, level: codes[row, level] = argmin_c |residual - centroids[level][c]|²; residual -= that centroid
@@ -112,7 +151,18 @@ class ResidualCodebooks:
             code = nearest_rows(residual, level)
             codes.append(code)
             residual = residual - level[code]
-        return np.stack(codes, axis=1)
+        return np.stack(codes, axis=1), squared_norms(residual)
+
+    def nearest_codes(self, feature: Float32, prefix: tuple[int, ...], size: int) -> Int64:
+        """See `Codebooks.nearest_codes`."""
+        (residual,) = unit_rows(feature[None])
+        for level, code in zip(self.centroids, prefix, strict=False):
+            if code < len(level):
+                residual = residual - level[code]
+        level = self.centroids[len(prefix)]
+        distance = np.full(size, np.inf, np.float32)
+        distance[: len(level)] = squared_norms(residual - level)
+        return np.argsort(distance, kind="stable")
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return `centroids{l}`: (m_l, d) float32."""
@@ -138,6 +188,11 @@ def nearest_rows(points: Float32, centroids: Float32) -> Int64:
         part = slice(start, start + chunk)
         nearest[part] = np.argmin(half_norms - points[part] @ centroids.T, axis=1)
     return nearest
+
+
+def squared_norms(rows: Float32) -> Float32:
+    """Return (n,) |row|² of (n, d)."""
+    return np.asarray(np.einsum("nd,nd->n", rows, rows))
 
 
 def unit_rows(features: Float32) -> Float32:

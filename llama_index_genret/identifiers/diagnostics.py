@@ -44,15 +44,9 @@ class LevelDiagnosis:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Figures of all levels.
-
-    levels: one entry per level.
-    collisions: number of images that share the codes of another and so have a suffix; None if the scheme fixes no
-        levels.
-    """
+    """Figures of all levels, one entry per level."""
 
     levels: tuple[LevelDiagnosis, ...]
-    collisions: int | None
 
     def to_json(self) -> dict[str, Any]:
         """Return nested plain values."""
@@ -65,15 +59,14 @@ def diagnose(identifiers: Sequence[Identifier], codes_per_level: Sequence[int] =
         for level: nodes = {i[:level + 1] for i in identifiers}; children of a node = the nodes that begin with it
 
     Args:
-        codes_per_level: see `Scheme.codes_per_level`. A longer identifier has a suffix, as its codes were taken.
+        codes_per_level: see `Scheme.codes_per_level`.
     """
     depth = max(map(len, identifiers), default=0)
     available = [*codes_per_level, *([None] * depth)]
     levels = tuple(
         _level([i for i in identifiers if len(i) > level], level, available[level]) for level in range(depth)
     )
-    longer = sum(len(identifier) > len(codes_per_level) for identifier in identifiers)
-    return Diagnosis(levels, longer if codes_per_level else None)
+    return Diagnosis(levels)
 
 
 def _level(identifiers: Sequence[Identifier], level: int, available: int | None) -> LevelDiagnosis:

@@ -45,6 +45,12 @@ Version 3 has no checksum of the manifest. Version 4 has no encoder and no vecto
 CHECKSUMMED = 4
 """The first format whose manifest has a checksum."""
 
+WITH_ENCODER = 5
+"""The first format with an encoder, and the first whose `structured` identifiers have no suffix."""
+
+SUFFIXES_BEFORE = 32
+"""Suffix symbols in the vocabulary of a `structured` index before `WITH_ENCODER`."""
+
 MANIFEST = "manifest.json"
 LOCK = "write.lock"
 LOCK_WAIT_S = 60.0
@@ -162,12 +168,18 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} is damaged: it differs from its own checksum. Restore it, or create the index again. "
             "Do not edit it by hand."
         )
-    if isinstance(options := raw.get("scheme_options"), dict) and "encoder" in options:  # before format 5
-        raw["scheme_options"] = {**{key: options[key] for key in options if key != "encoder"}, "source": "vectors"}
+    if version < WITH_ENCODER and raw.get("scheme") == "structured" and isinstance(raw.get("scheme_options"), dict):
+        raw["scheme_options"] = _upgraded_options(raw["scheme_options"])
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         raise IndexDamaged(f"{path} is damaged: {error}. Restore it, or create the index again.") from error
+
+
+def _upgraded_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of `structured` in format 5, from those of an older format."""
+    kept = {name: value for name, value in options.items() if name != "encoder"}
+    return {**kept, "source": "vectors" if "encoder" in options else "features", "suffixes": SUFFIXES_BEFORE}
 
 
 def readable_manifest(folder: Path) -> Manifest | None:

@@ -28,7 +28,6 @@ unique_identifiers = st.sets(st.lists(st.sampled_from("abcd"), min_size=1, max_s
 def test_figures_of_a_level_equal_plain_loops(identifiers):
     diagnosis = diagnose(identifiers, (4, 4))
     assert len(diagnosis.levels) == max(map(len, identifiers))
-    assert diagnosis.collisions == sum(len(i) > 2 for i in identifiers)
     for level, found in enumerate(diagnosis.levels):
         reaching = [i for i in identifiers if len(i) > level]
         nodes = {i[: level + 1] for i in reaching}
@@ -54,9 +53,8 @@ def test_entropy_is_full_for_even_use_and_0_for_one_code():
     assert (one.entropy_bits, one.relative_entropy) == (0.0, 0.0)
 
 
-def test_collisions_are_none_without_fixed_levels():
+def test_codes_are_not_counted_without_fixed_levels():
     diagnosis = diagnose([("1",), ("1", "2")])
-    assert diagnosis.collisions is None
     assert json.loads(json.dumps(diagnosis.to_json()))["levels"][0]["codes_available"] is None
 
 

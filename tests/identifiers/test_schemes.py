@@ -70,7 +70,7 @@ def assert_prefix_free(identifiers):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @given(image_facts(), image_facts(), image_facts())
 def test_identifiers_are_unique_for_any_and_added_images(scheme, first, second, third):
-    options = {"sizes": 2} if scheme == "structured" else {}
+    options = {"sizes": 2, "levels": 8} if scheme == "structured" else {}
     instance = get_scheme(scheme, **options)
     identifiers = instance.fit(first, seed=0)
     symbols = instance.new_symbols()

@@ -1,49 +1,152 @@
-"""Test the codes of image features: clusters, levels, and the suffix for collisions."""
+"""Test the codes of image features: clusters, levels, and the next free code for collisions."""
 
+import math
 import sys
-from itertools import pairwise, permutations
+from itertools import pairwise, permutations, product
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_index_genret.errors import IdentifierError
 from llama_index_genret.identifiers import get_scheme
-from llama_index_genret.identifiers.base import suffix_collisions
 from llama_index_genret.identifiers.clustering import _shared_codes, kmeans
-from llama_index_genret.identifiers.structured import SUFFIX_SYMBOLS, StructuredScheme
+from llama_index_genret.identifiers.structured import StructuredScheme
 from tests.identifiers.test_schemes import assert_prefix_free, assert_unique, facts, random_features
 
 pytestmark = pytest.mark.torch
 
 
-@given(st.sampled_from(["kmeans", "rq"]), st.integers(1, 60), st.integers(1, 60), st.integers(0, 99))
-def test_structured_identifiers_are_prefix_free(method, n_distinct, copies, seed):
+METHODS = st.sampled_from(["kmeans", "rq"])
+
+
+def numbers(identifier):
+    """`("<g0_3>", "<g1_0>")` as (3, 0)."""
+    return tuple(int(symbol.strip("<>g").partition("_")[2]) for symbol in identifier)
+
+
+def is_free(prefix, sizes, taken):
+    below = sum(codes[: len(prefix)] == prefix for codes in taken)
+    return below < math.prod(sizes[len(prefix) :])
+
+
+def next_free(arrays, method, sizes, feature, own, taken):
+    """The nearest free codes by definition, in plain loops over the stored arrays."""
+    depth = max(depth for depth in range(len(own) + 1) if is_free(own[:depth], sizes, taken))
+    codes = own[:depth]
+    while len(codes) < len(sizes):
+        distance = code_distances(arrays, method, sizes, feature, codes)
+        free = [c for c in range(sizes[len(codes)]) if is_free((*codes, c), sizes, taken)]
+        codes = (*codes, min(free, key=lambda c: (distance[c], c)))
+    return codes
+
+
+def code_distances(arrays, method, sizes, feature, prefix):
+    """The squared distance to each code of the next level; infinity for a code without a place."""
+    unit, centre, node = feature / np.linalg.norm(feature), np.zeros_like(feature), 0
+    places = {}
+    for level in range(len(prefix) + 1):
+        if method == "rq":
+            places = dict(enumerate(centre + arrays[f"centroids{level}"]))
+            nodes = dict.fromkeys(places)
+        else:
+            places, nodes = dict(enumerate(centre + arrays[f"directions{level}"])), {}
+            if node is not None:
+                for child in range(*arrays[f"offsets{level}"][node : node + 2]):
+                    code = int(arrays[f"codes{level}"][child])
+                    places[code], nodes[code] = arrays[f"centroids{level}"][child], child
+        if level < len(prefix):
+            centre, node = places.get(prefix[level], centre), nodes.get(prefix[level])
+    return [np.float32(((unit - places[c]) ** 2).sum()) if c in places else np.inf for c in range(sizes[len(prefix)])]
+
+
+@given(METHODS, st.integers(1, 60), st.integers(1, 60), st.integers(0, 99))
+def test_identifiers_are_distinct_and_of_one_length(method, n_distinct, copies, seed):
     features = np.repeat(random_features(n_distinct, 5, seed), copies, axis=0)[:300]
     scheme = get_scheme("structured", method=method, levels=2, sizes=3)
     identifiers = scheme.fit(facts(len(features), features), seed=seed)
-    assert_prefix_free(identifiers)
+    assert_unique(identifiers)
+    assert {len(identifier) for identifier in identifiers} == {scheme.levels}
+    assert math.prod(scheme.codes_per_level()) >= 2 * len(features)
     assert {s for identifier in identifiers for s in identifier} <= set(scheme.new_symbols())
 
 
-def test_suffix_is_added_only_where_codes_collide():
-    codes = [("a",), ("b",), ("a",), ("c",)]
-    named = suffix_collisions(codes, lambda count, size: (f"s{count}/{size}",))
-    assert named == [("a", "s0/2"), ("b",), ("a", "s1/2"), ("c",)]
+@given(METHODS, st.integers(2, 40), st.integers(1, 30), st.integers(0, 99))
+def test_one_of_equal_codes_keeps_them_the_nearest(method, n, copies, seed):
+    """An image loses its codes only to one that is at least as near to their centroid."""
+    draw = np.random.default_rng(seed)
+    features = np.concatenate([random_features(n, 3, seed)] * copies)[:60]
+    features = (features + draw.normal(0, 0.05, features.shape)).astype(np.float32)
+    scheme = StructuredScheme(method)
+    identifiers = scheme.fit(facts(len(features), features), seed=0)
+    own, distance = scheme._codebooks.encode(features)
+    holder = {numbers(identifier): row for row, identifier in enumerate(identifiers)}
+    for row, codes in enumerate(map(tuple, own.tolist())):
+        assert codes in holder
+        keeper = holder[codes]
+        assert tuple(own[keeper]) == codes
+        assert (distance[keeper], keeper) <= (distance[row], row)
 
 
-def test_added_image_with_taken_codes_gets_known_suffix():
-    features = random_features(40)
-    scheme = StructuredScheme()
-    identifiers = scheme.fit(facts(40, features), seed=0)
-    row = next(row for row, identifier in enumerate(identifiers) if len(identifier) == 2)
-    symbols = scheme.new_symbols()
-    added = scheme.extend(
-        facts(SUFFIX_SYMBOLS + 1, np.repeat(features[[row]], SUFFIX_SYMBOLS + 1, axis=0)), identifiers
-    )
-    assert added[0] == (*identifiers[row], "<s_0>")
-    assert added[-1] == (*identifiers[row], "<s_0>", "<s_0>")
-    assert scheme.new_symbols() == symbols
+@given(METHODS, st.integers(1, 12), st.integers(0, 99), st.data())
+def test_added_image_gets_the_next_free_code_by_definition(method, n, seed, data):
+    scheme = StructuredScheme(method, levels=3, sizes=3)
+    identifiers = scheme.fit(facts(n, random_features(n, 4, seed)), seed=0)
+    every = sorted(product(range(3), repeat=3))
+    others = data.draw(st.lists(st.sampled_from(every), unique=True, max_size=26))
+    taken = {*map(numbers, identifiers), *others}
+    if len(taken) == len(every):
+        taken.discard(others[-1])
+    (feature,) = random_features(1, 4, seed + 1000)
+    symbols = [tuple(f"<g{level}_{code}>" for level, code in enumerate(codes)) for codes in taken]
+    (added,) = scheme.extend(facts(1, feature[None]), symbols)
+    (own,) = map(tuple, scheme.encode(feature[None]).tolist())
+    assert numbers(added) == next_free(scheme.arrays(), method, (3, 3, 3), feature, own, taken)
+    restored = get_scheme("structured", **scheme.options())
+    restored.restore(scheme.arrays())
+    assert restored.extend(facts(1, feature[None]), symbols) == [added]
+
+
+@pytest.mark.parametrize("method", ["kmeans", "rq"])
+def test_every_code_is_given_before_an_error_names_the_way_out(method):
+    scheme = StructuredScheme(method, levels=2, sizes=4)
+    identifiers = scheme.fit(facts(5, random_features(5)), seed=0)
+    identifiers += scheme.extend(facts(11, random_features(11, seed=2)), identifiers)
+    assert sorted(map(numbers, identifiers)) == sorted(product(range(4), repeat=2))
+    with pytest.raises(IdentifierError, match=r"2 images .* 0 of 16 are free .*`genret remove`.*`genret index`"):
+        scheme.extend(facts(2, random_features(2)), identifiers)
+    assert scheme.extend(facts(1, random_features(1)), identifiers[1:]) == identifiers[:1]  # a removed one is free
+
+
+@pytest.mark.parametrize(
+    ("options", "n", "sizes"),
+    [
+        ({}, 100, (15, 15)),
+        ({"sizes": 2}, 9, (2,) * 5),
+        ({"sizes": [4, 3]}, 20, (4, 3, 3, 3)),
+        ({"levels": 1}, 40_000, (2**16, 2**16)),
+        ({"levels": 1, "sizes": 7}, 3, (7,)),
+    ],
+)
+def test_new_index_has_two_codes_for_each_image(options, n, sizes):
+    scheme = StructuredScheme(**options)
+    scheme._choose_sizes(n)
+    assert scheme.codes_per_level() == sizes
+
+
+def test_older_index_keeps_its_suffix_symbols_and_gives_free_codes():
+    """Codes that have a suffix somewhere are taken, so that no identifier is a prefix of another."""
+    scheme = StructuredScheme(levels=2, sizes=3)
+    scheme.fit(facts(4, random_features(4)), seed=0)
+    older = StructuredScheme(levels=2, sizes=3, suffixes=32)
+    older.restore({name: array for name, array in scheme.arrays().items() if not name.startswith("directions")})
+    assert older.new_symbols() == [*scheme.new_symbols(), *(f"<s_{number}>" for number in range(32))]
+    assert older.options() == {**scheme.options(), "suffixes": 32}
+    taken = [("<g0_0>", "<g1_0>", "<s_0>"), ("<g0_0>", "<g1_0>", "<s_1>"), ("<g0_1>", "<g1_0>")]
+    added = older.extend(facts(7, random_features(7)), taken)
+    assert_prefix_free([*taken, *added])
+    assert {len(identifier) for identifier in added} == {2}
 
 
 @pytest.mark.parametrize("method", ["kmeans", "rq"])
@@ -89,7 +192,7 @@ def test_shared_codes_minimise_the_sum_of_distances():
         away = draw.normal(size=(2 * children, 4)).astype(np.float32)
         shared = kmeans(away, 5, seed=0)
         distances = np.pad(((away[:, None] - shared) ** 2).sum(-1), ((0, 0), (0, 5 - len(shared))), constant_values=32)
-        codes = _shared_codes(away, np.array([0, children, 2 * children]), 5, seed=0)
+        codes = _shared_codes(away, np.array([0, children, 2 * children]), shared)
         for own, found in zip(np.split(distances, 2), np.split(codes, 2), strict=True):
             sums = [own[range(children), list(numbers)].sum() for numbers in permutations(range(5), children)]
             assert own[range(children), found].sum() == pytest.approx(min(sums))
