@@ -2,7 +2,7 @@
 
     log p(child | node, query) = w * log p_model + (1 - w) * log p_encoder + constant
 
-Where the model has not learnt an image, its share is the encoder's. `model_weight=1` is the model alone.
+The model's probability of an image that it has not learned is the encoder's. `model_weight=1` is the model alone.
 Depends on sessions of two scorers and, for `Blender`, on the index; independent of torch.
 
 Source: logarithmic opinion pools (Genest and Zidek 1986), applied to the next symbol instead of whole images.
@@ -22,13 +22,15 @@ from llama_index_genret.errors import NotTrained, SearchError
 from llama_index_genret.models.encoder import Encoder
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import AsyncSession, Scorer, Scores, Session
-from llama_index_genret.scorers.encoder import EncoderScorer
+from llama_index_genret.scorers.encoder import EncoderScorer, EncoderSession
 from llama_index_genret.scorers.rerank import Continuation, Float64
 from llama_index_genret.search import Normalise, Rows
 from llama_index_genret.store import Index, Scoring
 from llama_index_genret.store.model_state import unseen_rows
 from llama_index_genret.store.scoring import DEFAULT_TEMPERATURE
 from llama_index_genret.trie import LeafFilter
+
+Int64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -59,54 +61,87 @@ class BlendScorer:
     def session(self, prompts: Sequence[Prompt], normalise: Normalise) -> Iterator[Session]:
         """See `Scorer.session`."""
         with self.model.session(prompts, normalise) as session:
-            if not self._blends(prompts, normalise):
-                yield session
-                return
-            with self.encoder.session(prompts, normalise) as encoded:
-                yield _BlendSession(self, session, encoded)
+            yield _BlendSession(self._blending(prompts), session) if self._blends(prompts, normalise) else session
 
     @asynccontextmanager
     async def async_session(self, prompts: Sequence[Prompt], normalise: Normalise) -> AsyncIterator[AsyncSession]:
-        """See `Scorer.async_session`: both score at the same time."""
+        """See `Scorer.async_session`: both score at the same time, the encoder in a thread."""
         async with self.model.async_session(prompts, normalise) as session:
-            if not self._blends(prompts, normalise):
-                yield session
-                return
-            async with self.encoder.async_session(prompts, normalise) as encoded:
-                yield _AsyncBlendSession(self, session, encoded)
+            yield _AsyncBlendSession(self._blending(prompts), session) if self._blends(prompts, normalise) else session
 
     def _blends(self, prompts: Sequence[Prompt], normalise: Normalise) -> bool:
         readable = all(map(self.encoder.reads, prompts))
         return readable and normalise is Normalise.CHILDREN and (self.model_weight < 1.0 or self.learned is not None)
 
-    def combine(self, rows: Rows, by_model: Scores, by_encoder: Scores) -> Scores:
-        """Return (m,) float64 scores of the children of each row.
+    def _blending(self, prompts: Sequence[Prompt]) -> _Blending:
+        return _Blending(self.model_weight, EncoderSession(self.encoder, prompts), self.learned)
 
-            for row in rows:
-                p_model = p_encoder where no learned image lies below
-                p_model = softmax(by_model over the other children) * (their sum of p_encoder)
-                yield w * log p_model + (1 - w) * log p_encoder
 
-        Args:
-            by_model, by_encoder: (m,) scores of each, a constant per row away from log-probabilities.
-        """
-        encoder = _log_softmax(np.asarray(by_encoder, np.float64), rows.offsets)
-        model = np.asarray(by_model, np.float64)
-        if self.learned is None or rows.expansion is None:
-            model = _log_softmax(model, rows.offsets)
-        else:
-            model = _with_unlearned(model, encoder, rows.expansion.allowed(self.learned), rows.offsets)
-        return self.model_weight * model + (1.0 - self.model_weight) * encoder
+class _Blending:
+    """Combines the scores of one search.
+
+    The model says how the share of the images that it has learned is divided among them. Let A(node) be the part of
+    that share below a node, and U(node) the encoder's probability of the other images below:
+
+        A(root)  = the encoder's probability of all learned images
+        A(child) = A(node) * softmax(model's logits over the children with a learned image)
+        log p(child | node) = w * log(A(child) + U(child)) + (1 - w) * log p_encoder(child) + constant
+
+    So the model's probability of an image that it has not learned is the encoder's, wherever it lies in the tree.
+    """
+
+    def __init__(self, model_weight: float, encoder: EncoderSession, learned: LeafFilter | None) -> None:
+        self._weight, self._encoder, self._learned = model_weight, encoder, learned
+        self._log_shares: dict[tuple[int, tuple[int, ...]], tuple[Int64, Float64]] = {}
+
+    def embed(self, rows: Rows) -> tuple[Float64, Float64 | None]:
+        """Return (m,) log sums of the encoder below each child: over all images, and over those not learned."""
+        unlearned = None if self._learned is None else self._encoder.score(rows, without=self._learned)
+        return self._encoder.score(rows), unlearned
+
+    def combine(self, rows: Rows, by_model: Scores, by_encoder: tuple[Float64, Float64 | None]) -> Scores:
+        """Return (m,) float64 scores of the children of each row, a constant per row away from log p."""
+        model, (encoder, unlearned) = np.asarray(by_model, np.float64), by_encoder
+        if self._learned is not None and rows.expansion is not None and unlearned is not None:
+            below = rows.expansion.allowed(self._learned)
+            shares = _log_softmax(np.where(below, model, -np.inf), rows.offsets)
+            shares += np.repeat(self._shares_of(rows), np.diff(rows.offsets))
+            self._keep(rows, shares)
+            model = np.logaddexp(shares, unlearned)
+        return self._weight * model + (1.0 - self._weight) * encoder
+
+    def _shares_of(self, rows: Rows) -> Float64:
+        """Return (n,) log A of the node of each row. A node without a row is the only child of its parent."""
+        shares = np.empty(len(rows))
+        for place, (query, prefix) in enumerate(_keys(rows)):
+            for depth in range(len(prefix) - 1, -1, -1):
+                if known := self._log_shares.get((query, prefix[:depth])):
+                    tokens, log_shares = known
+                    shares[place] = log_shares[np.searchsorted(tokens, prefix[depth])]
+                    break
+            else:
+                shares[place] = self._encoder.log_total(self._learned)[query]
+        return shares
+
+    def _keep(self, rows: Rows, log_shares: Float64) -> None:
+        ends = rows.offsets.tolist()
+        for place, key in enumerate(_keys(rows)):
+            own = slice(ends[place], ends[place + 1])
+            self._log_shares[key] = rows.token_ids[own], log_shares[own]
+
+
+def _keys(rows: Rows) -> list[tuple[int, tuple[int, ...]]]:
+    prefixes = (tuple(token for token in prefix if token >= 0) for prefix in rows.prefixes.tolist())
+    return list(zip(rows.query.tolist(), prefixes, strict=True))
 
 
 @dataclass(frozen=True)
 class _BlendSession:
-    blend: BlendScorer
+    blending: _Blending
     model: Session
-    encoder: Session
 
     def score(self, rows: Rows) -> Scores:
-        return self.blend.combine(rows, self.model.score(rows), self.encoder.score(rows))
+        return self.blending.combine(rows, self.model.score(rows), self.blending.embed(rows))
 
     def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
         return self.model.log_likelihoods(continuations)
@@ -114,13 +149,14 @@ class _BlendSession:
 
 @dataclass(frozen=True)
 class _AsyncBlendSession:
-    blend: BlendScorer
+    blending: _Blending
     model: AsyncSession
-    encoder: AsyncSession
 
     async def score(self, rows: Rows) -> Scores:
-        by_model, by_encoder = await asyncio.gather(self.model.score(rows), self.encoder.score(rows))
-        return self.blend.combine(rows, by_model, by_encoder)
+        by_model, by_encoder = await asyncio.gather(
+            self.model.score(rows), asyncio.to_thread(self.blending.embed, rows)
+        )
+        return self.blending.combine(rows, by_model, by_encoder)
 
     async def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
         return await self.model.log_likelihoods(continuations)
@@ -176,15 +212,3 @@ def _log_softmax(scores: Float64, offsets: NDArray[np.int64]) -> Float64:
     shifted = scores - np.repeat(top, counts)
     total = np.add.reduceat(np.exp(shifted), offsets[:-1])
     return np.asarray(shifted - np.repeat(np.log(total, where=total > 0, out=np.zeros_like(total)), counts))
-
-
-def _with_unlearned(
-    model: Float64, encoder: Float64, learned: NDArray[np.bool_], offsets: NDArray[np.int64]
-) -> Float64:
-    """Return log p of the model, of which children without a learned image below take the encoder's."""
-    if learned.all():
-        return _log_softmax(model, offsets)
-    share = np.add.reduceat(np.where(learned, np.exp(encoder), 0.0), offsets[:-1])
-    log_share = np.log(share, where=share > 0, out=np.full_like(share, -np.inf))
-    among = _log_softmax(np.where(learned, model, -np.inf), offsets)
-    return np.where(learned, among + np.repeat(log_share, np.diff(offsets)), encoder)

@@ -29,7 +29,7 @@ from llama_index_genret.scorers.base import AsyncSession, Scores, Session, Threa
 from llama_index_genret.scorers.rerank import Continuation, Float64
 from llama_index_genret.search import Normalise, Rows
 from llama_index_genret.store.scoring import MIN_TEMPERATURE
-from llama_index_genret.trie import LiveTrie, child_masses
+from llama_index_genret.trie import LeafFilter, LiveTrie, child_masses
 
 CACHED_BYTES = 2**29
 """Vectors are kept in float32 up to this size. Larger ones are converted in blocks, at every query."""
@@ -144,12 +144,24 @@ class EncoderSession:
 
     def __init__(self, scorer: EncoderScorer, prompts: Sequence[Prompt]) -> None:
         self._scorer, self._prompts = scorer, prompts
+        self._without: tuple[LeafFilter, Float64] | None = None
 
-    def score(self, rows: Rows) -> Scores:
-        """Return (m,) float64 logarithms, for each row the same constant away from log p(child | prefix, query)."""
+    def score(self, rows: Rows, *, without: LeafFilter | None = None) -> Float64:
+        """Return (m,) float64 log sums of p(image | query) below each child, a constant per query away.
+
+        Args:
+            without: leaves that are not summed. A child that has no others gets -inf. Default None: all are summed.
+        """
         if rows.expansion is None:
             raise SearchError("the encoder scores nodes of its trie: only a search makes such rows.")
-        return np.log(child_masses(rows.expansion, self._weights, rows.query))
+        weights = self._weights if without is None else self._weights_without(without)
+        masses = child_masses(rows.expansion, weights, rows.query)
+        return np.log(masses, where=masses > 0, out=np.full_like(masses, -np.inf))
+
+    def log_total(self, leaves: LeafFilter) -> Float64:
+        """Return (queries,) the log sum over the given leaves, away from log p by the constants of `score`."""
+        chosen = leaves.contains(np.arange(leaves.n_leaves))
+        return np.asarray(np.log(self._weights[:, :-1].sum(axis=1, where=chosen)))
 
     def log_likelihoods(self, continuations: Sequence[Continuation]) -> Float64:
         """Raise QueryError: an encoder gives no probability of words."""
@@ -158,3 +170,10 @@ class EncoderSession:
     @cached_property
     def _weights(self) -> Float64:
         return self._scorer.leaf_weights(self._scorer.embed(self._prompts))
+
+    def _weights_without(self, leaves: LeafFilter) -> Float64:
+        if self._without is None or self._without[0] is not leaves:
+            weights = self._weights.copy()
+            weights[:, :-1][:, leaves.contains(np.arange(leaves.n_leaves))] = 0.0
+            self._without = leaves, weights
+        return self._without[1]

@@ -69,10 +69,20 @@ def test_unlearned_images_have_the_encoders_share(parts):
         [found[key] for key in range(24, N)], [by_encoder[key] for key in range(24, N)], atol=1e-9
     )
     np.testing.assert_allclose(np.exp(list(found.values())).sum(), 1.0)
-    among = np.array([ranked(model, live)[key] for key in range(24)])
-    got = np.array([found[key] for key in range(24)])
-    if live.depth == 1:
-        np.testing.assert_allclose(got - np.logaddexp.reduce(got), among - np.logaddexp.reduce(among), atol=1e-9)
+
+
+def test_learned_images_share_by_the_model_at_every_level(parts):
+    """By definition: unlearned images keep the encoder's, the rest is divided as in a tree without them."""
+    live, model, encoder = parts
+    mask = np.random.default_rng(0).random(N) < 0.7
+    learned, row = LeafFilter.from_mask(mask), live.key(np.arange(N))
+    by_encoder = np.array([ranked(encoder, live)[key] for key in range(N)])
+    alone = ranked(model, LiveTrie(live.base, live=learned, keys=live.keys))
+    share = np.logaddexp.reduce(by_encoder[row[mask]])
+    expected = by_encoder.copy()
+    expected[row[mask]] = [alone[key] + share for key in row[mask]]
+    found = ranked(BlendScorer(model, encoder, 1.0, learned), live)
+    np.testing.assert_allclose([found[key] for key in range(N)], expected, atol=1e-9)
 
 
 def test_an_image_query_goes_to_the_model_alone(parts):
