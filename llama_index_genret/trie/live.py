@@ -78,6 +78,16 @@ class _TrieChildren:
         node[here] = self.children.nodes_at(place[here], self.children.rows_of(place[here]))
         return node
 
+    def nodes(self) -> Int64:
+        """Return `take` of all children of the expansion."""
+        node = self.children.node
+        if self.entry is None:
+            return node
+        here = self.entry >= 0
+        nodes = np.full(len(self.entry), -1)
+        nodes[here] = node[self.entry[here]]
+        return nodes
+
     def allowed(self, leaves: LeafFilter) -> NDArray[np.bool_]:
         """Return True for each of `children` with an allowed leaf below it.
 
@@ -154,8 +164,7 @@ class Expansion:
 
         The third value is the leaf number of that trie's first leaf.
         """
-        entries = np.arange(self.offsets[-1])
-        return [(part.take(entries), part.trie, part.leaf_start) for part in self._parts]
+        return [(part.nodes(), part.trie, part.leaf_start) for part in self._parts]
 
     @property
     def _only(self) -> _TrieChildren:

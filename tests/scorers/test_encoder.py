@@ -11,7 +11,7 @@ from llama_index_genret.errors import EncoderError, QueryError, SearchError
 from llama_index_genret.models.encoder import CallableEncoder, unit
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import arecall, recall
-from llama_index_genret.scorers.encoder import EncoderScorer
+from llama_index_genret.scorers.encoder import EncoderScorer, widen
 from llama_index_genret.search import Normalise, Row, Rows, SearchOptions
 from llama_index_genret.trie import LeafFilter, LiveTrie, add_identifiers, build_trie, remove_identifiers
 from tests.search.test_beam_search import identifier_sets
@@ -91,6 +91,13 @@ def test_float16_vectors_in_blocks_score_as_float32(flat, monkeypatch):
         sorted((h.key, h.log_prob) for h in expected[0].hits),
         atol=0.02,
     )
+
+
+def test_every_finite_half_widens_to_the_same_number():
+    half = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    half = half[np.isfinite(half)]
+    wide = widen(half, np.empty(len(half), np.int32))
+    np.testing.assert_array_equal(wide.view(np.int32), half.astype(np.float32).view(np.int32))
 
 
 def test_an_event_loop_gets_the_same_ranking(flat):

@@ -1,0 +1,123 @@
+"""The cost of the encoder in a query: the blend against the model alone, and the encoder's own part at larger sizes.
+
+The model and its 4 x 256 symbols are those of `recall_bench`, one thread. Identifiers are synthetic, vectors are random.
+Asserted before anything is timed: the images of an exact search by the encoder have the highest cosines.
+"""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from integration.bench.corpus import FIRST_TOKEN, LEVELS, SYMBOLS, Corpus
+from integration.bench.recall_bench import QUERY, WIDTH, model_with_symbols
+from integration.bench.timing import Report, interleaved_wall, options
+from integration.recall.peers import minilm_folder
+from llama_index_genret.models.encoder import CallableEncoder, Encoder, load_encoder, unit
+from llama_index_genret.models.mllm import render_prompts
+from llama_index_genret.models.prompts import Prompt
+from llama_index_genret.scorers.base import recall
+from llama_index_genret.scorers.blend import BlendScorer
+from llama_index_genret.scorers.encoder import EncoderScorer
+from llama_index_genret.scorers.transformers import TransformersScorer
+from llama_index_genret.search import SearchOptions
+from llama_index_genret.store.scoring import DEFAULT_MODEL_WEIGHT, DEFAULT_TEMPERATURE
+from llama_index_genret.trie import LiveTrie, build_trie
+
+MOST_LATENCY = 1.15
+"""Goal: latency of the blend, as a multiple of the model's alone, at the first size."""
+
+BLOCK = 100_000
+OPTIONS = SearchOptions(k=WIDTH, width=WIDTH)
+
+
+def random_vectors(n: int, dimension: int, seed: int) -> NDArray[np.float16]:
+    """Return (n, d) random unit vectors, as an index stores them."""
+    random, vectors = np.random.default_rng(seed), np.empty((n, dimension), np.float16)
+    for start in range(0, n, BLOCK):
+        rows = vectors[start : start + BLOCK]
+        rows[...] = unit(random.standard_normal(rows.shape, dtype=np.float32))
+    return vectors
+
+
+def identifiers(n: int, seed: int, first_token: int, *, atomic: bool) -> LiveTrie:
+    """Return a trie of n images in random order: one symbol each, or four."""
+    symbols: Any = np.arange(n)[:, None] if atomic else Corpus.sample(n, seed).token_ids + first_token - FIRST_TOKEN
+    return LiveTrie(build_trie(symbols)[0], keys=np.random.default_rng(seed).permutation(n))
+
+
+def encoder_part(report: Report, n: int, seed: int, encoder: Encoder, rounds: int) -> None:
+    """Measure an untrained recall of one query, of which the encoder's vector is known."""
+    vectors = random_vectors(n, encoder.dimension, seed)
+    (query,) = encoder.embed_queries([QUERY])
+    known = CallableEncoder(lambda texts: np.tile(query, (len(texts), 1)))
+    times = {}
+    for name, atomic in (("4 symbols", False), ("1 symbol", True)):
+        trie = identifiers(n, seed, 0 if atomic else FIRST_TOKEN, atomic=atomic)
+        scorer = EncoderScorer(known, trie, vectors, temperature=DEFAULT_TEMPERATURE)
+        assert_nearest(scorer, trie, vectors, query)
+        tracemalloc.start()
+        recall(scorer, trie, [Prompt((1,), query=QUERY)], OPTIONS)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        report.value(f"memory of one query beside the vectors, {name}", peak / 2**20, "MiB")
+        times |= interleaved_wall(
+            {name: lambda s=scorer, t=trie: recall(s, t, [Prompt((1,), query=QUERY)], OPTIONS)}, rounds=rounds
+        )
+    report.value("vectors on disk and, mapped, in memory", vectors.nbytes / 2**20, "MiB")
+    times |= interleaved_wall({"embedding of the query": lambda: encoder.embed_queries([QUERY])}, rounds=rounds)
+    report.times(f"encoder's part, N={n}", times, ours="4 symbols")
+
+
+def assert_nearest(
+    scorer: EncoderScorer, trie: LiveTrie, vectors: NDArray[np.float16], query: NDArray[np.float32]
+) -> None:
+    """Compare an exact search with the definition."""
+    prompt = Prompt((1,), query=QUERY)
+    (ranking,) = recall(scorer, trie, [prompt], SearchOptions(k=WIDTH, mode="exact"))
+    cosines = np.concatenate([vectors[s : s + BLOCK].astype(np.float32) @ query for s in range(0, len(vectors), BLOCK)])
+    np.testing.assert_allclose(cosines[[hit.key for hit in ranking.hits]], -np.sort(-cosines)[:WIDTH], atol=1e-6)
+
+
+def blend(report: Report, n: int, seed: int, encoder: Encoder, rounds: int) -> None:
+    """Measure a query in process by the blend and by the model alone."""
+    mllm = model_with_symbols(seed)
+    first_token = mllm.model.get_input_embeddings().weight.shape[0] - LEVELS * SYMBOLS
+    token_ids = render_prompts(mllm).for_query(mllm.tokenizer, QUERY)
+    trie, model = identifiers(n, seed, first_token, atomic=False), TransformersScorer(mllm)
+    vectors = random_vectors(n, encoder.dimension, seed)
+    both = BlendScorer(
+        model, EncoderScorer(encoder, trie, vectors, temperature=DEFAULT_TEMPERATURE), DEFAULT_MODEL_WEIGHT
+    )
+    times = interleaved_wall(
+        {
+            "model alone": lambda: recall(model, trie, [token_ids], OPTIONS),
+            "blend": lambda: recall(both, trie, [token_ids], OPTIONS),
+        },
+        rounds=rounds,
+    )
+    ratios = report.times(f"query in process, N={n}", times, ours="model alone")
+    report.goal("latency of the blend / of the model alone", ratios["blend"], at_most=MOST_LATENCY)
+
+
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Measure the blend at the first size, and the encoder's part at every size."""
+    args = options(__doc__ or "", sizes=(10_000, 1_000_000), argv=argv)
+    torch.set_num_threads(1)
+    report, encoder = Report("encoder_bench", args.seed), load_encoder(str(minilm_folder()))
+    report.section(f"recall of one query, {args.sizes[0]:,} images, width {WIDTH}, wall clock, 1 thread")
+    blend(report, args.sizes[0], args.seed, encoder, args.rounds)
+    for n in args.sizes:
+        report.section(f"the encoder's part, {n:,} images of {encoder.dimension} dimensions, wall clock, 1 thread")
+        encoder_part(report, n, args.seed, encoder, args.rounds)
+    report.write(args.json)
+    return report
+
+
+if __name__ == "__main__":
+    main()
