@@ -14,6 +14,8 @@ from llama_index_genret.serving.launch import CPU_FLAGS, free_port, running_serv
 from llama_index_genret.store import load_index
 from tests.conftest import (
     _no_loop_is_left_open,
+    encoded_index,
+    encoder,
     pictures,
     tiny_mllm,
     tiny_model_dir,
@@ -24,6 +26,8 @@ from tests.conftest import (
 
 __all__ = [
     "_no_loop_is_left_open",
+    "encoded_index",
+    "encoder",
     "pictures",
     "tiny_mllm",
     "tiny_model_dir",

@@ -17,17 +17,29 @@ from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.serving.endpoint import RecallMiddleware
 
 
+class TableScorer(FakeScorer):
+    """The scorer of this process with the logits of a `TableEngine`, which sees one row of tokens and no image."""
+
+    def logits(self, prompt, prefix):
+        return super().logits(Prompt((*prompt.token_ids, *prefix)), ())
+
+
 class TableEngine:
     """An engine whose `generate` answers with log-probabilities from a table, in vLLM's format.
 
-    value: replaces the last log-probability, if given. wait_s: seconds until each answer.
+    value: replaces the last log-probability, if given. wait_s: seconds until each answer. calls: number of answers.
     """
 
     def __init__(self, vocabulary):
-        self.table, self.value, self.wait_s = FakeScorer(vocabulary), None, 0.0
+        self.table, self.value, self.wait_s, self.calls = TableScorer(vocabulary), None, 0.0, 0
         self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=2000))
+        self.renderer = SimpleNamespace(render_cmpl_async=self._render)
+
+    async def _render(self, prompts):
+        return [{"prompt_token_ids": list(prompt["prompt_token_ids"])} for prompt in prompts]
 
     async def generate(self, prompt, params, request_id, lora_request=None):
+        self.calls += 1
         await asyncio.sleep(self.wait_s)
         logits = self.table.logits(Prompt(tuple(prompt["prompt_token_ids"])), ())
         token_ids = list(params.logprob_token_ids)

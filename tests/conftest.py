@@ -139,6 +139,17 @@ def untrained_index(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def encoded_index(encoder, pictures, tiny_mllm, tmp_path_factory):
+    """An index over `pictures` with a tiny encoder of random weights, and without trained weights."""
+    from llama_index_genret.corpus import read_corpus
+    from llama_index_genret.models.encoder import SentenceTransformerEncoder
+    from llama_index_genret.store.build import build_index
+
+    loaded = SentenceTransformerEncoder(encoder)
+    return build_index(read_corpus(pictures), tmp_path_factory.mktemp("encoded") / "index", tiny_mllm, encoder=loaded)
+
+
+@pytest.fixture(scope="session")
 def trained_index(pictures, tiny_mllm, tmp_path_factory):
     """A complete index after four training steps. Its hits are arbitrary."""
     from llama_index_genret.corpus import read_corpus

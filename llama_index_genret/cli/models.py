@@ -21,20 +21,35 @@ VLLM_ENVIRONMENT = {
 def open_scorer(
     loaded: Index, server: str | None, api_key: str, model: str | None, device: str, scoring: Scoring | None = None
 ) -> Any:
-    """Return a `VllmScorer` for a server, else the trained model in this process, blended with the index's encoder."""
-    if server:
-        from llama_index_genret.scorers.vllm_http import VllmScorer
+    """Return the trained model of an index, in this process or on a server, blended with the index's encoder."""
+    scoring = scoring or loaded.scoring()
+    trained: Any = None
+    if loaded.is_trained and scoring.model_weight > 0.0:
+        if server:
+            trained = server_scorer(loaded, server, api_key)
+        else:
+            from llama_index_genret.scorers.transformers import TransformersScorer
+            from llama_index_genret.store.model_loading import load_trained
 
-        return VllmScorer(server, api_key=api_key, weights_id=loaded.weights_id)
+            trained = TransformersScorer(load_trained(loaded, device=device, base=model))
+    return blended(loaded, trained, device, scoring)
+
+
+def server_scorer(loaded: Index, server: str, api_key: str) -> Any:
+    """Return a scorer with the model of a server, without the encoder."""
+    from llama_index_genret.scorers.vllm_http import VllmScorer
+
+    return VllmScorer(server, api_key=api_key, weights_id=loaded.weights_id)
+
+
+def blended(loaded: Index, trained: Any, device: str, scoring: Scoring) -> Any:
+    """Return a scorer that blends a model with the index's encoder, as a scoring says.
+
+    Args:
+        trained: a scorer with the trained weights, None without.
+    """
     from llama_index_genret.scorers.blend import Blender
 
-    scoring = scoring or loaded.scoring()
-    trained = None
-    if loaded.is_trained and scoring.model_weight > 0.0:
-        from llama_index_genret.scorers.transformers import TransformersScorer
-        from llama_index_genret.store.model_loading import load_trained
-
-        trained = TransformersScorer(load_trained(loaded, device=device, base=model))
     encoder = index_encoder(loaded, device) if trained is None or scoring.model_weight < 1.0 else None
     return Blender(loaded, encoder).scorer(trained, scoring)
 
@@ -44,7 +59,7 @@ def open_llm(loaded: Index, scorer: Any, server: str | None, api_key: str, model
     from llama_index_genret.llamaindex.llms import InProcessLLM, genret_llm
 
     if server:
-        return genret_llm(server, model=scorer.served_model(), api_key=api_key)
+        return genret_llm(server, model=server_scorer(loaded, server, api_key).served_model(), api_key=api_key)
     mllm = getattr(getattr(scorer, "model", scorer), "mllm", None)
     if mllm is None:
         from llama_index_genret.store.model_loading import load_base, load_trained
@@ -90,12 +105,15 @@ def new_encoder(name: str | None, device: str = "auto") -> Encoder | None:
 
 
 def open_offline_scorer(loaded: Index, options: dict[str, Any]) -> Any:
-    """Return a scorer that runs vLLM in this process, with the trained weights of the index."""
-    prepare_vllm()
-    from llama_index_genret.scorers.vllm_offline import VllmOfflineScorer
-    from llama_index_genret.serving.launch import served_checkpoint
+    """Return the trained model of an index in a vLLM of this process, blended with the index's encoder."""
+    scoring, trained = loaded.scoring(), None
+    if loaded.is_trained and scoring.model_weight > 0.0:
+        prepare_vllm()
+        from llama_index_genret.scorers.vllm_offline import VllmOfflineScorer
+        from llama_index_genret.serving.launch import served_checkpoint
 
-    return VllmOfflineScorer.load(served_checkpoint(loaded), **options)
+        trained = VllmOfflineScorer.load(served_checkpoint(loaded), **options)
+    return blended(loaded, trained, "cpu", scoring)
 
 
 def prepare_vllm() -> None:
@@ -104,8 +122,8 @@ def prepare_vllm() -> None:
         os.environ.setdefault(variable, value)
 
 
-def open_endpoint(loaded: Index, scorer: Any) -> Any:
+def open_endpoint(loaded: Index, server: str, api_key: str) -> Any:
     """Return a client of the recall endpoint, which recalls in one request instead of one per step."""
     from llama_index_genret.serving.endpoint.client import RecallClient
 
-    return RecallClient(loaded, scorer.server)
+    return RecallClient(loaded, server_scorer(loaded, server, api_key).server)

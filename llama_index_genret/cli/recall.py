@@ -62,10 +62,10 @@ def query(
     scoring = loaded.scoring(ScoringChoice(rerank=rerank), image_query=image is not None)
     leaf_filter = loaded.leaf_filter(conditions) if conditions else None
     options = SearchOptions(k=k, mode=mode, max_expansions=max_expansions, leaf_filter=leaf_filter)
-    scorer = open_scorer(loaded, server, api_key, model, device, scoring)
-    endpoint = open_endpoint(loaded, scorer) if server else None
+    endpoint = open_endpoint(loaded, server, api_key) if server else None
     ranking = endpoint.recall(RecallQuery(text, prompt, options, conditions, scoring)) if endpoint else None
     if ranking is None:
+        scorer = open_scorer(loaded, server, api_key, model, device, scoring)
         options, rerank_best = with_scoring(options, loaded, scoring), reranking(loaded, scoring)
         (ranking,) = recall(scorer, loaded.trie, [prompt], options, rerank=rerank_best)
     table = new_table("image", "caption", "score", "log p", "identifier", title=text)
@@ -94,10 +94,13 @@ def ask(
     from llama_index_genret.llamaindex.retriever import GenerativeImageRetriever
 
     loaded = load_index(index_dir)
-    scorer = open_scorer(loaded, server, api_key, model, device)
+    if server:
+        scorer = None
+        retriever = GenerativeImageRetriever.from_server(index_dir, server, api_key=api_key, similarity_top_k=k)
+    else:
+        scorer = open_scorer(loaded, None, api_key, model, device)
+        retriever = GenerativeImageRetriever(loaded, scorer, similarity_top_k=k)
     llm = open_llm(loaded, scorer, server, api_key, model, device)
-    endpoint = open_endpoint(loaded, scorer) if server else None
-    retriever = GenerativeImageRetriever(loaded, scorer, similarity_top_k=k, endpoint=endpoint)
     engine = image_query_engine(retriever, llm)
     response = engine.query(question)
     sources = [node.node.metadata["image_id"] for node in response.source_nodes]

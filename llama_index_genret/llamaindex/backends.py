@@ -6,6 +6,7 @@ Depends on scorers and LLMs; independent of documents and edits.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from threading import RLock
 from typing import Any
 
@@ -14,15 +15,23 @@ from llama_index.llms.openai_like import OpenAILike
 
 from llama_index_genret.errors import CorpusError, EncoderUnavailable, MissingExtra, NotTrained
 from llama_index_genret.llamaindex.llms import InProcessLLM, genret_llm
-from llama_index_genret.llamaindex.retriever import GenerativeImageRetriever, scorer_of_llm
+from llama_index_genret.llamaindex.retriever import GenerativeImageRetriever, scorer_of_llm, trained_model
 from llama_index_genret.models.encoder import DEFAULT_ENCODER, Encoder, load_encoder
 from llama_index_genret.scorers.base import Scorer
-from llama_index_genret.scorers.blend import Blender
 from llama_index_genret.serving.endpoint.client import RecallClient
 from llama_index_genret.store import Index
 from llama_index_genret.store.vectors import EncoderEntry, resolve_encoder
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RecallBackend:
+    """The arguments of a retriever that recall: see `GenerativeImageRetriever`."""
+
+    scorer: Scorer | None
+    encoder: Encoder | None = None
+    endpoint: RecallClient | None = None
 
 
 class IndexModels:
@@ -108,25 +117,38 @@ class IndexModels:
                 self._encoder = entry, found
             return self._encoder[1]
 
-    def recall_backend(self, index: Index) -> tuple[Scorer, RecallClient | None]:
-        """Return the scorer and the endpoint for a retriever of the index.
+    def recall_backend(self, index: Index) -> RecallBackend:
+        """Return what recalls from the index: a server, or the models in this process.
+
+        A server blends with the encoder in its own process. An encoder that was given serves the stock protocol, too.
 
         Raises:
-            NotTrained: the index has no trained weights yet.
+            NotTrained: the index has neither trained weights nor an encoder.
+            EncoderError: the encoder does not load, or is not the one of the index.
         """
         if self._scorer is not None:
-            return self._scorer, None
-        if not index.is_trained:
-            if index.manifest.encoder is not None:
-                return self._in_process(index), None
+            return RecallBackend(self._scorer)
+        if not index.is_trained and index.manifest.encoder is None:
             raise NotTrained(
                 f"{index.folder} has {len(index.records)} images that no model was trained on (untrained_ids), and no "
                 f"encoder to recall them with: call train(), or run `genret train {index.folder}`."
             )
         if self._is_served and isinstance(self._llm, OpenAILike):
             served = scorer_of_llm(self._llm, index)
-            return served, RecallClient(index, served.server)
-        return self._in_process(index), None
+            return RecallBackend(
+                trained_model(index, served), self._client_encoder(index), RecallClient(index, served.server)
+            )
+        encoder = None if self._encoder_choice == "none" and index.is_trained else self.encoder_of(index)
+        return RecallBackend(self._trained_scorer(index) if index.is_trained else None, encoder)
+
+    def _client_encoder(self, index: Index) -> Encoder | None:
+        """Return the encoder that was given, or any that loads before the training: another server has no model."""
+        if self.encoder_choice is not None:
+            return self.encoder_of(index)
+        try:
+            return None if index.is_trained else self.encoder_of(index)
+        except (EncoderUnavailable, MissingExtra):
+            return None
 
     def answer_llm(self, index: Index) -> LLM:
         """Return the given LLM, else an LLM over the model that recalls.
@@ -138,22 +160,17 @@ class IndexModels:
             return self._llm
         if not index.is_trained and index.manifest.encoder is not None and self._scorer is None:
             return InProcessLLM(self.base_of(index))
-        scorer, _ = self.recall_backend(index)
+        scorer = self.recall_backend(index).scorer
         return InProcessLLM(getattr(scorer, "mllm", None) or self._trained_scorer(index).mllm)
 
     def refresh(self, retriever: GenerativeImageRetriever, index: Index) -> None:
         """Make a retriever search another version of the index."""
-        scorer, endpoint = self.recall_backend(index)
-        retriever.use(index, scorer, endpoint=endpoint)
+        backend = self.recall_backend(index)
+        retriever.use(index, backend.scorer, encoder=backend.encoder, endpoint=backend.endpoint)
 
     @property
     def _where(self) -> str | None:
         return self._model if isinstance(self._model, str) else None
-
-    def _in_process(self, index: Index) -> Scorer:
-        """Blend the trained model with the encoder, by the scoring of the index."""
-        model = self._trained_scorer(index) if index.is_trained else None
-        return Blender(index, self.encoder_of(index)).scorer(model, index.scoring())
 
     def _trained_scorer(self, index: Index) -> Any:
         from llama_index_genret.scorers.transformers import TransformersScorer

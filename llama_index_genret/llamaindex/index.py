@@ -62,7 +62,7 @@ from llama_index_genret.store.model_state import unseen_rows
 
 STRUCT_TYPE = "genret"
 
-_RETRIEVER_OPTIONS = frozenset(inspect.signature(GenerativeImageRetriever.__init__).parameters) - {"kwargs"}
+_RETRIEVER_OPTIONS = frozenset(inspect.signature(GenerativeImageRetriever.__init__).parameters) - {"kwargs", "encoder"}
 
 _ENGINE_OPTIONS = frozenset(
     name
@@ -241,10 +241,16 @@ class GenerativeImageIndex(BaseIndex[GenretIndexStruct]):
                 f"{sorted(_RETRIEVER_OPTIONS - {'self', 'index', 'scorer'})}."
             )
         index = self.stored
-        scorer, endpoint = self._models.recall_backend(index)
+        backend = self._models.recall_backend(index)
         options = {name: value for name, value in kwargs.items() if name in _RETRIEVER_OPTIONS}
         retriever = GenerativeImageRetriever(
-            index, scorer, endpoint=endpoint, docstore=self.docstore, callback_manager=self._callback_manager, **options
+            index,
+            backend.scorer,
+            encoder=backend.encoder,
+            endpoint=backend.endpoint,
+            docstore=self.docstore,
+            callback_manager=self._callback_manager,
+            **options,
         )
         self._retrievers.add(retriever)
         return retriever

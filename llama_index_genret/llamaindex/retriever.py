@@ -26,13 +26,14 @@ from llama_index.llms.openai_like import OpenAILike
 from pydantic import ValidationError
 
 from llama_index_genret.corpus import Record
-from llama_index_genret.errors import FilterError, QueryError, UnknownImage
+from llama_index_genret.errors import FilterError, NotTrained, QueryError, UnknownImage
 from llama_index_genret.llamaindex.model_images import MAX_IMAGE_PIXELS
 from llama_index_genret.llamaindex.nodes import hit_node, node_of, still_passes
 from llama_index_genret.llamaindex.search_scope import SearchScope
 from llama_index_genret.models.encoder import Encoder
 from llama_index_genret.scorers.base import Scorer, arecall, recall
-from llama_index_genret.scorers.blend import Blender
+from llama_index_genret.scorers.blend import Blender, BlendScorer
+from llama_index_genret.scorers.encoder import EncoderScorer
 from llama_index_genret.scorers.rerank import reranking, with_scoring
 from llama_index_genret.scorers.vllm_http import SERVED_NAME, VllmScorer
 from llama_index_genret.search import Hit, Mode, Normalise, Ranking, SearchOptions
@@ -64,7 +65,9 @@ class GenerativeImageRetriever(BaseRetriever):
 
     Args:
         index: index from `load_index`.
-        scorer: a `TransformersScorer`, a `VllmScorer`, or another scorer.
+        scorer: a `TransformersScorer`, a `VllmScorer`, or another scorer; None for an index without trained weights.
+        encoder: the loaded encoder of the index, which the search blends with the scorer, see `store.Scoring`. Default
+            None: the scorer recalls alone. If the index has an encoder, the first such query logs a warning.
         similarity_top_k: number of results. Fewer are returned only if fewer images pass the filters.
         filters: metadata filters, also nested ones, applied inside the search. The retriever keeps a copy. Assign
             `filters` to change them. Default none.
@@ -89,8 +92,9 @@ class GenerativeImageRetriever(BaseRetriever):
     def __init__(
         self,
         index: Index,
-        scorer: Scorer,
+        scorer: Scorer | None,
         *,
+        encoder: Encoder | None = None,
         similarity_top_k: int = DEFAULT_SIMILARITY_TOP_K,
         filters: MetadataFilters | None = None,
         beam_width: int | None = None,
@@ -117,14 +121,25 @@ class GenerativeImageRetriever(BaseRetriever):
         self._template: BasePromptTemplate = PromptTemplate("{query_str}")
         self._filters, self._replacing = copy.deepcopy(filters), threading.Lock()
         record_filters = None if filters is None else _record_filters(filters)
-        self._source = SearchScope(index, scorer, self._usable_endpoint(endpoint, chosen), record_filters, chosen)
+        self._source = SearchScope(
+            index, scorer, Blender(index, encoder), self._usable_endpoint(endpoint, chosen), record_filters, chosen
+        )
+        self._has_warned = False
         self._check(index)
 
-    def use(self, index: Index, scorer: Scorer, *, endpoint: RecallClient | None = None) -> None:
+    def use(
+        self,
+        index: Index,
+        scorer: Scorer | None,
+        *,
+        encoder: Encoder | None = None,
+        endpoint: RecallClient | None = None,
+    ) -> None:
         """Search another version of the index from the next query on. A running query keeps its version."""
+        blender = Blender(index, encoder)
         with self._replacing:
             served = self._usable_endpoint(endpoint, self._source.image_ids)
-            self._source = replace(self._source, index=index, scorer=scorer, endpoint=served)
+            self._source = replace(self._source, index=index, scorer=scorer, blender=blender, endpoint=served)
 
     def _usable_endpoint(self, endpoint: RecallClient | None, image_ids: frozenset[str] | None) -> RecallClient | None:
         return endpoint if self._search.normalise is Normalise.CHILDREN and image_ids is None else None
@@ -164,7 +179,8 @@ class GenerativeImageRetriever(BaseRetriever):
 
     @property
     def _scorer(self) -> Scorer:
-        return self._source.scorer
+        """The model alone, or the encoder alone of an index that is not trained."""
+        return self._source.scorer or self._source.scorer_of(self.index.scoring(self._choice))
 
     @classmethod
     def from_index_dir(
@@ -177,27 +193,36 @@ class GenerativeImageRetriever(BaseRetriever):
         scoring: ScoringChoice | None = None,
         **kwargs: Any,
     ) -> GenerativeImageRetriever:
-        """Recall with the index's own model and encoder in this process; with the encoder alone before any training.
+        """Return a retriever with the model and the encoder of the index in this process.
+
+        An index without trained weights is recalled by its encoder alone.
 
         Args:
-            model: another place of the same base model, if it has moved.
-            encoder: the index's encoder, or another place of it; loaded by its name if not given.
-            scoring: `model_weight=1` recalls by the generative model alone.
+            index_dir: index folder.
+            model: new place of the base model, if it has moved. Default: the place in the index.
+            encoder: the loaded encoder of the index, or its new place. Default: the place in the index.
+            device: torch device, default "auto".
+            scoring: see the class. `model_weight=1` recalls by the generative model alone, and loads no encoder.
+            kwargs: options of the retriever.
+
         Raises:
             NotTrained: the index has neither trained weights nor an encoder.
-            EncoderError: the encoder does not load, or is not that of the index.
+            EncoderError: the encoder does not load, or is not the one of the index.
         """
         index = load_index(Path(index_dir))
-        chosen = index.scoring(scoring)
+        chosen = index.scoring(scoring).model_weight
         trained = None
-        if index.is_trained and chosen.model_weight > 0.0:
+        if index.is_trained and (chosen > 0.0 or scoring is None or scoring.model_weight is None):
             from llama_index_genret.scorers.transformers import TransformersScorer
             from llama_index_genret.store.model_loading import load_trained
 
             trained = TransformersScorer(load_trained(index, device=device, base=model))
-        needed = trained is None or chosen.model_weight < 1.0
-        reader = resolve_encoder(index.manifest.encoder, encoder) if needed else None
-        return cls(index, Blender(index, reader).scorer(trained, chosen), scoring=scoring, **kwargs)
+        elif index.manifest.encoder is None:  # before a missing encoder is loaded
+            raise NotTrained(
+                f"{index.folder} has no trained weights yet, and no encoder: run `genret train {index.folder}`."
+            )
+        reader = None if trained and chosen == 1.0 else resolve_encoder(index.manifest.encoder, encoder)
+        return cls(index, trained, encoder=reader, scoring=scoring, **kwargs)
 
     @classmethod
     def from_server(
@@ -208,11 +233,14 @@ class GenerativeImageRetriever(BaseRetriever):
         model: str | None = None,
         api_key: str = "EMPTY",
         timeout_s: float = 60.0,
+        encoder: Encoder | str | None = None,
         **kwargs: Any,
     ) -> GenerativeImageRetriever:
         """Return a retriever with a vLLM server that serves the model of the index (`genret serve`). Needs no torch.
 
         A query is one request if the server has the recall endpoint and this version of the index, else one per step.
+        The endpoint blends with the encoder in the server. Without it the retriever blends with its own `encoder`, or
+        logs once that it recalls by the model alone.
 
         Args:
             index_dir: index folder.
@@ -220,15 +248,23 @@ class GenerativeImageRetriever(BaseRetriever):
             model: served model name. Default: the model with the weights of the index. A name disables the endpoint.
             api_key: key of the server.
             timeout_s: seconds per request, default 60.
+            encoder: the encoder of the index in this process, or its place (a folder, hub id or address). Default none.
             kwargs: options of the retriever.
+
+        Raises:
+            EncoderError: the encoder does not load, or is not the one of the index.
         """
         index = load_index(Path(index_dir))
         scorer = VllmScorer(api_base, model=model, weights_id=index.weights_id, api_key=api_key, timeout_s=timeout_s)
         endpoint = RecallClient(index, scorer.server) if model is None else None  # the endpoint has its own model
-        return cls(index, scorer, endpoint=endpoint, **kwargs)
+        return cls(
+            index, trained_model(index, scorer), encoder=_client_encoder(index, encoder), endpoint=endpoint, **kwargs
+        )
 
     @classmethod
-    def from_llm(cls, llm: OpenAILike, index_dir: str | Path, **kwargs: Any) -> GenerativeImageRetriever:
+    def from_llm(
+        cls, llm: OpenAILike, index_dir: str | Path, *, encoder: Encoder | str | None = None, **kwargs: Any
+    ) -> GenerativeImageRetriever:
         """Return a retriever with the server of an `OpenAILike`, with its URL, key, timeout and headers.
 
         A query is one request if the server has the recall endpoint and this version of the index. Else it is one per
@@ -237,11 +273,13 @@ class GenerativeImageRetriever(BaseRetriever):
         Args:
             llm: LLM of the server.
             index_dir: index folder.
+            encoder: see `from_server`.
             kwargs: options of the retriever.
         """
         index = load_index(Path(index_dir))
         scorer = scorer_of_llm(llm, index)
-        return cls(index, scorer, endpoint=RecallClient(index, scorer.server), **kwargs)
+        reader, endpoint = _client_encoder(index, encoder), RecallClient(index, scorer.server)
+        return cls(index, trained_model(index, scorer), encoder=reader, endpoint=endpoint, **kwargs)
 
     @classmethod
     def from_nodes(
@@ -274,7 +312,8 @@ class GenerativeImageRetriever(BaseRetriever):
         if ranking is None:
             options = with_scoring(query.options, source.index, query.scoring)
             rerank = reranking(source.index, query.scoring)
-            (ranking,) = recall(source.scorer, source.index.trie, [query.prompt], options, rerank=rerank)
+            scorer = self._scorer_of(source, query)
+            (ranking,) = recall(scorer, source.index.trie, [query.prompt], options, rerank=rerank)
         return self._nodes(source, ranking)
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
@@ -286,8 +325,21 @@ class GenerativeImageRetriever(BaseRetriever):
         if ranking is None:
             options = with_scoring(query.options, source.index, query.scoring)
             rerank = reranking(source.index, query.scoring)
-            (ranking,) = await arecall(source.scorer, source.index.trie, [query.prompt], options, rerank=rerank)
+            scorer = self._scorer_of(source, query)
+            (ranking,) = await arecall(scorer, source.index.trie, [query.prompt], options, rerank=rerank)
         return await asyncio.to_thread(self._nodes, source, ranking)  # reads files and the docstore
+
+    def _scorer_of(self, source: SearchScope, query: RecallQuery) -> Scorer:
+        blends = isinstance(source.scorer, (BlendScorer, EncoderScorer))
+        expected = query.prompt.image is None and query.scoring.model_weight < 1.0
+        if source.scorer and source.blender.lacks_encoder and expected and not blends and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "%s is recalled by its trained model alone, without its encoder: pass `encoder` to the retriever, or "
+                "ScoringChoice(model_weight=1).",
+                source.index.folder,
+            )
+        return source.scorer_of(query.scoring, [query.prompt])
 
     def _query(self, source: SearchScope, bundle: QueryBundle) -> RecallQuery:
         index, text = source.index, bundle.query_str
@@ -392,6 +444,16 @@ def scorer_of_llm(llm: OpenAILike, index: Index) -> VllmScorer:
         timeout_s=llm.timeout,
         headers=llm.default_headers or {},
     )
+
+
+def trained_model(index: Index, scorer: VllmScorer) -> VllmScorer | None:
+    """Return the scorer of a server, or None if it serves an untrained base model to an index with an encoder."""
+    return scorer if index.is_trained or index.manifest.encoder is None else None
+
+
+def _client_encoder(index: Index, encoder: Encoder | str | None) -> Encoder | None:
+    """Return the encoder that a client of a server was given, or None without one."""
+    return None if encoder is None else resolve_encoder(index.manifest.encoder, encoder)
 
 
 def _record_filters(filters: MetadataFilters) -> RecordFilters:

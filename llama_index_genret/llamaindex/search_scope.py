@@ -5,6 +5,7 @@ Depends on the index and the filters; independent of queries and LlamaIndex.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_genret.errors import ServerError
+from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer
+from llama_index_genret.scorers.blend import Blender
 from llama_index_genret.search import Ranking
 from llama_index_genret.serving.endpoint.client import RecallClient
-from llama_index_genret.store import Index, RecordFilters
+from llama_index_genret.store import Index, RecordFilters, Scoring
 from llama_index_genret.trie import LeafFilter
 
 
@@ -23,12 +26,14 @@ from llama_index_genret.trie import LeafFilter
 class SearchScope:
     """The scope of a search, replaced as a whole: index and filters never change apart while a query runs.
 
+    scorer: scores with the trained weights, None for an index without. blender: adds the encoder to it.
     filters: conditions that a found image fulfils, None for no condition.
     image_ids: the images that may be found, None for all.
     """
 
     index: Index
-    scorer: Scorer
+    scorer: Scorer | None
+    blender: Blender
     endpoint: RecallClient | None
     filters: RecordFilters | None
     image_ids: frozenset[str] | None
@@ -46,6 +51,14 @@ class SearchScope:
     def leaf_filter(self) -> LeafFilter | None:
         """`record_mask` as a bitmap over leaves, or None for all."""
         return None if self.record_mask is None else self.index.leaf_filter_of(self.record_mask)
+
+    def scorer_of(self, scoring: Scoring, prompts: Sequence[Prompt] = ()) -> Scorer:
+        """Return the scorer of a query: the model, the encoder, or a blend of both.
+
+        Raises:
+            NotTrained: there is neither.
+        """
+        return self.blender.scorer(self.scorer, self.blender.scoring_of(scoring, self.scorer, prompts))
 
     @property
     def empty_ranking(self) -> Ranking | None:

@@ -6,6 +6,7 @@ A query and a caption may need different prefixes: `embed_queries` and `embed_ca
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -64,7 +65,8 @@ class Encoder(Protocol):
 class SentenceTransformerEncoder:
     """An encoder that `sentence-transformers` loads; CLIP-like ones embed images, too.
 
-    Prompts that the model defines for queries and documents are used. No code of a checkpoint is run.
+    Prompts that the model defines for queries and documents are used. No code of a checkpoint is run. Several threads
+    may share it: they take turns, because a tokenizer that pads serves one thread at a time.
 
     Args:
         name: a local folder or a hub id. Without the hub, its cache is used.
@@ -90,6 +92,7 @@ class SentenceTransformerEncoder:
                 f"{name!r} does not load as an encoder: {str(error).partition(chr(10))[0]} {_OTHER_ENCODERS}"
             ) from error
         self.name = name
+        self._lock = threading.Lock()
         self.embeds_images = _reads_images(self._model)
         self.dimension = int(self._model.encode(["?"], show_progress_bar=False).shape[1])
 
@@ -105,10 +108,10 @@ class SentenceTransformerEncoder:
         """Return (n, d) unit vectors of n RGB images."""
         if not self.embeds_images:
             raise EncoderError(f"the encoder {self.name!r} embeds texts only. Choose a CLIP-like one for images.")
-        parts = [
-            self._model.encode(list(images[start : start + TEXT_BATCH]), show_progress_bar=False)
-            for start in progress(range(0, len(images), TEXT_BATCH))
-        ]
+        parts = []
+        for start in progress(range(0, len(images), TEXT_BATCH)):
+            with self._lock:
+                parts.append(self._model.encode(list(images[start : start + TEXT_BATCH]), show_progress_bar=False))
         return unit(np.concatenate(parts)) if parts else np.zeros((0, self.dimension), np.float32)
 
     def _embed(self, texts: Sequence[str], encode: Callable[..., Any], progress: Progress) -> Float32:
@@ -118,7 +121,8 @@ class SentenceTransformerEncoder:
         parts: list[Float32] = []
         for start in progress(range(0, len(texts), TEXT_BATCH)):
             chosen = [texts[place] for place in order[start : start + TEXT_BATCH]]
-            parts.append(encode(chosen, show_progress_bar=False))
+            with self._lock:
+                parts.append(encode(chosen, show_progress_bar=False))
         if not parts:
             return np.zeros((0, self.dimension), np.float32)
         return checked_vectors(self.name, np.concatenate(parts)[np.argsort(order)], self.dimension)
@@ -246,7 +250,7 @@ class EndpointEncoder:
 
 
 class CallableEncoder:
-    """An encoder that a Python function computes.
+    """An encoder that a Python function computes. Several threads may call the functions at once.
 
     Args:
         embed: texts -> (n, d) vectors of any length; they are scaled to unit length.

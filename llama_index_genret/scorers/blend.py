@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,7 +172,10 @@ class Blender:
     """
 
     def __init__(self, index: Index, encoder: Encoder | None) -> None:
-        self._folder, self._encoder, self._learned = index.folder, None, None
+        entry = index.manifest.encoder
+        self._folder, self._name = index.folder, None if entry is None else entry.name
+        self._encoder: EncoderScorer | None = None
+        self._learned: LeafFilter | None = None
         if encoder is None or index.vectors is None:
             return
         self._encoder = EncoderScorer(encoder, index.trie, index.vectors, temperature=DEFAULT_TEMPERATURE)
@@ -180,6 +183,20 @@ class Blender:
             learned = np.ones(len(index.records), np.bool_)
             learned[unseen] = False
             self._learned = index.leaf_filter_of(learned)
+
+    @property
+    def lacks_encoder(self) -> bool:
+        """Tell whether the index has an encoder, but this blender was made without one."""
+        return self._name is not None and self._encoder is None
+
+    def scoring_of(self, scoring: Scoring, model: Scorer | None, prompts: Sequence[Prompt] = ()) -> Scoring:
+        """Return the scoring with the `model_weight` that a search for these prompts has.
+
+        It is 0 without a model. It is 1 without an encoder, and for queries that the encoder cannot embed.
+        """
+        if self._encoder is None or (model is not None and not all(map(self._encoder.reads, prompts))):
+            return replace(scoring, model_weight=1.0)
+        return scoring if model is not None else replace(scoring, model_weight=0.0)
 
     def scorer(self, model: Scorer | None, scoring: Scoring) -> Scorer:
         """Return the scorer for a model and a scoring.
@@ -193,15 +210,20 @@ class Blender:
             if model is None:
                 raise NotTrained(
                     f"{self._folder} has no trained weights yet, and no encoder to recall with: run `genret train "
-                    f"{self._folder}`, or make the index with an encoder (`genret index --encoder`)."
+                    f"{self._folder}`, or {self._way_to_an_encoder()}."
                 )
             return model
         encoder = self._encoder.at_temperature(scoring.temperature)
         if model is None or scoring.model_weight == 0.0:
             return encoder
-        if scoring.model_weight == 1.0 and self._learned is None:
+        if scoring.model_weight == 1.0:
             return model
         return BlendScorer(model, encoder, scoring.model_weight, self._learned)
+
+    def _way_to_an_encoder(self) -> str:
+        if self._name is None:
+            return "make the index with an encoder (`genret index --encoder`)"
+        return f"give the encoder of the index, {self._name!r}, as encoder"
 
 
 def _log_softmax(scores: Float64, offsets: NDArray[np.int64]) -> Float64:

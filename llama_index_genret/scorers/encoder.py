@@ -64,7 +64,6 @@ class EncoderScorer:
         live = True if trie.live is None else trie.live.contains(leaves)
         self._row = trie.key(leaves)
         self._removed = np.flatnonzero(~(live & (self._row >= 0)))
-        self._lock = threading.Lock()
 
     def at_temperature(self, temperature: float) -> EncoderScorer:
         """Return a scorer of another temperature that shares the vectors."""
@@ -99,10 +98,9 @@ class EncoderScorer:
                 f"the query is {kind}, and the encoder {self.encoder.name!r} embeds texts only. Recall with a trained "
                 "model (`genret train`), or make the index with a CLIP-like encoder."
             )
-        with self._lock:
-            texts = self.encoder.embed_queries([prompt.query or "?" for prompt in prompts])
-            images = [prompt.image for prompt in prompts if prompt.image is not None]
-            seen = iter(self.encoder.embed_images([load_image(image) for image in images]) if images else ())
+        texts = self.encoder.embed_queries([prompt.query or "?" for prompt in prompts])
+        images = [prompt.image for prompt in prompts if prompt.image is not None]
+        seen = iter(self.encoder.embed_images([load_image(image) for image in images]) if images else ())
         rows = [
             text if prompt.image is None else unit(next(seen) + (text if prompt.query else 0.0))
             for prompt, text in zip(prompts, texts, strict=True)

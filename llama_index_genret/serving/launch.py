@@ -25,7 +25,12 @@ from llama_index_genret.files import remove_unheld, writing
 from llama_index_genret.models.prompts import PREFIX_BLOCK
 from llama_index_genret.models.tokenizer import IndexTokenizer
 from llama_index_genret.scorers.vllm_http import SERVED_NAME, served_name
-from llama_index_genret.serving.endpoint.schema import INDEXES_VARIABLE, MIDDLEWARE
+from llama_index_genret.serving.endpoint.schema import (
+    ENCODER_DEVICE_VARIABLE,
+    ENCODER_VARIABLE,
+    INDEXES_VARIABLE,
+    MIDDLEWARE,
+)
 from llama_index_genret.serving.merge_lora import join_adapters, lora_rank
 from llama_index_genret.store import Index
 from llama_index_genret.store.model_state import (
@@ -141,16 +146,30 @@ def serve_command(
 ) -> list[str]:
     """Return the command line that serves indexes. `vllm_flags` come last and override earlier flags.
 
+    An index without trained weights is recalled by its encoder alone; the base model answers, if no index is trained.
+
     Args:
         adapters: True serves the base model for chat, and each index's LoRA adapter for recall. False serves one
             checkpoint with the trained weights merged in for both.
     Raises:
-        NotTrained: an index has no trained weights.
+        NotTrained: an index has neither trained weights nor an encoder.
         ModelMismatch: one server cannot serve all indexes.
     """
+    trained = [index for index in indexes if index.is_trained]
+    for index in indexes:
+        if not index.is_trained and index.manifest.encoder is None:
+            raise NotTrained(
+                f"{index.folder} has no trained weights yet, and no encoder: run `genret train {index.folder}`."
+            )
+        if index.manifest.model.fingerprint != indexes[0].manifest.model.fingerprint:
+            raise ModelMismatch(f"{index.folder} and {indexes[0].folder} have different base models: serve each alone.")
+    if adapters:
+        model = [*_base_flags(indexes[0]), *(_adapter_flags(trained) if trained else ())]
+    else:
+        model = _merged_flags(trained, dtype) if trained else _base_flags(indexes[0])
     return [
         *vllm_serve_command(),
-        *(_adapter_flags(indexes) if adapters else _merged_flags(indexes, dtype)),
+        *model,
         *("--host", host, "--port", str(port), "--max-logprobs", "-1", "--middleware", MIDDLEWARE),
         *FETCH_NO_MEDIA,
         *vllm_flags,
@@ -173,21 +192,23 @@ def _merged_flags(indexes: Sequence[Index], dtype: str) -> list[str]:
     return [str(served_checkpoint(first, dtype=dtype)), "--served-model-name", *names]
 
 
+def _base_flags(index: Index) -> list[str]:
+    """Return the flags for the base model of an index."""
+    base = index.manifest.model
+    local = Path(base.name_or_path) / "tokenizer.json"
+    if local.is_file():
+        check_tokenizer(index, IndexTokenizer.from_file(local), base.name_or_path)
+    return [base.name_or_path, "--served-model-name", SERVED_NAME]
+
+
 def _adapter_flags(indexes: Sequence[Index]) -> list[str]:
-    base = indexes[0].manifest.model
+    """Return the flags for the LoRA adapters of trained indexes, on top of those of their base model."""
     for index in indexes:
-        if not index.is_trained:
-            raise NotTrained(f"{index.folder} has no trained weights yet: run `genret train {index.folder}`.")
         if new_token_ids(index):
             raise ModelMismatch(
                 f"{index.folder} has symbols of its own, which a LoRA adapter cannot hold: serve it without "
                 "--adapters, or create it with `genret index --alphabet existing`."
             )
-        if index.manifest.model.fingerprint != base.fingerprint:
-            raise ModelMismatch(f"{index.folder} and {indexes[0].folder} have different base models: serve each alone.")
-    local = Path(base.name_or_path) / "tokenizer.json"
-    if local.is_file():
-        check_tokenizer(indexes[0], IndexTokenizer.from_file(local), base.name_or_path)
     modules = {served_name(index.weights_id or ""): served_adapter(index) for index in indexes}
     rank = max(map(lora_rank, modules.values()))
     if rank > LORA_RANKS[-1]:
@@ -196,7 +217,7 @@ def _adapter_flags(indexes: Sequence[Index]) -> list[str]:
             "--adapters, or train with a lower rank."
         )
     return [
-        *(base.name_or_path, "--served-model-name", SERVED_NAME, "--enable-lora"),
+        "--enable-lora",
         *("--max-loras", str(len(modules)), "--max-lora-rank", str(min(r for r in LORA_RANKS if r >= rank))),
         *("--lora-modules", *(f"{name}={folder}" for name, folder in modules.items())),
     ]
@@ -215,7 +236,13 @@ def printable_command(command: Sequence[str]) -> list[str]:
     return shown
 
 
-def serve_environment(indexes: Sequence[Index], inherited: Mapping[str, str]) -> dict[str, str]:
+def serve_environment(
+    indexes: Sequence[Index],
+    inherited: Mapping[str, str],
+    *,
+    encoder: str | None = None,
+    encoder_device: str | None = None,
+) -> dict[str, str]:
     """Return the whole environment of a server: the inherited variables, and the indexes by the names of their folders.
 
     Unless inherited variables override it, vLLM follows no redirects of image URLs. It also keeps idle connections
@@ -223,6 +250,8 @@ def serve_environment(indexes: Sequence[Index], inherited: Mapping[str, str]) ->
 
     Args:
         inherited: the environment of the process that starts the server.
+        encoder: another place of the indexes' encoder, default ENCODER_VARIABLE or the place in the index.
+        encoder_device: torch device of the encoder, default ENCODER_DEVICE_VARIABLE or "cpu".
     Raises:
         ServerError: two index folders have the same name.
     """
@@ -232,6 +261,8 @@ def serve_environment(indexes: Sequence[Index], inherited: Mapping[str, str]) ->
             f"two index folders have the same name, which identifies an index on the server: {folders}. Rename one."
         )
     named = {INDEXES_VARIABLE: "\n".join(f"{folder.name}={folder}" for folder in folders)}
+    places = {ENCODER_VARIABLE: encoder, ENCODER_DEVICE_VARIABLE: encoder_device}
+    named |= {variable: value for variable, value in places.items() if value is not None}
     chosen = {"VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S)}
     return {**chosen, **inherited, **named}
 

@@ -29,7 +29,8 @@ def browse(
     with listen(port) as listening:
         scorer = open_scorer(loaded, server, api_key, model, device)
         llm = open_llm(loaded, scorer, server, api_key, model, device)
-        recaller = Recaller(loaded, scorer, llm, endpoint=open_endpoint(loaded, scorer) if server else None)
+        endpoint = open_endpoint(loaded, server, api_key) if server else None
+        recaller = Recaller(loaded, scorer, llm, endpoint=endpoint)
         url = f"http://{HOST}:{listening.getsockname()[1]}/"
         table = new_table("page")
         table.add_row(url)

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_index_genret.corpus.images import from_data_url
 from llama_index_genret.errors import (
+    EncoderUnavailable,
     FilterError,
     GenretError,
     ImageError,
@@ -42,6 +43,8 @@ from llama_index_genret.serving.endpoint.engine_scorer import EngineScorer, Engi
 from llama_index_genret.serving.endpoint.limits import LIMITS_VARIABLE, Admission, Limits, TooBusy, TooSlow
 from llama_index_genret.serving.endpoint.loaded_indexes import LoadedIndex, Registry
 from llama_index_genret.serving.endpoint.schema import (
+    ENCODER_DEVICE_VARIABLE,
+    ENCODER_VARIABLE,
     IMPOSSIBLE,
     INDEXES_VARIABLE,
     IndexCard,
@@ -130,31 +133,51 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"description": "The API key is missing or wrong"},
     404: {"description": "The index does not exist in the requested version", "model": RecallErrorResponse},
     413: {"description": "The request body is too large", "model": RecallErrorResponse},
-    503: {"description": "The server is overloaded or stopping, or its engine has died", "model": RecallErrorResponse},
+    503: {
+        "description": "The server is overloaded or stopping, its engine has died, or its encoder does not respond",
+        "model": RecallErrorResponse,
+    },
     504: {"description": "The recall took too long and was cancelled", "model": RecallErrorResponse},
 }
 """Error responses in the OpenAPI description."""
 
 
 class RecallMiddleware:
-    """ASGI middleware that adds the recall routes when the app starts.
+    """ASGI middleware that adds the recall routes when the app starts. The server starts only if its indexes load.
 
-    The environment variables INDEXES_VARIABLE and LIMITS_VARIABLE set the indexes and the limits.
+    Environment variables set the indexes (INDEXES_VARIABLE), the limits (LIMITS_VARIABLE), the place of the encoder
+    (ENCODER_VARIABLE) and its device (ENCODER_DEVICE_VARIABLE).
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self.limits = Limits.from_text(os.environ.get(LIMITS_VARIABLE, ""))
+        self._starting = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on to the app. Add the routes to the app first, if it lacks them."""
         app: FastAPI = scope["app"]
-        if not hasattr(app.state, "genret"):
-            app.state.genret = Registry(_index_folders(os.environ.get(INDEXES_VARIABLE, "")))
-            app.state.genret_admission = Admission(self.limits)
-            app.include_router(router)
-            _limit_graceful_shutdown(app)
+        try:
+            async with self._starting:
+                if not hasattr(app.state, "genret"):
+                    await self._start(app)
+        except GenretError as error:
+            if scope["type"] != "lifespan":
+                raise
+            await receive()
+            await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
+            return
         await self.app(scope, receive, send)
+
+    async def _start(self, app: FastAPI) -> None:
+        """Load indexes and encoders in a thread, then add the routes."""
+        folders = _index_folders(os.environ.get(INDEXES_VARIABLE, ""))
+        place, device = os.environ.get(ENCODER_VARIABLE), os.environ.get(ENCODER_DEVICE_VARIABLE, "cpu")
+        registry = await asyncio.to_thread(Registry, folders, encoder=place or None, device=device)
+        app.state.genret_admission = Admission(self.limits)
+        app.include_router(router)
+        _limit_graceful_shutdown(app)
+        app.state.genret = registry
 
 
 def _limit_graceful_shutdown(app: FastAPI) -> None:
@@ -233,6 +256,7 @@ async def list_indexes(raw: Request) -> IndexList:
                 version=loaded.version,
                 scheme=loaded.index.manifest.scheme,
                 images=len(loaded.index.records),
+                encoder=loaded.encoder.name if loaded.encoder else None,
                 problem=registry.problems[loaded.name],
             )
             for loaded in registry.loaded
@@ -247,10 +271,12 @@ async def _answer(request: RecallRequest, app: FastAPI) -> RecallResponse:
     engine, adapters = app.state.engine_client, app.state.openai_serving_models.lora_requests
     lora = adapters.get(served_name(index.weights_id or ""))
     engine_scorer = EngineScorer(engine, engine.vllm_config.model_config.max_model_len, lora)
-    scoring = index.scoring(request.choice(), image_query=request.image is not None)
-    options = with_scoring(request.options(loaded.leaf_filter(request.record_filters())), index, scoring)
     prompts = _prompts(request, index)
-    scorer = loaded.blender.scorer(cast(Scorer, engine_scorer), scoring)
+    model = cast(Scorer, engine_scorer) if index.is_trained or loaded.encoder is None else None
+    scoring = index.scoring(request.choice(), image_query=request.image is not None)
+    scoring = loaded.blender.scoring_of(scoring, model, prompts)
+    options = with_scoring(request.options(loaded.leaf_filter(request.record_filters())), index, scoring)
+    scorer = loaded.blender.scorer(model, scoring)
     try:
         rankings = await arecall(scorer, index.trie, prompts, options, rerank=reranking(index, scoring))
     finally:
@@ -307,7 +333,7 @@ def _error(error: Exception) -> JSONResponse:
         return _refusal(404, "NotFoundError", str(error))
     if isinstance(error, (QueryError, FilterError, SearchError, ImageError)) and not isinstance(error, NotANumber):
         return _refusal(400, "BadRequestError", str(error))
-    if isinstance(error, (TooBusy, EngineStopped)) or type(error).__name__ == "EngineDeadError":
+    if isinstance(error, (TooBusy, EngineStopped, EncoderUnavailable)) or type(error).__name__ == "EngineDeadError":
         return _refusal(503, "ServiceUnavailableError", str(error))
     if isinstance(error, TooSlow):
         return _refusal(504, "GatewayTimeoutError", str(error))

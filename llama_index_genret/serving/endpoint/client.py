@@ -8,6 +8,7 @@ Depends on HTTP and the index; independent of vLLM.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from llama_index_genret.scorers.http_client import Server, json_object, response
 from llama_index_genret.search import Hit, Ranking, SearchOptions
 from llama_index_genret.serving.endpoint.schema import RecallRequest, RecallResponse, RecallResult
 from llama_index_genret.store import Index, RecordFilters, Scoring
+
+log = logging.getLogger(__name__)
 
 RECALL = "/recall"
 
@@ -50,6 +53,7 @@ class RecallClient:
     def __init__(self, index: Index, server: Server) -> None:
         self._index = index
         self._server = server
+        self._has_warned = False
         self._is_served = True  # until the server responds with 404
 
     def recall(self, query: RecallQuery) -> Ranking | None:
@@ -104,10 +108,22 @@ class RecallClient:
                 f"{response_address(answer)} returned other images than the best {query.options.k} of one query: got "
                 f"{[len(result.hits) for result in response.results]} images per query."
             )
+        self._check_scoring(response.scoring, query)
         result = response.results[0]
         if query.options.mode == "exact" and query.options.max_expansions is None and not result.exact:
             return None
         return Ranking(tuple(self._hits(result, response_address(answer))), result.exact, result.nodes_expanded)
+
+    def _check_scoring(self, used: Scoring, query: RecallQuery) -> None:
+        """Log once if the server should have blended a text query with the encoder of the index, but did not."""
+        expected = self._index.manifest.encoder is not None and query.prompt.image is None
+        if expected and used.model_weight == 1.0 != query.scoring.model_weight and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "the server recalls %s by its trained model alone, because it has not loaded the encoder. Its log and "
+                "GET /v1/recall/indexes have the reason.",
+                self._index.folder,
+            )
 
     def _hits(self, result: RecallResult, where: str) -> list[Hit]:
         rows = [self._index.rows_by_id.get(hit.image_id, -1) for hit in result.hits]

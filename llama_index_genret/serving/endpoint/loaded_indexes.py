@@ -14,12 +14,19 @@ from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 
-from llama_index_genret.errors import EncoderError, GenretError, IndexNotFound, MissingExtra, ModelMismatch
+from llama_index_genret.errors import (
+    EncoderError,
+    EncoderUnavailable,
+    GenretError,
+    IndexNotFound,
+    MissingExtra,
+    ModelMismatch,
+)
 from llama_index_genret.models.encoder import Encoder
 from llama_index_genret.scorers.blend import Blender
 from llama_index_genret.store import Index, RecordFilters, load_index
 from llama_index_genret.store.manifest import MANIFEST
-from llama_index_genret.store.vectors import resolve_encoder
+from llama_index_genret.store.vectors import EncoderEntry, open_encoder
 from llama_index_genret.trie import LeafFilter
 
 log = logging.getLogger(__name__)
@@ -29,12 +36,12 @@ CACHED_FILTERS = 64
 
 
 class LoadedIndex:
-    """One version of an index, and its name on this server. Leaf bitmaps of recent filters are cached."""
+    """One version of an index, its name on this server, and its encoder. Leaf bitmaps of recent filters are cached."""
 
     def __init__(self, name: str, index: Index, encoder: Encoder | None = None) -> None:
         self.name, self.index, self.encoder = name, index, encoder
         self.blender = Blender(index, encoder)
-        # no bound method: an older version and its mapped files go with its last search, not when garbage is collected
+        # a bound method would form a reference cycle and keep an old version's mapped files until garbage collection
         self._leaves = lru_cache(maxsize=CACHED_FILTERS)(partial(_leaf_filter, index))
 
     @property
@@ -50,11 +57,22 @@ class LoadedIndex:
 class Registry:
     """The indexes of `folders`, which reload when their manifest changes: `genret add` and `remove` need no restart.
 
-    If a newer version cannot be served because it is damaged or has other weights, the older one stays.
+    If a newer version cannot be served because it is damaged or has other weights, the older one stays. Each encoder is
+    loaded once, for all indexes and versions that have it. If it does not load, `problems` has the reason, and the
+    trained model recalls alone until the server restarts.
+
+    Args:
+        encoder: another place of the encoder, default the place in the index.
+        device: torch device of the encoder.
+    Raises:
+        GenretError: an index cannot be served, or has neither trained weights nor an encoder that loads.
     """
 
-    def __init__(self, folders: Mapping[str, Path]) -> None:
+    def __init__(self, folders: Mapping[str, Path], *, encoder: str | None = None, device: str = "cpu") -> None:
         self._folders = dict(folders)
+        self._place, self._device = encoder, device
+        self._encoders: dict[EncoderEntry, Encoder | None] = {}
+        self._failures: dict[EncoderEntry, str] = {}
         self._lock = threading.Lock()
         self._seen: dict[str, tuple[int, int, int]] = {}
         self._loaded: dict[str, LoadedIndex] = {}
@@ -118,7 +136,8 @@ class Registry:
         folder = self._folders[name]
         stamp = _stamp(folder)
         try:
-            self._loaded[name], self.problems[name] = self._read(name, folder), ""
+            self._loaded[name] = loaded = self._read(name, folder)
+            self.problems[name] = self._problem(loaded)
         finally:
             self._seen[name] = stamp  # set last, so that concurrent callers wait for the newer version
 
@@ -130,20 +149,37 @@ class Registry:
                 f"{folder} now has other weights ({index.weights_id}, served {served.index.weights_id}): it was "
                 "trained, or got images with symbols of their own. Restart `genret serve` on it."
             )
-        loaded = LoadedIndex(name, index, self._encoder(index, served))
-        loaded.leaf_filter(RecordFilters(filters=[]))  # reads the metadata now, in the thread that loads
-        _ = index.prior  # the same of the prior of every node
+        loaded = LoadedIndex(name, index, self._encoder(index))
+        loaded.leaf_filter(RecordFilters(filters=[]))  # fills the cached metadata columns in the loading thread
+        _ = index.prior  # fills the cached prior in the loading thread
         return loaded
 
-    def _encoder(self, index: Index, served: LoadedIndex | None) -> Encoder | None:
-        """Return the encoder of an index, loaded once for all its versions; None where it does not load."""
-        if served and served.encoder and served.index.manifest.encoder == index.manifest.encoder:
-            return served.encoder
-        try:
-            return resolve_encoder(index.manifest.encoder)
-        except (EncoderError, MissingExtra) as error:
-            log.warning("%s is recalled by the trained model alone: %s", index.folder, error)
+    def _encoder(self, index: Index) -> Encoder | None:
+        """Return the encoder of an index, or None if it has none or the encoder does not load.
+
+        Raises:
+            EncoderUnavailable: it does not load, and the index has no trained weights to recall with.
+        """
+        entry = index.manifest.encoder
+        if entry is None:
             return None
+        if entry not in self._encoders:
+            self._encoders[entry] = self._open(entry)
+        if self._encoders[entry] is None and not index.is_trained:
+            raise EncoderUnavailable(f"{index.folder} is not trained, so it needs its encoder. {self._failures[entry]}")
+        return self._encoders[entry]
+
+    def _open(self, entry: EncoderEntry) -> Encoder | None:
+        try:
+            return open_encoder(entry, name=self._place, device=self._device)
+        except (EncoderError, MissingExtra) as error:
+            self._failures[entry] = f"The encoder {entry.name!r} is not loaded: {error}"
+            log.warning("%s Indexes that need it are recalled by their trained model alone.", self._failures[entry])
+            return None
+
+    def _problem(self, loaded: LoadedIndex) -> str:
+        entry = loaded.index.manifest.encoder
+        return self._failures.get(entry, "") if entry else ""
 
 
 def _leaf_filter(index: Index, filters: str) -> LeafFilter:

@@ -19,6 +19,12 @@ from llama_index_genret.trie import LeafFilter
 INDEXES_VARIABLE = "GENRET_INDEXES"
 """Environment variable of the server: `name=folder`, one index per line. vLLM passes no arguments to a middleware."""
 
+ENCODER_VARIABLE = "GENRET_ENCODER"
+"""Environment variable of the server: another place of its indexes' encoder, a folder, hub id or address."""
+
+ENCODER_DEVICE_VARIABLE = "GENRET_ENCODER_DEVICE"
+"""Environment variable of the server: torch device of the encoder, default "cpu"."""
+
 MIDDLEWARE = "llama_index_genret.serving.endpoint.RecallMiddleware"
 """Value of vLLM's flag `--middleware`."""
 
@@ -46,10 +52,12 @@ Equal = Annotated[dict[Text, Value | list[Value]], Field(max_length=MAX_FILTERS)
 class RecallScoring(BaseModel):
     """The ranking of hits; see `store.Scoring`. An omitted field has the value chosen by `genret tune`.
 
-    model_weight: share of the trained model; the rest is the encoder's. 1 is the generative model alone.
-    temperature: of the encoder's probabilities, softmax of cosine / temperature.
-    eta: how much of the prior of the images is taken off their score, 0 for nothing.
-    rerank: how many of the best are ranked anew by log p(query | image), of text queries only; 0 for none.
+    model_weight: share of the trained model, from 0 to 1; the rest is the encoder's. 1 is the generative model alone.
+    temperature: temperature of the encoder's p(image | query), the softmax of cosine / temperature.
+    eta: weight of the images' log prior, which is subtracted from their score; 0 for no prior.
+    rerank: number of best hits to re-rank by log p(query | image), for text queries only; 0 for none.
+    rerank_weight: weight of log p(query | image).
+    rerank_by: "identifier" conditions the model on the image's identifier, "image" on the image itself.
     """
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
@@ -151,7 +159,11 @@ class RecallResult(BaseModel):
 
 
 class RecallResponse(BaseModel):
-    """The results in the order of the queries, all from one version of one index. scoring: the ranking used."""
+    """The results in the order of the queries, all from one version of one index.
+
+    scoring: the ranking used. Its `model_weight` is 1 without an encoder, and for an image query if the encoder embeds
+        texts only. It is 0 for an index without trained weights.
+    """
 
     model_config = ConfigDict(hide_input_in_errors=True)
     object: Literal["recall"] = "recall"
@@ -183,12 +195,17 @@ class UnreadableBody(BaseModel):
 
 
 class IndexCard(BaseModel):
-    """A loaded index. problem: the reason why a newer version on disk is not served, or empty."""
+    """A loaded index.
+
+    encoder: name of the encoder in the server's process; null if the server recalls by the model alone.
+    problem: the reason why a newer version on disk, or the encoder of the index, is not served; else empty.
+    """
 
     name: str
     version: str
     scheme: str
     images: int
+    encoder: str | None
     problem: str
 
 

@@ -13,12 +13,13 @@ from llama_index.core.retrievers import QueryFusionRetriever
 from llama_index.llms.openai_like import OpenAILike
 
 from llama_index_genret import FakeScorer, GenerativeImageRetriever
-from llama_index_genret.errors import ServerError
+from llama_index_genret.errors import NotTrained, ServerError
+from llama_index_genret.models.encoder import SentenceTransformerEncoder
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.serving.batch import hit_to_json
 from llama_index_genret.serving.endpoint.schema import RecallRequest
-from llama_index_genret.store import load_index, remove_images
+from llama_index_genret.store import Index, ScoringChoice, load_index, remove_images
 
 
 class Recalling(ThreadingHTTPServer):
@@ -71,7 +72,8 @@ class Handler(BaseHTTPRequestHandler):
             for hit in ranking.hits
         ]
         result = {"query": request.query, "hits": hits, "exact": ranking.exact, "nodes_expanded": 1}
-        scoring = {"eta": 0.0, "rerank": 0, "rerank_weight": 1.0, "rerank_by": "identifier"}
+        scoring = {"model_weight": 1.0, "temperature": 0.05, "eta": 0.0}
+        scoring |= {"rerank": 0, "rerank_weight": 1.0, "rerank_by": "identifier"}
         return {"index": "x", "version": index.version, "scoring": scoring, "results": [result]}
 
     def choice(self, i, ids, scored_ids):
@@ -195,3 +197,56 @@ def test_client_searches_if_the_server_result_is_not_exact(serve, untrained_inde
     assert server.paths() == ["/v1/recall"]
     assert is_exact()
     assert "/v1/completions" in server.paths()
+
+
+@pytest.fixture
+def counted_as_trained(encoded_index, monkeypatch):
+    """An index with an encoder, whose base model counts as trained: a table has no weights to train."""
+    monkeypatch.setattr(Index, "is_trained", True)
+    return encoded_index
+
+
+@pytest.mark.torch
+def test_client_with_an_encoder_blends_over_the_stock_protocol(serve, counted_as_trained, encoder):
+    index, server = counted_as_trained, serve(has_endpoint=False, index=counted_as_trained)
+    loaded, model = SentenceTransformerEncoder(encoder), FakeScorer(index.tokenizer.vocab_size)
+    in_process = GenerativeImageRetriever(index, model, encoder=loaded, similarity_top_k=4)
+    by_model = GenerativeImageRetriever(index, model, similarity_top_k=4)
+    for chosen in (encoder, loaded):
+        served = GenerativeImageRetriever.from_llm(llm_of(server), index.folder, encoder=chosen, similarity_top_k=4)
+        for found in (served.retrieve("red circle"), asyncio.run(served.aretrieve("red circle"))):
+            assert scores_by_id(found) == pytest.approx(scores_by_id(in_process.retrieve("red circle")), rel=1e-6)
+    assert scores_by_id(found) != pytest.approx(scores_by_id(by_model.retrieve("red circle")), rel=1e-2)
+
+
+def scores_by_id(nodes):
+    return {node.node.node_id: node.score for node in nodes}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("has_endpoint", [True, False])
+def test_recall_without_the_encoder_is_logged_once(serve, counted_as_trained, has_endpoint, caplog):
+    server = serve(has_endpoint=has_endpoint, index=counted_as_trained)
+    folder = counted_as_trained.folder
+
+    wanted = expected(counted_as_trained)
+
+    def warnings_of(**options):
+        caplog.clear()
+        retriever = GenerativeImageRetriever.from_llm(llm_of(server), folder, similarity_top_k=4, **options)
+        assert ids(retriever.retrieve("red circle")) == ids(retriever.retrieve("red circle")) == wanted
+        return ["trained model alone" in record.getMessage() for record in caplog.records].count(True)
+
+    assert warnings_of() == 1
+    assert warnings_of(scoring=ScoringChoice(model_weight=1.0)) == 0
+
+
+@pytest.mark.torch
+def test_stock_server_of_an_untrained_index_needs_the_encoder(serve, encoded_index, encoder):
+    server = serve(has_endpoint=False, index=encoded_index)
+    served = GenerativeImageRetriever.from_llm(llm_of(server), encoded_index.folder, encoder=encoder)
+    alone = GenerativeImageRetriever.from_index_dir(encoded_index.folder)
+    assert ids(served.retrieve("red circle")) == ids(alone.retrieve("red circle"))
+    assert "/v1/completions" not in server.paths()
+    with pytest.raises(NotTrained, match="give the encoder of the index"):
+        GenerativeImageRetriever.from_llm(llm_of(server), encoded_index.folder).retrieve("red circle")
