@@ -113,7 +113,7 @@ SCORINGS = [
 
 def test_prior_and_reranking_rank_as_in_process(client, endpoint, served_index, local_scorer):
     """Tuned values are used while the server runs, from its next request on."""
-    index, _ = tune(served_index, local_scorer)
+    index = tune(served_index, local_scorer).index
     index = store_tuning(index, index.log_prior, TunedScoring(scoring=Scoring(eta=0.8), queries=1))
     for request, scoring in SCORINGS:
         posted = client.post("/v1/recall", json={"queries": TEXTS, "k": 4, "scoring": request})

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from llama_index_genret.cli import evaluate, index, recall, serve, train
+from llama_index_genret.cli import evaluate, index, recall, serve, train, tune
 from llama_index_genret.cli.browse import command as browse_command
 from llama_index_genret.cli.demo import command as demo_command
 from llama_index_genret.cli.output import escape_unencodable, log, visible
@@ -33,7 +33,7 @@ app.command()(index.remove)
 app.command()(recall.query)
 app.command()(recall.ask)
 app.command(name="eval")(evaluate.evaluate)
-app.command()(train.tune)
+app.command()(tune.tune)
 app.command()(recall.batch)
 app.command()(browse_command.browse)
 app.command()(serve.export)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
-from llama_index_genret.cli.models import open_scorer
+from llama_index_genret.cli.models import index_encoder, open_trained
 from llama_index_genret.cli.options import (
     ApiKey,
     BaseModel,
@@ -44,9 +46,10 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure recall on held-out queries."""
+    """Measure recall on held-out queries, of what a query gets and of the model and the encoder alone."""
     from llama_index_genret.evaluation.baselines import baseline
     from llama_index_genret.evaluation.evaluate import count_pseudo_queries, evaluate
+    from llama_index_genret.evaluation.parts import parts_of
     from llama_index_genret.evaluation.queries import read_queries
     from llama_index_genret.evaluation.report import write_evaluation_report
 
@@ -60,16 +63,28 @@ def evaluate(
     if seen:
         log.print(f"{seen} queries are pseudo-queries of the index, so they are not held out", style="yellow")
     overlap = {"pseudo_queries": n_pseudo_queries(loaded), "queries_among_them": seen}
-    scoring = ScoringChoice(rerank=rerank)
-    scorer = open_scorer(loaded, server, api_key, model, device)
-    evaluation = evaluate(loaded, scorer, wanted, progress=bar("Recalling"), scoring=scoring)
-    figures = {**evaluation.figures(), "scoring": dataclasses.asdict(loaded.scoring(scoring))}
-    table = new_table("", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", title=f"{figures['n']} queries")
-    for name, row in {"generative": figures, **{n: p.figures() for n, p in peers.items()}}.items():
-        bounds = {column: " [{:.3f}, {:.3f}]".format(*interval) for column, interval in row["interval"].items()}
-        columns = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
-        table.add_row(name, *(f"{row[column]:.3f}{bounds.get(column, '')}" for column in columns))
-    emit(as_json, {**figures, **overlap, "baselines": {name: peer.figures() for name, peer in peers.items()}}, table)
+    trained = open_trained(loaded, server, api_key, model, device)
+    parts = parts_of(loaded, trained, index_encoder(loaded, device), ScoringChoice(rerank=rerank))
+    recalled, figures = {}, {}
+    for part in parts:
+        shown = bar(f"Recalling, {part.name}")
+        recalled[part.name] = evaluate(loaded, part.scorer, wanted, progress=shown, scoring=part.choice)
+        figures[part.name] = {**recalled[part.name].figures(), "scoring": dataclasses.asdict(part.scoring)}
+    first = parts[0].name
+    compared = {name: peer.figures() for name, peer in peers.items()}
+    value = {**figures[first], **overlap, "parts": figures, "baselines": compared}
+    emit(as_json, value, _table(figures | compared, title=f"{len(wanted)} queries; {first}: {parts[0].scoring}"))
     if report:
-        write_evaluation_report(report, loaded, evaluation, baselines=peers)
+        others = {name: one for name, one in recalled.items() if name != first}
+        write_evaluation_report(report, loaded, recalled[first], name=first, baselines={**others, **peers})
         log.print(f"report: {report}")
+
+
+def _table(figures: Mapping[str, Mapping[str, Any]], *, title: str) -> Table:
+    """Return a row for each part of the index and each baseline, with intervals."""
+    columns = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
+    table = new_table("", *columns, title=title)
+    for name, row in figures.items():
+        cells = (f"{row[column]:.3f} [{{:.3f}}, {{:.3f}}]".format(*row["interval"][column]) for column in columns)
+        table.add_row(name, *cells)
+    return table

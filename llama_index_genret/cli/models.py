@@ -23,15 +23,7 @@ def open_scorer(
 ) -> Any:
     """Return the trained model of an index, in this process or on a server, blended with the index's encoder."""
     scoring = scoring or loaded.scoring()
-    trained: Any = None
-    if loaded.is_trained and scoring.model_weight > 0.0:
-        if server:
-            trained = server_scorer(loaded, server, api_key)
-        else:
-            from llama_index_genret.scorers.transformers import TransformersScorer
-            from llama_index_genret.store.model_loading import load_trained
-
-            trained = TransformersScorer(load_trained(loaded, device=device, base=model))
+    trained = open_trained(loaded, server, api_key, model, device) if scoring.model_weight > 0.0 else None
     return blended(loaded, trained, device, scoring)
 
 
@@ -52,6 +44,18 @@ def blended(loaded: Index, trained: Any, device: str, scoring: Scoring) -> Any:
 
     encoder = index_encoder(loaded, device) if trained is None or scoring.model_weight < 1.0 else None
     return Blender(loaded, encoder).scorer(trained, scoring)
+
+
+def open_trained(loaded: Index, server: str | None, api_key: str, model: str | None, device: str) -> Any:
+    """Return a scorer with the trained model on a server or in this process, None for an index that was not trained."""
+    if not loaded.is_trained:
+        return None
+    if server:
+        return server_scorer(loaded, server, api_key)
+    from llama_index_genret.scorers.transformers import TransformersScorer
+    from llama_index_genret.store.model_loading import load_trained
+
+    return TransformersScorer(load_trained(loaded, device=device, base=model))
 
 
 def open_llm(loaded: Index, scorer: Any, server: str | None, api_key: str, model: str | None, device: str) -> Any:

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,15 @@ from tqdm import tqdm
 from llama_index_genret.errors import NotWritten
 from llama_index_genret.store import Index
 from llama_index_genret.store.model_state import unseen_rows
+from llama_index_genret.store.vectors import VectorSources
+
+SOURCES = {
+    "captions": "from captions",
+    "images": "from images by the encoder",
+    "projected": "projected from image features",
+    "missing": "missing",
+}
+"""How a table names the fields of `VectorSources`."""
 
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -108,7 +118,8 @@ def facts_of(loaded: Index) -> dict[str, Any]:
         "trained": loaded.is_trained,
         "training": loaded.manifest.training,
         "update": loaded.manifest.update,
-        "untrained_images": None if unseen is None else len(unseen),
+        "untrained_images": len(loaded.records) if not loaded.is_trained else None if unseen is None else len(unseen),
+        "encoder": _encoder_facts(loaded),
         "captions": sum(len(record.captions) for record in loaded.records),
         "pseudo_queries": n_pseudo_queries(loaded),
         "tuned": loaded.manifest.tuned and loaded.manifest.tuned.model_dump(),
@@ -116,9 +127,25 @@ def facts_of(loaded: Index) -> dict[str, Any]:
     }
 
 
+def _encoder_facts(loaded: Index) -> dict[str, Any] | None:
+    """Return the name and dimension of the encoder, the bytes it takes per image, and the sources of the vectors."""
+    entry, vectors = loaded.manifest.encoder, loaded.vectors
+    if entry is None or vectors is None:
+        return None
+    sources = asdict(VectorSources.of(entry, loaded.records, vectors))
+    size = vectors.itemsize * entry.dimension
+    return {"name": entry.name, "dimension": entry.dimension, "bytes_per_image": size, "vectors": sources}
+
+
 def facts_table(loaded: Index) -> Table:
     """Return `facts_of` as a table."""
     table = new_table("", "")
     for key, value in facts_of(loaded).items():
-        table.add_row(key.replace("_", " "), str(value))
+        if key == "encoder" and value:
+            table.add_row("encoder", f"{value['name']}, {value['dimension']} dimensions")
+            table.add_row("bytes per image", f"{value['bytes_per_image']} for its vector")
+            shares = (f"{count} {SOURCES[source]}" for source, count in value["vectors"].items() if count)
+            table.add_row("vectors", ", ".join(shares))
+        else:
+            table.add_row(key.replace("_", " "), str(value))
     return table

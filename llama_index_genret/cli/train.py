@@ -1,4 +1,4 @@
-"""Commands that write pseudo-queries, train the model, and tune its scoring."""
+"""Commands that write pseudo-queries and train the model."""
 
 from __future__ import annotations
 
@@ -10,21 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
-from llama_index_genret.cli.models import open_scorer, prepare_vllm
+from llama_index_genret.cli.models import prepare_vllm
 from llama_index_genret.cli.options import (
     ApiKey,
-    BaseModel,
     Device,
     IndexDir,
     Json,
     Offline,
-    RerankByOption,
-    Server,
     VllmOption,
     parse_options,
 )
 from llama_index_genret.cli.output import (
-    bar,
     counting_bar,
     emit,
     facts_of,
@@ -34,8 +30,6 @@ from llama_index_genret.cli.output import (
     new_table,
 )
 from llama_index_genret.store import Index, drop_update, load_index
-
-TUNED_FIGURES = ("recall@1", "recall@5", "recall@10", "mrr")
 
 
 def write_queries(
@@ -201,68 +195,6 @@ def _trained(loaded: Index, given: dict[str, Any], *, update: bool, encoder: str
         given["max_steps"] = None  # an update inherits max_steps from the training
     options = dataclasses.replace(update_options(loaded) if update else TrainOptions(), **given)
     return train(loaded, options, update=update, encoder=encoder, device=device, show_progress=sys.stderr.isatty())
-
-
-def tune(
-    index_dir: IndexDir,
-    queries: Annotated[
-        Path | None,
-        typer.Argument(metavar="VALIDATION.jsonl", help="Validation queries, in the format of `genret eval`."),
-    ] = None,
-    rerank: Annotated[
-        int, typer.Option(min=0, help="Best hits per query to re-rank by log p(query | image), 0 for none.")
-    ] = 0,
-    rerank_by: RerankByOption = None,
-    etas: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--eta",
-            min=0,
-            help="Weight of the prior to evaluate. Repeat it for several. Default: a grid from 0 to 1.5.",
-            show_default=False,
-        ),
-    ] = None,
-    rerank_weights: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--rerank-weight",
-            min=0,
-            help="Weight of --rerank to evaluate. Repeat it for several. Default: a grid from 0 to 4.",
-            show_default=False,
-        ),
-    ] = None,
-    server: Server = None,
-    api_key: ApiKey = "EMPTY",
-    model: BaseModel = None,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Compute the prior of the images, and choose its weight, and that of a re-ranking, on validation queries."""
-    from llama_index_genret.evaluation.queries import read_queries
-    from llama_index_genret.evaluation.tuning import ETAS, RERANK_WEIGHTS, tune
-
-    loaded = load_index(index_dir)
-    wanted = read_queries(queries, loaded.records) if queries else []
-    scorer = open_scorer(loaded, server, api_key, model, device)
-    tuned, trials = tune(
-        loaded,
-        scorer,
-        wanted,
-        etas=etas or ETAS,
-        rerank=rerank,
-        rerank_by=rerank_by or loaded.scoring().rerank_by,
-        rerank_weights=rerank_weights or RERANK_WEIGHTS,
-        progress=bar("Tuning"),
-    )
-    chosen = tuned.scoring()
-    table = new_table("eta", "rerank weight", *TUNED_FIGURES, title=f"{len(wanted)} queries; chosen: {chosen}")
-    best_last = sorted(trials, key=lambda trial: (trial.figures["mrr"], -trial.scoring.rerank_weight))
-    best = {trial.scoring.eta: trial for trial in best_last}
-    for trial in (best[eta] for eta in sorted(best)):
-        weights = (f"{trial.scoring.eta:g}", f"{trial.scoring.rerank_weight:g}" if rerank else "")
-        table.add_row(*weights, *(f"{trial.figures[name]:.3f}" for name in TUNED_FIGURES))
-    value = {"index": str(tuned.folder), "n": len(wanted), "scoring": dataclasses.asdict(chosen)}
-    emit(as_json, {**value, "trials": [trial.to_json() for trial in trials]}, table)
 
 
 def _shortfall(summary: Any) -> str:

@@ -33,7 +33,7 @@ FONT_PT = 11
 
 # Placeholder colors: matplotlib accepts no CSS variables, so `_svg` replaces each by a variable of the page.
 INK, QUIET, LINE, CARD = "#010101", "#020202", "#030303", "#040404"
-SYSTEMS = ("#050505", "#060606", "#070707")
+SYSTEMS = ("#050505", "#060606", "#070707", "#080808", "#090909")
 VARIABLES = {INK: "--ink", QUIET: "--quiet", LINE: "--line", CARD: "--card"}
 VARIABLES |= {color: f"--chart-{number}" for number, color in enumerate(SYSTEMS, start=1)}
 
@@ -71,17 +71,17 @@ def comparison_chart(systems: Mapping[str, Mapping[str, Estimate]]) -> Chart:
     """Draw each measure of each system as a point with its interval.
 
     Args:
-        systems: {system: {measure: estimate}}, at most three systems.
+        systems: {system: {measure: estimate}}, at most five systems.
     """
     measures = list(dict.fromkeys(name for estimates in systems.values() for name in estimates))
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure()
         for number, (system, values) in enumerate(systems.items()):
-            place = np.arange(len(measures)) + (number - (len(systems) - 1) / 2) * 0.24
+            place = np.arange(len(measures)) + (number - (len(systems) - 1) / 2) * min(0.24, 0.8 / len(systems))
             mean = np.array([values[name].value for name in measures])
             error = np.abs(np.array([values[name].interval for name in measures]).T - mean)
             color = SYSTEMS[number % len(SYSTEMS)]
-            marker = "osD"[number % 3]
+            marker = "osD^v"[number % len(SYSTEMS)]
             axes.errorbar(
                 mean, place, xerr=error, fmt=marker, color=color, label=system, markersize=6, linewidth=2, capsize=0
             )
@@ -90,7 +90,7 @@ def comparison_chart(systems: Mapping[str, Mapping[str, Estimate]]) -> Chart:
         )
         axes.grid(axis="y", visible=False)
         if len(systems) > 1:
-            figure.legend(loc="outside upper center", ncols=len(systems), handletextpad=0.3)
+            figure.legend(loc="outside upper center", ncols=min(len(systems), 3), handletextpad=0.3)
         svg = _svg(figure, "comparison")
     return Chart("Recall and ranking", svg, "Points are means over the queries. Lines are 95 % bootstrap intervals.")
 

@@ -23,6 +23,7 @@ from llama_index_genret.evaluation.html_page import (
     write_report,
 )
 from llama_index_genret.evaluation.metrics import bootstrap_interval, expected_calibration_error, reliability
+from llama_index_genret.evaluation.parts import BLEND, ENCODER, MODEL
 from llama_index_genret.store import Index
 
 if TYPE_CHECKING:
@@ -31,7 +32,12 @@ if TYPE_CHECKING:
 STRIPS = 30
 """Number of queries in the group of the worst, and in the random group."""
 
-OURS = "generative"
+ERROR = "calibration_error"
+NOTES = {
+    BLEND: "blend: the model and the encoder together, which is what a query gets.",
+    MODEL: "model: the generative model alone.",
+    ENCODER: "encoder: the embedding model of the index alone.",
+}
 MEASURES = {
     "recall@1": "recall@1",
     "recall@5": "recall@5",
@@ -46,6 +52,7 @@ def write_evaluation_report(
     index: Index,
     evaluation: Evaluation,
     *,
+    name: str = MODEL,
     baselines: Mapping[str, Evaluation] | None = None,
     tables: Sequence[Table] = (),
     answers: Sequence[ReportAnswer] = (),
@@ -55,7 +62,9 @@ def write_evaluation_report(
     """Write one self-contained HTML page: figures, charts, the `STRIPS` worst queries and as many random ones.
 
     Args:
-        baselines: evaluations of the same queries by other systems, keyed by name. Default none.
+        name: the part of the index that recalled, the first column. Default "model".
+        baselines: evaluations of the same queries by other parts of the index and other systems, keyed by name.
+            Default none.
         tables: further tables, placed before those of the evaluation. Default none.
         answers: questions with answers and sources. Default none.
         charts: whether to draw charts. False needs no matplotlib. Default True.
@@ -64,11 +73,11 @@ def write_evaluation_report(
     Raises:
         MissingExtra: matplotlib is not installed. NotWritten: the page cannot be written.
     """
-    systems = {OURS: evaluation, **(baselines or {})}
+    systems = {name: evaluation, **(baselines or {})}
     kinds = dict.fromkeys(query.kind for query in evaluation.queries)
     write_report(
         path,
-        title="Images recalled by the model that memorised them",
+        title="How well the index recalls its images",
         subtitle=f"{len(evaluation.queries)} queries, {len(index.records)} images, "
         f"{index.manifest.scheme} identifiers of {index.trie.depth} symbols.",
         tables=[*tables, _comparison(systems), *([_kinds(evaluation, kinds)] if len(kinds) > 1 else [])],
@@ -124,16 +133,23 @@ def _group(index: Index, evaluation: Evaluation, title: str, rows: Iterable[int]
 
 
 def _comparison(systems: Mapping[str, Evaluation]) -> Table:
-    """Return a table of measures (rows) and systems (columns), with intervals. Some rows are for our system only."""
+    """Return a table of measures (rows) and systems (columns), with intervals. What was not measured stays empty."""
     figures = {name: evaluation.figures() for name, evaluation in systems.items()}
     rows = [(Cell(shown), *(_with_interval(one, key) for one in figures.values())) for key, shown in MEASURES.items()]
-    blank = [Cell("")] * (len(systems) - 1)
-    if latency := figures[OURS].get("latency_ms"):
-        rows.append((Cell("latency, ms"), Cell(f"{latency['p50']:,.0f}", f"95 %: {latency['p95']:,.0f}"), *blank))
-    if "calibration_error" in figures[OURS]:
-        rows.append((Cell("calibration error"), Cell(f"{figures[OURS]['calibration_error']:.3f}"), *blank))
-    note = "Below each figure is its 95 % bootstrap interval. Queries with the same right images are drawn together."
-    return Table("Figures", ("", *systems), tuple(rows), note)
+    for shown, key, cell_of in (("latency, ms", "latency_ms", _latency), ("calibration error", ERROR, _calibration)):
+        if any(key in one for one in figures.values()):
+            rows.append((Cell(shown), *(cell_of(one[key]) if key in one else Cell("") for one in figures.values())))
+    note = "Below each figure is its 95 % bootstrap interval. Queries with the same right images are drawn together."
+    named = " ".join(NOTES[name] for name in systems if name in NOTES)
+    return Table("Figures", ("", *systems), tuple(rows), f"{named} {note}".strip())
+
+
+def _latency(percentiles: Mapping[str, float]) -> Cell:
+    return Cell(f"{percentiles['p50']:,.0f}", f"95 %: {percentiles['p95']:,.0f}")
+
+
+def _calibration(error: float) -> Cell:
+    return Cell(f"{error:.3f}")
 
 
 def _with_interval(figures: Mapping[str, Any], key: str) -> Cell:
@@ -153,7 +169,7 @@ def _kinds(evaluation: Evaluation, kinds: Iterable[str]) -> Table:
 def _charts(systems: Mapping[str, Evaluation]) -> list[Chart]:
     from llama_index_genret.evaluation import charts
 
-    ours = systems[OURS]
+    ours = next(iter(systems.values()))
     drawn = [charts.comparison_chart({name: _estimates(evaluation) for name, evaluation in systems.items()})]
     if ours.kept:
         groups = [query.image_ids for query in ours.queries]

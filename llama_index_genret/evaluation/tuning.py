@@ -1,6 +1,7 @@
-"""Compute the prior of every image, and choose eta and the re-ranking weight on held-out queries (`genret tune`).
+"""Compute the prior of every image, and choose how hits are scored on held-out queries (`genret tune`).
 
-Depends on scorers and the index; independent of LlamaIndex.
+Two choices, one after the other: the share of the model in the blend with the encoder's temperature, then eta with
+the weight of a re-ranking. Both take the best MRR. Depends on scorers and the index; independent of LlamaIndex.
 
 Source: log p(id | query) - eta * log p(id) and log p(query | image) of TIGeR (arXiv:2406.05814), both with the prompts
 of the trained model.
@@ -8,45 +9,50 @@ of the trained model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_index_genret.errors import QueryError
-from llama_index_genret.evaluation.evaluate import DEPTH, evaluation_of
+from llama_index_genret.errors import NotTrained
+from llama_index_genret.evaluation.evaluate import DEPTH
+from llama_index_genret.evaluation.parts import ENCODER, MODEL, encoder_alone, model_alone
 from llama_index_genret.evaluation.queries import EvaluationQuery
+from llama_index_genret.evaluation.trials import Progress, Trial, Trials
+from llama_index_genret.models.encoder import Encoder
 from llama_index_genret.models.prompts import Prompt
-from llama_index_genret.scorers.base import Scorer, recall
-from llama_index_genret.scorers.rerank import Continuation, describing_prompt, rescore, with_scoring
-from llama_index_genret.search import Hit, Normalise, Row, Rows, SearchOptions, search
+from llama_index_genret.scorers.base import Scorer
+from llama_index_genret.scorers.rerank import rescore
+from llama_index_genret.search import Normalise, Row, Rows, SearchOptions, search
 from llama_index_genret.store import Index, Scoring, TunedScoring, store_tuning
-from llama_index_genret.store.scoring import RerankBy
+from llama_index_genret.store.model_state import unseen_rows
+from llama_index_genret.store.scoring import DEFAULT_MODEL_WEIGHT, DEFAULT_TEMPERATURE, RerankBy
 
 MODEL_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 TEMPERATURES = (0.02, 0.035, 0.05, 0.07, 0.1)
 ETAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5)
 RERANK_WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
-BATCH = 32
 PREFIX_BATCH = 256
 """Prefixes per batch for the prior. The attention mask has the square of this size."""
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
-
 
 @dataclass(frozen=True)
-class Trial:
-    """One scoring with its figures: n, recall@1/5/10, mrr, ndcg@10."""
+class Tuning:
+    """The result of `tune`.
 
-    scoring: Scoring
-    figures: dict[str, Any]
+    index: the index as stored.
+    trials: every scoring that was evaluated, those of the blend first. Empty without queries.
+    compared: figures of the same queries under "before", the scoring of the index until now; "after", the chosen one;
+        "model", the generative model alone; "encoder", the encoder alone. A part that the index lacks is left out.
+    """
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the scoring and the figures as one flat JSON object."""
-        return {**asdict(self.scoring), **self.figures}
+    index: Index
+    trials: list[Trial]
+    compared: dict[str, Trial]
 
 
 def image_prior(index: Index, scorer: Scorer, *, progress: Progress = iter) -> NDArray[np.float32]:
@@ -85,106 +91,110 @@ def _score(scorer: Scorer, prompt: Prompt, rows: Sequence[Row]) -> NDArray[np.fl
 
 def tune(
     index: Index,
-    scorer: Scorer,
+    model: Scorer | None,
     queries: Sequence[EvaluationQuery] = (),
     *,
+    encoder: Encoder | None = None,
+    model_weights: Sequence[float] = MODEL_WEIGHTS,
+    temperatures: Sequence[float] = TEMPERATURES,
     etas: Sequence[float] = ETAS,
     rerank: int = 0,
     rerank_by: RerankBy = "identifier",
     rerank_weights: Sequence[float] = RERANK_WEIGHTS,
     progress: Progress = iter,
-) -> tuple[Index, list[Trial]]:
-    """Compute the prior, evaluate every `eta` and every re-ranking weight on the queries, and store the best.
+) -> Tuning:
+    """Compute the prior, evaluate scorings on the queries, and store the best.
 
-    The best scoring has the highest MRR. Ties go to the lowest `eta`, then to the lowest weight. Without queries, only
-    the prior is stored again, for example after adding images. The tuned scoring then stays as it is.
+    First, every model weight is tried with every temperature. Then every eta and every re-ranking weight is tried with
+    the best of them. The best has the highest MRR. Ties go to the weight and temperature nearest to the defaults, and
+    to the lowest eta and re-ranking weight.
+
+    Without queries, only the prior is stored again, for example after adding images, and the scoring stays as it is.
+    An index that was not trained has nothing to choose: one temperature ranks images like another. Nothing is stored.
 
     Args:
+        model: scores with the trained weights of the index, None for an index that was not trained.
         queries: validation queries, neither trained on nor used for the test figures. Default none.
+        encoder: that of the index, None to tune the model alone. The weight and temperature then stay as they are.
+        model_weights: shares of the model to evaluate, default `MODEL_WEIGHTS`.
+        temperatures: temperatures of the encoder to evaluate, default `TEMPERATURES`.
         etas: values of eta to evaluate, default `ETAS`.
         rerank: number of best hits per query to re-rank, default 0 for none.
         rerank_by: the text or image that the re-ranking reads, default "identifier".
         rerank_weights: weights of the re-ranking to evaluate, default `RERANK_WEIGHTS`.
 
-    Returns:
-        The index as stored, and all trials in the order of `etas`.
-
     Raises:
         StoreError: the index was changed during the tuning.
+        NotTrained: there is neither a model nor an encoder.
     """
-    log_prior = image_prior(index, scorer, progress=progress)
+    before, trials = index.scoring(), Trials(index, model, encoder, queries)
+    if model is None:
+        if encoder is None:
+            raise NotTrained(f"{index.folder} has neither trained weights nor an encoder: run `genret train` first.")
+        return Tuning(index, [], _alone(trials, before, progress) if queries else {})
+    compared = {"before": _trial(trials, before, progress)} if queries else {}
+    log_prior = image_prior(index, model, progress=progress)
+    if encoder is not None:
+        log_prior[unseen_rows(index) or []] = np.nan  # the encoder ranks them, so the prior of the model is not theirs
     index = store_tuning(index, log_prior, index.manifest.tuned or TunedScoring(scoring=Scoring(), queries=0))
     if not queries:
-        return index, []
-    trials = trials_of(index, scorer, queries, etas, rerank, rerank_by, rerank_weights, progress)
-    best = max(trials, key=lambda trial: (trial.figures["mrr"], -trial.scoring.eta, -trial.scoring.rerank_weight))
+        return Tuning(index, [], {})
+    trials = Trials(index, model, encoder, queries)
+    blends = _blends(trials, model_weights, temperatures, progress) if encoder else []
+    best = max(blends, key=lambda trial: (trial.figures["mrr"], -_distance(trial.scoring)), default=None)
+    base = best.scoring if best else replace(before, eta=0.0)
+    ranked = []
+    if base.model_weight > 0.0 or encoder is None:
+        wanted = replace(base, rerank=rerank, rerank_by=rerank_by)
+        ranked = _ranked(trials, wanted, etas if index.prior else [0.0], rerank_weights if rerank else [0.0], progress)
+        best = max(ranked, key=lambda one: (one.figures["mrr"], -one.scoring.eta, -one.scoring.rerank_weight))
+    assert best is not None
     scoring = best.scoring if best.scoring.rerank_weight else replace(best.scoring, rerank=0)
-    return store_tuning(index, log_prior, TunedScoring(scoring=scoring, queries=len(queries))), trials
+    index = store_tuning(index, log_prior, TunedScoring(scoring=scoring, queries=len(queries)))
+    compared |= {"after": Trial(scoring, best.figures), **_alone(trials, scoring, progress)}
+    return Tuning(index, [*blends, *ranked], compared)
 
 
-def trials_of(
-    index: Index,
-    scorer: Scorer,
-    queries: Sequence[EvaluationQuery],
-    etas: Sequence[float],
-    rerank: int,
-    rerank_by: RerankBy,
-    rerank_weights: Sequence[float],
-    progress: Progress,
+def _blends(
+    trials: Trials, model_weights: Sequence[float], temperatures: Sequence[float], progress: Progress
 ) -> list[Trial]:
-    """Evaluate every combination. log p(query | image) is computed once per pair and shared by all combinations."""
-    prompts = [_prompt(index, query.text) for query in queries]
-    likelihoods = _Likelihoods(index, scorer, prompts, rerank_by)
-    usable = [0.0] if index.prior is None else etas
-    found: dict[float, list[tuple[Hit, ...]]] = {}
-    for eta, start in progress(list(product(usable, range(0, len(prompts), BATCH)))):
-        part = prompts[start : start + BATCH]
-        valid = [prompt for prompt in part if prompt is not None]
-        options = with_scoring(SearchOptions(k=max(DEPTH, rerank)), index, Scoring(eta=eta))
-        rankings = iter(recall(scorer, index.trie, valid, options) if valid else [])
-        hits = [() if prompt is None else next(rankings).hits for prompt in part]
-        found[eta] = found.get(eta, []) + hits
-        if rerank:
-            likelihoods.add(start, hits)
-    trials = []
-    for eta, weight in product(usable, rerank_weights if rerank else (0.0,)):
-        scoring = Scoring(eta=eta, rerank=rerank, rerank_weight=weight, rerank_by=rerank_by)
-        ranked = found[eta]
-        if weight:
-            ranked = [rescore(hits, likelihoods.values(row, hits), weight) for row, hits in enumerate(ranked)]
-        figures = evaluation_of(index, queries, [hits[:DEPTH] for hits in ranked]).figures()
-        trials.append(Trial(scoring, figures))
-    return trials
+    """Evaluate every model weight with every temperature, without a prior."""
+    pairs = product(model_weights, temperatures)
+    scorings = [Scoring(model_weight=weight, temperature=temperature) for weight, temperature in pairs]
+    return [trials.trial(scoring, hits) for scoring, hits in trials.hits(scorings, progress=progress).items()]
 
 
-def _prompt(index: Index, text: str) -> Prompt | None:
-    """Return the prompt, or None if the query is refused. A refused query counts as a miss."""
-    try:
-        return index.prompts.for_query(index.tokenizer, text)
-    except QueryError:
-        return None
+def _ranked(
+    trials: Trials, base: Scoring, etas: Sequence[float], rerank_weights: Sequence[float], progress: Progress
+) -> list[Trial]:
+    """Evaluate every eta with every re-ranking weight."""
+    first = {eta: replace(base, eta=eta, rerank=0) for eta in etas}
+    found = trials.hits(list(first.values()), k=max(DEPTH, base.rerank), progress=progress)
+    values = trials.likelihoods(found.values(), base.rerank_by) if base.rerank else None
+    evaluated = []
+    for eta, weight in product(etas, rerank_weights):
+        hits = found[first[eta]]
+        if values and weight:
+            hits = [rescore(own, values(row, own), weight) for row, own in enumerate(hits)]
+        evaluated.append(trials.trial(replace(base, eta=eta, rerank_weight=weight), hits))
+    return evaluated
 
 
-class _Likelihoods:
-    """A cache of log p(query | image), natural log, keyed by query and image."""
+def _alone(trials: Trials, scoring: Scoring, progress: Progress) -> dict[str, Trial]:
+    """Evaluate each part of the index alone."""
+    found = {}
+    if trials.model is not None:
+        found[MODEL] = _trial(trials, model_alone(scoring), progress, alone=True)
+    if trials.has_encoder:
+        found[ENCODER] = _trial(trials, encoder_alone(scoring), progress)
+    return found
 
-    def __init__(self, index: Index, scorer: Scorer, prompts: Sequence[Prompt | None], by: RerankBy) -> None:
-        self._index, self._scorer, self._prompts, self._by = index, scorer, prompts, by
-        self._known: dict[tuple[int, int], float] = {}
 
-    def add(self, start: int, found: Sequence[Sequence[Hit]]) -> None:
-        """Score the pairs that are not cached yet. `found` holds the hits of queries `start`, `start` + 1, ..."""
-        pairs, continuations = [], []
-        for row, hits in enumerate(found, start):
-            for hit in hits:
-                prompt = self._prompts[row]
-                if prompt is not None and (row, hit.key) not in self._known:
-                    pairs.append((row, hit.key))
-                    continuations.append(Continuation(describing_prompt(self._index, hit.key, self._by), prompt.words))
-        if continuations:
-            with self._scorer.session([], Normalise.CHILDREN) as session:
-                self._known.update(zip(pairs, session.log_likelihoods(continuations).tolist(), strict=True))
+def _trial(trials: Trials, scoring: Scoring, progress: Progress, *, alone: bool = False) -> Trial:
+    return trials.trial(scoring, trials.hits([scoring], model_alone=alone, progress=progress)[scoring])
 
-    def values(self, row: int, hits: Sequence[Hit]) -> NDArray[np.float64]:
-        """Return the cached values of the hits of query `row`, (n,)."""
-        return np.array([self._known[row, hit.key] for hit in hits])
+
+def _distance(scoring: Scoring) -> float:
+    """Return how far a weight and a temperature are from the defaults, 0 for these."""
+    apart = abs(scoring.model_weight - DEFAULT_MODEL_WEIGHT)
+    return apart + abs(math.log(scoring.temperature / DEFAULT_TEMPERATURE))

@@ -25,7 +25,7 @@ from llama_index_genret.corpus.images import load_image
 from llama_index_genret.errors import EncoderError, QueryError, SearchError
 from llama_index_genret.models.encoder import Encoder, unit
 from llama_index_genret.models.prompts import Prompt
-from llama_index_genret.scorers.base import AsyncSession, Scores, Session, ThreadSession
+from llama_index_genret.scorers.base import AsyncSession, Session, ThreadSession
 from llama_index_genret.scorers.rerank import Continuation, Float64
 from llama_index_genret.search import Normalise, Rows
 from llama_index_genret.store.scoring import MIN_TEMPERATURE

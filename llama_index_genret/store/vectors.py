@@ -7,6 +7,7 @@ and scorers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,21 @@ class EncoderEntry(BaseModel):
     """The encoder of an index: what loads it, and how it is recognised.
 
     name: a folder, a hub id or an address. probe: the first components of the vector of a fixed text.
+    embeds_images: whether images without captions got their vectors from the encoder, not from a projection.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     dimension: int = Field(ge=1)
     probe: tuple[float, ...]
+    embeds_images: bool = False
 
     @classmethod
     def of(cls, encoder: Encoder) -> EncoderEntry:
         """Return the entry of a loaded encoder; a folder by its whole path, so that any other folder finds it."""
         name = str(Path(encoder.name).resolve()) if Path(encoder.name).is_dir() else encoder.name
-        return cls(name=name, dimension=encoder.dimension, probe=_probe(encoder))
+        probe, reads = _probe(encoder), encoder.embeds_images
+        return cls(name=name, dimension=encoder.dimension, probe=probe, embeds_images=reads)
 
     def check(self, encoder: Encoder) -> None:
         """Raise EncoderError unless `encoder` has the space of this entry; the message names both."""
@@ -59,6 +63,29 @@ class EncoderEntry(BaseModel):
             f"the index was made with the encoder {self.name!r} ({self.dimension} dimensions), and {encoder.name!r} "
             f"({encoder.dimension} dimensions) is another. Give the same one, or make the index anew."
         )
+
+
+@dataclass(frozen=True)
+class VectorSources:
+    """Numbers of images by the source of their vector.
+
+    captions: the mean of the captions' vectors. images: the encoder itself, which embeds images. projected: a
+    regression from features of the base model's vision tower. missing: none, so that no text query finds the image
+    before `genret train`.
+    """
+
+    captions: int
+    images: int
+    projected: int
+    missing: int
+
+    @classmethod
+    def of(cls, entry: EncoderEntry, records: Sequence[Record], vectors: NDArray[Any]) -> VectorSources:
+        """Count the sources of the (records, d) vectors of an index."""
+        bare = [row for row, record in enumerate(records) if not record.captions]
+        known = int(vectors[bare].any(axis=1).sum()) if bare else 0
+        images, projected = (known, 0) if entry.embeds_images else (0, known)
+        return cls(len(records) - len(bare), images, projected, len(bare) - known)
 
 
 def _probe(encoder: Encoder) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -87,8 +88,8 @@ def test_eta_with_the_best_mrr_is_stored_and_used(index, scorer):
             logits = scorer.logits(empty, path[:depth])
             table[prompt.token_ids, path[:depth]] = {t: v + 0.5 * (t == path[depth]) for t, v in enumerate(logits)}
     table_scorer = FakeScorer(scorer.vocab_size, table=table)
-    tuned, trials = tune(index, table_scorer, [*queries, EvaluationQuery(" ", frozenset({rare[0].image_id}))])
-    chosen = tuned.scoring()
+    tuning = tune(index, table_scorer, [*queries, EvaluationQuery(" ", frozenset({rare[0].image_id}))])
+    tuned, trials, chosen = tuning.index, tuning.trials, tuning.index.scoring()
     best = max(trial.figures["mrr"] for trial in trials)
     assert chosen.eta == min(trial.scoring.eta for trial in trials if trial.figures["mrr"] == best) > 0
     assert best > trials[0].figures["mrr"]
@@ -103,18 +104,19 @@ def test_eta_with_the_best_mrr_is_stored_and_used(index, scorer):
 def test_ties_choose_no_prior_and_no_reranking(index, scorer):
     """Every image is right, so every ranking has the same MRR."""
     queries = [EvaluationQuery("anything", frozenset(index.rows_by_id))]
-    tuned, trials = tune(index, scorer, queries, rerank=5)
-    assert tuned.scoring() == Scoring(rerank_weight=0.0)
-    assert len(trials) > 50
-    assert (str(tuned.scoring()), str(Scoring(0.5, 5, 0.1))) == (
-        "eta 0, no re-ranking",
-        "eta 0.5, best 5 re-ranked by identifier, weight 0.1",
+    tuning = tune(index, scorer, queries, rerank=5)
+    assert tuning.index.scoring() == Scoring(rerank_weight=0.0)
+    assert len(tuning.trials) > 50
+    assert str(tuning.index.scoring()) == "model weight 0.5, temperature 0.05, eta 0, no re-ranking"
+    assert str(Scoring(eta=0.5, rerank=5, rerank_weight=0.1)).endswith(
+        "eta 0.5, best 5 re-ranked by identifier, weight 0.1"
     )
 
 
 def test_tuning_trials_match_evaluation(index, scorer):
     queries = [EvaluationQuery(record.captions[0], frozenset({record.image_id})) for record in index.records[:6]]
-    tuned, trials = tune(index, scorer, queries, etas=(0.0, 1.0), rerank=10, rerank_weights=(0.0, 0.5))
+    tuning = tune(index, scorer, queries, etas=(0.0, 1.0), rerank=10, rerank_weights=(0.0, 0.5))
+    tuned, trials = tuning.index, tuning.trials
     for trial in trials:
         scoring = ScoringChoice(**vars(trial.scoring))
         if not trial.scoring.rerank_weight:
@@ -124,10 +126,11 @@ def test_tuning_trials_match_evaluation(index, scorer):
 
 
 def test_tuning_without_queries_stores_only_the_prior(index, scorer):
-    first, trials = tune(index, scorer)
-    assert (first.scoring(), trials) == (Scoring(), [])
+    tuning = tune(index, scorer)
+    first = tuning.index
+    assert (first.scoring(), tuning.trials, tuning.compared) == (Scoring(), [], {})
     chosen = TunedScoring(scoring=Scoring(eta=0.5), queries=9)
-    again, _ = tune(store_tuning(first, first.log_prior, chosen), scorer)
+    again = tune(store_tuning(first, first.log_prior, chosen), scorer).index
     assert again.manifest.tuned == chosen
 
 
@@ -136,7 +139,7 @@ def test_edits_update_the_prior(index, scorer, pictures):
 
     The prior of a removed image is dropped.
     """
-    tuned, _ = tune(index, scorer)
+    tuned = tune(index, scorer).index
     gone, kept = tuned.records[3], tuned.log_prior[4:]
     edited = remove_images(tuned, [gone.image_id])
     np.testing.assert_array_equal(edited.log_prior, [*tuned.log_prior[:3], *kept])
@@ -149,11 +152,11 @@ def test_edits_update_the_prior(index, scorer, pictures):
     prompt = edited.prompts.for_query(edited.tokenizer, "red circle")
     (ranking,) = ranked_by(Scoring(eta=1.0), edited, scorer, prompt, k=99)
     assert {edited.record_of(hit).image_id for hit in ranking.hits} == set(edited.rows_by_id)
-    assert not np.isnan(tune(edited, scorer)[0].log_prior).any()
+    assert not np.isnan(tune(edited, scorer).index.log_prior).any()
 
 
 def test_new_weights_drop_the_prior_and_the_tuned_scoring(index, scorer, tmp_path):
-    tuned, _ = tune(index, scorer)
+    tuned = tune(index, scorer).index
     tuned = store_tuning(tuned, tuned.log_prior, TunedScoring(scoring=Scoring(eta=1.0), queries=1))
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "adapter_model.safetensors").write_bytes(b"other")
@@ -175,7 +178,7 @@ def test_invalid_prior_is_not_stored(index, bad):
 
 
 def test_damaged_prior_error_has_the_file(index, scorer):
-    tuned, _ = tune(index, scorer)
+    tuned = tune(index, scorer).index
     path = tuned.folder / tuned.manifest.files["prior.npy"].path
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(IndexDamaged, match=r"prior\.npy"):
@@ -191,15 +194,17 @@ def test_invalid_scoring_is_refused(index, scorer):
 
 
 def test_retriever_uses_tuned_scoring_by_default(index, scorer, tmp_path):
-    tuned, _ = tune(index, scorer)
-    tuned = store_tuning(tuned, tuned.log_prior, TunedScoring(scoring=Scoring(0.7, 8, 0.3), queries=1))
+    tuned = tune(index, scorer).index
+    tuned = store_tuning(
+        tuned, tuned.log_prior, TunedScoring(scoring=Scoring(eta=0.7, rerank=8, rerank_weight=0.3), queries=1)
+    )
     prompt = tuned.prompts.for_query(tuned.tokenizer, "red circle")
     for choice, scoring in (
-        ({}, Scoring(0.7, 8, 0.3)),
-        ({"eta": 0.0}, Scoring(0.0, 8, 0.3)),
-        ({"rerank": 0}, Scoring(0.7)),
+        ({}, Scoring(eta=0.7, rerank=8, rerank_weight=0.3)),
+        ({"eta": 0.0}, Scoring(rerank=8, rerank_weight=0.3)),
+        ({"rerank": 0}, Scoring(eta=0.7)),
         ({"eta": 0.0, "rerank": 0}, Scoring()),
-        ({"rerank_weight": 2.0}, Scoring(0.7, 8, 2.0)),
+        ({"rerank_weight": 2.0}, Scoring(eta=0.7, rerank=8, rerank_weight=2.0)),
     ):
         retriever = GenerativeImageRetriever(tuned, scorer, similarity_top_k=4, scoring=ScoringChoice(**choice))
         nodes = retriever.retrieve("red circle")
@@ -212,10 +217,10 @@ def test_retriever_uses_tuned_scoring_by_default(index, scorer, tmp_path):
 
 
 def test_tuned_scoring_is_not_used_for_image_queries(index, scorer):
-    tuned, _ = tune(index, scorer)
-    tuned = store_tuning(tuned, tuned.log_prior, TunedScoring(scoring=Scoring(0.7, 8), queries=1))
+    tuned = tune(index, scorer).index
+    tuned = store_tuning(tuned, tuned.log_prior, TunedScoring(scoring=Scoring(eta=0.7, rerank=8), queries=1))
     assert tuned.scoring(image_query=True) == Scoring()
-    assert tuned.scoring(ScoringChoice(eta=0.2), image_query=True) == Scoring(0.2)
+    assert tuned.scoring(ScoringChoice(eta=0.2), image_query=True) == Scoring(eta=0.2)
     from llama_index.core.schema import QueryBundle
 
     image_query = QueryBundle("", image_path=str(tuned.records[0].path))
@@ -233,7 +238,8 @@ def test_reranking_by_image_differs_from_by_identifier(trained_index, trained_ml
         trained_index.prompts.for_query(trained_index.tokenizer, "red bus"),
     )
     rankings = {
-        by: ranked_by(Scoring(0, 6, 1.0, by), trained_index, scorer, prompt, k=3) for by in ("identifier", "image")
+        by: ranked_by(Scoring(rerank=6, rerank_by=by), trained_index, scorer, prompt, k=3)
+        for by in ("identifier", "image")
     }
     by_image, by_identifier = (
         {hit.leaf: hit.ranked_by for hit in rankings[by][0].hits} for by in ("image", "identifier")
@@ -243,7 +249,7 @@ def test_reranking_by_image_differs_from_by_identifier(trained_index, trained_ml
 
 
 def test_batch_uses_the_given_scoring(index, scorer, tmp_path):
-    tuned, _ = tune(index, scorer)
+    tuned = tune(index, scorer).index
     (tmp_path / "queries.jsonl").write_text('{"query": "red circle"}\n{"query": " "}\n')
     for eta in (0.0, 1.0):
         out = tmp_path / f"{eta}.jsonl"
@@ -266,7 +272,7 @@ def test_tune_and_eval_commands_share_the_scoring(trained_index, tmp_path, capsy
     assert genret_json(capsys, "inspect", folder)["tuned"]["scoring"] == tuned["scoring"]
     fixed = ("--eta", 0.5, "--rerank", 4, "--rerank-weight", 2, "--rerank-by", "identifier", "--device", "cpu")
     only = genret_json(capsys, "tune", folder, queries, *fixed)
-    assert only["scoring"] == {"eta": 0.5, "rerank": 4, "rerank_weight": 2.0, "rerank_by": "identifier"}
+    assert only["scoring"] == asdict(Scoring(eta=0.5, rerank=4, rerank_weight=2.0))
     assert len(only["trials"]) == 1
     flags = ("--rerank", 3, "--device", "cpu")
     figures = genret_json(capsys, "eval", folder, queries, *flags)

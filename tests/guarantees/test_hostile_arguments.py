@@ -185,7 +185,7 @@ def test_figures_are_printed_before_an_unwritable_report(hostile_index, genret, 
     scorer = FakeScorer(hostile_index.tokenizer.vocab_size)
     from llama_index_genret.cli import evaluate
 
-    monkeypatch.setattr(evaluate, "open_scorer", lambda *_: scorer)
+    monkeypatch.setattr(evaluate, "open_trained", lambda *_: scorer)
     queries = tmp_path / "queries.jsonl"
     queries.write_text('{"query": "red", "image_id": "[/red]"}\n')
     code, output, error = genret("eval", hostile_index.folder, queries, "--report", tmp_path, "--json")
