@@ -7,8 +7,8 @@ import json
 
 from integration.fuzz.small_index import scratch, small_corpus
 from llama_index_genret.errors import CorpusError
-from llama_index_genret.evaluation.queries import read_queries
 from llama_index_genret.serving.batch import read_rows
+from llama_index_genret.store.queries import read_queries
 from llama_index_genret.training.pseudo_queries import read_samples
 
 SEEDS = (

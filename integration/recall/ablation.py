@@ -14,9 +14,9 @@ from integration.bench.timing import Report
 from integration.recall.corpora import default_folder
 from integration.recall.generative import recall_queries
 from integration.recall.train import LAYERS, recipe, trained_index
-from llama_index_genret.evaluation.queries import read_queries
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store.model_loading import load_trained
+from llama_index_genret.store.queries import read_queries
 from llama_index_genret.training.recipe import TrainOptions
 
 TEXTS, PICTURES = ("emoji-keywords", "emoji-openmoji-tags"), ("emoji-images",)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from llama_index_genret.corpus import Record
 from llama_index_genret.evaluation.baselines import evaluation_by_score
 from llama_index_genret.evaluation.evaluate import Evaluation
-from llama_index_genret.evaluation.queries import EvaluationQuery
+from llama_index_genret.store.queries import EvaluationQuery
 
 Scores = NDArray[np.floating]
 RRF_CONSTANT = 60

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from llama_index_genret.errors import QueryError
 from llama_index_genret.evaluation.evaluate import Evaluation, evaluation_of, level_survival, recall_in_batches
-from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer
 from llama_index_genret.scorers.recording import RecordingScorer
 from llama_index_genret.search import Hit, Mode, SearchOptions
 from llama_index_genret.store import Index
+from llama_index_genret.store.queries import EvaluationQuery
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 

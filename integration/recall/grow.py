@@ -32,7 +32,6 @@ from integration.weights import minilm_folder
 from llama_index_genret.corpus import Corpus, Record, read_corpus
 from llama_index_genret.evaluation.baselines import evaluation_by_score
 from llama_index_genret.evaluation.evaluate import Evaluation
-from llama_index_genret.evaluation.queries import EvaluationQuery, read_queries
 from llama_index_genret.models.encoder import Encoder, load_encoder
 from llama_index_genret.models.features import vision_features
 from llama_index_genret.models.mllm import Mllm, load_mllm
@@ -41,6 +40,7 @@ from llama_index_genret.store import Index, load_index
 from llama_index_genret.store.build import add_to_index, build_index
 from llama_index_genret.store.model_loading import load_trained
 from llama_index_genret.store.model_state import has_update
+from llama_index_genret.store.queries import EvaluationQuery, read_queries
 from llama_index_genret.training.options import TrainOptions
 from llama_index_genret.training.recipe import train
 from llama_index_genret.training.schedule import update_options

@@ -25,9 +25,9 @@ from llama_index_genret.corpus import Record
 from llama_index_genret.corpus.images import load_image
 from llama_index_genret.evaluation.baselines import baseline, evaluation_by_score
 from llama_index_genret.evaluation.evaluate import Evaluation
-from llama_index_genret.evaluation.queries import EvaluationQuery, read_queries
 from llama_index_genret.models.features import vision_features
 from llama_index_genret.models.mllm import Mllm, load_mllm
+from llama_index_genret.store.queries import EvaluationQuery, read_queries
 
 Scores = NDArray[np.float32]
 Features = Callable[[Sequence[Path]], Scores]

@@ -19,9 +19,9 @@ from integration.recall.corpora import default_folder, make_corpora
 from integration.recall.peers import efficientnet_features, neighbour_scores
 from integration.recall.query_sets import RECALLS, bare_records
 from llama_index_genret.evaluation.baselines import evaluation_by_score
-from llama_index_genret.evaluation.queries import read_queries
 from llama_index_genret.models.features import vision_features
 from llama_index_genret.models.mllm import load_mllm
+from llama_index_genret.store.queries import read_queries
 from llama_index_genret.training.augmentation import load_version
 from llama_index_genret.training.symbol_init import VISION_TEMPERATURE
 from llama_index_genret.training.vision_teacher import VisionTeacher

@@ -26,12 +26,12 @@ from integration.recall.query_sets import QUERY_SETS, RECALLS, QuerySet, corpus_
 from llama_index_genret.evaluation.baselines import evaluation_by_score
 from llama_index_genret.evaluation.evaluate import Evaluation
 from llama_index_genret.evaluation.metrics import Interval, bootstrap_interval
-from llama_index_genret.evaluation.queries import read_queries
 from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.scorers.base import Scorer
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import Index, load_index
 from llama_index_genret.store.model_loading import load_trained
+from llama_index_genret.store.queries import read_queries
 
 BEAM, EXACT, HYBRID = "beam 10", "exact", "hybrid"
 COLUMNS = (*RECALLS, "mrr")

@@ -31,7 +31,6 @@ from integration.recall.corpora import default_folder, make_corpora
 from integration.recall.query_sets import QUERY_SETS, bare_records, corpus_of
 from llama_index_genret.evaluation.evaluate import evaluation_of
 from llama_index_genret.evaluation.metrics import auroc, bootstrap_interval
-from llama_index_genret.evaluation.queries import EvaluationQuery, read_queries
 from llama_index_genret.scorers.abstention import Abstention, Signals, fit_abstention, log_odds
 from llama_index_genret.scorers.base import Scorer, recall
 from llama_index_genret.scorers.evidence import Evidence, Inquiry, gather_evidence
@@ -39,6 +38,7 @@ from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.search import Hit, SearchOptions
 from llama_index_genret.store import Index, load_index
 from llama_index_genret.store.model_loading import load_trained
+from llama_index_genret.store.queries import EvaluationQuery, read_queries
 from llama_index_genret.store.scoring import RerankBy
 from llama_index_genret.trie import LeafFilter
 

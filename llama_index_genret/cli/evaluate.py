@@ -50,8 +50,8 @@ def evaluate(
     from llama_index_genret.evaluation.baselines import baseline
     from llama_index_genret.evaluation.evaluate import count_pseudo_queries, evaluate
     from llama_index_genret.evaluation.parts import parts_of
-    from llama_index_genret.evaluation.queries import read_queries
     from llama_index_genret.evaluation.report import write_evaluation_report
+    from llama_index_genret.store.queries import read_queries
 
     if report:
         import_module("llama_index_genret.evaluation.charts")  # fails now, not after an hour of recalling

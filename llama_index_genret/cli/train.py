@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from tqdm import tqdm
 
 from llama_index_genret.cli.models import prepare_vllm
 from llama_index_genret.cli.options import (
@@ -28,6 +29,7 @@ from llama_index_genret.cli.output import (
     log,
     n_pseudo_queries,
     new_table,
+    visible,
 )
 from llama_index_genret.store import Index, drop_update, load_index
 
@@ -152,12 +154,27 @@ def train(
         str | None,
         typer.Option(help="Examples per task. Default: retrieve=8,memorise=3,describe=1,answer=8,imitate=20."),
     ] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Validation queries, in the format of `genret eval`. Default: captions, which the run holds out.",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Budget of wall time from the first step to the last. Default: no limit.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the training.")] = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Train the model to generate the identifiers of the index.
 
+    Recall on validation queries is measured about 8 times, the best weights are kept, and a run whose recall no longer
+    rises ends early.
     After an interruption, the same command resumes from its last checkpoint. With --update, the defaults derive from
     the options of the training before. On several GPUs, run one process per GPU:
     accelerate launch --num_processes 4 -m llama_index_genret.cli train INDEX
@@ -168,20 +185,24 @@ def train(
     given |= {"gradient_accumulation_steps": gradient_accumulation_steps}
     given |= {"gradient_checkpointing": gradient_checkpointing or None}
     given |= {"learning_rate": learning_rate, "lora_rank": lora_rank, "layers": layers}
-    given |= {"redrawn": redrawn, "mix": mix, "imitated": imitate}
+    given |= {"redrawn": redrawn, "mix": mix, "imitated": imitate, "minutes": minutes}
     given = {name: value for name, value in given.items() if value is not None}
-    if drop and (update or given or encoder):
+    if drop and (update or given or encoder or validation):
         raise typer.BadParameter("--drop-update trains nothing and takes no other training options: give it alone")
     if drop:
         trained = drop_update(load_index(index_dir))
     else:
-        trained = _trained(load_index(index_dir), given | {"seed": seed}, update=update, encoder=encoder, device=device)
+        given |= {"seed": seed}
+        trained = _trained(load_index(index_dir), given, validation, update=update, encoder=encoder, device=device)
     if os.environ.get("RANK", "0") == "0":  # only one of several processes prints
         emit(as_json, facts_of(trained), facts_table(trained))
 
 
-def _trained(loaded: Index, given: dict[str, Any], *, update: bool, encoder: str | None, device: str) -> Index:
+def _trained(
+    loaded: Index, given: dict[str, Any], validation: Path | None, *, update: bool, encoder: str | None, device: str
+) -> Index:
     from llama_index_genret.corpus.jsonl import read_lines
+    from llama_index_genret.store.queries import read_queries
     from llama_index_genret.training.options import TrainOptions
     from llama_index_genret.training.recipe import train
     from llama_index_genret.training.schedule import update_options
@@ -194,7 +215,16 @@ def _trained(loaded: Index, given: dict[str, Any], *, update: bool, encoder: str
     if "epochs" in given:
         given["max_steps"] = None  # an update inherits max_steps from the training
     options = dataclasses.replace(update_options(loaded) if update else TrainOptions(), **given)
-    return train(loaded, options, update=update, encoder=encoder, device=device, show_progress=sys.stderr.isatty())
+    return train(
+        loaded,
+        options,
+        update=update,
+        encoder=encoder,
+        validation=read_queries(validation, loaded.records) if validation else None,
+        device=device,
+        show_progress=sys.stderr.isatty(),
+        report=lambda line: tqdm.write(visible(line), file=sys.stderr),
+    )
 
 
 def _shortfall(summary: Any) -> str:

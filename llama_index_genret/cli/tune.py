@@ -76,8 +76,8 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Choose the share of the model in the blend, and the weights of prior and re-ranking, on validation queries."""
-    from llama_index_genret.evaluation.queries import read_queries
     from llama_index_genret.evaluation.tuning import ETAS, MODEL_WEIGHTS, RERANK_WEIGHTS, TEMPERATURES, tune
+    from llama_index_genret.store.queries import read_queries
 
     loaded = load_index(index_dir)
     wanted = read_queries(queries, loaded.records) if queries else []

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from llama_index_genret.corpus import Record
 from llama_index_genret.errors import MissingExtra, QueryError
 from llama_index_genret.evaluation.evaluate import DEPTH, Evaluation
-from llama_index_genret.evaluation.queries import EvaluationQuery
+from llama_index_genret.store.queries import EvaluationQuery
 
 
 def baseline(name: str, records: Sequence[Record], queries: Sequence[EvaluationQuery]) -> Evaluation:

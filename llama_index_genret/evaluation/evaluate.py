@@ -26,13 +26,13 @@ from llama_index_genret.evaluation.metrics import (
     recall_at,
     reciprocal_ranks,
 )
-from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, recall
 from llama_index_genret.scorers.recording import Prefix, RecordingScorer
 from llama_index_genret.scorers.rerank import reranking, with_scoring
 from llama_index_genret.search import Hit, SearchOptions
 from llama_index_genret.store import Index, ScoringChoice, text_key
+from llama_index_genret.store.queries import EvaluationQuery
 
 DEPTH = 10
 """Number of results per query."""

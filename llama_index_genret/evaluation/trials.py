@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from llama_index_genret.errors import QueryError
 from llama_index_genret.evaluation.evaluate import DEPTH, evaluation_of
-from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.models.encoder import CallableEncoder, Encoder
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import Scorer, Scores, Session, recall
@@ -23,6 +22,7 @@ from llama_index_genret.scorers.blend import Blender
 from llama_index_genret.scorers.rerank import Continuation, Float64, describing_prompt, reranking, with_scoring
 from llama_index_genret.search import Hit, Normalise, Rows, SearchOptions
 from llama_index_genret.store import Index, Scoring
+from llama_index_genret.store.queries import EvaluationQuery
 from llama_index_genret.store.scoring import RerankBy
 
 BATCH = 32

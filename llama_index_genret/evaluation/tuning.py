@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from llama_index_genret.errors import NotTrained
 from llama_index_genret.evaluation.evaluate import DEPTH
 from llama_index_genret.evaluation.parts import ENCODER, MODEL, encoder_alone, model_alone
-from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.evaluation.trials import Progress, Trial, Trials
 from llama_index_genret.models.encoder import Encoder
 from llama_index_genret.models.prompts import Prompt
@@ -30,6 +29,7 @@ from llama_index_genret.scorers.rerank import rescore
 from llama_index_genret.search import Normalise, Row, Rows, SearchOptions, search
 from llama_index_genret.store import Index, Scoring, TunedScoring, store_tuning
 from llama_index_genret.store.model_state import unseen_rows
+from llama_index_genret.store.queries import EvaluationQuery
 from llama_index_genret.store.scoring import DEFAULT_MODEL_WEIGHT, DEFAULT_TEMPERATURE, RerankBy
 
 MODEL_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

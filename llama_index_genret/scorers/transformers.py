@@ -138,7 +138,7 @@ class _TreeSession:
     @torch.inference_mode()
     def score(self, rows: Rows) -> Scores:
         row_list = list(rows)
-        if self._cache.get_seq_length() == 0:
+        if self._hidden.shape[1] == 0:
             computed = self._scorer._prefill(self._prompts, self._cache)
             self._hidden, self._prompt_mask = computed.hidden[:, -1:], computed.mask
             self._prompt_end = computed.end

@@ -38,7 +38,10 @@ def discard(work: Path) -> None:
 
 
 class CheckpointedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
-    """A Trainer that keeps a complete checkpoint until the next one is on the disk. Needs save_total_limit=None."""
+    """A Trainer that keeps a complete checkpoint until the next one is on the disk, and the best one until the end.
+
+    Needs save_total_limit=None.
+    """
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         work = Path(self.args.output_dir)
@@ -55,7 +58,7 @@ class CheckpointedTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
                 sync_tree(checkpoint)
                 _unfinished(checkpoint).unlink()
                 sync(work)
-                _remove_all_but(checkpoint)
+                _remove_all_but(checkpoint, work / f"checkpoint-{self.state.best_global_step}")
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises a RuntimeError on a full disk
             if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_SAVE_ERRORS):
                 raise
@@ -74,9 +77,9 @@ def _unfinished(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}.unfinished")
 
 
-def _remove_all_but(checkpoint: Path) -> None:
+def _remove_all_but(checkpoint: Path, best: Path) -> None:
     for path in _checkpoints(checkpoint.parent).values():
-        if path != checkpoint:
+        if path not in (checkpoint, best):
             _unfinished(path).touch()  # after a kill during the removal, the rest does not count as a checkpoint
             shutil.rmtree(path)
             _unfinished(path).unlink()

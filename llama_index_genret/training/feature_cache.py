@@ -22,6 +22,9 @@ CACHED_BYTES = 2**32
 The tower's cache evicts the oldest entries, the decoder's the least recently used ones.
 """
 
+_SKIPPED = "_skipped_by_frozen_layers"
+"""Attribute of a KV cache: the inputs that its frozen layers have not seen."""
+
 
 @contextmanager
 def cached_tower(model: Any) -> Iterator[None]:
@@ -115,14 +118,14 @@ def cached_layers(decoder: Any, n_layers: int) -> Iterator[None]:
 
     These layers must be frozen. Batches whose embeddings need a gradient are not cached, nor are decoders with several
     types of layers. Under autocast, activations are stored in its dtype. Rows must be padded on the left, as
-    `collator.collate` does.
+    `collator.collate` does. The frozen layers' part of a KV cache is computed when a text is continued.
     """
     if not n_layers or len(set(getattr(decoder.config, "layer_types", None) or ())) > 1:
         yield
         return
     cache: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-    original, layers, norm = decoder.forward, decoder.layers, decoder.norm
-    lower, upper = layers[:n_layers], layers[n_layers:]
+    original = decoder.forward
+    lower, upper = decoder.layers[:n_layers], decoder.layers[n_layers:]
 
     def forward(
         input_ids: torch.Tensor | None = None,
@@ -132,20 +135,21 @@ def cached_layers(decoder: Any, n_layers: int) -> Iterator[None]:
     ) -> Any:
         if inputs_embeds is None:
             inputs_embeds = decoder.get_input_embeddings()(input_ids)
+        past = kwargs.get("past_key_values")
         if inputs_embeds.requires_grad or attention_mask is None or attention_mask.ndim != 2:
+            if (skipped := getattr(past, _SKIPPED, None)) is not None:
+                delattr(past, _SKIPPED)
+                with _only(decoder, lower, torch.nn.Identity()):
+                    original(**skipped, past_key_values=past, use_cache=True)
             return original(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         rows = _strip_padding(inputs_embeds, attention_mask)
         keys = [hashlib.blake2b(row.cpu().contiguous().view(torch.uint8).numpy().tobytes()).digest() for row in rows]
         missing = [place for place, key in enumerate(keys) if key not in cache]
         if missing:
-            decoder.layers, decoder.norm = lower, torch.nn.Identity()
-            try:
-                with torch.no_grad():
-                    outputs = original(
-                        inputs_embeds=inputs_embeds[missing], attention_mask=attention_mask[missing], use_cache=False
-                    ).last_hidden_state
-            finally:
-                decoder.layers, decoder.norm = layers, norm
+            with torch.no_grad(), _only(decoder, lower, torch.nn.Identity()):
+                outputs = original(
+                    inputs_embeds=inputs_embeds[missing], attention_mask=attention_mask[missing], use_cache=False
+                ).last_hidden_state
             dtype = (
                 torch.get_autocast_dtype(outputs.device.type)
                 if torch.is_autocast_enabled(outputs.device.type)
@@ -160,17 +164,29 @@ def cached_layers(decoder: Any, n_layers: int) -> Iterator[None]:
             row[len(row) - len(cache[key]) :] = cache[key]
         while sum(row.nbytes for row in cache.values()) > CACHED_BYTES:
             cache.popitem(last=False)
-        decoder.layers = upper
-        try:
+        if past is not None:
+            positions = kwargs.get("position_ids")
+            skipped = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": positions}
+            setattr(past, _SKIPPED, skipped)
+        with _only(decoder, upper, decoder.norm):
             return original(inputs_embeds=hidden, attention_mask=attention_mask, **kwargs)
-        finally:
-            decoder.layers = layers
 
     decoder.forward = forward
     try:
         yield
     finally:
         decoder.forward = original
+
+
+@contextmanager
+def _only(decoder: Any, layers: Any, norm: Any) -> Iterator[None]:
+    """Let a decoder have these layers and this norm only, within the context."""
+    everything = decoder.layers, decoder.norm
+    decoder.layers, decoder.norm = layers, norm
+    try:
+        yield
+    finally:
+        decoder.layers, decoder.norm = everything
 
 
 def _strip_padding(rows: torch.Tensor, attention_mask: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -40,6 +40,9 @@ class TrainOptions:
     teacher_temperature: temperature of the distribution over images that `imitate` distils from the index's encoder.
     imitated: additional queries for the task imitate, beside captions, words of the model's vocabulary and keyword
         lists.
+    minutes: budget of wall time from the first step to the last, with evaluations and checkpoints. The learning rate
+        then follows the clock, and reaches 0 at the end. Default None: no limit.
+    patience: number of evaluations on validation queries, of 8 in a run, without a rise of recall before the run ends.
     """
 
     epochs: float = 3.0
@@ -57,6 +60,8 @@ class TrainOptions:
     redrawn: int = 0
     teacher_temperature: float = 0.05
     imitated: tuple[str, ...] = ()
+    minutes: float | None = None
+    patience: int = 3
 
     def __post_init__(self) -> None:
         """Raise TrainingError for a value out of range."""
@@ -65,6 +70,10 @@ class TrainOptions:
         for name in ("learning_rate", "symbol_learning_rate"):
             if not 0 <= getattr(self, name) < inf:
                 raise TrainingError(f"{name}={getattr(self, name)} must be at least 0 and finite.")
+        if self.minutes is not None and not 0 < self.minutes < inf:
+            raise TrainingError(f"minutes={self.minutes} must be greater than 0 and finite.")
+        if self.patience < 1:
+            raise TrainingError(f"patience={self.patience} must be at least 1.")
         if not 1 <= self.lora_rank <= LARGEST_RANK:
             raise TrainingError(f"lora_rank={self.lora_rank} must be from 1 to {LARGEST_RANK}.")
         if sum(self.mix.values()) > LONGEST_BLOCK:

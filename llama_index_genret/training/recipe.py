@@ -16,7 +16,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from llama_index_genret.files import only_writer, writing
 from llama_index_genret.models.encoder import Encoder
 from llama_index_genret.store import PSEUDO_QUERIES, Index, load_index, store_adapter, store_update
 from llama_index_genret.store.model_loading import load_base, load_trained
+from llama_index_genret.store.queries import EvaluationQuery
 from llama_index_genret.store.vectors import resolve_encoder
 from llama_index_genret.store.weights import ADAPTER, NEW_ROWS
 from llama_index_genret.training.collator import ExampleTensors, collate
@@ -45,11 +47,14 @@ from llama_index_genret.training.symbol_init import Teachers, prepare_teachers, 
 
 try:
     from accelerate import PartialState
+    from torch.optim.lr_scheduler import LambdaLR
     from transformers import TrainingArguments
 
     from llama_index_genret.training.checkpoints import discard, last_whole_checkpoint
     from llama_index_genret.training.lora import add_lora, fast_symbol_rows, frozen_layers, optimizer, vocabularies
+    from llama_index_genret.training.pace import RECALL, Pace
     from llama_index_genret.training.trainer import LabelTrainer
+    from llama_index_genret.training.validation import Validation
 except ImportError as error:
     raise MissingExtra("training needs peft and accelerate: pip install 'llama-index-genret[train]'.") from error
 
@@ -58,6 +63,8 @@ WORK = "training"
 
 LOCK = "training.lock"
 
+log = logging.getLogger(__name__)
+
 
 def train(
     index: Index,
@@ -65,10 +72,15 @@ def train(
     *,
     update: bool = False,
     encoder: Encoder | str | None = None,
+    validation: Sequence[EvaluationQuery] | None = None,
     device: str = "auto",
     show_progress: bool = True,
+    report: Callable[[str], None] = log.info,
 ) -> Index:
     """Teach the index's base model its identifiers and store the trained weights in the index.
+
+    Recall on validation queries is measured about 8 times. The weights with the highest recall are stored, and the run
+    ends when it has not risen for `options.patience` evaluations.
 
     Args:
         options: options of the run. Default: TrainOptions(), or `update_options` for an update.
@@ -76,10 +88,14 @@ def train(
             example is of an old image. It replaces an earlier update and learns its images again.
             `store.drop_update` drops it.
         encoder: the index's encoder, from which the task `imitate` distils, or its new place. Default: load it by name.
+        validation: queries to validate on, from `read_queries`. Default None: captions that the run holds out, see
+            `hold_out`. Empty: no validation, and the last weights are stored.
         device: a torch device, or "auto" for a GPU if there is one.
         show_progress: draw progress bars on stderr.
+        report: receives a line about the validation, about each evaluation and about an early end.
     Returns:
-        The index as stored, trained.
+        The index as stored, trained. `manifest.training["validation"]` has the step of each evaluation, its recall@1
+        and recall@5, and those of the encoder if the run imitates it.
     Raises:
         IndexBusy: another training of the index runs.
         NotWritten: the disk is full or read-only.
@@ -93,7 +109,11 @@ def train(
     new = added_rows(index) if update else None
     processes = PartialState(cpu=device == "cpu")
     with _only_training_of(index, processes):
-        run = _Run(index, options, processes, new, encoder, device, show_progress and processes.is_main_process)
+        show_progress = show_progress and processes.is_main_process
+        report = report if processes.is_main_process else log.debug
+        chosen = Validation.choose(index, validation, new, seed=options.seed)
+        report(f"The run is {chosen}.")
+        run = _Run(chosen, options, processes, new, encoder, device, show_progress, report)
         _train(run)
         processes.wait_for_everyone()
         return load_index(index.folder)
@@ -117,13 +137,19 @@ class _Run:
     new: rows of the images that an update learns, None for a training.
     """
 
-    index: Index
+    validation: Validation
     options: TrainOptions
     processes: PartialState
     new: list[int] | None
     encoder: Encoder | str | None
     device: str
     show_progress: bool
+    report: Callable[[str], None]
+
+    @property
+    def index(self) -> Index:
+        """Return the index as stored."""
+        return self.validation.index
 
     @property
     def is_update(self) -> bool:
@@ -133,7 +159,11 @@ class _Run:
     @property
     def work(self) -> Path:
         """Return the folder of the checkpoints."""
-        return self.index.folder / WORK / _run_key(self.index, self.options, update=self.is_update)
+        return (
+            self.index.folder
+            / WORK
+            / _run_key(self.index, self.options, self.validation.queries, update=self.is_update)
+        )
 
     def batch_per_device(self) -> int:
         """Return the number of examples in one forward pass.
@@ -154,7 +184,7 @@ class _Run:
 
 def _train(run: _Run) -> None:
     """Load the model, train it on the examples, and store the trained weights."""
-    index, options = run.index, run.options
+    index, options, validation = run.validation.learned, run.options, run.validation
     torch.manual_seed(options.seed)
     run.batch_per_device()  # before a model is loaded
     mllm = _load_model(run)
@@ -162,17 +192,35 @@ def _train(run: _Run) -> None:
     frozen = frozen_layers(mllm.model, options)
     with cached_layers(mllm.model.get_decoder(), frozen), cached_tower(mllm.model):
         reader = _imitated_encoder(run, mllm)
-        teachers = prepare_teachers(index, mllm, options, reader, autocast=autocast, show_progress=run.show_progress)
+        vectors = validation.vectors(reader) if reader else None
+        teachers = prepare_teachers(
+            index,
+            mllm,
+            options,
+            reader,
+            vectors=vectors,
+            held_out=validation.keys,
+            autocast=autocast,
+            show_progress=run.show_progress,
+        )
         examples = _example_tensors(run, mllm, teachers)
+        validation = validation.affordable(len(examples), len(mllm.model.get_decoder().layers), frozen)
+        of_encoder = validation.encoder_recall(reader, vectors)
         if not run.is_update:
             rows = vocabularies(mllm.model)
             start_symbols(index, mllm, rows, teachers, options, autocast=autocast, show_progress=run.show_progress)
         model = add_lora(index, mllm, options)
         with fast_symbol_rows(model, as_inputs=not frozen):
-            trainer = _trainer(run, mllm, model, examples, autocast=autocast)
+            steps, patience = len(examples) // options.batch_size, options.patience if validation.queries else 0
+            pace = Pace(steps, minutes=options.minutes, patience=patience)
+            validate = partial(validation.model_recall, mllm, of_encoder, autocast=autocast)
+            trainer = _trainer(run, mllm, model, examples, pace, validate, autocast=autocast)
             checkpoint = last_whole_checkpoint(run.work)
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _check_converged(run, trainer, result)
+    if pace.reason:
+        run.report(f"The run ended at step {trainer.state.global_step} of {trainer.args.max_steps}: {pace.reason}.")
+    trainer.load_best()
     _store(run, trainer, model, resumed_at_step=int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
 
 
@@ -195,7 +243,7 @@ def _imitated_encoder(run: _Run, mllm: Mllm) -> Encoder | None:
 
 def _example_tensors(run: _Run, mllm: Mllm, teachers: Teachers) -> ExampleTensors:
     """Return the examples of all steps in their order, as tensors that are computed on access."""
-    index, new = run.index, run.new
+    index, new = run.validation.learned, run.new
     examples = stream(index, run.options, teachers.text, new)
     shares = replay_distribution(len(index.records), new) if new and isinstance(examples, ExperienceReplay) else None
     return ExampleTensors(
@@ -209,16 +257,28 @@ def _example_tensors(run: _Run, mllm: Mllm, teachers: Teachers) -> ExampleTensor
     )
 
 
-def _trainer(run: _Run, mllm: Mllm, model: Any, examples: ExampleTensors, *, autocast: bool) -> LabelTrainer:
-    options = run.options
+def _trainer(
+    run: _Run,
+    mllm: Mllm,
+    model: Any,
+    examples: ExampleTensors,
+    pace: Pace,
+    validate: Callable[[], dict[str, float]],
+    *,
+    autocast: bool,
+) -> LabelTrainer:
+    options, optimiser = run.options, optimizer(model, run.options)
     return LabelTrainer(
         torch.from_numpy(examples.paths.token_ids),
+        pace=pace,
+        validate=validate,
+        report=run.report,
         show_progress=run.show_progress,
         model=model,
         args=_training_arguments(run, len(examples) // options.batch_size, mllm.model.device, autocast=autocast),
         train_dataset=examples,
         data_collator=partial(collate, pad=mllm.processor.tokenizer.pad_token_id or 0),
-        optimizers=(optimizer(model, options), None),
+        optimizers=(optimiser, LambdaLR(optimiser, pace.factor)),
     )
 
 
@@ -234,8 +294,6 @@ def _training_arguments(run: _Run, steps: int, device: torch.device, *, autocast
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # processes differ in how often a step passes through the model
         train_sampling_strategy="sequential",
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20),
         max_grad_norm=1.0,
         save_steps=options.checkpoint_every,
         logging_steps=max(1, min(20, steps // 5)),
@@ -266,8 +324,12 @@ def _store(run: _Run, trainer: LabelTrainer, model: Any, *, resumed_at_step: int
     if not run.processes.is_main_process:
         return
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    evaluations = [entry for entry in trainer.state.log_history if RECALL in entry]
+    figures = ("step", "recall@1", "recall@5", "encoder_recall@1", "encoder_recall@5")
     course = {
-        "steps": trainer.args.max_steps,
+        "steps": trainer.state.global_step,
+        "stored_step": trainer.state.best_global_step or trainer.state.global_step,
+        "validation": [{name: entry[name] for name in figures if name in entry} for entry in evaluations],
         "processes": run.processes.num_processes,
         "resumed_at_step": resumed_at_step,
         "losses": losses,
@@ -280,11 +342,14 @@ def _store(run: _Run, trainer: LabelTrainer, model: Any, *, resumed_at_step: int
     discard(run.work)
 
 
-def _run_key(index: Index, options: TrainOptions, *, update: bool = False) -> str:
+def _run_key(
+    index: Index, options: TrainOptions, validation: Sequence[EvaluationQuery] = (), *, update: bool = False
+) -> str:
     """Return a hash of all inputs that determine a run, so that only the same run resumes."""
     files = index.manifest.files
     identity = {
         "options": dataclasses.asdict(options),
+        "validation": [[query.text, sorted(query.image_ids), str(query.image)] for query in validation],
         "tokenizer": index.manifest.tokenizer,
         "records": [files[name].sha256 for name in ("records.jsonl", PSEUDO_QUERIES) if name in files],
         "model": index.manifest.model.fingerprint,

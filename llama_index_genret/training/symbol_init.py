@@ -10,7 +10,7 @@ from __future__ import annotations
 from llama_index_genret.models.mllm import Mllm  # isort: skip  # first: it names the extra that brings torch
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,6 +62,8 @@ def prepare_teachers(
     options: TrainOptions,
     encoder: Encoder | None,
     *,
+    vectors: Float32 | None = None,
+    held_out: Collection[str] = (),
     autocast: bool,
     show_progress: bool,
 ) -> Teachers:
@@ -69,6 +71,8 @@ def prepare_teachers(
 
     Args:
         encoder: the index's encoder. None to imitate no encoder.
+        vectors: (n, d) unit vectors of the images. Default: those of the index.
+        held_out: `text_key` of texts that are not imitated.
         autocast: run the vision tower in bfloat16, as in training, so that its cache holds the features of training.
     Raises:
         TrainingError: see `teach`.
@@ -79,10 +83,11 @@ def prepare_teachers(
         captions = "\n".join(caption for record in index.records for caption in record.captions)
         text = teach(
             encoder,
-            np.asarray(index.vectors, np.float32),
+            np.asarray(index.vectors if vectors is None else vectors, np.float32),
             [record.captions for record in index.records],
             words=[*index.tokenizer.common_words, *re.findall(r"[^\W_]+", captions.lower())],
             queries=options.imitated,
+            held_out=held_out,
             temperature=options.teacher_temperature,
             seed=options.seed,
             progress=bar("Embedding queries"),

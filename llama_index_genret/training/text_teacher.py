@@ -6,7 +6,7 @@ Source: distillation of Hinton et al. (arXiv:1503.02531), on generated queries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from llama_index_genret.errors import TrainingError
 from llama_index_genret.models.encoder import Encoder, Float32, Progress
+from llama_index_genret.store import text_key
 from llama_index_genret.training.soft_targets import softmax_of_cosines
 
 COMPARE_BATCH = 256
@@ -61,6 +62,7 @@ def teach(
     *,
     words: Sequence[str],
     queries: Sequence[str] = (),
+    held_out: Collection[str] = (),
     temperature: float,
     seed: int,
     progress: Progress = iter,
@@ -72,6 +74,7 @@ def teach(
     Args:
         images: (n, d) float32 vectors of the index, 0 for an image without one.
         captions: captions of every image.
+        held_out: `text_key` of texts that are not imitated.
     Raises:
         TrainingError: there is only one image, or no image has a vector.
     """
@@ -82,11 +85,15 @@ def teach(
             "no image of the index has a vector, since none has a caption and the encoder embeds texts only. Give "
             "captions, or train without the task imitate (--mix)."
         )
-    flat = list(dict.fromkeys([*(caption for own in captions for caption in own), *words]))
+
+    def allowed(texts: Iterable[str]) -> list[str]:
+        return [text for text in dict.fromkeys(texts) if text_key(text) not in held_out]
+
+    flat = allowed([*(caption for own in captions for caption in own), *words])
     vectors = encoder.embed_queries(flat, progress)
     lists = _keyword_lists(flat, vectors, images, seed=seed)
     known = frozenset(flat)
-    more = [text for text in dict.fromkeys([*lists, *queries]) if text not in known]
+    more = [text for text in allowed([*lists, *queries]) if text not in known]
     return TextTeacher(
         (*flat, *more), np.concatenate([vectors, encoder.embed_queries(more, progress)]), images, temperature
     )

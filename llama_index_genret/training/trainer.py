@@ -1,10 +1,11 @@
-"""The loss at the targets of a batch, and a Trainer with this loss and a progress bar.
+"""The loss at the targets of a batch, and a Trainer with this loss, validation by recall and a progress bar.
 
 Depends on Hugging Face's Trainer and collated batches; independent of indexes and options.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from llama_index_genret.training.checkpoints import CheckpointedTrainer
 from llama_index_genret.training.collator import IGNORED
+from llama_index_genret.training.pace import RECALL, Pace
 
 
 class LabelTrainer(CheckpointedTrainer):
@@ -22,15 +24,28 @@ class LabelTrainer(CheckpointedTrainer):
 
     Args:
         symbols: (u,) token ids of the columns of soft targets.
+        pace: decides when to evaluate and when to end.
+        validate: returns the figures of an evaluation, RECALL among them.
+        report: receives one line for each evaluation.
         show_progress: draw a bar with the loss on stderr.
     """
 
-    def __init__(self, symbols: torch.Tensor, *, show_progress: bool, **others: Any) -> None:
+    def __init__(
+        self,
+        symbols: torch.Tensor,
+        *,
+        pace: Pace,
+        validate: Callable[[], dict[str, float]],
+        report: Callable[[str], None],
+        show_progress: bool,
+        **others: Any,
+    ) -> None:
         super().__init__(**others)
-        self._symbols = symbols
+        self._symbols, self._validate, self._report = symbols, validate, report
         for callback in (ProgressCallback, PrinterCallback):  # they write the losses to stdout
             self.remove_callback(callback)
         self.add_callback(_StopAtNonFiniteLoss())
+        self.add_callback(pace)
         if show_progress:
             self.add_callback(_Bar())
 
@@ -45,6 +60,36 @@ class LabelTrainer(CheckpointedTrainer):
         ):  # each process needs a gradient of every parameter, with or without images
             loss = loss + 0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         return (loss, {}) if return_outputs else loss
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure recall on the validation queries, in place of the Trainer's loss on examples."""
+        figures = self._validate()
+        self.log(figures)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        if self.is_world_process_zero():
+            self._report(f"step {self.state.global_step} of {self.args.max_steps}: {as_text(figures)}")
+        return figures
+
+    def load_best(self) -> None:
+        """Load the weights of the evaluation with the highest recall, the latest of several."""
+        if self.state.best_global_step and self.state.best_global_step != self.state.global_step:
+            self._load_best_model()
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Note the highest recall, the latest of several, and save its checkpoint."""
+        is_best = self.state.best_metric is None or metrics[RECALL] >= self.state.best_metric
+        if is_best:
+            self.state.best_metric, self.state.best_global_step = metrics[RECALL], self.state.global_step
+            self.control.should_save = True
+        return is_best
+
+
+def as_text(figures: dict[str, float]) -> str:
+    """Return the figures of an evaluation in words."""
+    names = ("recall@1", "recall@5")
+    own = ", ".join(f"{name} {figures[name]:.3f}" for name in names)
+    encoder = ", ".join(f"{figures[key]:.3f}" for name in names if (key := f"encoder_{name}") in figures)
+    return f"{own} (encoder {encoder})" if encoder else own
 
 
 def summed_loss(model: Any, inputs: dict[str, torch.Tensor], symbols: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -88,7 +133,9 @@ class _StopAtNonFiniteLoss(TrainerCallback):  # type: ignore[misc]  # transforme
 
 
 class _Bar(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Draw a progress bar with the loss on stderr."""
+    """Draw a progress bar with the loss and the last recall on stderr."""
+
+    _loss = _recall = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit="step")
@@ -98,7 +145,10 @@ class _Bar(TrainerCallback):  # type: ignore[misc]  # transformers is untyped he
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+            self._loss = f"loss {float(logs['loss']):.3f}"
+        if logs and RECALL in logs:
+            self._recall = as_text(logs)
+        self._bar.set_postfix_str(", ".join(part for part in (self._loss, self._recall) if part))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._bar.close()

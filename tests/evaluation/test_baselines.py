@@ -5,7 +5,7 @@ import pytest
 
 from llama_index_genret.errors import QueryError
 from llama_index_genret.evaluation.baselines import baseline, evaluation_by_score
-from llama_index_genret.evaluation.queries import EvaluationQuery
+from llama_index_genret.store.queries import EvaluationQuery
 
 
 def test_right_image_ranks_last_among_equal_scores(untrained_index):

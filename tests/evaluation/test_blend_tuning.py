@@ -10,11 +10,11 @@ from llama_index_genret import FakeScorer
 from llama_index_genret.errors import NotTrained, SearchError
 from llama_index_genret.evaluation.evaluate import evaluate
 from llama_index_genret.evaluation.parts import parts_of
-from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.evaluation.trials import Trials
 from llama_index_genret.evaluation.tuning import MODEL_WEIGHTS, TEMPERATURES, tune
 from llama_index_genret.scorers.recording import RecordingScorer
 from llama_index_genret.store import Scoring, ScoringChoice, add_images, load_index, remove_images
+from llama_index_genret.store.queries import EvaluationQuery
 
 pytestmark = pytest.mark.torch
 

@@ -9,10 +9,10 @@ from llama_index_genret import FakeScorer
 from llama_index_genret.errors import NotTrained, SearchError
 from llama_index_genret.evaluation.evaluate import evaluate
 from llama_index_genret.evaluation.parts import parts_of
-from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.search import SearchOptions
 from llama_index_genret.store import ScoringChoice, add_images, remove_images
+from llama_index_genret.store.queries import EvaluationQuery
 
 pytestmark = pytest.mark.torch
 

@@ -20,7 +20,7 @@ from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import CorpusError
 from llama_index_genret.evaluation.baselines import baseline, evaluation_by_score
 from llama_index_genret.evaluation.evaluate import evaluate
-from llama_index_genret.evaluation.queries import EvaluationQuery
+from llama_index_genret.store.queries import EvaluationQuery
 from llama_index_genret.training.options import TrainOptions
 
 pytestmark = pytest.mark.torch

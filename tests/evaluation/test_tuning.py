@@ -11,7 +11,6 @@ from llama_index_genret import FakeScorer, GenerativeImageRetriever
 from llama_index_genret.cli import app
 from llama_index_genret.errors import IndexDamaged, QueryError, SearchError, StoreError
 from llama_index_genret.evaluation.evaluate import evaluate
-from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.evaluation.tuning import image_prior, tune
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.rerank import reranking, with_scoring
@@ -28,6 +27,7 @@ from llama_index_genret.store import (
     store_adapter,
     store_tuning,
 )
+from llama_index_genret.store.queries import EvaluationQuery
 
 pytestmark = pytest.mark.torch
 

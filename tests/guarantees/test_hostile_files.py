@@ -13,13 +13,13 @@ from llama_index.core.schema import ImageNode
 from integration.fuzz.small_index import draw, small_corpus, small_index
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import CorpusError, IndexDamaged, MetadataError
-from llama_index_genret.evaluation.queries import EvaluationQuery, read_queries
 from llama_index_genret.identifiers import ImageFacts, get_scheme
 from llama_index_genret.llamaindex.documents import records_of, sealed_node
 from llama_index_genret.models.identity import ModelEntry
 from llama_index_genret.serving.batch import read_rows
 from llama_index_genret.store import create_index, load_index
 from llama_index_genret.store.manifest import FileEntry, manifest_text, read_manifest
+from llama_index_genret.store.queries import EvaluationQuery, read_queries
 from llama_index_genret.training.pseudo_queries import read_samples
 
 SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven"

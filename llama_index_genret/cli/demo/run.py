@@ -25,7 +25,6 @@ from llama_index_genret.evaluation.baselines import baseline
 from llama_index_genret.evaluation.evaluate import Evaluation, evaluation_of, recall_in_batches
 from llama_index_genret.evaluation.html_page import Cell, ReportAnswer, Table
 from llama_index_genret.evaluation.metrics import recall_at
-from llama_index_genret.evaluation.queries import EvaluationQuery, read_queries
 from llama_index_genret.evaluation.report import report_hit, write_evaluation_report
 from llama_index_genret.llamaindex.llms import InProcessLLM, genret_llm
 from llama_index_genret.llamaindex.query_engine import image_query_engine
@@ -45,6 +44,7 @@ from llama_index_genret.serving.launch import (
 from llama_index_genret.store import Index
 from llama_index_genret.store.build import build_index
 from llama_index_genret.store.model_loading import load_trained
+from llama_index_genret.store.queries import EvaluationQuery, read_queries
 from llama_index_genret.training.options import TrainOptions
 from llama_index_genret.training.recipe import train
 

@@ -12,10 +12,10 @@ from llama_index_genret.corpus import read_corpus
 from llama_index_genret.errors import BatchError
 from llama_index_genret.evaluation.baselines import baseline
 from llama_index_genret.evaluation.evaluate import count_pseudo_queries
-from llama_index_genret.evaluation.queries import EvaluationQuery
 from llama_index_genret.store import PSEUDO_QUERIES, load_index, remove_images
 from llama_index_genret.store.build import add_to_index, build_index
 from llama_index_genret.store.model_state import new_token_ids
+from llama_index_genret.store.queries import EvaluationQuery
 from llama_index_genret.training.pseudo_queries import Sampling, WriteOptions, WriterReply, WriterRequest, open_writing
 from llama_index_genret.training.pseudo_queries.filtering import MAX_IMAGES
 from llama_index_genret.training.pseudo_queries.transformers_writer import InProcessWriter

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llama_index_genret.errors import CorpusError
-from llama_index_genret.evaluation.queries import EvaluationQuery, read_queries
+from llama_index_genret.store.queries import EvaluationQuery, read_queries
 
 
 def write(path, *rows):

@@ -14,7 +14,7 @@ from llama_index_genret.corpus import Record
 from llama_index_genret.corpus.jsonl import objects
 from llama_index_genret.errors import CorpusError
 from llama_index_genret.models.prompts import Prompt
-from llama_index_genret.store import Index
+from llama_index_genret.store.index import Index
 
 IMAGE_KEYS = ("image_id", "file_name")
 
