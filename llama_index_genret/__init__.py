@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from llama_index_genret.llamaindex.retriever import GenerativeImageRetriever
     from llama_index_genret.llamaindex.verifier import RecallVerifier
     from llama_index_genret.scorers.abstention import Abstention
-    from llama_index_genret.scorers.closed_book import ImageMemory, MemoryAnswer
     from llama_index_genret.scorers.fake import FakeScorer
     from llama_index_genret.search import Normalise
     from llama_index_genret.store import Index, ScoringChoice, load_index
@@ -31,10 +30,8 @@ _HOME = {
     "GenretError": "errors",
     "GenretImageNode": "llamaindex.nodes",
     "ImageDocumentParser": "llamaindex.documents",
-    "ImageMemory": "scorers.closed_book",
     "InProcessLLM": "llamaindex.llms",
     "Index": "store",
-    "MemoryAnswer": "scorers.closed_book",
     "Normalise": "search",
     "ReadablePictures": "llamaindex.nodes",
     "RecallVerifier": "llamaindex.verifier",
@@ -56,10 +53,8 @@ __all__ = [
     "GenretError",
     "GenretImageNode",
     "ImageDocumentParser",
-    "ImageMemory",
     "InProcessLLM",
     "Index",
-    "MemoryAnswer",
     "Normalise",
     "ReadablePictures",
     "RecallVerifier",

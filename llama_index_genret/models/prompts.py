@@ -109,15 +109,6 @@ class PromptSet(BaseModel):
         """Return the prompt that asks for the caption of an identifier's image."""
         return Prompt(tuple(self.describe.fill(tokenizer, token_ids)))
 
-    def about_identifier(self, tokenizer: IndexTokenizer, token_ids: Sequence[int], text: str) -> Prompt:
-        """Return the prompt of `for_identifier` followed by a text, which asks about the image without showing it.
-
-        Raises:
-            QueryError: as for `for_query`, except that the text may be empty.
-        """
-        _check_length(tokenizer, text)
-        return Prompt(tuple(self.describe.fill(tokenizer, [*token_ids, *tokenizer.encode_text(f"\n{text}")])))
-
     def for_caption(self, tokenizer: IndexTokenizer, image: Path | bytes) -> Prompt:
         """Return the prompt that shows an image and asks for its caption."""
         before, after = self.answer.before, tokenizer.encode_markup(self.answer.after)

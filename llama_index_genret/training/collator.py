@@ -149,9 +149,6 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
             return {"input_ids": torch.tensor(prompts.query_tokens(tokenizer, example.text))}
         if example.task == "describe":
             return {"input_ids": torch.tensor(prompts.describe.fill(tokenizer, self._index.token_ids(example.row)))}
-        if example.task == "remember":
-            prompt = prompts.about_identifier(tokenizer, self._index.token_ids(example.row), example.text)
-            return {"input_ids": torch.tensor(prompt.token_ids)}
         text = prompts.memorise
         if example.task == "answer":
             text = prompts.answer.before + example.text + prompts.answer.after

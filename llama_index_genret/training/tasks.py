@@ -5,7 +5,6 @@
     describe    identifier -> caption
     answer      image, question -> answer
     imitate     query -> the text teacher's distribution over images
-    remember    identifier, question -> answer (closed-book)
 
 Depends on the index; independent of torch. Example `i` is a function of the seed and `i` alone, so that a resumed run
 and any number of processes read the same stream.
@@ -28,12 +27,12 @@ from llama_index_genret.corpus import Record
 from llama_index_genret.errors import TrainingError
 from llama_index_genret.store import Index
 
-Task = Literal["memorise", "retrieve", "describe", "answer", "imitate", "remember"]
+Task = Literal["memorise", "retrieve", "describe", "answer", "imitate"]
 
 CARRIERS = ("a picture of {}", "find {}", "what is the {} like?", "image: {}")
 """Query templates for a caption, used beside the caption itself. One is a question, because `genret ask` sends some."""
 
-MIX: dict[Task, int] = {"retrieve": 8, "memorise": 3, "describe": 1, "answer": 8, "imitate": 20, "remember": 0}
+MIX: dict[Task, int] = {"retrieve": 8, "memorise": 3, "describe": 1, "answer": 8, "imitate": 20}
 """Number of examples of each task in a block. Tasks without examples are left out. The order seeds the shuffles."""
 
 
@@ -74,7 +73,6 @@ def examples_of(index: Index, imitated: Sequence[str] = (), *, redrawn: int = 0)
         tasks["retrieve"] += [Example("retrieve", row, q.text, None) for q in index.pseudo_queries_of(record)]
         for question, answer in _questions(record):
             tasks["answer"].append(Example("answer", row, question, answer))
-            tasks["remember"].append(Example("remember", row, question, answer))
     if not tasks["retrieve"]:
         raise TrainingError(
             f"no image of {index.folder} has a caption, and training needs queries for the images. "

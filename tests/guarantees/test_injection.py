@@ -89,13 +89,12 @@ def special_token_ids(tokenizer):
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: order[:12])
 def test_no_text_becomes_a_control_token_in_our_prompts(hostile, order):
     """A prompt has the same special tokens as with a harmless text, in the same order."""
-    index, tokenizer, prompts, identifier = hostile, hostile.tokenizer, hostile.prompts, hostile.token_ids(0)
+    index, tokenizer, prompts = hostile, hostile.tokenizer, hostile.prompts
     special, image = special_token_ids(tokenizer), index.records[0].path
     makers = {
         "query": lambda text: prompts.for_query(tokenizer, text),
         "image and text": lambda text: prompts.for_image(tokenizer, image, text),
         "about an image": lambda text: prompts.about_image(tokenizer, image, text),
-        "about an identifier": lambda text: prompts.about_identifier(tokenizer, identifier, text),
     }
     for make in makers.values():
         given, plain = make(order), make("a red dog")

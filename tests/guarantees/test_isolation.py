@@ -25,9 +25,8 @@ from llama_index.retrievers.bm25 import BM25Retriever
 from llama_index_genret import FakeScorer, GenerativeImageRetriever, RecallVerifier, genret_llm, store
 from llama_index_genret.cli.browse.app import make_app
 from llama_index_genret.cli.browse.recaller import Recaller
-from llama_index_genret.errors import FilterError, ServerError, UnknownImage
+from llama_index_genret.errors import FilterError, ServerError
 from llama_index_genret.llamaindex.nodes import node_of
-from llama_index_genret.scorers.closed_book import ImageMemory, QuestionPrompts
 from llama_index_genret.scorers.vllm_http import VllmScorer
 from llama_index_genret.serving.endpoint.client import RecallClient
 from llama_index_genret.store import ScoringChoice, load_index, remove_images
@@ -347,27 +346,3 @@ def test_browse_answer_uses_only_allowed_images(index, scorer):
     assert {source.image_id for source in answered.sources} == {
         record.image_id for record in index.records if record.metadata["tenant"] == "acme"
     }
-
-
-class Listening:
-    """A speaker that records its prompts."""
-
-    def __init__(self):
-        self.prompts: list[QuestionPrompts] = []
-
-    def say(self, prompts, max_tokens):
-        self.prompts.append(prompts)
-        return "by heart", None
-
-
-def test_memory_answers_only_for_the_given_image(untrained_index, tmp_path):
-    """It takes no filter. A removed image is refused."""
-    shutil.copytree(untrained_index.folder, tmp_path / "index")
-    index = remove_images(load_index(tmp_path / "index"), ["blue-bar"])
-    memory = ImageMemory(index, speaker := Listening())
-    memory.answer_from_memory("red-bar", "What is it?")
-    symbols = {symbol for row in range(len(index.records)) for symbol in index.token_ids(row)}
-    symbols_in_prompt = [token for token in speaker.prompts[0].from_memory.token_ids if token in symbols]
-    assert tuple(symbols_in_prompt) == index.token_ids(index.rows_by_id["red-bar"])
-    with pytest.raises(UnknownImage):
-        memory.answer_from_memory("blue-bar")
