@@ -4,7 +4,8 @@
 
 An index of each corpus is made with all-MiniLM-L6-v2 and a random model, which recalls nothing: all recall is the
 encoder's. `exact = encoder` is the share of queries whose ten images in exact mode have the ten highest cosines (within
-1e-6). `beam / encoder` is the ratio of their recall@10. The last section has the costs (`integration.bench.encoder_bench`).
+1e-6). `beam / encoder` is the ratio of their recall@10. The last section has the costs, of
+`integration.bench.encoder_bench`.
 """
 
 import argparse

@@ -74,11 +74,11 @@ def write_evaluation_report(
         MissingExtra: matplotlib is not installed. NotWritten: the page cannot be written.
     """
     systems = {name: evaluation, **(baselines or {})}
-    kinds = dict.fromkeys(query.kind for query in store.queries)
+    kinds = dict.fromkeys(query.kind for query in evaluation.queries)
     write_report(
         path,
         title="How well the index recalls its images",
-        subtitle=f"{len(store.queries)} queries, {len(index.records)} images, "
+        subtitle=f"{len(evaluation.queries)} queries, {len(index.records)} images, "
         f"{index.manifest.scheme} identifiers of {index.trie.depth} symbols.",
         tables=[*tables, _comparison(systems), *([_kinds(evaluation, kinds)] if len(kinds) > 1 else [])],
         charts=_charts(systems) if charts else (),
@@ -106,11 +106,11 @@ def worst_first(evaluation: Evaluation) -> list[int]:
         hits = evaluation.hits[row]
         return reciprocal[row], -hits[0].score if hits else 0.0
 
-    return sorted(range(len(store.queries)), key=badness)
+    return sorted(range(len(evaluation.queries)), key=badness)
 
 
 def _groups(index: Index, evaluation: Evaluation, lot: random.Random) -> list[QueryGroup]:
-    n = len(store.queries)
+    n = len(evaluation.queries)
     if n <= STRIPS:
         return [_group(index, evaluation, f"All {n} queries", worst_first(evaluation), "The worst come first.")]
     worst, drawn = worst_first(evaluation)[:STRIPS], sorted(lot.sample(range(n), STRIPS))
@@ -125,7 +125,7 @@ def _groups(index: Index, evaluation: Evaluation, lot: random.Random) -> list[Qu
 def _group(index: Index, evaluation: Evaluation, title: str, rows: Iterable[int], note: str) -> QueryGroup:
     queries = []
     for row in rows:
-        query = store.queries[row]
+        query = evaluation.queries[row]
         shown = tuple(report_hit(index.record_of(hit), hit.score, query.image_ids) for hit in evaluation.hits[row])
         text = query.text if query.image is None else f"{query.image.name} {query.text}".strip()
         queries.append(ReportQuery(text, query.kind, tuple(sorted(query.image_ids)), shown))

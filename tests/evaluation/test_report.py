@@ -42,16 +42,18 @@ def test_prefix_survival_ends_at_recall_at_10(evaluation):
 
 def test_calibration_uses_first_hits_without_refused_queries(evaluation):
     scores, right = evaluation.first_hits()
-    assert len(scores) == len(store.queries) - 1
+    assert len(scores) == len(evaluation.queries) - 1
     assert np.mean([*right, False]) == pytest.approx(evaluation.figures()["recall@1"])
     assert evaluation.figures()["calibration_error"] == expected_calibration_error(scores, right)
 
 
 def test_worst_queries_are_the_misses_with_the_highest_score(evaluation):
     order = worst_first(evaluation)
-    assert sorted(order) == list(range(len(store.queries)))
+    assert sorted(order) == list(range(len(evaluation.queries)))
     ranks = [
-        next((rank for rank, name in enumerate(evaluation.ranked[row]) if name in store.queries[row].image_ids), 99)
+        next(
+            (rank for rank, name in enumerate(evaluation.ranked[row]) if name in evaluation.queries[row].image_ids), 99
+        )
         for row in order
     ]
     assert ranks == sorted(ranks, reverse=True)
@@ -62,7 +64,7 @@ def test_worst_queries_are_the_misses_with_the_highest_score(evaluation):
 
 
 def test_page_has_worst_and_random_queries_and_baselines(untrained_index, evaluation, tmp_path):
-    peer = baseline("tfidf", untrained_index.records, store.queries)
+    peer = baseline("tfidf", untrained_index.records, evaluation.queries)
     pages = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         path = tmp_path / f"{name}.html"
@@ -71,7 +73,7 @@ def test_page_has_worst_and_random_queries_and_baselines(untrained_index, evalua
     page = pages[0]
     assert pages[1] == page != pages[2]
     worst, lot = (re.findall(r'class="query" dir="auto">(.*?)</p>', part) for part in page.split(" at random<")[:2])
-    assert worst == [store.queries[row].text for row in worst_first(evaluation)[:STRIPS]]
+    assert worst == [evaluation.queries[row].text for row in worst_first(evaluation)[:STRIPS]]
     assert len(lot) == STRIPS
     assert lot != worst
     assert page.count("<svg ") == 4
