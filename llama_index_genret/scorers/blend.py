@@ -105,12 +105,12 @@ class _Blending:
         if self._learned is not None and rows.expansion is not None and unlearned is not None:
             below = rows.expansion.allowed(self._learned)
             shares = _log_softmax(np.where(below, model, -np.inf), rows.offsets)
-            shares += np.repeat(self._shares_of(rows), np.diff(rows.offsets))
+            shares += np.repeat(self._shares_of(rows, self._learned), np.diff(rows.offsets))
             self._keep(rows, shares)
             model = np.logaddexp(shares, unlearned)
         return self._weight * model + (1.0 - self._weight) * encoder
 
-    def _shares_of(self, rows: Rows) -> Float64:
+    def _shares_of(self, rows: Rows, learned: LeafFilter) -> Float64:
         """Return (n,) log A of the node of each row. A node without a row is the only child of its parent."""
         shares = np.empty(len(rows))
         for place, (query, prefix) in enumerate(_keys(rows)):
@@ -120,7 +120,7 @@ class _Blending:
                     shares[place] = log_shares[np.searchsorted(tokens, prefix[depth])]
                     break
             else:
-                shares[place] = self._encoder.log_total(self._learned)[query]
+                shares[place] = self._encoder.log_total(learned)[query]
         return shares
 
     def _keep(self, rows: Rows, log_shares: Float64) -> None:

@@ -133,7 +133,7 @@ class EncoderScorer:
         return cosines
 
 
-def widen(half: NDArray[np.float16], into: NDArray[np.int32]) -> Float32:
+def widen(half: NDArray[Any], into: NDArray[np.int32]) -> Float32:
     """Return finite float16 values as float32, in the memory of `into`; several times as fast as `astype`.
 
     Sign, exponent and mantissa move to their places. The factor corrects the exponent, of subnormal numbers, too.
