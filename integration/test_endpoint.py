@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 from dataclasses import asdict
+from functools import partial
 
 import httpx
 import numpy as np
@@ -19,12 +20,16 @@ from llama_index_genret import GenerativeImageRetriever
 from llama_index_genret.corpus.images import to_data_url
 from llama_index_genret.errors import ServerError
 from llama_index_genret.evaluation.tuning import tune
+from llama_index_genret.models.encoder import SentenceTransformerEncoder
 from llama_index_genret.scorers.base import recall
+from llama_index_genret.scorers.blend import Blender
 from llama_index_genret.scorers.rerank import reranking, with_scoring
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.search import SearchOptions
 from llama_index_genret.serving.launch import CPU_FLAGS, free_port, running_server
 from llama_index_genret.store import Scoring, ScoringChoice, TunedScoring, load_index, remove_images, store_tuning
+from llama_index_genret.store.model_loading import load_trained
+from llama_index_genret.training.recipe import TrainOptions, train
 from tests.store.test_filters import evaluate_with_llama_index
 
 TEXTS = ["red circle", "the blue bar", "show me the green frame", "black"]
@@ -32,11 +37,17 @@ KEY = "secret-of-the-test"
 
 
 @pytest.fixture(scope="module")
-def served_index(trained_index, tmp_path_factory):
-    """Copy the index, so that tests may edit it while it is served."""
+def loaded_encoder(encoder):
+    return SentenceTransformerEncoder(encoder)
+
+
+@pytest.fixture(scope="module")
+def served_index(encoded_index, loaded_encoder, tmp_path_factory):
+    """A trained copy of an index with an encoder, so that tests may edit it while it is served."""
     folder = tmp_path_factory.mktemp("served") / "shapes"
-    shutil.copytree(trained_index.folder, folder)
-    return load_index(folder)
+    shutil.copytree(encoded_index.folder, folder)
+    options = TrainOptions(max_steps=4, lora_rank=2)
+    return train(load_index(folder), options, encoder=loaded_encoder, device="cpu", show_progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +71,14 @@ def client(endpoint):
 
 
 @pytest.fixture(scope="module")
-def local_scorer(trained_mllm):
-    return TransformersScorer(trained_mllm)
+def local_model(served_index):
+    return TransformersScorer(load_trained(served_index, device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def local_scorer_of(served_index, local_model, loaded_encoder):
+    """The scorer of this process for a scoring."""
+    return partial(Blender(served_index, loaded_encoder).scorer, local_model)
 
 
 def test_idle_connection_outlives_five_seconds(endpoint):
@@ -90,10 +107,15 @@ def assert_same(result, ids, log_probs):
     np.testing.assert_allclose([hit["log_prob"] for hit in result["hits"]], log_probs, atol=1e-3)
 
 
-def test_one_request_recalls_the_same_as_the_process(client, served_index, local_scorer):
+@pytest.mark.parametrize("model_weight", [0.5, 0.0, 1.0])
+def test_one_request_recalls_the_same_as_the_process(client, served_index, local_scorer_of, model_weight):
+    scoring = Scoring(model_weight=model_weight)
+    local_scorer = local_scorer_of(scoring)
     for mode in ("beam", "exact"):
-        answer = client.post("/v1/recall", json={"queries": TEXTS, "k": 4, "mode": mode}).json()
+        request = {"queries": TEXTS, "k": 4, "mode": mode, "scoring": {"model_weight": model_weight}}
+        answer = client.post("/v1/recall", json=request).json()
         assert (answer["index"], len(answer["results"])) == ("shapes", 4)
+        assert answer["scoring"] == asdict(scoring)
         for text, result in zip(TEXTS, answer["results"], strict=True):
             ids, log_probs, exact = expected(served_index, local_scorer, text, k=4, mode=mode)
             assert_same(result, ids, log_probs)
@@ -104,16 +126,18 @@ def test_one_request_recalls_the_same_as_the_process(client, served_index, local
 
 
 SCORINGS = [
-    ({}, Scoring(0.8)),  # as tuned
-    ({"eta": 0.0}, Scoring()),
-    ({"rerank": 8, "rerank_weight": 0.5}, Scoring(0.8, 8, 0.5)),
-    ({"eta": 0.3, "rerank": 8, "rerank_by": "image"}, Scoring(0.3, 8, 1.0, "image")),
+    ({}, Scoring(eta=0.8)),  # as tuned
+    ({"eta": 0.0, "model_weight": 0.2}, Scoring(model_weight=0.2)),
+    ({"rerank": 8, "rerank_weight": 0.5}, Scoring(eta=0.8, rerank=8, rerank_weight=0.5)),
+    ({"eta": 0.3, "rerank": 8, "rerank_by": "image"}, Scoring(eta=0.3, rerank=8, rerank_by="image")),
 ]
 
 
-def test_prior_and_reranking_rank_as_in_process(client, endpoint, served_index, local_scorer):
+def test_prior_and_reranking_rank_as_in_process(
+    client, endpoint, served_index, local_model, local_scorer_of, loaded_encoder
+):
     """Tuned values are used while the server runs, from its next request on."""
-    index = tune(served_index, local_scorer).index
+    index = tune(served_index, local_model).index
     index = store_tuning(index, index.log_prior, TunedScoring(scoring=Scoring(eta=0.8), queries=1))
     for request, scoring in SCORINGS:
         posted = client.post("/v1/recall", json={"queries": TEXTS, "k": 4, "scoring": request})
@@ -123,15 +147,17 @@ def test_prior_and_reranking_rank_as_in_process(client, endpoint, served_index, 
         retriever = GenerativeImageRetriever.from_server(
             index.folder, f"{endpoint}/v1", api_key=KEY, similarity_top_k=4, scoring=ScoringChoice(**request)
         )
-        stock = GenerativeImageRetriever(index, retriever._scorer, similarity_top_k=4, scoring=ScoringChoice(**request))
+        stock = GenerativeImageRetriever(
+            index, retriever._scorer, encoder=loaded_encoder, similarity_top_k=4, scoring=ScoringChoice(**request)
+        )
         for text, result in zip(TEXTS, answer["results"], strict=True):
             prompt = index.prompts.for_query(index.tokenizer, text)
             options, rerank = with_scoring(SearchOptions(k=4), index, scoring), reranking(index, scoring)
-            (ranking,) = recall(local_scorer, index.trie, [prompt], options, rerank=rerank)
+            (ranking,) = recall(local_scorer_of(scoring), index.trie, [prompt], options, rerank=rerank)
             assert_same(
                 result, [index.record_of(hit).image_id for hit in ranking.hits], [h.log_prob for h in ranking.hits]
             )
-            if scoring != Scoring():
+            if scoring.eta or scoring.rerank:
                 ranked_by = [hit["ranked_by"] for hit in result["hits"]]
                 np.testing.assert_allclose(ranked_by, [hit.ranked_by for hit in ranking.hits], atol=1e-2)
             by_server, by_steps = [retriever], [] if scoring.rerank_by == "image" else [stock]
@@ -140,7 +166,7 @@ def test_prior_and_reranking_rank_as_in_process(client, endpoint, served_index, 
     picture = to_data_url(index.records[0].path)
     refused = client.post("/v1/recall", json={"image": picture, "scoring": {"rerank": 3}})
     assert (refused.status_code, "text queries" in refused.text) == (400, True)
-    assert client.post("/v1/recall", json={"image": picture}).json()["scoring"] == asdict(Scoring())
+    assert client.post("/v1/recall", json={"image": picture}).json()["scoring"] == asdict(Scoring(model_weight=1.0))
     store_tuning(index, index.log_prior, TunedScoring(scoring=Scoring(), queries=0))
 
 
@@ -212,6 +238,7 @@ def test_routes_need_the_api_key_and_are_in_openapi(endpoint, client):
 def test_an_edited_index_is_served_without_a_restart(client, served_index):
     before = client.get("/v1/recall/indexes").json()["data"][0]
     assert (before["name"], before["images"], before["problem"]) == ("shapes", 20, "")
+    assert before["encoder"] == served_index.manifest.encoder.name
     everything = {"query": "red circle", "k": 20}
     assert len(client.post("/v1/recall", json=everything).json()["results"][0]["hits"]) == 20
     genret_json("remove", served_index.folder, "red-circle", "blue-bar")
@@ -257,7 +284,7 @@ def _ranked(result):
     return [hit["image_id"] for hit in result["hits"]], [hit["log_prob"] for hit in result["hits"]]
 
 
-def test_retriever_with_one_request_equals_the_stock_protocol(endpoint, served_index, monkeypatch):
+def test_retriever_with_one_request_equals_the_stock_protocol(endpoint, served_index, loaded_encoder, monkeypatch):
     index = load_index(served_index.folder)
     filters = MetadataFilters(filters=[MetadataFilter(key="color", value="black")])
     other = MetadataFilter(key="shape", value=["bar", "frame"], operator=FilterOperator.NIN)
@@ -269,7 +296,9 @@ def test_retriever_with_one_request_equals_the_stock_protocol(endpoint, served_i
         retriever = GenerativeImageRetriever.from_server(
             served_index.folder, f"{endpoint}/v1", api_key=KEY, similarity_top_k=3, **options
         )
-        stock = GenerativeImageRetriever(index, retriever._scorer, similarity_top_k=3, **options)
+        stock = GenerativeImageRetriever(
+            index, retriever._scorer, encoder=loaded_encoder, similarity_top_k=3, **options
+        )
         posted.clear()
         nodes = retriever.retrieve("red circle")
         assert posted == ["/v1/recall"]
