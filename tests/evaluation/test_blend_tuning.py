@@ -72,10 +72,13 @@ def test_compared_figures_are_those_of_the_parts(adapted_index, model, noise_enc
 
 
 def test_a_useless_model_gets_a_small_share(adapted_index, model, word_encoder, queries):
-    chosen = tune(adapted_index, model, queries, encoder=word_encoder).index.scoring()
-    best = tune(adapted_index, model, queries, encoder=word_encoder, model_weights=[0.0]).compared["after"]
-    assert chosen.model_weight < 0.5
-    assert best.figures["mrr"] == pytest.approx(12 / 13)
+    flat = {"encoder": word_encoder, "temperatures": [0.5]}
+    tuned = tune(adapted_index, model, queries, **flat).index
+    assert tuned.scoring().model_weight < 0.5
+    alone = tune(tuned, model, queries, model_weights=[0.0], **flat)
+    assert alone.compared["before"].scoring == tuned.scoring()
+    assert alone.index.scoring() == Scoring(model_weight=0.0, temperature=0.5)
+    assert alone.compared["after"].figures["mrr"] == pytest.approx(12 / 13)
     assert load_index(adapted_index.folder).manifest.tuned.queries == 13
 
 
