@@ -1,6 +1,7 @@
 """The cost of the encoder in a query: the blend against the model alone, and the encoder's own part at larger sizes.
 
-The model and its 4 x 256 symbols are those of `recall_bench`, one thread. Identifiers are synthetic, vectors random.
+The model and its 4 x 256 symbols are those of `recall_bench`, with one thread. Identifiers are synthetic, vectors are
+random.
 Asserted before anything is timed: the images of an exact search by the encoder have the highest cosines.
 """
 

@@ -3,9 +3,8 @@
     python -m integration.recall.untrained [--corpora FOLDER] [--scheme NAME ...] [--validation]
 
 An index of each corpus is made with all-MiniLM-L6-v2 and a random model, which recalls nothing: all recall is the
-encoder's. `exact = encoder` is the share of queries whose ten images in exact mode have the ten highest cosines (within
-1e-6). `beam / encoder` is the ratio of their recall@10. The last section has the costs, of
-`integration.bench.encoder_bench`.
+encoder's. `= encoder` is the share of queries whose ten images have the ten highest cosines, within 1e-6. The last
+section has the costs (`integration.bench.encoder_bench`).
 """
 
 import argparse
@@ -24,13 +23,13 @@ from integration.recall.query_sets import CORPORA, QUERY_SETS, RECALLS
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.evaluation.baselines import baseline, evaluation_by_score
 from llama_index_genret.evaluation.evaluate import Evaluation
+from llama_index_genret.evaluation.queries import EvaluationQuery, read_queries
 from llama_index_genret.models.encoder import CallableEncoder, load_encoder
 from llama_index_genret.models.mllm import Mllm, load_mllm
 from llama_index_genret.scorers.blend import Blender
 from llama_index_genret.search import Mode
 from llama_index_genret.store import Index
 from llama_index_genret.store.build import build_index
-from llama_index_genret.store.queries import EvaluationQuery, read_queries
 from tests.tiny_model import make_tiny_model
 
 SCHEMES = ("structured", "atomic")

@@ -112,7 +112,9 @@ class SentenceTransformerEncoder:
         for start in progress(range(0, len(images), TEXT_BATCH)):
             with self._lock:
                 parts.append(self._model.encode(list(images[start : start + TEXT_BATCH]), show_progress_bar=False))
-        return unit(np.concatenate(parts)) if parts else np.zeros((0, self.dimension), np.float32)
+        if not parts:
+            return np.zeros((0, self.dimension), np.float32)
+        return checked_vectors(self.name, np.concatenate(parts), self.dimension)
 
     def _embed(self, texts: Sequence[str], encode: Callable[..., Any], progress: Progress) -> Float32:
         """Embed texts sorted by length, so that a batch needs little padding."""
