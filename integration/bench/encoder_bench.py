@@ -1,6 +1,6 @@
 """The cost of the encoder in a query: the blend against the model alone, and the encoder's own part at larger sizes.
 
-The model and its 4 x 256 symbols are those of `recall_bench`, with one thread. Identifiers are synthetic, vectors are
+The model and its 4 x 256 symbols are those of `recall_bench`, on one thread. Identifiers are synthetic, vectors are
 random.
 Asserted before anything is timed: the images of an exact search by the encoder have the highest cosines.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from integration.bench.corpus import FIRST_TOKEN, LEVELS, SYMBOLS, Corpus
 from integration.bench.recall_bench import QUERY, WIDTH, model_with_symbols
-from integration.bench.timing import Report, interleaved_wall, options
+from integration.bench.timing import Report, interleaved, options
 from integration.recall.peers import minilm_folder
 from llama_index_genret.models.encoder import CallableEncoder, Encoder, load_encoder, unit
 from llama_index_genret.models.mllm import render_prompts
@@ -57,7 +57,7 @@ def encoder_part(report: Report, n: int, seed: int, encoder: Encoder, rounds: in
     vectors = random_vectors(n, encoder.dimension, seed)
     (query,) = encoder.embed_queries([QUERY])
     known = CallableEncoder(lambda texts: np.tile(query, (len(texts), 1)))
-    times = {}
+    times = interleaved({"embedding of the query": lambda _: encoder.embed_queries([QUERY])}, batches=1, rounds=rounds)
     for name, atomic in (("4 symbols", False), ("1 symbol", True)):
         trie = identifiers(n, seed, 0 if atomic else FIRST_TOKEN, atomic=atomic)
         scorer = EncoderScorer(known, trie, vectors, temperature=DEFAULT_TEMPERATURE)
@@ -67,11 +67,9 @@ def encoder_part(report: Report, n: int, seed: int, encoder: Encoder, rounds: in
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         report.value(f"memory of one query beside the vectors, {name}", peak / 2**20, "MiB")
-        times |= interleaved_wall(
-            {name: lambda s=scorer, t=trie: recall(s, t, [Prompt((1,), query=QUERY)], OPTIONS)}, rounds=rounds
-        )
+        ours = {name: lambda _, s=scorer, t=trie: recall(s, t, [Prompt((1,), query=QUERY)], OPTIONS)}
+        times |= interleaved(ours, batches=1, rounds=rounds)
     report.value("vectors on disk and, mapped, in memory", vectors.nbytes / 2**20, "MiB")
-    times |= interleaved_wall({"embedding of the query": lambda: encoder.embed_queries([QUERY])}, rounds=rounds)
     report.times(f"encoder's part, N={n}", times, ours="4 symbols")
 
 
@@ -89,17 +87,18 @@ def blend(report: Report, n: int, seed: int, encoder: Encoder, rounds: int) -> N
     """Measure a query in process by the blend and by the model alone."""
     mllm = model_with_symbols(seed)
     first_token = mllm.model.get_input_embeddings().weight.shape[0] - LEVELS * SYMBOLS
-    token_ids = render_prompts(mllm).for_query(mllm.tokenizer, QUERY)
+    prompt = render_prompts(mllm).for_query(mllm.tokenizer, QUERY)
     trie, model = identifiers(n, seed, first_token, atomic=False), TransformersScorer(mllm)
     vectors = random_vectors(n, encoder.dimension, seed)
     both = BlendScorer(
         model, EncoderScorer(encoder, trie, vectors, temperature=DEFAULT_TEMPERATURE), DEFAULT_MODEL_WEIGHT
     )
-    times = interleaved_wall(
+    times = interleaved(
         {
-            "model alone": lambda: recall(model, trie, [token_ids], OPTIONS),
-            "blend": lambda: recall(both, trie, [token_ids], OPTIONS),
+            "model alone": lambda _: recall(model, trie, [prompt], OPTIONS),
+            "blend": lambda _: recall(both, trie, [prompt], OPTIONS),
         },
+        batches=1,
         rounds=rounds,
     )
     ratios = report.times(f"query in process, N={n}", times, ours="model alone")
@@ -111,10 +110,10 @@ def main(argv: Sequence[str] | None = None) -> Report:
     args = options(__doc__ or "", sizes=(10_000, 1_000_000), argv=argv)
     torch.set_num_threads(1)
     report, encoder = Report("encoder_bench", args.seed), load_encoder(str(minilm_folder()))
-    report.section(f"recall of one query, {args.sizes[0]:,} images, width {WIDTH}, wall clock, 1 thread")
+    report.section(f"recall of one query, {args.sizes[0]:,} images, width {WIDTH}, CPU time of one thread")
     blend(report, args.sizes[0], args.seed, encoder, args.rounds)
     for n in args.sizes:
-        report.section(f"the encoder's part, {n:,} images of {encoder.dimension} dimensions, wall clock, 1 thread")
+        report.section(f"the encoder's part, {n:,} images of {encoder.dimension} dimensions, CPU time of one thread")
         encoder_part(report, n, args.seed, encoder, args.rounds)
     report.write(args.json)
     return report
