@@ -1,7 +1,7 @@
 """The cost of the encoder in a query: the blend against the model alone, and the encoder's own part at larger sizes.
 
-The model and its 4 x 256 symbols are those of `recall_bench`, on one thread. Identifiers are synthetic, vectors are
-random.
+The model has all 30 layers, as that of the recall table, and the 4 x 256 symbols of `recall_bench`. Identifiers are
+synthetic, vectors are random.
 Asserted before anything is timed: the images of an exact search by the encoder have the highest cosines.
 """
 
@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from integration.base_model import Recipe, default_folder, make_base_model
 from integration.bench.corpus import FIRST_TOKEN, LEVELS, SYMBOLS, Corpus
-from integration.bench.recall_bench import QUERY, WIDTH, model_with_symbols
+from integration.bench.recall_bench import QUERY, WIDTH, with_symbols
 from integration.bench.timing import Report, interleaved, options
 from integration.recall.peers import minilm_folder
+from integration.recall.train import LAYERS
 from llama_index_genret.models.encoder import CallableEncoder, Encoder, load_encoder, unit
-from llama_index_genret.models.mllm import render_prompts
+from llama_index_genret.models.mllm import load_mllm, render_prompts
 from llama_index_genret.models.prompts import Prompt
 from llama_index_genret.scorers.base import recall
 from llama_index_genret.scorers.blend import BlendScorer
@@ -33,6 +34,7 @@ from llama_index_genret.trie import LiveTrie, build_trie
 MOST_LATENCY = 1.15
 """Goal: latency of the blend, as a multiple of the model's alone, at the first size."""
 
+MODEL = Recipe(layers=LAYERS)
 BLOCK = 100_000
 OPTIONS = SearchOptions(k=WIDTH, width=WIDTH)
 
@@ -46,10 +48,9 @@ def random_vectors(n: int, dimension: int, seed: int) -> NDArray[np.float16]:
     return vectors
 
 
-def identifiers(n: int, seed: int, first_token: int, *, atomic: bool) -> LiveTrie:
-    """Return a trie of n images in random order: one symbol each, or four."""
-    symbols: Any = np.arange(n)[:, None] if atomic else Corpus.sample(n, seed).token_ids + first_token - FIRST_TOKEN
-    return LiveTrie(build_trie(symbols)[0], keys=np.random.default_rng(seed).permutation(n))
+def shuffled(token_ids: NDArray[np.int64], seed: int) -> LiveTrie:
+    """Return a trie whose images are in random order."""
+    return LiveTrie(build_trie(token_ids)[0], keys=np.random.default_rng(seed).permutation(len(token_ids)))
 
 
 def encoder_part(report: Report, n: int, seed: int, encoder: Encoder, rounds: int) -> None:
@@ -58,8 +59,8 @@ def encoder_part(report: Report, n: int, seed: int, encoder: Encoder, rounds: in
     (query,) = encoder.embed_queries([QUERY])
     known = CallableEncoder(lambda texts: np.tile(query, (len(texts), 1)))
     times = interleaved({"embedding of the query": lambda _: encoder.embed_queries([QUERY])}, batches=1, rounds=rounds)
-    for name, atomic in (("4 symbols", False), ("1 symbol", True)):
-        trie = identifiers(n, seed, 0 if atomic else FIRST_TOKEN, atomic=atomic)
+    for name, token_ids in (("4 symbols", Corpus.sample(n, seed).token_ids), ("1 symbol", np.arange(n)[:, None])):
+        trie = shuffled(token_ids, seed)
         scorer = EncoderScorer(known, trie, vectors, temperature=DEFAULT_TEMPERATURE)
         assert_nearest(scorer, trie, vectors, query)
         tracemalloc.start()
@@ -84,12 +85,16 @@ def assert_nearest(
 
 
 def blend(report: Report, n: int, seed: int, encoder: Encoder, rounds: int) -> None:
-    """Measure a query in process by the blend and by the model alone."""
-    mllm = model_with_symbols(seed)
+    """Measure a query in process by the blend and by the model alone.
+
+    Every prefix has the same number of children, so that both score the same number of prefixes.
+    """
+    make_base_model(MODEL, default_folder(MODEL))
+    mllm = with_symbols(load_mllm(str(default_folder(MODEL)), device="cpu"), seed)
     first_token = mllm.model.get_input_embeddings().weight.shape[0] - LEVELS * SYMBOLS
     prompt = render_prompts(mllm).for_query(mllm.tokenizer, QUERY)
-    trie, model = identifiers(n, seed, first_token, atomic=False), TransformersScorer(mllm)
-    vectors = random_vectors(n, encoder.dimension, seed)
+    trie = shuffled(Corpus.balanced(n, seed).token_ids + first_token - FIRST_TOKEN, seed)
+    model, vectors = TransformersScorer(mllm), random_vectors(trie.n_leaves, encoder.dimension, seed)
     both = BlendScorer(
         model, EncoderScorer(encoder, trie, vectors, temperature=DEFAULT_TEMPERATURE), DEFAULT_MODEL_WEIGHT
     )
