@@ -23,13 +23,13 @@ from integration.recall.query_sets import CORPORA, QUERY_SETS, RECALLS
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.evaluation.baselines import baseline, evaluation_by_score
 from llama_index_genret.evaluation.evaluate import Evaluation
-from llama_index_genret.evaluation.queries import EvaluationQuery, read_queries
 from llama_index_genret.models.encoder import CallableEncoder, load_encoder
 from llama_index_genret.models.mllm import Mllm, load_mllm
 from llama_index_genret.scorers.blend import Blender
 from llama_index_genret.search import Mode
 from llama_index_genret.store import Index
 from llama_index_genret.store.build import build_index
+from llama_index_genret.store.queries import EvaluationQuery, read_queries
 from tests.tiny_model import make_tiny_model
 
 SCHEMES = ("structured", "atomic")
