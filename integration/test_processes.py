@@ -45,13 +45,22 @@ def trained(folder: Path, name: str, n_processes: int, *options: str):
 
 
 def test_two_processes_train_as_one_does(folder):
-    alone, _ = trained(folder, "one", 1)
-    together, printed = trained(folder, "two", 2)
+    """The processes share the validation queries, and take the mean of their clocks for the budget."""
+    queries = folder / "queries.jsonl"
+    lines = (folder / "pictures" / "metadata.jsonl").read_text().splitlines()
+    rows = [{"query": row["text"][0], "file_name": row["file_name"]} for row in map(json.loads, lines)]
+    queries.write_text("\n".join(map(json.dumps, rows)))
+    options = ("--validation", str(queries), "--minutes", "60")
+    alone, _ = trained(folder, "one", 1, *options)
+    together, printed = trained(folder, "two", 2, *options)
     assert printed["trained"]
     one, two = alone.manifest.training, together.manifest.training
     assert (one["processes"], two["processes"]) == (1, 2)
     assert len(two["losses"]) == STEPS
     np.testing.assert_allclose(two["losses"], one["losses"], rtol=2e-3)
+    assert [entry["step"] for entry in two["validation"]] == list(range(1, STEPS + 1))
+    for ours, theirs in zip(two["validation"], one["validation"], strict=True):
+        assert ours["recall@5"] == pytest.approx(theirs["recall@5"], abs=0.051)  # one query of 20
     assert np.ptp(one["losses"]) > 0.02  # steps differ by more than that, so another order would be detected
     weights = [load_file(adapter_folder(index) / "adapter_model.safetensors") for index in (alone, together)]
     assert weights[0].keys() == weights[1].keys()

@@ -112,7 +112,6 @@ def train(
         show_progress = show_progress and processes.is_main_process
         report = report if processes.is_main_process else log.debug
         chosen = Validation.choose(index, validation, new, seed=options.seed)
-        report(f"The run is {chosen}.")
         run = _Run(chosen, options, processes, new, encoder, device, show_progress, report)
         _train(run)
         processes.wait_for_everyone()
@@ -205,6 +204,7 @@ def _train(run: _Run) -> None:
         )
         examples = _example_tensors(run, mllm, teachers)
         validation = validation.affordable(len(examples), len(mllm.model.get_decoder().layers), frozen)
+        run.report(f"The run is {validation}.")
         of_encoder = validation.encoder_recall(reader, vectors)
         if not run.is_update:
             rows = vocabularies(mllm.model)

@@ -110,7 +110,10 @@ class Validation:
 
     def __str__(self) -> str:
         if not self.queries:
-            return "not validated, and the last weights are stored: no validation queries, and too few second captions"
+            return (
+                "not validated, and its last weights are stored: no queries are given, and too few images have another "
+                "caption, or the weights are sharded (FSDP)"
+            )
         kind = "given queries" if self.learned is self.index else "captions, which it does not learn"
         return f"validated on {len(self.queries)} {kind}"
 

@@ -151,6 +151,9 @@ def test_invalid_port_is_refused_before_a_server_starts(hostile_index, genret, p
         ({"lora_rank": 10**9}, "lora_rank=1000000000"),
         ({"mix": {"retrieve": 5 * 10**9}}, "5000000000"),
         ({"redrawn": -1}, "redrawn=-1"),
+        ({"minutes": 0.0}, "minutes=0.0"),
+        ({"minutes": float("nan")}, "minutes=nan"),
+        ({"patience": 0}, "patience=0"),
         ({"redrawn": 4, "mix": {"retrieve": 1}}, "redrawn=4 redraws images for the task `memorise`"),
     ],
 )
