@@ -148,21 +148,6 @@ def render_prompts(mllm: Mllm) -> PromptSet:
     Raises:
         ModelError: the model has no chat template, or the template changes the text of a message.
     """
-
-    def render(text: str, *, image: bool = False) -> str:
-        content = [{"type": "image"}] * image + [{"type": "text", "text": text}]
-        message = {"role": "user", "content": content}
-        return str(mllm.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False))
-
-    def blank(template: str, *, image: bool = False) -> Blank:
-        before, mark, after = render(template.format(BLANK), image=image).partition(BLANK)
-        if not mark:
-            raise ModelError(
-                f"the chat template of {mllm.name_or_path} drops or changes the text of a message. "
-                "Use a model whose template keeps it."
-            )
-        return Blank(before=before, after=after)
-
     try:
         turn = mllm.processor.apply_chat_template(
             [
@@ -178,10 +163,34 @@ def render_prompts(mllm: Mllm) -> PromptSet:
     end = str(turn).partition(BLANK)[2].strip()
     return PromptSet(
         block=PREFIX_BLOCK,
-        retrieve=blank(RETRIEVE),
-        compose=blank(RETRIEVE, image=True),
-        memorise=render(MEMORISE, image=True),
-        describe=blank(DESCRIBE),
-        answer=blank(ANSWER, image=True),
+        retrieve=_blank(mllm, RETRIEVE),
+        compose=_blank(mllm, RETRIEVE, n_images=1),
+        memorise=_render(mllm, MEMORISE, n_images=1),
+        describe=_blank(mllm, DESCRIBE),
+        answer=answer_prompt(mllm, 1),
         end=end or mllm.processor.tokenizer.eos_token,
     )
+
+
+def answer_prompt(mllm: Mllm, n_images: int) -> Blank:
+    """Render the prompt of a question after its images, as `image_query_engine` sends it.
+
+    Raises:
+        ModelError: as for `render_prompts`.
+    """
+    return _blank(mllm, ANSWER, n_images=n_images)
+
+
+def _blank(mllm: Mllm, template: str, *, n_images: int = 0) -> Blank:
+    before, mark, after = _render(mllm, template.format(BLANK), n_images=n_images).partition(BLANK)
+    if not mark:
+        raise ModelError(
+            f"the chat template of {mllm.name_or_path} drops or changes the text of a message. "
+            "Use a model whose template keeps it."
+        )
+    return Blank(before=before, after=after)
+
+
+def _render(mllm: Mllm, text: str, *, n_images: int) -> str:
+    message = {"role": "user", "content": [{"type": "image"}] * n_images + [{"type": "text", "text": text}]}
+    return str(mllm.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False))

@@ -6,7 +6,7 @@ then end at the right edge, and the loss needs only the last few positions.
 
 from __future__ import annotations
 
-from llama_index_genret.models.mllm import Mllm  # isort: skip  # first: it names the extra that brings torch
+from llama_index_genret.models.mllm import Mllm, answer_prompt  # isort: skip  # first: it names the extra that brings torch
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from llama_index_genret.errors import TrainingError
 from llama_index_genret.store import Index
 from llama_index_genret.training.augmentation import load_version
 from llama_index_genret.training.soft_targets import Paths
-from llama_index_genret.training.tasks import Example
+from llama_index_genret.training.tasks import MOST_IMAGES, Example, show_question
 from llama_index_genret.training.text_teacher import TextTeacher
 from llama_index_genret.training.vision_teacher import VisionTeacher
 
@@ -57,7 +57,7 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
     end, and `soft` (m, u), the probabilities of the tokens of `paths`, -1 for a token that may not follow.
 
     Args:
-        seed: seed of the sampled images and the image versions.
+        seed: seed of the sampled images, the image versions and the images of answer examples.
         image_shares: (n,) how often each image is sampled, with any sum. An example whose target is an identifier then
             also has `adjustment_offsets` (m,) and `adjustment` (m, u), which is added to the logits. It is the log
             ratio between the frequency of a token and the fraction of images below it, times IMITATION_ADJUSTMENT for
@@ -81,6 +81,7 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         self._examples = examples
         self._teacher = teacher
         self._seed = seed
+        self._answers = [answer_prompt(mllm, n_images) for n_images in range(1, MOST_IMAGES + 1)]
         self._end = index.tokenizer.encode_markup(index.prompts.end)
         self.paths = Paths([(*index.token_ids(row), index.end_token) for row in range(len(index.records))])
         self._vision_teacher = vision_teacher
@@ -101,7 +102,7 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
             return self._soft_item(example, self._teacher.probabilities(example.row), i)
         if example.task == "memorise" and self._vision_teacher is not None:
             return self._soft_item(example, self._vision_teacher.probabilities(example.row, example.version), i)
-        item, target = self._prompt(example), torch.tensor(self._target(example) + self._end)
+        item, target = self._prompt(example, i), torch.tensor(self._target(example) + self._end)
         item["labels"] = torch.full_like(item["input_ids"], IGNORED)
         ends = {"input_ids": target, "labels": target}
         text = torch.zeros_like(target)  # the type of a text token
@@ -118,7 +119,7 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
         for place, target in enumerate(targets):
             soft[place, torch.from_numpy(target.columns)] = torch.from_numpy(target.probabilities)
         symbols = torch.tensor(self._index.token_ids(row)[: max(0, n_symbols - 1)], dtype=torch.long)
-        item = self._prompt(example)
+        item = self._prompt(example, i)
         text = torch.zeros_like(symbols)  # the type of a text token
         item |= {n: torch.cat([item[n], symbols if n == "input_ids" else text]) for n in _per_token(item)}
         item["labels"] = torch.full_like(item["input_ids"], IGNORED)
@@ -143,17 +144,19 @@ class ExampleTensors(torch.utils.data.Dataset[dict[str, Any]]):
             return list(self._index.token_ids(example.row))
         return self._index.tokenizer.encode_text(example.target)
 
-    def _prompt(self, example: Example) -> dict[str, Any]:
+    def _prompt(self, example: Example, i: int) -> dict[str, Any]:
         prompts, tokenizer = self._index.prompts, self._index.tokenizer
         if example.task in ("retrieve", "imitate"):
             return {"input_ids": torch.tensor(prompts.query_tokens(tokenizer, example.text))}
         if example.task == "describe":
             return {"input_ids": torch.tensor(prompts.describe.fill(tokenizer, self._index.token_ids(example.row)))}
-        text = prompts.memorise
         if example.task == "answer":
-            text = prompts.answer.before + example.text + prompts.answer.after
-        image = self._image(example.row, example.version)
-        inputs = self._mllm.processor(text=[text], images=[[image]], return_tensors="pt")
+            shown = show_question(example, self._index.records, self._seed, i)
+            blank = self._answers[len(shown.rows) - 1]
+            text, images = blank.before + shown.text + blank.after, [self._image(row, 0) for row in shown.rows]
+        else:
+            text, images = prompts.memorise, [self._image(example.row, example.version)]
+        inputs = self._mllm.processor(text=[text], images=[images], return_tensors="pt")
         token_shape = inputs["input_ids"].shape
         return {k: v[0] if v.shape == token_shape else v for k, v in inputs.items() if k != "attention_mask"}
 
@@ -172,7 +175,9 @@ def _bytes(image: Any) -> int:
 
 
 def collate(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Group items by length into padded batches, because padding costs as much as text. Images are batched separately.
+    """Group items by length into padded batches, because padding costs as much as text.
+
+    Images are batched separately, by the shapes of their tensors: some models have an axis for the images of a text.
 
     A batch with soft targets also has `soft` (m, u), `soft_rows` (m,) and `offsets` (m,) of all its rows. A batch with
     logit adjustment has `adjustment` (m, u), `adjustment_rows` (m,) and `adjustment_offsets` (m,).
@@ -184,8 +189,9 @@ def collate(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, dict[str,
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for item in items:
-        has_image = not item.keys() <= {"input_ids", "labels", *_SOFT, *_ADJUSTMENT}
-        groups.setdefault("image" if has_image else f"text {len(item['input_ids']) // LENGTH_STEP}", []).append(item)
+        shapes = [tuple(item[name].shape[1:]) for name in _image_tensors(item)]
+        name = f"image {shapes}" if shapes else f"text {len(item['input_ids']) // LENGTH_STEP}"
+        groups.setdefault(name, []).append(item)
     return {
         name: _pad_batch(group, pad)
         | _concatenate_optional(group, _SOFT, "soft_rows")
@@ -216,8 +222,12 @@ def _pad_batch(items: Sequence[dict[str, Any]], pad: int) -> dict[str, torch.Ten
     token_names = [name for name in _per_token(items[0]) if name not in (*_SOFT, *_ADJUSTMENT)]
     batch = {name: pad_left([item[name] for item in items], fill.get(name, 0)) for name in token_names}
     batch["attention_mask"] = pad_left([torch.ones_like(item["input_ids"]) for item in items], 0)
-    other = [name for name in items[0] if name not in (*token_names, *_SOFT, *_ADJUSTMENT)]
-    return batch | {name: torch.cat([item[name] for item in items]) for name in other}
+    return batch | {name: torch.cat([item[name] for item in items]) for name in _image_tensors(items[0])}
+
+
+def _image_tensors(item: dict[str, torch.Tensor]) -> list[str]:
+    """Return the names of the tensors of an item's images."""
+    return [name for name in item if name not in (*_per_token(item), *_SOFT, *_ADJUSTMENT)]
 
 
 def _per_token(item: dict[str, torch.Tensor]) -> list[str]:

@@ -3,18 +3,20 @@
     memorise    image -> identifier
     retrieve    query -> identifier
     describe    identifier -> caption
-    answer      image, question -> answer
+    answer      image, question -> answer; several images as well, and a question that names another image
     imitate     query -> the text teacher's distribution over images
 
 Depends on the index; independent of torch. Example `i` is a function of the seed and `i` alone, so that a resumed run
 and any number of processes read the same stream.
 
 Source: memorise and retrieve are the two tasks of GRACE (arXiv:2402.10805), mixed in every batch rather than phased.
-describe and answer preserve the model's ability to describe an image from its identifier or its pixels.
+describe and answer preserve the model's ability to describe an image from its identifier or its pixels. The share of
+answer examples with a wrong name teaches the model to look: the name alone would otherwise give the answer.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,6 +37,21 @@ CARRIERS = ("a picture of {}", "find {}", "what is the {} like?", "image: {}")
 MIX: dict[Task, int] = {"retrieve": 8, "memorise": 3, "describe": 1, "answer": 8, "imitate": 20}
 """Number of examples of each task in a block. Tasks without examples are left out. The order seeds the shuffles."""
 
+MOST_IMAGES = 3
+"""Largest number of images in an answer example."""
+
+SEVERAL_IMAGES = 1 / 3
+"""Share of the answer examples with 2 to MOST_IMAGES images, as a query engine shows several hits."""
+
+MISNAMED = 1 / 4
+"""Share of the other answer examples whose question names another image, if it names one at all."""
+
+NAME_ANYWHERE = 1 / 2
+"""Share of the examples with several images, one of them named, in which it has a random place. Else it is first."""
+
+_CANDIDATES = 8
+"""Number of random images from which the others are chosen. Those that the question names are left out."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -51,6 +68,44 @@ class Example:
     text: str
     target: str | None
     version: int = 0
+
+
+@dataclass(frozen=True)
+class ShownQuestion:
+    """A question, and the rows of the images before it in the prompt, in order."""
+
+    text: str
+    rows: tuple[int, ...]
+
+
+def show_question(example: Example, records: Sequence[Record], *seed: int) -> ShownQuestion:
+    """Return the question and the images of an answer example: with other images, with another name, or as they are.
+
+    A question names an image if it has one of its captions in it, word by word. With several images, a question that
+    names none is about the first one, as a query engine shows the best hit first.
+
+    Args:
+        seed: the seed of all draws, and the number of the example.
+    """
+    rng = np.random.default_rng(seed)
+    name = _name_in(example.text, records[example.row])
+    drawn = rng.choice(len(records), min(len(records), _CANDIDATES), replace=False).tolist()
+    others = [row for row in drawn if row != example.row and not _name_in(example.text, records[row])]
+    if others and rng.random() < SEVERAL_IMAGES:
+        rows = others[: int(rng.integers(1, MOST_IMAGES))]
+        anywhere = bool(name) and rng.random() < NAME_ANYWHERE
+        rows.insert(int(rng.integers(len(rows) + 1)) if anywhere else 0, example.row)
+        return ShownQuestion(example.text, tuple(rows))
+    other_names = [records[row].captions[0] for row in others if records[row].captions]
+    if name and other_names and rng.random() < MISNAMED:
+        return ShownQuestion(example.text.replace(name, other_names[0]), (example.row,))
+    return ShownQuestion(example.text, (example.row,))
+
+
+def _name_in(question: str, record: Record) -> str:
+    """Return the part of the question that is a caption of the image, "" if there is none."""
+    found = (re.search(rf"(?<!\w){re.escape(caption)}(?!\w)", question, re.IGNORECASE) for caption in record.captions)
+    return max((match.group() for match in found if match), key=len, default="")
 
 
 def examples_of(index: Index, imitated: Sequence[str] = (), *, redrawn: int = 0) -> dict[Task, list[Example]]:

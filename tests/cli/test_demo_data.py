@@ -1,11 +1,14 @@
-"""The demo images decode, its held-out queries are held out, and its grounding pairs have different answers."""
+"""The demo images decode, its queries and answer tests are held out, and other images have other answers."""
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from integration.demo_questions import WORDINGS
 
 DATA = Path(__file__).resolve().parents[2] / "llama_index_genret" / "cli" / "demo" / "data"
 TRAINED_CARRIERS = ("{}", "a picture of {}", "find {}", "image: {}")
@@ -17,6 +20,10 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 def captions() -> dict[str, list[str]]:
     return {row["file_name"]: row["text"] for row in rows("images/metadata.jsonl")}
+
+
+def wording(row: dict[str, Any], question: str) -> str:
+    return question.replace(row["text"][0], "{}")
 
 
 def right_files(query: dict[str, Any]) -> list[str]:
@@ -64,16 +71,45 @@ def test_each_image_has_one_phrasing_query_with_its_caption() -> None:
     assert all(trained[query["file_name"]][0] in query["query"] for query in phrasings)
 
 
-def test_grounding_pairs_have_different_trained_answers() -> None:
+def test_answer_tests_have_different_right_answers() -> None:
+    """What and kind are trained of every image, colors of all but fifteen."""
     pictures = {row["file_name"]: row for row in rows("images/metadata.jsonl")}
-    answers = {(name, pair["question"]): pair["answer"] for name, row in pictures.items() for pair in row["questions"]}
-    pairs = rows("grounding.jsonl")
-    assert len(pairs) == 40
-    for pair in pairs:
-        assert answers[pair["file_name"], pair["question"]] == pair["answer"]
-        assert answers[pair["other_file_name"], pair["question"]] == pair["other_answer"]
-        assert pair["answer"] != pair["other_answer"]
-        assert pictures[pair["file_name"]]["group"] != pictures[pair["other_file_name"]]["group"]
+    trained = {name: {q["answer"] for q in row["questions"]} for name, row in pictures.items()}
+    tests = rows("grounding.jsonl")
+    assert Counter(test["split"] for test in tests) == {"wording": 60, "image": 30, "both": 30}
+    for test in tests:
+        assert test["answer"] != test["other_answer"]
+        assert pictures[test["file_name"]]["group"] != pictures[test["other_file_name"]]["group"]
+        for name, answer in (("file_name", "answer"), ("other_file_name", "other_answer")):
+            assert (test[answer] in trained[test[name]]) == (test["split"] == "wording"), test
+
+
+def test_held_out_wordings_are_in_no_training_question() -> None:
+    trained = {wording(row, q["question"]) for row in rows("images/metadata.jsonl") for q in row["questions"]}
+    pictures = {row["file_name"]: row for row in rows("images/metadata.jsonl")}
+    assert len(trained) == 21
+    assert trained == {text for kind in WORDINGS.values() for text in (*kind.plain, *kind.naming)}
+    for test in rows("grounding.jsonl"):
+        known = wording(pictures[test["file_name"]], test["question"]) in trained
+        assert known == (test["split"] == "image"), test
+
+
+def test_held_out_images_have_no_color_question() -> None:
+    colors = {text for text in (*WORDINGS["color"].plain, *WORDINGS["color"].naming)}
+    without = {
+        row["file_name"]
+        for row in rows("images/metadata.jsonl")
+        if not any(wording(row, q["question"]) in colors for q in row["questions"])
+    }
+    assert len(without) == 15
+    assert without == {test["file_name"] for test in rows("grounding.jsonl") if test["split"] != "wording"}
+
+
+def test_each_image_has_three_wordings_of_a_question() -> None:
+    for row in rows("images/metadata.jsonl"):
+        texts = {q["question"] for q in row["questions"]}
+        assert len(texts) == len(row["questions"]) in (6, 9)
+        assert sum(row["text"][0] in text for text in texts) == len(texts) * 2 / 3
 
 
 def test_demo_data_is_below_1_5_mb() -> None:
