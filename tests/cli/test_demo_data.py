@@ -95,7 +95,7 @@ def test_held_out_wordings_are_in_no_training_question() -> None:
 
 
 def test_held_out_images_have_no_color_question() -> None:
-    colors = {text for text in (*WORDINGS["color"].plain, *WORDINGS["color"].naming)}
+    colors = {*WORDINGS["color"].plain, *WORDINGS["color"].naming}
     without = {
         row["file_name"]
         for row in rows("images/metadata.jsonl")
