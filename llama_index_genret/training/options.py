@@ -43,6 +43,7 @@ class TrainOptions:
     minutes: budget of wall time from the first step to the last, with evaluations and checkpoints. The learning rate
         then follows the clock, and reaches 0 at the end. Default None: no limit.
     patience: number of evaluations on validation queries, of 8 in a run, without a rise of recall before the run ends.
+        A run that trains answers to the records' questions does not end early.
     """
 
     epochs: float = 3.0

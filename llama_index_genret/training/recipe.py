@@ -211,7 +211,7 @@ def _train(run: _Run) -> None:
             start_symbols(index, mllm, rows, teachers, options, autocast=autocast, show_progress=run.show_progress)
         model = add_lora(index, mllm, options)
         with fast_symbol_rows(model, as_inputs=not frozen):
-            steps, patience = len(examples) // options.batch_size, options.patience if validation.queries else 0
+            steps, patience = len(examples) // options.batch_size, _patience(run, validation)
             pace = Pace(steps, minutes=options.minutes, patience=patience)
             validate = partial(validation.model_recall, mllm, of_encoder, autocast=autocast)
             trainer = _trainer(run, mllm, model, examples, pace, validate, autocast=autocast)
@@ -239,6 +239,12 @@ def _imitated_encoder(run: _Run, mllm: Mllm) -> Encoder | None:
     if not run.options.mix.get("imitate") or len(run.index.records) < 2:
         return None
     return resolve_encoder(run.index.manifest.encoder, run.encoder, device=str(mllm.model.device))
+
+
+def _patience(run: _Run, validation: Validation) -> int:
+    """Return the patience of the run, 0 to never end early: recall says nothing about the answers to questions."""
+    answers = run.options.mix.get("answer") and any(record.questions for record in run.index.records)
+    return run.options.patience if validation.queries and not answers else 0
 
 
 def _example_tensors(run: _Run, mllm: Mllm, teachers: Teachers) -> ExampleTensors:

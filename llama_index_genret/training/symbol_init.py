@@ -35,8 +35,8 @@ from llama_index_genret.training.vision_teacher import VisionTeacher
 
 Float32 = NDArray[np.float32]
 
-FITTED_QUERIES = 8192
-"""Maximum number of the text teacher's queries to which the projection is fitted."""
+FEWEST_FITTED, MOST_FITTED, FITTED_PER_IMAGE = 2048, 8192, 16
+"""Number of the text teacher's queries to which the projection is fitted: by the number of images, within bounds."""
 
 FITTED_IMAGES = 2048
 """Maximum number of image versions to which the projection is fitted."""
@@ -146,7 +146,8 @@ def _fit_projection(
     samples: list[tuple[Float32, Float32, Float32, float]] = []
     bar = partial(_bar, show=show_progress)
     if text := teachers.text:
-        chosen = draw.choice(len(text.texts), min(FITTED_QUERIES, len(text.texts)), replace=False)
+        wanted = min(max(FEWEST_FITTED, FITTED_PER_IMAGE * len(index.records)), MOST_FITTED, len(text.texts))
+        chosen = draw.choice(len(text.texts), wanted, replace=False)
         prompts = [index.prompts.query_tokens(index.tokenizer, text.texts[place]) for place in chosen]
         hidden = last_hidden_states(mllm, prompts, bar("Reading queries"))
         samples.append((text.images, hidden, text.queries[chosen], text.temperature))

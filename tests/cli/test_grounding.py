@@ -33,7 +33,8 @@ class ByName(BaseRetriever):
 
     def _retrieve(self, query_bundle):
         question = query_bundle.query_str
-        ranked = sorted(reversed(self.records), key=lambda record: not question.startswith(record.captions[0]))[:3]
+        backwards = self.records[::-1]
+        ranked = sorted(backwards, key=lambda record: not question.startswith(record.captions[0]))[:3]
         if "wrongly" in question:
             ranked[:2] = ranked[1::-1]
         return [NodeWithScore(node=node_of(record), score=1.0) for record in ranked]
