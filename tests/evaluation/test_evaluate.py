@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from llama_index.core.evaluation import RetrieverEvaluator
 from llama_index.core.evaluation.retrieval.metrics import MRR, NDCG
-from tests.evaluation.test_queries import write
 
 from llama_index_genret import FakeScorer, GenerativeImageRetriever
 from llama_index_genret.errors import CorpusError
@@ -16,6 +15,7 @@ from llama_index_genret.evaluation.metrics import mean_reciprocal_rank, ndcg_at
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store.queries import EvaluationQuery, read_queries
 from tests.evaluation.test_metrics import interval_by_loops
+from tests.store.test_queries import write
 
 pytestmark = pytest.mark.torch
 

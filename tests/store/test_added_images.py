@@ -9,7 +9,7 @@ import pytest
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.models.encoder import CallableEncoder
 from llama_index_genret.scorers.base import recall
-from llama_index_genret.scorers.blend import Blender
+from llama_index_genret.scorers.blend import Blender, BlendScorer
 from llama_index_genret.scorers.encoder import EncoderScorer
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.search import SearchOptions
@@ -66,8 +66,9 @@ def test_added_images_are_first_for_their_captions(grown):
 
 def test_models_share_of_added_images_is_the_encoders(grown):
     model = TransformersScorer(load_trained(grown, device="cpu"))
-    alone = Blender(grown, ENCODER).scorer(model, Scoring(model_weight=1.0))
     encoder = EncoderScorer(ENCODER, grown.trie, grown.vectors, temperature=Scoring().temperature)
+    learned = np.array([record.image_id not in NEW for record in grown.records])
+    alone = BlendScorer(model, encoder, 1.0, grown.leaf_filter_of(learned))
     query = "a yellow circle"
     found, expected = ranked(grown, alone, query, mode="exact"), ranked(grown, encoder, query, mode="exact")
     np.testing.assert_allclose([found[image] for image in NEW], [expected[image] for image in NEW], atol=1e-4)

@@ -9,20 +9,23 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from llama_index_genret.cli.options import DEFAULT_MODEL, Json, Model
+from llama_index_genret.cli.models import new_encoder
+from llama_index_genret.cli.options import DEFAULT_MODEL, Json, Model, NewEncoder
 from llama_index_genret.cli.output import bar, console, emit, log, new_table, visible
 
 
 def demo(
     model: Model = DEFAULT_MODEL,
+    encoder: NewEncoder = None,
     vllm: Annotated[bool, typer.Option("--vllm", help="Recall and answer through a vLLM server.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the index and report.html.")] = Path("demo-out"),
     as_json: Json = False,
 ) -> None:
-    """Run every step on the images in the package: index, train, recall, grounded answer, report."""
+    """Run every step on the images in the package: index, recall, train, recall, grounded answer, report."""
     from llama_index_genret.cli.demo.run import figure_rows, run_demo
 
-    result = run_demo(model, out, vllm=vllm, progress=bar("Encoding"), say=log.print)
+    opened = new_encoder(encoder)
+    result = run_demo(model, out, encoder=opened, vllm=vllm, progress=bar("Encoding"), say=log.print)
     evaluation = result.evaluation
     shown = new_table("kind", "query", "recalled images, best first", "")
     for kind in ("caption", "phrasing", "tag"):
@@ -39,3 +42,7 @@ def demo(
         console().print(Text.assemble((result.answer.question, "bold"), answer_line))
     emit(as_json, {**dataclasses.asdict(result.figures), "answer": answer, "report": str(result.report)}, figures)
     log.print(f"report: {result.report}")
+    log.print(
+        f"Look at the index: genret browse {result.index.folder}. With images of your own: genret index FOLDER --out "
+        "INDEX recalls at once, genret train INDEX teaches it, genret serve INDEX serves it."
+    )

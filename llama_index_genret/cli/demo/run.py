@@ -1,12 +1,13 @@
-"""Run every step on the images in the package: index, train, recall, grounded answer, report.
+"""Run every step on the images in the package: index, recall, train, recall, grounded answer, report.
 
-Every figure is measured on the interfaces of a user: the retriever and the query engine of LlamaIndex.
+Every figure is measured on the interfaces of a user: the retriever and the query engine of LlamaIndex. Peers are
+measured on the same queries in the same run.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -18,16 +19,19 @@ from llama_index.core.llms import LLM
 
 from llama_index_genret.cli.demo.grounding import answer_cases, grounding_rates, read_cases
 from llama_index_genret.corpus import Record, read_corpus
-from llama_index_genret.evaluation.baselines import baseline
-from llama_index_genret.evaluation.evaluate import Evaluation, evaluation_of, recall_in_batches
+from llama_index_genret.evaluation.baselines import baseline, evaluation_by_score
+from llama_index_genret.evaluation.evaluate import Evaluation, evaluate, evaluation_of, recall_in_batches
 from llama_index_genret.evaluation.html_page import Cell, ReportAnswer, Table
 from llama_index_genret.evaluation.metrics import recall_at
+from llama_index_genret.evaluation.parts import parts_of
 from llama_index_genret.evaluation.report import report_hit, write_evaluation_report
 from llama_index_genret.llamaindex.llms import InProcessLLM, genret_llm
 from llama_index_genret.llamaindex.query_engine import image_query_engine
 from llama_index_genret.llamaindex.retriever import GenerativeImageRetriever
+from llama_index_genret.models.encoder import Encoder
 from llama_index_genret.models.mllm import load_mllm
 from llama_index_genret.scorers.base import Scorer
+from llama_index_genret.scorers.blend import Blender
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.scorers.vllm_http import VllmScorer
 from llama_index_genret.search import Hit, SearchOptions
@@ -38,7 +42,7 @@ from llama_index_genret.serving.launch import (
     serve_command,
     serve_environment,
 )
-from llama_index_genret.store import Index
+from llama_index_genret.store import Index, ScoringChoice
 from llama_index_genret.store.build import build_index
 from llama_index_genret.store.model_loading import load_trained
 from llama_index_genret.store.queries import EvaluationQuery, read_queries
@@ -47,7 +51,15 @@ from llama_index_genret.training.recipe import train
 
 DATA = Path(__file__).parent / "data"
 QUESTION = "What kind of thing is the pizza?"
-OPTIONS = TrainOptions(max_steps=260)
+OPTIONS = TrainOptions(
+    max_steps=200,
+    batch_size=40,
+    mix={"retrieve": 8, "memorise": 4, "describe": 1, "answer": 13, "imitate": 14},
+)
+CASES = 20
+"""Number of questions of each split. `integration.recall.answers` measures all."""
+
+DENSE = "encoder, joined captions"
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 Say = Callable[[str], None]
@@ -55,16 +67,20 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of `genret demo`. Rates lie in [0, 1]. The last two are None without a server."""
+    """The figures of `genret demo`. Rates lie in [0, 1].
+
+    tags: recall@1 and recall@5 on held-out tags by system: `untrained` (the encoder alone), `blend` (trained, what a
+        query gets), `model` (the generative model alone) and the peers over the same captions. An index without an
+        encoder has `model` and the peers without vectors only.
+    answers: share of right answers, end to end, by what was held out of the training.
+    top5_agreement, largest_log_prob_difference: of the server and this process. None without a server.
+    """
 
     captions_recall_1: float
     phrasings_recall_1: float
     image_to_identifier: float
-    tags_recall_1: float
-    tags_recall_5: float
-    tags_tfidf_recall_1: float
-    tags_tfidf_recall_5: float
-    answers_right: float
+    tags: Mapping[str, tuple[float, float]]
+    answers: Mapping[str, float]
     answers_follow_the_swapped_picture: float
     top5_agreement: float | None = None
     largest_log_prob_difference: float | None = None
@@ -91,13 +107,21 @@ class DemoResult:
 
 
 def run_demo(
-    model: str, out: Path, *, vllm: bool = False, options: TrainOptions = OPTIONS, progress: Progress = iter, say: Say
+    model: str,
+    out: Path,
+    *,
+    encoder: Encoder | None = None,
+    vllm: bool = False,
+    options: TrainOptions = OPTIONS,
+    progress: Progress = iter,
+    say: Say,
 ) -> DemoResult:
-    """Index, train, recall and answer on the demo images. Write `out/index` and `out/report.html`.
+    """Index, recall, train, recall and answer on the demo images. Write `out/index` and `out/report.html`.
 
     Args:
         model: folder or hub id of the base model.
         out: output folder. An index in it is replaced.
+        encoder: encoder of the index. Default: none, so that the index recalls after its training only.
         vllm: start a vLLM server, recall and answer through it, and compare its scores with those of this process.
             Default False.
         options: options of the training, default `OPTIONS`.
@@ -106,23 +130,62 @@ def run_demo(
     """
     say(f"Indexing {DATA / 'images'}")
     mllm = load_mllm(model)
-    index = build_index(read_corpus(DATA / "images"), out / "index", mllm, overwrite=True, progress=progress)
+    corpus = read_corpus(DATA / "images")
+    index = build_index(
+        corpus, out / "index", mllm, encoder=encoder, scheme="atomic", overwrite=True, progress=progress
+    )
     if find_spec("matplotlib") is None:
         say("The report has no charts, because matplotlib is missing: pip install 'llama-index-genret[eval]'")
-    say("Training the tasks memorise, retrieve, describe and answer, interleaved")
-    index = train(index, options)
+    held_out = read_queries(DATA / "queries.jsonl", index.records)
+    tags = [query for query in held_out if query.kind == "tag"]
+    peers = _peers(index, encoder, tags)
+    if encoder is not None:
+        peers = {"untrained": recalled_by(index, None, encoder, tags)["encoder"], **peers}
+        at_1, at_5 = peers["untrained"]
+        say(f"Before training, the encoder recalls {at_1:.3f} / {at_5:.3f} (@1 / @5) of {len(tags)} held-out tags")
+    say("Training the tasks memorise, retrieve, imitate, describe and answer, interleaved")
+    index = train(index, options, encoder=encoder, validation=[], report=say)
     mllm = load_trained(index)
     local = TransformersScorer(mllm)
-    queries = _captions(index.records) + read_queries(DATA / "queries.jsonl", index.records)
+    queries = _captions(index.records) + held_out
     if not vllm:
         say("Recalling and answering in this process")
-        return _measure(index, local, InProcessLLM(mllm), queries, out)
+        return _measure(index, local, encoder, InProcessLLM(mllm), queries, peers, out)
     say("Starting a vLLM server to recall and answer")
     with _server(index, out / "vllm.log") as (scorer, llm):
-        result = _measure(index, scorer, llm, queries, out, images_by=local)
-        agreement, difference = agreement_of(_recall(index, local, queries), result.evaluation.hits)
+        result = _measure(index, scorer, encoder, llm, queries, peers, out, images_by=local)
+        ours = _recall(index, _blend(index, local, encoder), queries)
+        agreement, difference = agreement_of(ours, result.evaluation.hits)
     figures = replace(result.figures, top5_agreement=agreement, largest_log_prob_difference=difference)
     return _write_report(replace(result, figures=figures))
+
+
+def _blend(index: Index, model: Scorer, encoder: Encoder | None) -> Scorer:
+    return Blender(index, encoder).scorer(model, index.scoring())
+
+
+def _peers(index: Index, encoder: Encoder | None, queries: Sequence[EvaluationQuery]) -> dict[str, tuple[float, float]]:
+    """Return recall@1 and recall@5 of text indexes over the captions."""
+    names = ["bm25", "tfidf"] if find_spec("bm25s") else ["tfidf"]
+    found = {name: baseline(name, index.records, queries) for name in names}
+    if encoder is not None:
+        captions = encoder.embed_captions([", ".join(record.captions) for record in index.records])
+        cosines = encoder.embed_queries([query.text for query in queries]) @ captions.T
+        found = {DENSE: evaluation_by_score(cosines, index.records, queries), **found}
+    return {name: _at_1_and_5(evaluation) for name, evaluation in found.items()}
+
+
+def recalled_by(
+    index: Index, model: Scorer | None, encoder: Encoder | None, queries: Sequence[EvaluationQuery]
+) -> dict[str, tuple[float, float]]:
+    """Return recall@1 and recall@5 of the blend, the model and the encoder alone, of those that there are."""
+    parts = parts_of(index, model, encoder, ScoringChoice())
+    return {part.name: _at_1_and_5(evaluate(index, part.scorer, queries, scoring=part.choice)) for part in parts}
+
+
+def _at_1_and_5(evaluation: Evaluation) -> tuple[float, float]:
+    figures = evaluation.figures()
+    return figures["recall@1"], figures["recall@5"]
 
 
 @contextmanager
@@ -145,33 +208,34 @@ def _recall(index: Index, scorer: Scorer, queries: Sequence[EvaluationQuery]) ->
 
 def _measure(
     index: Index,
-    scorer: Scorer,
+    model: Scorer,
+    encoder: Encoder | None,
     llm: LLM,
     queries: list[EvaluationQuery],
+    peers: Mapping[str, tuple[float, float]],
     out: Path,
     *,
     images_by: Scorer | None = None,
 ) -> DemoResult:
-    """All figures with one scorer. images_by: the scorer of image queries, where `scorer` takes none."""
+    """Return all figures of one model. images_by: the scorer of image queries, where `model` takes none."""
+    scorer = _blend(index, model, encoder)
     evaluation = evaluation_of(index, queries, _recall(index, scorer, queries))
-    tags = evaluation.of_kind("tag")
-    tfidf = baseline("tfidf", index.records, tags.queries).figures()
+    tags = recalled_by(index, model, encoder, evaluation.of_kind("tag").queries)
+    tags.pop("encoder", None)  # it is `untrained`
     retriever = GenerativeImageRetriever(index, scorer, similarity_top_k=1)
-    engine = image_query_engine(retriever, llm)
     cases = read_cases(DATA / "grounding.jsonl", index.records)
-    grounding = grounding_rates(answer_cases(retriever, llm, cases, images=[1]))
+    splits = {case.split: [other for other in cases if other.split == case.split][:CASES] for case in cases}
+    grounded = {split: answer_cases(retriever, llm, chosen, images=[1]) for split, chosen in splits.items()}
+    every = [result for results in grounded.values() for result in results]
     figures = Figures(
         captions_recall_1=evaluation.of_kind("caption").figures()["recall@1"],
         phrasings_recall_1=evaluation.of_kind("phrasing").figures()["recall@1"],
-        image_to_identifier=_image_recall(index, images_by or scorer),
-        tags_recall_1=tags.figures()["recall@1"],
-        tags_recall_5=tags.figures()["recall@5"],
-        tags_tfidf_recall_1=tfidf["recall@1"],
-        tags_tfidf_recall_5=tfidf["recall@5"],
-        answers_right=grounding.right[1],
-        answers_follow_the_swapped_picture=grounding.follows,
+        image_to_identifier=_image_recall(index, images_by or model),
+        tags={**tags, **peers},
+        answers={split: grounding_rates(results).right[1] for split, results in grounded.items()},
+        answers_follow_the_swapped_picture=grounding_rates(every).follows,
     )
-    response = engine.query(QUESTION)
+    response = image_query_engine(retriever, llm).query(QUESTION)
     answer = DemoAnswer(
         QUESTION, str(response), tuple(node.node.metadata["image_id"] for node in response.source_nodes)
     )
@@ -227,18 +291,31 @@ def _write_report(result: DemoResult) -> DemoResult:
     return result
 
 
+NOTES = {
+    "untrained": "held out; the index before any training",
+    "blend": "held out; what a query gets after the training",
+    "model": "held out; the generative model alone",
+    DENSE: "peer: a dense text index of the same encoder",
+    "bm25": "peer",
+    "tfidf": "peer: character n-grams",
+}
+SPLITS = {"wording": "held-out wordings", "image": "colors of held-out images", "both": "both held out"}
+
+
 def figure_rows(figures: Figures) -> list[tuple[str, str, str]]:
     """Return name, value and note of each figure, for a table."""
     rows = [
         ("recall@1, captions", f"{figures.captions_recall_1:.3f}", "trained on; goal 0.95"),
         ("recall@1, new phrasings", f"{figures.phrasings_recall_1:.3f}", "held out; goal 0.90"),
         ("image to identifier", f"{figures.image_to_identifier:.3f}", "recall@1 of image queries; goal 0.90"),
-        (
-            "recall@1 / @5, held-out tags",
-            f"{figures.tags_recall_1:.3f} / {figures.tags_recall_5:.3f}",
-            f"char TF-IDF {figures.tags_tfidf_recall_1:.3f} / {figures.tags_tfidf_recall_5:.3f}",
+        *(
+            (f"recall@1 / @5, tags, {name}", f"{at_1:.3f} / {at_5:.3f}", NOTES[name])
+            for name, (at_1, at_5) in figures.tags.items()
         ),
-        ("right answers", f"{figures.answers_right:.3f}", "end to end, held-out wordings or images"),
+        *(
+            (f"right answers, {SPLITS[split]}", f"{right:.3f}", "from question to recall to answer, by one model")
+            for split, right in figures.answers.items()
+        ),
         (
             "right answers to a swapped image",
             f"{figures.answers_follow_the_swapped_picture:.3f}",
