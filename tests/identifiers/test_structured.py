@@ -135,7 +135,7 @@ def test_new_index_has_two_codes_for_each_image(options, n, sizes):
     assert scheme.codes_per_level() == sizes
 
 
-def test_older_index_keeps_its_suffix_symbols_and_gives_free_codes():
+def test_older_index_keeps_suffix_symbols_and_gives_free_codes():
     """Codes that have a suffix somewhere are taken, so that no identifier is a prefix of another."""
     scheme = StructuredScheme(levels=2, sizes=3)
     scheme.fit(facts(4, random_features(4)), seed=0)
