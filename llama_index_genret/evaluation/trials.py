@@ -62,24 +62,20 @@ class Trials:
         remembered = None if encoder is None else _remembering(encoder, [p.query for p in self.prompts if p])
         self._blender = Blender(index, remembered)
 
-    def hits(
-        self, scorings: Sequence[Scoring], *, k: int = DEPTH, model_alone: bool = False, progress: Progress = iter
-    ) -> dict[Scoring, Hits]:
+    def hits(self, scorings: Sequence[Scoring], *, k: int = DEPTH, progress: Progress = iter) -> dict[Scoring, Hits]:
         """Return the hits of every query under every scoring, () for a refused query.
 
         Args:
             scorings: which rank the hits. Scorings that differ in the blend or in eta share the scores of the model.
             k: number of hits of a query.
-            model_alone: True leaves out the encoder, also for images that the model was not trained on.
         """
         found: dict[Scoring, Hits] = {scoring: [] for scoring in scorings}
-        blender = Blender(self.index, None) if model_alone else self._blender
         for start in progress(range(0, len(self.prompts), BATCH)):
             part = self.prompts[start : start + BATCH]
             valid = [prompt for prompt in part if prompt is not None]
             with _scoring_once(self.model, valid) as model:
                 for scoring in found:
-                    rankings = iter(self._recall(blender.scorer(model, scoring), valid, scoring, k))
+                    rankings = iter(self._recall(self._blender.scorer(model, scoring), valid, scoring, k))
                     found[scoring] += [() if prompt is None else next(rankings) for prompt in part]
         return found
 

@@ -184,14 +184,14 @@ def _alone(trials: Trials, scoring: Scoring, progress: Progress) -> dict[str, Tr
     """Evaluate each part of the index alone."""
     found = {}
     if trials.model is not None:
-        found[MODEL] = _trial(trials, model_alone(scoring), progress, alone=True)
+        found[MODEL] = _trial(trials, model_alone(scoring), progress)
     if trials.has_encoder:
         found[ENCODER] = _trial(trials, encoder_alone(scoring), progress)
     return found
 
 
-def _trial(trials: Trials, scoring: Scoring, progress: Progress, *, alone: bool = False) -> Trial:
-    return trials.trial(scoring, trials.hits([scoring], model_alone=alone, progress=progress)[scoring])
+def _trial(trials: Trials, scoring: Scoring, progress: Progress) -> Trial:
+    return trials.trial(scoring, trials.hits([scoring], progress=progress)[scoring])
 
 
 def _distance(scoring: Scoring) -> float:

@@ -84,8 +84,8 @@ def test_eval_shows_the_blend_and_both_parts(trained, queries, tmp_path):
     assert figures["parts"]["encoder"]["recall@1"] == 1.0 > figures["parts"]["model"]["recall@1"]
     names, html = ["blend", "model", "encoder", "tfidf", "bm25"], page.read_text()
     assert all(f">{name}</th>" in html for name in names)
-    words = run(*arguments).stdout.replace("│", " ").split()
-    assert [word for word in words if word in names] == names
+    rows = [line.split() for line in run(*arguments).stdout.splitlines() if line.startswith("│")]
+    assert [words[1] for words in rows if words[1] in names] == names
 
 
 def test_tune_stores_the_blend_and_compares_its_parts(trained, queries):
