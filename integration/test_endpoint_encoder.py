@@ -83,7 +83,7 @@ async def start(app):
     replies, waiting = asyncio.Queue(), asyncio.Queue()
     waiting.put_nowait({"type": "lifespan.startup"})
     running = asyncio.create_task(app({"type": "lifespan", "state": {}}, waiting.get, replies.put))
-    reply = await replies.get()
+    reply = await asyncio.wait_for(replies.get(), 120)
     waiting.put_nowait({"type": "lifespan.shutdown"})
     await running
     return reply
