@@ -38,14 +38,22 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]  # transform
     Args:
         steps: maximum number of steps.
         minutes: budget of wall time. Default None, no limit.
-        patience: evaluations without a rise after which a run ends; 0 to evaluate never.
+        evaluates: whether there are validation queries.
+        patience: evaluations without a rise after which a run ends; None to never end early.
         clock: seconds, monotonic.
     """
 
     def __init__(
-        self, steps: int, *, minutes: float | None, patience: int, clock: Callable[[], float] = time.monotonic
+        self,
+        steps: int,
+        *,
+        minutes: float | None,
+        evaluates: bool,
+        patience: int | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._steps, self._minutes, self._patience, self._clock = steps, minutes, patience, clock
+        self._steps, self._minutes, self._clock = steps, minutes, clock
+        self._evaluates, self._patience = evaluates, patience
         self._spent_s = self._longest_pause_s = self._longest_step_s = 0.0
         self._mark, self._progress, self._has_stepped = clock(), 0.0, False
         self.reason = ""
@@ -84,7 +92,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]  # transform
         """Evaluate at each eighth of the run, and end it when the budget is spent."""
         self._longest_step_s, self._has_stepped = max(self._longest_step_s, self._tick()), True
         before, self._progress = self.progress, max(self._progress, self._at(state.global_step))
-        if self._patience and math.floor(self.progress * EVALUATIONS) > math.floor(before * EVALUATIONS):
+        if self._evaluates and math.floor(self.progress * EVALUATIONS) > math.floor(before * EVALUATIONS):
             control.should_evaluate = control.should_log = True
         if self.progress == 1.0 and state.global_step < self._steps:
             self.reason = f"the budget of {self._minutes:g} minutes is spent"

@@ -211,8 +211,12 @@ def _train(run: _Run) -> None:
             start_symbols(index, mllm, rows, teachers, options, autocast=autocast, show_progress=run.show_progress)
         model = add_lora(index, mllm, options)
         with fast_symbol_rows(model, as_inputs=not frozen):
-            steps, patience = len(examples) // options.batch_size, _patience(run, validation)
-            pace = Pace(steps, minutes=options.minutes, patience=patience)
+            pace = Pace(
+                len(examples) // options.batch_size,
+                minutes=options.minutes,
+                evaluates=bool(validation.queries),
+                patience=_patience(run),
+            )
             validate = partial(validation.model_recall, mllm, of_encoder, autocast=autocast)
             trainer = _trainer(run, mllm, model, examples, pace, validate, autocast=autocast)
             checkpoint = last_whole_checkpoint(run.work)
@@ -241,10 +245,10 @@ def _imitated_encoder(run: _Run, mllm: Mllm) -> Encoder | None:
     return resolve_encoder(run.index.manifest.encoder, run.encoder, device=str(mllm.model.device))
 
 
-def _patience(run: _Run, validation: Validation) -> int:
-    """Return the patience of the run, 0 to never end early: recall says nothing about the answers to questions."""
+def _patience(run: _Run) -> int | None:
+    """Return the patience of the run, None to never end early: recall says nothing about the answers to questions."""
     answers = run.options.mix.get("answer") and any(record.questions for record in run.index.records)
-    return run.options.patience if validation.queries and not answers else 0
+    return None if answers else run.options.patience
 
 
 def _example_tensors(run: _Run, mllm: Mllm, teachers: Teachers) -> ExampleTensors:

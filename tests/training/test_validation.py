@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from llama_index_genret.cli import app
-from llama_index_genret.corpus import read_corpus
+from llama_index_genret.corpus import Question, read_corpus
 from llama_index_genret.models.encoder import load_encoder
 from llama_index_genret.scorers.transformers import TransformersScorer
 from llama_index_genret.store import load_index, text_key
@@ -210,6 +210,15 @@ def test_run_ends_when_recall_no_longer_rises(index, tmp_path, monkeypatch):
     assert len(result.manifest.training["validation"]) == 5
 
 
+def test_run_with_questions_is_validated_to_its_end(index, tmp_path, monkeypatch):
+    """Recall says nothing about the answers, so that it does not end the run."""
+    scripted(monkeypatch, [0.5] * 8)
+    quizzed = replace(index.records[0], questions=(Question("Which color?", "red"),))
+    result = trained(replace(copy_of(index, tmp_path), records=(quizzed, *index.records[1:])))
+    assert result.manifest.training["steps"] == 16
+    assert len(result.manifest.training["validation"]) == 8
+
+
 def test_stall_is_a_lack_of_rises_among_the_last_values():
     assert not has_stalled([0.5, 0.5, 0.5], 3)
     assert has_stalled([0.5, 0.5, 0.5, 0.4], 3)
@@ -218,7 +227,7 @@ def test_stall_is_a_lack_of_rises_among_the_last_values():
 
 
 def test_killed_validated_run_resumes_to_the_same_weights(index, tmp_path, monkeypatch):
-    options = replace(OPTIONS, patience=2)
+    options = replace(OPTIONS, patience=4)  # ends at step 10 at the earliest, after the kill
     straight = trained(copy_of(index, tmp_path / "straight"), options)
     compute_loss, steps = recipe.LabelTrainer.compute_loss, iter(range(99))
 
@@ -267,7 +276,9 @@ def test_budget_of_minutes_ends_a_run(index, tmp_path, monkeypatch):
     lines, rates = [], []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda o, *a: rates.append(o.param_groups[0]["lr"]) or step(o, *a))
-    result = trained(copy_of(index, tmp_path), replace(OPTIONS, minutes=1.0, max_steps=1000), report=lines.append)
+    result = trained(
+        copy_of(index, tmp_path), replace(OPTIONS, minutes=1.0, max_steps=1000, patience=8), report=lines.append
+    )
     steps = result.manifest.training["steps"]
     assert steps == 9  # one more would be late
     assert lines[-1] == "The run ended at step 9 of 1000: the budget of 1 minutes is spent."
