@@ -1,9 +1,9 @@
 """The recall of an index before any training, beside the encoder's nearest images and two text indexes.
 
-    python -m integration.recall.untrained [--corpora FOLDER] [--scheme NAME ...] [--validation]
+    python -m integration.recall.untrained [--corpora FOLDER] [--scheme NAME ...] [--sets NAME,...] [--validation]
 
-An index of each corpus is made with all-MiniLM-L6-v2 and a random model, which recalls nothing: all recall is the
-encoder's. `= encoder` is the share of queries whose ten images have the ten highest cosines, within 1e-6. The last
+An index of each corpus is made with all-MiniLM-L6-v2. The base model is not trained and scores nothing: all recall is
+the encoder's. `= encoder` is the share of queries whose ten images have the ten highest cosines, within 1e-6. The last
 section has the costs (`integration.bench.encoder_bench`).
 """
 
@@ -15,14 +15,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from integration.base_model import Recipe, make_base_model
+from integration.base_model import default_folder as default_model_folder
 from integration.bench import encoder_bench
 from integration.recall.corpora import default_folder, make_corpora
 from integration.recall.generative import recall_queries
 from integration.recall.peers import minilm_folder
-from integration.recall.query_sets import CORPORA, QUERY_SETS, RECALLS
+from integration.recall.query_sets import QUERY_SETS, RECALLS
 from llama_index_genret.corpus import read_corpus
 from llama_index_genret.evaluation.baselines import baseline, evaluation_by_score
-from llama_index_genret.evaluation.evaluate import Evaluation
+from llama_index_genret.evaluation.evaluate import DEPTH, Evaluation
 from llama_index_genret.models.encoder import CallableEncoder, load_encoder
 from llama_index_genret.models.mllm import Mllm, load_mllm
 from llama_index_genret.scorers.blend import Blender
@@ -30,7 +32,6 @@ from llama_index_genret.search import Mode
 from llama_index_genret.store import Index
 from llama_index_genret.store.build import build_index
 from llama_index_genret.store.queries import EvaluationQuery, read_queries
-from tests.tiny_model import make_tiny_model
 
 SCHEMES = ("structured", "atomic")
 TIE = 1e-6
@@ -60,12 +61,17 @@ def measure(index: Index, queries: Sequence[EvaluationQuery], encoder: CallableE
     scorer = Blender(index, encoder).scorer(None, index.scoring())
     cosines = encoder.embed_queries([query.text for query in queries]) @ np.asarray(index.vectors, np.float32).T
     own = evaluation_by_score(cosines, index.records, queries)
-    highest = -np.sort(-cosines, axis=1)[:, :10]
+    highest = -np.sort(-cosines, axis=1)[:, :DEPTH]
     modes: tuple[Mode, ...] = ("exact", "beam")
     for mode in modes:
         found = recall_queries(index, scorer, queries, mode=mode)
-        rows = np.array([[hit.key for hit in hits] for hits in found.hits])
-        same = (np.abs(np.take_along_axis(cosines, rows, axis=1) - highest) <= TIE).all(axis=1).mean()
+        keys = [[hit.key for hit in hits] for hits in found.hits]
+        same = np.mean(
+            [
+                len(keys[row]) == DEPTH and np.abs(cosines[row, keys[row]] - highest[row]).max() <= TIE
+                for row in range(len(queries))
+            ]
+        )
         evaluation = found.evaluation()
         ratio = evaluation.figures()["recall@10"] / own.figures()["recall@10"]
         show(f"{name}, {mode}", evaluation, f"= encoder: {same:.4f}   recall@10 / encoder: {ratio:.4f}")
@@ -109,18 +115,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpora", type=Path, help="folder of integration.recall.corpora (default: made if needed)")
     parser.add_argument("--scheme", nargs="+", default=list(SCHEMES), help="schemes (default: structured atomic)")
+    parser.add_argument("--sets", default=",".join(q.name for q in QUERY_SETS), help="names (default: those of texts)")
     parser.add_argument("--validation", action="store_true", help="the validation queries (default: the test queries)")
     parser.add_argument("--no-cost", action="store_true", help="leave out latency and memory")
     args = parser.parse_args(argv)
     corpora, part = args.corpora or make_corpora(default_folder()), "validation" if args.validation else "test"
     remembered = Remembered()
     encoder = remembered.encoder()
+    make_base_model(Recipe(), default_model_folder(Recipe()))
+    mllm = load_mllm(str(default_model_folder(Recipe())), device="cpu")
+    chosen = [q for q in QUERY_SETS if q.name in args.sets.split(",") and not q.shows_images]
     with tempfile.TemporaryDirectory() as work:
-        mllm = load_mllm(str(make_tiny_model(Path(work) / "model")), device="cpu")
-        for corpus in CORPORA:
+        for corpus in dict.fromkeys(q.corpus for q in chosen):
             of_scheme = {name: make_index(corpus, corpora, name, mllm, encoder, Path(work)) for name in args.scheme}
             first = next(iter(of_scheme.values()))
-            for query_set in (q for q in QUERY_SETS if q.corpus == corpus and not q.shows_images):
+            for query_set in (q for q in chosen if q.corpus == corpus):
                 queries = read_queries(corpora / "queries" / f"{query_set.name}-{part}.jsonl", first.records)
                 print(f"\n{query_set.name}, {part}: {len(queries)} queries, recall@1 / 5 / 10", flush=True)
                 peers(first, queries, encoder)
