@@ -153,7 +153,7 @@ def test_older_index_keeps_suffix_symbols_and_gives_free_codes():
 def test_codes_are_the_nearest_centroids_by_definition(method):
     """Compare with plain loops over the stored arrays."""
     features = random_features(120)
-    scheme = StructuredScheme(method, levels=3, sizes=[4, 3, 5])
+    scheme = StructuredScheme(method, levels=3, sizes=[7, 6, 6])
     scheme.fit(facts(120, features), seed=0)
     arrays = scheme.arrays()
     for feature, found in zip(features, scheme.encode(features).tolist(), strict=True):
@@ -200,13 +200,13 @@ def test_shared_codes_minimise_the_sum_of_distances():
 
 def test_tree_stored_without_codes_numbers_children():
     features = random_features(60)
-    scheme = StructuredScheme(levels=2, sizes=5, source="vectors")
+    scheme = StructuredScheme(levels=2, sizes=11, source="vectors")
     scheme.fit(facts(60, features), seed=0)
     stored = scheme.arrays()
-    older = StructuredScheme(levels=2, sizes=5)
+    older = StructuredScheme(levels=2, sizes=11)
     older.restore({name: array for name, array in stored.items() if not name.startswith("codes")})
     codes, known = older.encode(features), scheme.encode(features)
-    for parent in range(5):
+    for parent in range(11):
         below = codes[codes[:, 0] == parent, 1]
         assert set(below) == set(range(len(set(below))))
     assert len(np.unique(np.hstack([codes, known]), axis=0)) == len(
@@ -226,7 +226,7 @@ def test_only_occupied_nodes_of_the_tree_are_stored():
 
 def test_encode_calls_do_not_grow_with_images():
     features = random_features(2000, 64)
-    scheme = StructuredScheme(levels=3, sizes=10)
+    scheme = StructuredScheme(levels=3, sizes=16)
     scheme.fit(facts(2000, features), seed=0)
     few, many = random_features(1000, 64, seed=2), random_features(100_000, 64, seed=2)
     assert calls_of(lambda: scheme.encode(many)) < 2 * calls_of(lambda: scheme.encode(few))
