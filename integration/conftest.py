@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
+from integration.weights import minilm_folder
 from llama_index_genret.scorers.vllm_http import VllmScorer
 from llama_index_genret.serving.launch import CPU_FLAGS, free_port, running_server
 from llama_index_genret.store import load_index
@@ -86,5 +87,6 @@ def demo(tmp_path_factory):
     """Run `genret demo --vllm` on the assembled base model. Returns its JSON, and its index."""
     base = subprocess.run([sys.executable, "-m", "integration.base_model"], capture_output=True, text=True, check=True)
     out = tmp_path_factory.mktemp("demo")
-    result = genret_json("demo", "--vllm", "--model", base.stdout.splitlines()[-1], "--out", out, timeout_s=3500)
+    options = ("--model", base.stdout.splitlines()[-1], "--encoder", minilm_folder(), "--out", out)
+    result = genret_json("demo", "--vllm", *options, timeout_s=3500)
     return result, load_index(Path(out) / "index")

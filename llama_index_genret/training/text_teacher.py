@@ -79,7 +79,9 @@ def teach(
         TrainingError: there is only one image, or no image has a vector.
     """
     if len(images) < 2:
-        raise TrainingError("an encoder tells images apart, and the index has one alone: train with --mix retrieve=1.")
+        raise TrainingError(
+            "the task imitate needs at least 2 images to compare, and the index has 1: train with --mix retrieve=1."
+        )
     if not images.any():
         raise TrainingError(
             "no image of the index has a vector, since none has a caption and the encoder embeds texts only. Give "

@@ -50,7 +50,7 @@ def test_probe_detects_a_heavy_package():
 BLOCKED = (*HEAVY, "scipy", "sentence_transformers", "matplotlib", "bm25s", "starlette", "uvicorn")
 BEHIND_ANOTHER = (
     *("serving.endpoint.", "training.checkpoints", "training.feature_cache"),
-    *("training.lora", "training.trainer"),
+    *("training.lora", "training.pace", "training.trainer"),
 )
 """Modules that load inside a vLLM server, or after `training.recipe`, whose error names the extra."""
 
