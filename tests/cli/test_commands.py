@@ -120,12 +120,12 @@ def test_commands_from_image_folder_to_answer(pictures, tiny_model_dir, tmp_path
 
 def test_scheme_options_are_used_and_inspect_shows_levels(pictures, tiny_model_dir, tmp_path):
     folder, tree = tmp_path / "index", tmp_path / "tree.png"
-    options = ("--scheme-option", "method=rq", "--scheme-option", "sizes=[4,3]")
+    options = ("--scheme-option", "method=rq", "--scheme-option", "sizes=[7,6]")
     made = genret_json("index", pictures, "--out", folder, "--model", tiny_model_dir, "--device", "cpu", *options)
-    assert made["scheme_options"] == {"method": "rq", "levels": 3, "sizes": [4, 3, 3], "source": "features"}
+    assert made["scheme_options"] == {"method": "rq", "levels": 2, "sizes": [7, 6], "source": "features"}
     assert made["alphabet"] == "new"
     facts = genret_json("inspect", folder, "--tree", tree)
-    assert [level["codes_available"] for level in facts["levels"]] == [4, 3, 3]
+    assert [level["codes_available"] for level in facts["levels"]] == [7, 6]
     assert [level["nodes"] for level in facts["levels"]] == facts["nodes_per_level"]
     assert tree.read_bytes().startswith(b"\x89PNG")
 
